@@ -1,0 +1,33 @@
+# make train   environment, embedded data set, five stages, evaluation, report
+# make test    the tests
+# make check   style
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test check env dashboard
+
+train: env
+	$(RUN) train.py $(ARGS)
+
+test: env
+	$(RUN) -m pytest $(ARGS)
+
+check: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock
+	@echo "making the environment (.venv) from requirements.lock"
+	@$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else 'error: Python 3.11 to 3.13 is needed, this is %d.%d; use make PYTHON=python3.11' % sys.version_info[:2])"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/bin/uv pip sync --quiet --python $(RUN) requirements.lock
+	@touch $@
+
+dashboard: env
+	@echo "http://127.0.0.1:5000"
+	@$(VENV)/bin/mlflow server --backend-store-uri sqlite:///$(abspath runs/mlflow.db) --host 127.0.0.1 --port 5000

@@ -1,0 +1,1 @@
+"""How shards are made: `prepare.py` and one recipe per data set family."""

@@ -1,0 +1,65 @@
+"""Crops of scikit-learn's two photographs, with descriptions that follow from where the crop lies.
+
+What stands where was marked by hand, in pixels of the 640 x 427 originals. The left part of each photograph trains, the
+upper right validates, the lower right tests; a crop never leaves its region.
+"""
+
+from __future__ import annotations
+
+import functools
+from random import Random
+
+import numpy as np
+
+from data.recipes.embedded.world import SIZE
+
+PHOTOS = ("china", "flower")
+REGIONS = {  # x0, y0, x1, y1
+    "china": {"train": (0, 0, 205, 427), "val": (205, 0, 420, 212), "test": (205, 212, 420, 427)},
+    "flower": {"train": (0, 0, 310, 427), "val": (310, 0, 600, 212), "test": (310, 212, 600, 427)},
+}
+FLOWER = (305, 220, 136)  # centre and radius of the bloom
+
+
+@functools.lru_cache(maxsize=None)
+def load_photo(name: str) -> np.ndarray:
+    from sklearn.datasets import load_sample_image
+
+    return load_sample_image(f"{name}.jpg")
+
+
+def choose_crop(name: str, split: str, rng: Random) -> tuple[int, int, int]:
+    """A square inside the split's region: x, y, side."""
+    x0, y0, x1, y1 = REGIONS[name][split]
+    side = rng.randint(120, 200)
+    return rng.randint(x0, x1 - side), rng.randint(y0, y1 - side), side
+
+
+def describe_crop(name: str, crop: tuple[int, int, int]) -> str:
+    """What the crop shows, true by its place."""
+    x, y, side = crop
+    if name == "china":
+        # The tower's roofs and walls fill x 65..350 below y 75; above them is sky, right of them a lake.
+        text = "a photograph of a temple in china."
+        if y < 20:
+            text += " the sky above."
+        if y + side > 400:
+            text += " green trees below."
+        return text
+    centre_x, centre_y, radius = FLOWER
+    xs, ys = np.meshgrid(np.arange(x, x + side, 4), np.arange(y, y + side, 4))
+    share = float(np.mean((xs - centre_x) ** 2 + (ys - centre_y) ** 2 < radius**2))
+    if share > 0.9:
+        return "a photograph of orange petals, very near."
+    if share > 0.12:
+        return "a photograph of an orange flower. dark green leaves behind."
+    return "a photograph of dark green leaves."
+
+
+def render_crop(name: str, crop: tuple[int, int, int]) -> np.ndarray:
+    """The crop as uint8 (96, 96, 3)."""
+    from PIL import Image
+
+    x, y, side = crop
+    patch = Image.fromarray(load_photo(name)[y : y + side, x : x + side])
+    return np.asarray(patch.resize((SIZE, SIZE), Image.Resampling.BILINEAR))

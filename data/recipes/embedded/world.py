@@ -1,0 +1,256 @@
+"""The drawn world: scanned digits in grids and lines, bar charts of real tables, crops of two photographs.
+
+Every image is 96 x 96. Digits stand in fixed reading-order slots, because slots are what a small model learns to read.
+Scans and table rows are split before anything is drawn, so no picture of one split shares a scan with another.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import zlib
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+SIZE = 96  # pixels, both sides
+CELL = 8  # pixels a cell of a label map: 12 x 12 cells an image
+LEVELS = 16  # the scans' own grey levels
+SPLITS = ("train", "val", "test")
+SCANS = {"train": range(0, 1297), "val": range(1297, 1547), "test": range(1547, 1797)}  # file order of the digits
+
+COLOURS = ("red", "green", "blue")
+INK = {"red": (200, 35, 35), "green": (25, 135, 45), "blue": (35, 60, 200)}
+CLASS_NAMES = ("background", *(f"digit {d}" for d in range(10)), "bar")  # channel 0 of a label map
+COLOUR_NAMES = ("none", *COLOURS)  # channel 1
+BAR = CLASS_NAMES.index("bar")
+AXIS = 255  # palette entry of a chart's base line
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One scan drawn into the square (x, y, x + size, y + size)."""
+
+    scan: int
+    digit: int
+    x: int
+    y: int
+    size: int
+    colour: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One filled box (x, y, x + width, y + height)."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    colour: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; `groups` are its digits in reading order, one list a line.
+
+    kind is `grid` (1-4 digits in a 2 x 2 grid), `line` (3-4 digits), `lines` (two lines of 2-4) or `chart` (2-5 bars,
+    `groups[0]` the digits under them, `tallest` and `shortest` indices of bars).
+    """
+
+    kind: str
+    groups: tuple[tuple[int, ...], ...]
+    glyphs: tuple[Glyph, ...]
+    bars: tuple[Bar, ...] = ()
+    tallest: int = -1
+    shortest: int = -1
+
+    @property
+    def digits(self) -> tuple[int, ...]:
+        return self.groups[0]
+
+    @property
+    def summary(self) -> str:
+        """One short string that determines every answer: `grid 471`, `lines 47 381`, `chart 471 7 4`."""
+        extra = f" {self.digits[self.tallest]} {self.digits[self.shortest]}" if self.kind == "chart" else ""
+        return " ".join([self.kind, *("".join(map(str, g)) for g in self.groups)]) + extra
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split of a table: columns, how rows order by each column, and rows by class (empty for a regression)."""
+
+    name: str
+    features: list[str]
+    columns: list[list[float]]
+    order: list[list[int]]
+    classes: list[list[int]]
+
+
+class World:
+    """The real data of one split, and the scenes composed of it.
+
+    Args:
+        split: train, val or test.
+    """
+
+    def __init__(self, split: str):
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.split = split
+        self.scans = digits.images.astype(np.float32) / LEVELS  # (1797, 8, 8) in 0..1
+        self.by_digit = [[i for i in SCANS[split] if digits.target[i] == d] for d in range(10)]
+        self.tables = [load_table(name, split) for name in ("iris", "wine", "breast_cancer", "diabetes")]
+
+    def glyph(self, digit: int, x: int, y: int, size: int, colour: str, rng: Random) -> Glyph:
+        return Glyph(rng.choice(self.by_digit[digit]), digit, x, y, size, colour)
+
+    def grid(self, digits: list[int], rng: Random) -> Scene:
+        """1-4 digits of 26-36 px, in the order top left, top right, bottom left, bottom right."""
+        one_colour = rng.choice(COLOURS) if rng.random() < 0.6 else None
+        glyphs = []
+        for slot, digit in enumerate(digits):
+            size = rng.randint(26, 36)
+            x, y = 48 * (slot % 2) + rng.randint(0, 48 - size), 48 * (slot // 2) + rng.randint(0, 48 - size)
+            glyphs.append(self.glyph(digit, x, y, size, one_colour or rng.choice(COLOURS), rng))
+        return Scene("grid", (tuple(digits),), tuple(glyphs))
+
+    def line(self, digits: list[int], rng: Random) -> Scene:
+        """3-4 digits of 22-24 px in one line, anywhere from top to bottom."""
+        return Scene("line", (tuple(digits),), tuple(self._write(digits, rng.randint(2, SIZE - 26), rng)))
+
+    def lines(self, first: list[int], second: list[int], rng: Random) -> Scene:
+        """Two lines of 2-4 digits, one in each half."""
+        glyphs = [*self._write(first, rng.randint(2, 22), rng), *self._write(second, rng.randint(50, 70), rng)]
+        return Scene("lines", (tuple(first), tuple(second)), tuple(glyphs))
+
+    def _write(self, digits: list[int], top: int, rng: Random) -> list[Glyph]:
+        colour = rng.choice(COLOURS)
+        glyphs = []
+        for i, digit in enumerate(digits):
+            size = rng.randint(22, 24)
+            glyphs.append(self.glyph(digit, 24 * i + rng.randint(0, 24 - size), top + rng.randint(0, 2), size, colour, rng))
+        return glyphs
+
+    def chart(self, labels: list[int], rng: Random) -> Scene:
+        """A bar for each label: group means of a bootstrapped feature of a real table, on a stretched axis."""
+        heights = self.bar_heights(len(labels), rng)
+        pitch = 24 if len(labels) <= 4 else 19
+        glyphs, bars = [], []
+        for i, (digit, height) in enumerate(zip(labels, heights)):
+            colour = rng.choice(COLOURS)
+            size = rng.randint(pitch - 4, pitch - 2)
+            glyphs.append(self.glyph(digit, pitch * i + 2, 74 + rng.randint(0, 22 - size), size, colour, rng))
+            bars.append(Bar(pitch * i + 4, 72 - height, pitch - 8, height, colour))
+        tallest, shortest = heights.index(max(heights)), heights.index(min(heights))
+        return Scene("chart", (tuple(labels),), tuple(glyphs), tuple(bars), tallest, shortest)
+
+    def bar_heights(self, num_bars: int, rng: Random) -> list[int]:
+        """Pixels; the tallest and the shortest stand off from the rest by at least 7."""
+        while True:
+            table = rng.choice(self.tables)
+            column = table.columns[rng.randrange(len(table.columns))]
+            if len(table.classes) == num_bars and rng.random() < 0.5:
+                groups = table.classes
+            else:  # as many equal groups along another feature
+                order = rng.choice(table.order)
+                edges = [len(order) * i // num_bars for i in range(num_bars + 1)]
+                groups = [order[a:b] for a, b in zip(edges, edges[1:])]
+            means = [sum(column[row] for row in rng.choices(group, k=12)) / 12 for group in groups]
+            rng.shuffle(means)
+            low, high = min(means), max(means)
+            if high == low:
+                continue
+            bottom, top = rng.randint(10, 22), rng.randint(54, 66)
+            heights = [round(bottom + (m - low) / (high - low) * (top - bottom)) for m in means]
+            inner = sorted(heights)
+            if inner[-1] - inner[-2] >= 7 and inner[1] - inner[0] >= 7:
+                return heights
+
+
+@functools.lru_cache(maxsize=None)
+def load_table(name: str, split: str) -> Table:
+    """A table's rows of one split: of six rows, four train, one validates, one tests."""
+    from sklearn import datasets
+
+    data = getattr(datasets, f"load_{name}")()
+    last = {"train": (0, 1, 2, 3), "val": (4,), "test": (5,)}[split]
+    rows = [i for i in range(len(data.data)) if i % 6 in last]
+    columns = [[float(v) for v in data.data[rows, j]] for j in range(data.data.shape[1])]
+    order = [sorted(range(len(rows)), key=c.__getitem__) for c in columns]
+    target = data.target[rows] if "target_names" in data else []
+    classes = [[i for i, t in enumerate(target) if t == c] for c in sorted({int(t) for t in target})]
+    return Table(name, [str(f) for f in data.feature_names], columns, order, classes)
+
+
+@functools.lru_cache(maxsize=None)
+def upsample(size: int) -> np.ndarray:
+    """Bilinear interpolation from 8 to `size` samples as a (size, 8) matrix."""
+    at = np.clip((np.arange(size) + 0.5) * 8 / size - 0.5, 0, 7)
+    left = np.minimum(at.astype(int), 6)
+    matrix = np.zeros((size, 8), np.float32)
+    matrix[np.arange(size), left] = 1 - (at - left)
+    matrix[np.arange(size), left + 1] += at - left
+    return matrix
+
+
+def render(scene: Scene, scans: np.ndarray, rng: Random) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene: palette indices uint8 (96, 96) and the palette uint8 (256, 3).
+
+    Every object owns 16 palette entries between the paper and its ink, so a picture is one byte a pixel.
+    """
+    pixels = np.zeros((SIZE, SIZE), np.uint8)
+    palette = np.zeros((256, 3), np.float32)
+    paper = np.array([rng.randint(228, 255) for _ in range(3)], np.float32)
+    palette[0], palette[AXIS] = paper, 90
+    steps = np.arange(1, LEVELS + 1, dtype=np.float32)[:, None] / LEVELS
+    for j, thing in enumerate((*scene.bars, *scene.glyphs)):
+        base = LEVELS * j  # entry base + level, level 1..16
+        ink = np.array([c + rng.randint(-25, 25) for c in INK[thing.colour]], np.float32)
+        palette[base + 1 : base + 1 + LEVELS] = paper + steps * (ink - paper)
+        if isinstance(thing, Bar):
+            pixels[thing.y : thing.y + thing.height, thing.x : thing.x + thing.width] = base + LEVELS
+        else:
+            matrix = upsample(thing.size)
+            level = np.rint(matrix @ scans[thing.scan] @ matrix.T * LEVELS).astype(np.uint8)
+            box = pixels[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
+            box[...] = np.where(level > 0, level + base, box)
+    if scene.bars:
+        pixels[72] = AXIS
+    return pixels, np.clip(palette, 0, 255).astype(np.uint8)
+
+
+def label_map(scene: Scene) -> np.ndarray:
+    """Dense labels uint8 (12, 12, 3): a cell belongs to the object whose box covers its centre.
+
+    Channel 0 indexes CLASS_NAMES, channel 1 COLOUR_NAMES, channel 2 is empty.
+    """
+    cells = np.zeros((SIZE // CELL, SIZE // CELL, 3), np.uint8)
+    for thing in (*scene.bars, *scene.glyphs):
+        width, height = (thing.width, thing.height) if isinstance(thing, Bar) else (thing.size, thing.size)
+        # Cell i has its centre at pixel 8 i + 4; the first one at or after a box's start is (start + 3) // 8.
+        rows = slice((thing.y + 3) // CELL, (thing.y + height + 3) // CELL)
+        columns = slice((thing.x + 3) // CELL, (thing.x + width + 3) // CELL)
+        cells[rows, columns, 0] = BAR if isinstance(thing, Bar) else 1 + thing.digit
+        cells[rows, columns, 1] = COLOUR_NAMES.index(thing.colour)
+    return cells
+
+
+def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None, level: int = 1) -> bytes:
+    """A PNG file of uint8 (h, w) palette indices or (h, w, 3) RGB; several times faster than a general encoder.
+
+    https://www.w3.org/TR/png-3/: signature, IHDR, PLTE, IDAT of rows behind a filter byte of 0, IEND.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + pixels[0].size), np.uint8)
+    rows[:, 1:] = pixels.reshape(height, -1)
+    colour_type = 2 if palette is None else 3
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0))]
+    if palette is not None:
+        chunks.append((b"PLTE", palette[: int(pixels.max()) + 1].tobytes()))
+    chunks += [(b"IDAT", zlib.compress(rows.tobytes(), level)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )

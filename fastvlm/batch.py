@@ -1,0 +1,80 @@
+"""Sample and Batch: the only vocabulary that data and models share.
+
+Shape letters, everywhere in this project:
+    B rows of a batch     N patches of an image        D width (D_v vision, D_t text)
+    S positions of a row  M visual tokens of an image  V vocabulary
+    I images of a batch   T text tokens                H W pixels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from fastvlm.tokens import IGNORE_INDEX
+
+
+@dataclass
+class Sample:
+    """One conversation or document, encoded, its image slots already M tokens wide.
+
+    `labels[t]` is the token itself where it is learned and IGNORE_INDEX elsewhere; the shift by one happens in the loss.
+    """
+
+    key: str
+    source: str
+    input_ids: list[int]
+    labels: list[int]
+    images: list[Tensor] = field(default_factory=list)  # uint8 (3, H, W), in the order of their slots
+    label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """Rows of packed (or single, padded) samples.
+
+    segment_ids are 0 on padding and 1, 2, ... for the samples of a row; position_ids restart with every sample. Samples
+    of a row never see each other: the model builds its block-diagonal causal mask from segment_ids.
+    """
+
+    input_ids: Tensor  # int64 (B, S)
+    labels: Tensor  # int64 (B, S)
+    position_ids: Tensor  # int64 (B, S)
+    segment_ids: Tensor  # int64 (B, S)
+    source_ids: Tensor  # int64 (B, S): index into `sources`, -1 on padding
+    pixel_values: Tensor  # uint8 (I, 3, H, W), row by row, left to right; I may be 0
+    num_answer_tokens: int  # learned tokens of this optimiser step over all ranks and accumulated micro-batches
+    sources: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    label_maps: Tensor | None = None  # uint8 (I, C, h, w)
+    step: int = 0  # position in the plan: optimiser step
+    skipped: tuple[str, ...] = ()  # keys that were planned here and could not be read
+
+    @property
+    def num_images(self) -> int:
+        return self.pixel_values.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that hold a token (not padding)."""
+        return int((self.segment_ids > 0).sum())
+
+    @property
+    def num_learned(self) -> int:
+        """Learned tokens of this very batch."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+
+    def pin_memory(self) -> Batch:
+        moved = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})

@@ -1,0 +1,115 @@
+"""Configuration -> objects. Every `_target_` passes through `instantiate` here."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.callbacks.handoff import load_component, read_manifest
+from fastvlm.config import ROOT
+from fastvlm.tokens import Tokenizer
+
+
+def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
+    """Call the constructor a configuration names; an argument it does not take is refused with the nearest it does.
+
+    Args:
+        key: where the configuration stands, for messages (`encoder`, `stages.align.objective`).
+        extra: arguments the configuration does not know (widths, the model).
+    """
+    from hydra.utils import get_object
+    from hydra.utils import instantiate as hydra_instantiate
+
+    config = OmegaConf.create(config) if isinstance(config, dict) else config
+    target = config.get("_target_")
+    if not target:
+        raise ValueError(f"{key} has no _target_ (the constructor it calls)")
+    try:
+        constructor = get_object(target)
+    except Exception as error:  # noqa: BLE001  whatever importing the user's module raises
+        raise ValueError(f"{key}._target_={target} cannot be imported: {error}") from None
+    parameters = inspect.signature(constructor).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in config:
+            if not str(name).startswith("_") and name not in parameters:
+                near = difflib.get_close_matches(str(name), parameters, 1)
+                hint = f"; did you mean {key}.{near[0]}?" if near else f"; it takes {', '.join(parameters)}"
+                raise ValueError(f"unknown key {key}.{name}: {target} has no such argument{hint}")
+        extra = {name: value for name, value in extra.items() if name in parameters}
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {target} cannot do without")
+    return hydra_instantiate(config, _convert_="all", **extra)
+
+
+def seed_of(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:4], "big")
+
+
+def build_tokenizer(config: DictConfig) -> Tokenizer:
+    ensure_embedded(config)
+    return instantiate(config.tokenizer, key="tokenizer")
+
+
+def build_model(config: DictConfig, tokenizer: Tokenizer):
+    """The VLM of a configuration. Each part draws its weights from a seed of its own, so that exchanging one part
+    leaves the others' first weights as they were."""
+    from fastvlm.models.vlm import VLM
+
+    def part(name: str, **extra):
+        torch.manual_seed(seed_of(config.seed, name))
+        return instantiate(config[name], key=name, **extra)
+
+    state = torch.get_rng_state()
+    encoder = part("encoder")
+    resampler = part("resampler", in_dim=encoder.out_dim)
+    llm = part("llm", vocab_size=len(tokenizer))
+    projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
+    torch.set_rng_state(state)
+    return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+
+
+def ensure_embedded(config: DictConfig) -> None:
+    """Build the embedded data set where the configuration uses it and it is not there yet (seconds, no download)."""
+    folder = Path(config.paths.data) / "embedded"
+    used = json.dumps(OmegaConf.to_container(config, resolve=True, throw_on_missing=False), default=str)
+    if str(folder) not in used or (folder / "DONE.json").exists():
+        return
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from data.prepare import prepare
+
+    prepare("embedded", out=folder)
+
+
+def load_run(run: str | Path, *, device: str = "cpu"):
+    """Model (eval), tokenizer and configuration of a finished run.
+
+    Raises:
+        ValueError: no such run, or its last stage has not finished.
+    """
+    run = Path(run)
+    path = run / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest")
+    config = OmegaConf.load(path)
+    lineage = run / "lineage.json"
+    if not lineage.exists():
+        raise ValueError(f"{run}: its stages have not finished; run the same train command again")
+    tokenizer = build_tokenizer(config)
+    model = build_model(config, tokenizer)
+    for name, folder in json.loads(lineage.read_text())["components"].items():
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise ValueError(f"{folder}: the handoff that {run} names is gone; run the same train command again")
+        load_component(model.parts[name], name, folder, manifest, tokenizer=tokenizer.fingerprint)
+    config.image_size = list(config.stages.values())[-1].image_size
+    return model.to(device).eval(), tokenizer, config

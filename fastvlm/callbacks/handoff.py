@@ -1,0 +1,124 @@
+"""What a finished stage hands on: the components it trained, and a manifest that says where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+MANIFEST = "manifest.json"
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, default=str))
+    beside.replace(path)
+
+
+def write_handoff(folder: Path, parts: dict[str, nn.Module], manifest: dict) -> dict:
+    """Save `parts` as safetensors and, last and by atomic rename, the manifest that makes the stage finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    components = {}
+    for name, part in parts.items():
+        path = folder / f"{name}.safetensors"
+        beside = folder / f".{name}.{os.getpid()}.safetensors"
+        save_model(part, str(beside))
+        beside.replace(path)
+        components[name] = {
+            "file": path.name,
+            "sha256": file_hash(path),
+            "parameters": sum(p.numel() for p in part.parameters()),
+        }
+    manifest = manifest | {"components": components, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a finished stage, or None where the stage has not finished.
+
+    Raises:
+        ValueError: the manifest is there but cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        manifest["components"], manifest["hash"], manifest["tokenizer"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path}: not a handoff manifest ({error}); delete {folder.parent} to train the stage again") from None
+    return manifest
+
+
+def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, tokenizer: str | None = None) -> None:
+    """Load one component strictly: same file, same tokenizer, same names, same shapes.
+
+    Raises:
+        ValueError: any of these differs; the message lists what and how to mend it.
+    """
+    entry = manifest["components"][name]
+    path = folder / entry["file"]
+    if tokenizer is not None and name == "llm" and manifest["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"{folder}: the language model was trained with tokenizer {manifest['tokenizer']}, this run has {tokenizer}; "
+            "use the same `tokenizer`, or train the stage again without this handoff"
+        )
+    if not path.exists() or file_hash(path) != entry["sha256"]:
+        raise ValueError(f"{path}: missing or not the file the manifest names; delete {folder.parent} to train the stage again")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}; delete {folder.parent} to train the stage again") from None
+    wanted = {key: tuple(value.shape) for key, value in part.state_dict().items()}
+    wrong = [f"{k} {found[k]} is {wanted[k]} here" for k in found if k in wanted and found[k] != wanted[k]]
+    unknown = sorted(found.keys() - wanted.keys())
+    if wrong or unknown:
+        what = wrong + [f"{key} is not in this model" for key in unknown]
+        raise ValueError(
+            f"{path} does not fit `{name}`: {'; '.join(what[:3])}{f' and {len(what) - 3} more' if len(what) > 3 else ''}; "
+            f"choose the {name} it was trained with, or drop the handoff"
+        )
+    missing, _ = load_model(part, str(path), strict=False)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors of `{name}`, the first is {sorted(missing)[0]}")
+
+
+class StageHandoff(L.Callback):
+    """Writes the handoff when a stage has run all its steps; an interrupted stage writes none.
+
+    Args:
+        folder: where to.
+        manifest: everything the manifest says but the components and the metrics.
+        before: called first (merges adapters).
+    """
+
+    def __init__(self, folder: Path, *, manifest: dict, before: Callable[[], None]):
+        self.folder, self.manifest, self.before = Path(folder), manifest, before
+        self.written: dict | None = None
+
+    def on_fit_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        if trainer.global_step < stage.num_steps:
+            return
+        trained = {name.split(".")[0] for name in stage.learning_rates}
+        self.before()
+        if trainer.is_global_zero:
+            parts = {name: part for name, part in stage.model.parts.items() if name in trained}
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            self.written = write_handoff(self.folder, parts, self.manifest | {"metrics": metrics})
+        trainer.strategy.barrier("handoff")

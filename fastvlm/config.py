@@ -1,0 +1,256 @@
+"""The schema of what is not a constructor, the command line, and one clear line for a user's mistake.
+
+With `build.py` the only file that knows Hydra.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+@dataclass
+class Lora:
+    """LoRA in the language model (Hu et al., arXiv:2106.09685)."""
+
+    lr: float = MISSING
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
+class LastLayers:
+    num: int = MISSING
+    lr: float = MISSING
+
+
+@dataclass
+class StageConfig:
+    """One training phase. conf/stage/<name>.yaml fills it; every key can be set from the command line."""
+
+    objective: Any = MISSING  # the Stage class and what only it takes
+    parts: list[str] = field(default_factory=lambda: ["encoder", "resampler", "projector", "llm"])  # what it computes with
+    mixture: Any = MISSING
+    trainable: dict[str, float | None] = field(default_factory=dict)  # pattern over parameter names -> learning rate
+    lora: Lora | None = None
+    last_layers: LastLayers | None = None
+    steps: int | None = None  # optimiser steps; or epochs
+    epochs: float | None = None  # passes over as many samples as the mixture holds
+    image_size: int = 64
+    batch_size: int = 32  # rows (packs, or samples where packing is off) of one optimiser step, over all ranks
+    max_tokens: int = 256  # positions of a row
+    max_images: int = 8  # images of a row
+    packing: bool = True
+    optimizer: Any = field(
+        default_factory=lambda: {
+            "_target_": "torch.optim.AdamW",
+            "_partial_": True,
+            "betas": [0.9, 0.98],
+            "weight_decay": 0.05,
+        }
+    )
+    warmup_steps: int = 20
+    decay: str = "cosine"
+    final: float = 0.1
+    clip: float | None = 1.0
+    validate_every: int | None = None  # optimiser steps; a stage always validates at its end
+    val_samples: int = 256
+
+
+@dataclass
+class Paths:
+    root: str = "${project_root:}"
+    runs: str = "${oc.env:FASTVLM_RUNS,${project_root:}/runs}"
+    data: str = "${oc.env:FASTVLM_DATA,${project_root:}/data}"
+
+
+@dataclass
+class TrainConfig:
+    """conf/train.yaml. `experiment` is no field on purpose: an experiment without `@package _global_` is refused."""
+
+    name: str = MISSING
+    seed: int = 0
+    overwrite: bool = False  # a run directory of another configuration is replaced, not refused
+    paths: Paths = field(default_factory=Paths)
+    tokenizer: Any = MISSING
+    encoder: Any = MISSING
+    resampler: Any = MISSING
+    projector: Any = MISSING
+    llm: Any = MISSING
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    task: Any = None
+    hardware: Any = MISSING
+    logger: Any = MISSING
+    log_every: int = 20
+    checkpoint_every: int = 200  # optimiser steps between two points a killed stage can go on from
+    num_samples: int = 8  # held-out samples whose predictions are drawn at each validation
+
+
+@dataclass
+class EvalConfig:
+    """conf/eval.yaml."""
+
+    checkpoint: str = MISSING
+    task: Any = MISSING
+    hardware: Any = MISSING
+    paths: Paths = field(default_factory=Paths)
+    out: str | None = None
+
+
+def run_name() -> str:
+    """The run directory's default name: the pipeline, and what was changed on the command line.
+
+    The same command has the same name, so that it finds its own run again.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    changed = [o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)]
+    label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(changed)])
+    label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
+    if len(label) <= 80:
+        return label
+    return f"{label[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def register() -> None:
+    """Make schemas and resolvers known to Hydra. Safe to call twice."""
+    from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="eval_schema", node=EvalConfig)
+
+
+def check(config: DictConfig) -> None:
+    """Rules between keys, all told at once.
+
+    Raises:
+        ValueError: with one rule a line.
+    """
+    wrong = []
+    for name, stage in config.get("stages", {}).items():
+        where = f"stages.{name}"
+        if (stage.steps is None) == (stage.epochs is None):
+            wrong.append(f"{where}: give exactly one of steps and epochs")
+        for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
+            if stage.get(key) is not None and stage[key] <= 0:
+                wrong.append(f"{where}.{key}={stage[key]} must be above 0")
+        if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:
+            wrong.append(f"{where}.parts: {', '.join(unknown)} is none of encoder, resampler, projector, llm")
+        if stage.decay not in ("cosine", "linear", "constant"):
+            wrong.append(f"{where}.decay={stage.decay} is none of cosine, linear, constant")
+    if "stages" in config and not config.stages:
+        wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig:
+    """Compose without a command line (tests, notebooks, tools)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = list(overrides)
+        if config_name == "train" and not any(o.startswith("name=") for o in overrides):
+            overrides.append("name=composed")
+        return hydra_compose(config_name, overrides)
+
+
+def explain(error: BaseException, config_name: str) -> str:
+    """A composition error as one line with the nearest right name."""
+    text = str(error)
+    cause = error.__cause__
+    full = f"{text}\n{cause}" if cause is not None else text
+    if match := re.search(r"Could not find '([^']+)'", full):
+        group, _, choice = match[1].rpartition("/")
+        folder = CONF / group
+        options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        near = difflib.get_close_matches(choice, options, 1, 0.3)
+        hint = f"; did you mean {group}={near[0]}?" if near else ""
+        return f"{group or config_name}={choice} is no option{hint} Options: {', '.join(options) or 'none'}"
+    if match := re.search(r"Could not override '([^']+)'", full):
+        return f"unknown key {match[1]}{nearest(match[1].split('@')[0], config_name)}"
+    if match := re.search(r"In '([^']+)':.*?(?:Key '([^']+)'|full_key: (\S+))", full, re.S):
+        key = re.search(r"full_key: (\S+)", full)
+        name = key[1] if key else match[2]
+        reason = re.search(r"(Value '.*|Key '.*)", full)
+        hint = nearest(name, config_name)
+        return f"conf/{match[1]}.yaml: {reason[1] if reason else 'unknown key'} at {name}{hint}"
+    reason = text.splitlines()[0] if text else type(error).__name__
+    detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
+    key = re.search(r"full_key: (\S+)", full)
+    return " ".join(filter(None, [reason, f"({detail})" if detail and detail not in reason else "", f"at {key[1]}" if key else ""]))
+
+
+def nearest(key: str, config_name: str) -> str:
+    try:
+        plain = OmegaConf.to_container(compose(config_name), resolve=False)
+    except Exception:  # noqa: BLE001  the configuration itself is broken: no hint to give
+        return ""
+    keys = list(dotted(plain))
+    near = difflib.get_close_matches(key.lstrip("+~"), keys, 1, 0.6)
+    groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+    near = near or difflib.get_close_matches(key.lstrip("+~"), groups, 1, 0.6)
+    return f"; did you mean {near[0]}?" if near else f"; see `python {config_name}.py --cfg job` for every key"
+
+
+def dotted(node, prefix: str = ""):
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from dotted(value, f"{prefix}{key}.")
+
+
+def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run `task` under Hydra's command line; a user's mistake is one line on stderr and exit status 2."""
+    import hydra
+
+    register()
+    show_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, and we say what they mean
+
+    def checked(config: DictConfig):
+        check(config)
+        value = task(config)
+        if (result := os.environ.get("FASTVLM_CELL_RESULT")) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            Path(result).write_text(json.dumps({"value": value}))
+        return value
+
+    try:
+        hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from here: {' '.join(sys.argv)}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if show_traceback:
+            raise
+        if isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
+            message = str(error)
+        elif type(error).__module__.startswith(("hydra", "omegaconf")):
+            message = explain(error, config_name)
+        else:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

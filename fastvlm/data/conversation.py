@@ -1,0 +1,90 @@
+"""From a record (`messages` or `document`) to token ids, with exactly the assistant's tokens learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
+
+
+@dataclass
+class Encoded:
+    """Ids and labels with every image slot `tokens_per_image` wide."""
+
+    input_ids: list[int]
+    labels: list[int]
+    num_images: int
+    truncated: int = 0  # tokens cut off at the end
+
+
+def encode_record(
+    record: dict, tokenizer: Tokenizer, *, tokens_per_image: int, max_tokens: int | None = None, prompt: bool = False
+) -> Encoded:
+    """Encode a record's `messages` or `document`.
+
+    Args:
+        record: `{"messages": [{"role", "content"}]}` or `{"document": parts}`; content is a string or a list of
+            `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        tokens_per_image: M, how many slots an image takes.
+        max_tokens: cut the end off beyond this length; an image is never cut in the middle (it goes whole).
+        prompt: end with the template's opening of an assistant turn (for generation).
+
+    Raises:
+        ValueError: neither or both keys, an unknown role or part.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    num_images = 0
+    template = tokenizer.template
+
+    def add(new: list[int], learned: bool) -> None:
+        ids.extend(new)
+        labels.extend(new if learned else [IGNORE_INDEX] * len(new))
+
+    def add_parts(content, learned: bool) -> None:
+        nonlocal num_images
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image":
+                add([tokenizer.image_id] * tokens_per_image, False)
+                num_images += 1
+            elif kind == "text" and isinstance(part.get("text"), str):
+                add(tokenizer.encode_text(part["text"]), learned)
+            else:
+                raise ValueError(f"a part must be an image or a text, not {part!r:.80}")
+
+    if ("messages" in record) == ("document" in record):
+        raise ValueError("a record needs exactly one of `messages` and `document`")
+    add(tokenizer.encode_template(template.start), False)
+    if "document" in record:
+        add_parts(record["document"], True)
+        if not prompt:
+            add([tokenizer.document_end_id], True)
+    else:
+        for message in record["messages"]:
+            role = message.get("role")
+            if role not in ROLES:
+                raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
+            add(tokenizer.encode_template(template.before[role]), False)
+            add_parts(message["content"], role == "assistant")
+            if role == "assistant":
+                add([tokenizer.end_id], True)
+            add(tokenizer.encode_template(template.after[role]), False)
+        if prompt:
+            add(tokenizer.encode_template(template.before["assistant"]), False)
+
+    truncated = 0
+    if max_tokens is not None and len(ids) > max_tokens:
+        cut = max_tokens
+        # Never half an image: if the cut falls inside a run of slots, go back to the start of that image.
+        slots_before = sum(i == tokenizer.image_id for i in ids[:cut])
+        if tokens_per_image and slots_before % tokens_per_image:
+            cut -= slots_before % tokens_per_image
+        truncated = len(ids) - cut
+        ids, labels = ids[:cut], labels[:cut]
+        num_images = sum(i == tokenizer.image_id for i in ids) // max(tokens_per_image, 1)
+    if labels:
+        # Nothing comes before the first token, so nothing predicts it; learned, it would be predicted by the last
+        # token of the neighbour in the pack.
+        labels[0] = IGNORE_INDEX
+    return Encoded(ids, labels, num_images, truncated)

@@ -1,0 +1,262 @@
+"""Shards: plain WebDataset tars, written byte for byte the same each time and read at indexed offsets.
+
+A sample is `<key>.json` with its images `<key>.<i>.<png|jpg|webp>` in the order of the record's image parts, and
+optionally one dense label map an image, `<key>.<i>.labels.png`. Shards of img2dataset (`jpg` + `txt` + `json`) are read
+as documents of one image and its caption. Format: https://github.com/webdataset/webdataset.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KEY = re.compile(r"[a-z0-9_-]+")
+IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
+LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
+# As webdataset splits names: the key ends at the first dot of the last path component.
+MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+
+
+@dataclass
+class RawSample:
+    """A sample as it lies in the shard: nothing decoded but the JSON."""
+
+    key: str
+    record: dict
+    images: list[bytes] = field(default_factory=list)
+    label_maps: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class Span:
+    """Where a sample lies in its tar: bytes `offset .. offset + size` hold all its members with their headers."""
+
+    key: str
+    offset: int
+    size: int
+    members: list[tuple[str, int, int]]  # (suffix, offset of the data, size of the data)
+
+
+def count_images(record: dict) -> int:
+    """Image parts of a record's `messages` or `document`."""
+    contents = [m.get("content") for m in record["messages"]] if "messages" in record else [record.get("document")]
+    return sum(part.get("type") == "image" for parts in contents if isinstance(parts, list) for part in parts)
+
+
+def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
+    """Put a sample together from the bytes of its members, by suffix.
+
+    Raises:
+        ValueError: no readable record, or another number of images or label maps than the record has image parts.
+    """
+    try:
+        record = json.loads(members["json"]) if "json" in members else {}
+    except ValueError as error:
+        raise ValueError(f"{key}.json is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{key}.json is not an object")
+    images = sorted((int(m[1] or 0), suffix) for suffix in members if (m := IMAGE.fullmatch(suffix)))
+    maps = sorted((int(m[1]), suffix) for suffix in members if (m := LABEL_MAP.fullmatch(suffix)))
+    if "messages" not in record and "document" not in record:
+        if "txt" not in members:
+            raise ValueError(f"{key} has neither a json with `messages` or `document` nor a txt")
+        parts = [{"type": "image"}] * len(images)
+        text = members["txt"].decode("utf-8", errors="replace").strip()
+        record = {"document": [*parts, {"type": "text", "text": text}]}
+    try:
+        expected = count_images(record)
+    except (AttributeError, TypeError, KeyError):
+        raise ValueError(f"{key}.json: `messages` or `document` is not a list of parts") from None
+    if expected != len(images):
+        raise ValueError(f"{key}: the record has {expected} image parts and the shard {len(images)} images")
+    if maps and len(maps) != len(images):
+        raise ValueError(f"{key}: {len(images)} images and {len(maps)} label maps")
+    return RawSample(key, record, [members[s] for _, s in images], [members[s] for _, s in maps])
+
+
+class ShardWriter:
+    """Write one split of a source as `<folder>/<split>-<00000>.tar`.
+
+    The writer replaces the split: shards appear together, under their final names, when it closes without an error, and
+    shards an earlier run left under the same split go. The same samples give the same bytes.
+
+    Args:
+        folder: where the shards go; made when missing.
+        split: train, val or test.
+        max_samples: samples a shard.
+        max_bytes: a shard that has reached this size is closed too.
+    """
+
+    def __init__(self, folder: str | Path, split: str, *, max_samples: int = 2000, max_bytes: int = 1 << 30):
+        self.folder, self.split, self.max_samples, self.max_bytes = Path(folder), split, max_samples, max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_samples = 0
+        self._in_shard = 0
+        self._keys: set[str] = set()
+        self._parts: list[Path] = []
+        self._tar: tarfile.TarFile | None = None
+
+    def write(
+        self,
+        key: str,
+        record: dict,
+        images: Sequence[bytes] = (),
+        label_maps: Sequence[bytes] | None = None,
+        image_ext: str = "png",
+    ) -> None:
+        """Append a sample; `images` are encoded files, one for each image part of the record.
+
+        Raises:
+            ValueError: a key that is not `[a-z0-9_-]+` or was written before, or counts that do not agree.
+        """
+        if not KEY.fullmatch(key):
+            raise ValueError(f"{self.folder}: key {key!r} must match [a-z0-9_-]+")
+        if key in self._keys:
+            raise ValueError(f"{self.folder}: key {key!r} was written before; keys are unique within a source")
+        if ("messages" in record) == ("document" in record):
+            raise ValueError(f"{self.folder}: {key} needs exactly one of `messages` and `document`")
+        if count_images(record) != len(images):
+            raise ValueError(f"{self.folder}: {key} has {count_images(record)} image parts and {len(images)} images")
+        if label_maps is not None and len(label_maps) != len(images):
+            raise ValueError(f"{self.folder}: {key} has {len(images)} images and {len(label_maps)} label maps")
+        if self._tar is not None and (self._in_shard >= self.max_samples or self._tar.offset >= self.max_bytes):
+            self._finish_shard()
+        if self._tar is None:
+            part = self.folder / f".{self.split}-{len(self._parts):05d}.tar.{os.getpid()}"
+            self._parts.append(part)
+            # GNU and not pax: a pax header may hold floats of the clock, and every reader knows both.
+            self._tar = tarfile.open(part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+            self._in_shard = 0
+        self._add(f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
+        for i, image in enumerate(images):
+            self._add(f"{key}.{i}.{image_ext}", image)
+            if label_maps is not None:
+                self._add(f"{key}.{i}.labels.png", label_maps[i])
+        self._keys.add(key)
+        self._in_shard += 1
+        self.num_samples += 1
+
+    def _add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty, so bytes repeat
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def _finish_shard(self) -> None:
+        self._tar.close()
+        self._tar = None
+
+    def close(self) -> None:
+        """Publish the shards under their final names."""
+        if self._tar is not None:
+            self._finish_shard()
+        for old in self.folder.glob(f"{self.split}-*.tar*"):
+            old.unlink()
+        for i, part in enumerate(self._parts):
+            os.replace(part, self.folder / f"{self.split}-{i:05d}.tar")
+        self._parts = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind, *rest) -> None:
+        if kind is None:
+            return self.close()
+        if self._tar is not None:
+            self._tar.close()
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+
+
+def scan_shard(path: str | Path) -> tuple[list[Span], str]:
+    """Find the samples of a tar in one pass over its headers.
+
+    Returns:
+        The whole samples in order, and what broke the tar ("" for a sound one). After a break the sample being read is
+        not provably whole and is left out.
+    """
+    size = os.path.getsize(path)
+    spans: list[Span] = []
+    start, broken, end = 0, "", 0
+    try:
+        tar = tarfile.open(path, "r:")  # noqa: SIM115
+    except (tarfile.TarError, EOFError) as error:
+        return [], f"not a tar ({error}) at byte 0 of {size}"
+    with tar:
+        while True:
+            try:
+                info = tar.next()
+            except tarfile.TarError as error:
+                broken = f"{error} at byte {end} of {size}"
+                break
+            if info is None:
+                break
+            if info.isfile() and info.offset_data + info.size > size:
+                broken = f"truncated inside {info.name} at byte {size}"
+                break
+            end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if not info.isfile() or (match := MEMBER.fullmatch(info.name)) is None:
+                continue
+            key, suffix = match.groups()
+            if not spans or spans[-1].key != key:
+                start = info.offset
+                spans.append(Span(key, start, 0, []))
+            spans[-1].members.append((suffix, info.offset_data, info.size))
+            spans[-1].size = info.offset_data + info.size - start
+        if not broken:
+            # tarfile ends in silence at a bad header; only a block of zeros is the end of an archive.
+            tar.fileobj.seek(tar.offset)
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE:
+                broken = f"ends without an end-of-archive block at byte {size}"
+            elif block.strip(b"\0"):
+                broken = f"bad header at byte {tar.offset} of {size}"
+    if broken and spans:
+        spans.pop()
+    return spans, broken
+
+
+class ShardReader:
+    """Read spans of shards by `pread`, with a bounded number of files open.
+
+    `pread` has no file position, so forked workers may share the descriptors.
+    """
+
+    def __init__(self, *, max_open: int = 32):
+        self.max_open = max_open
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Bytes `offset .. offset + size` of a file.
+
+        Raises:
+            OSError: the file is missing.
+            ValueError: it is shorter than that.
+        """
+        fd = self._files.get(path)
+        if fd is None:
+            if len(self._files) >= self.max_open:
+                os.close(self._files.popitem(last=False)[1])
+            fd = self._files[path] = os.open(path, os.O_RDONLY)
+        else:
+            self._files.move_to_end(path)
+        data = os.pread(fd, size, offset)
+        if len(data) != size:
+            raise ValueError(f"{path} ends at byte {offset + len(data)}, the index expects {offset + size}")
+        return data
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __getstate__(self) -> dict:
+        return {"max_open": self.max_open, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,131 @@
+"""How probable a model finds given words: answers after their questions, and running text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.models.splice import splice
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
+
+
+@torch.inference_mode()
+def token_nll(
+    model: VLM,
+    tokenizer: Tokenizer,
+    rows: Sequence[tuple[list[int], list[int]]],
+    visual: Sequence[Float[Tensor, "_ M D"]],
+    *,
+    batch_size: int = 64,
+) -> list[Float[Tensor, "_"]]:
+    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order.
+
+    Args:
+        rows: (input_ids, labels) of one sample each, as `encode_record` makes them; the first token has nothing before
+            it and is never scored.
+        visual: visual tokens of each row's images.
+
+    Raises:
+        ValueError: rows and visual differ in number, or a row is longer than the model can be.
+    """
+    if len(rows) != len(visual):
+        raise ValueError(f"{len(rows)} rows came with visual tokens for {len(visual)}")
+    longest = max((len(ids) for ids, _ in rows), default=0)
+    if longest > model.llm.max_positions:
+        raise ValueError(f"a row has {longest} tokens, but the model ends at {model.llm.max_positions}")
+    device = next(model.parameters()).device
+    scores: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        length = len(rows[chosen[-1]][0])
+        input_ids = torch.full((len(chosen), length), tokenizer.pad_id)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        segment_ids = torch.zeros_like(input_ids)
+        for i, row in enumerate(chosen):
+            ids, learned = rows[row]
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            labels[i, : len(ids)] = torch.tensor(learned)
+            segment_ids[i, : len(ids)] = 1
+        input_ids, segment_ids = input_ids.to(device), segment_ids.to(device)
+        embeds = model.llm.embed(input_ids)  # (B, S, D)
+        if images := [visual[row] for row in chosen if len(visual[row])]:
+            embeds = splice(embeds, torch.cat(images).to(embeds.dtype), input_ids == tokenizer.image_id)
+        position_ids = torch.arange(length, device=device).expand_as(input_ids)
+        hidden = model.llm.hidden(embeds, position_ids, segment_ids)
+        # Only where the next token is learned: the head is the widest product of a small model.
+        at, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        targets = labels[at, before + 1].to(device)
+        logits = model.llm.head(hidden[at.to(device), before.to(device)]).float()
+        nll = (logits.logsumexp(dim=-1) - logits.gather(-1, targets[:, None])[:, 0]).double().cpu()
+        for i, row in enumerate(chosen):
+            scores[row] = nll[at == i]
+    return scores
+
+
+def answer_nll(
+    model: VLM,
+    tokenizer: Tokenizer,
+    records: Sequence[dict],
+    visual: Sequence[Float[Tensor, "_ M D"]],
+    *,
+    tokens_per_image: int,
+    batch_size: int = 64,
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each record's learned words, given what stands before them: answers with their end token."""
+    encoded = [encode_record(record, tokenizer, tokens_per_image=tokens_per_image) for record in records]
+    rows = [(e.input_ids, e.labels) for e in encoded]
+    scores = token_nll(model, tokenizer, rows, visual, batch_size=batch_size)
+    return [(float(score.sum()), len(score)) for score in scores]
+
+
+def text_windows(ids: list[int], *, window: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a document into rows that score each token but the first exactly once.
+
+    Row k reads tokens k * window ... (k + 1) * window and scores all but its first, which row k - 1 has scored.
+    """
+    rows = []
+    for start in range(0, len(ids) - 1, window):
+        piece = ids[start : start + window + 1]
+        rows.append((piece, [IGNORE_INDEX, *piece[1:]]))
+    return rows
+
+
+def text_perplexity(
+    model: VLM, tokenizer: Tokenizer, texts: Sequence[str], *, window: int = 256, batch_size: int = 16
+) -> dict[str, float]:
+    """Perplexity of documents in fixed, not overlapping windows; a token sees at most `window` tokens before it.
+
+    Returns:
+        perplexity: exp of the mean NLL of a token, over all tokens of all documents (their end token counts, their
+            first has nothing before it and does not).
+        bits_per_byte: the same sum over the UTF-8 bytes it stands for: comparable between tokenizers.
+        num_tokens: how many were scored.
+
+    Raises:
+        ValueError: window is not positive, or there is no token to score.
+    """
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1 token")
+    rows, num_bytes = [], 0
+    for text in texts:
+        parts = [{"type": "text", "text": text}]
+        ids = encode_record({"document": parts}, tokenizer, tokens_per_image=0).input_ids
+        rows += text_windows(ids, window=window)
+        unscored = tokenizer.hf.decode(ids[:1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        num_bytes += len(text.encode()) - len(unscored.encode())
+    scores = token_nll(model, tokenizer, rows, [torch.zeros(0, 0, 0)] * len(rows), batch_size=batch_size)
+    nats, num_tokens = sum(float(score.sum()) for score in scores), sum(map(len, scores))
+    if not num_tokens:
+        raise ValueError(f"{len(texts)} texts hold no token to score")
+    return {
+        "perplexity": math.exp(nats / num_tokens),
+        "bits_per_byte": nats / math.log(2) / num_bytes if num_bytes > 0 else math.nan,
+        "num_tokens": num_tokens,
+    }

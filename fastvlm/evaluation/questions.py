@@ -1,0 +1,144 @@
+"""Questions of an evaluation split, and what is taken from them to see whether a model looks at the image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fastvlm.data.index import SourceIndex
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.transforms import decode_image
+from fastvlm.evaluation.metrics import majority_answer, normalise_answer
+
+
+@dataclass
+class Question:
+    """One question with its reference answer; `images` are as the model takes them, in the order of their slots."""
+
+    key: str
+    source: str
+    type: str
+    messages: list[dict]  # up to the assistant's turn
+    answer: str
+    images: list[Tensor] = field(default_factory=list)  # uint8 (3, H, W)
+    image_ids: tuple[str, ...] = ()  # digests of the files: equal files are encoded once and never swapped
+
+    @property
+    def prompt(self) -> dict:
+        """The record that asks."""
+        return {"messages": self.messages}
+
+    @property
+    def answered(self) -> dict:
+        """The record with its reference answer."""
+        return {"messages": [*self.messages, {"role": "assistant", "content": self.answer}]}
+
+    @property
+    def text(self) -> str:
+        """What was said before the answer, images shown as `<image>`."""
+        return "\n".join(plain_text(message["content"]) for message in self.messages)
+
+
+def plain_text(content: str | list[dict]) -> str:
+    """Text of a message or document, images shown as `<image>`."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else "<image>" for part in content)
+
+
+def without_images(record: dict) -> dict:
+    """The same conversation with every image slot taken out: what a model without eyes is asked."""
+    messages = []
+    for message in record["messages"]:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [part for part in content if part["type"] != "image"]
+        messages.append({**message, "content": content})
+    return {**record, "messages": messages}
+
+
+def read_questions(index: SourceIndex, *, source: str, limit: int | None, image_size: int) -> list[Question]:
+    """The first `limit` questions of every type, in the order of the index (None: all).
+
+    Raises:
+        ValueError: a record is not one question and one answer.
+    """
+    types, faults = index.types.to_pylist(), index.faults.to_pylist()
+    taken: dict[str, int] = defaultdict(int)
+    questions = []
+    reader = ShardReader()
+    for row in range(index.num_samples):
+        kind = types[row] or source
+        if faults[row] or (limit is not None and taken[kind] >= limit):
+            continue
+        raw = index.read(row, reader)
+        messages = raw.record.get("messages", ())
+        roles = [message["role"] for message in messages]
+        if not roles or roles[-1] != "assistant" or roles.count("assistant") != 1:
+            raise ValueError(
+                f"{index.folder}: {raw.key} of split {index.split} is not one question with one answer, "
+                "which is what a short-answer task scores"
+            )
+        taken[kind] += 1
+        questions.append(
+            Question(
+                key=raw.key,
+                source=source,
+                type=kind,
+                messages=messages[:-1],
+                answer=plain_text(messages[-1]["content"]),
+                images=[decode_image(image, image_size=image_size) for image in raw.images],
+                image_ids=tuple(hashlib.sha256(image).hexdigest() for image in raw.images),
+            )
+        )
+    reader.close()
+    return questions
+
+
+def count_majorities(index: SourceIndex, *, source: str, limit: int = 4000) -> dict[str, str]:
+    """The most frequent answer to every type of question, over `limit` training records spread evenly."""
+    answers: dict[str, list[str]] = defaultdict(list)
+    faults = index.faults.to_pylist()
+    reader = ShardReader()
+    for row in np.unique(np.linspace(0, index.num_samples - 1, min(limit, index.num_samples)).astype(int)):
+        if faults[row]:
+            continue
+        record = index.read(row, reader).record
+        turns = [m["content"] for m in record.get("messages", ()) if m["role"] == "assistant"]
+        meta = record.get("meta") or {}
+        kinds = meta.get("types") or [meta.get("type") or source] * len(turns)
+        for kind, turn in zip(kinds, turns):
+            answers[kind].append(plain_text(turn))
+    reader.close()
+    return {kind: majority_answer(given) for kind, given in answers.items()}
+
+
+def swap_partners(questions: Sequence[Question]) -> list[int | None]:
+    """Whose images each question gets when images are swapped; always the same ones, None where nothing fits.
+
+    A partner shows as many images and other ones. Preferred, in this order: the same type and another answer; the same
+    type; another type. Within a preference it is the next one in the list, cyclically, so partners differ.
+    """
+    partners: list[int | None] = []
+    n = len(questions)
+    for i, mine in enumerate(questions):
+        best, best_rank = None, 3
+        for step in range(1, n):
+            j = (i + step) % n
+            other = questions[j]
+            if not mine.image_ids or len(other.image_ids) != len(mine.image_ids) or other.image_ids == mine.image_ids:
+                continue
+            same_type = other.type == mine.type and other.source == mine.source
+            same_answer = normalise_answer(other.answer) == normalise_answer(mine.answer)
+            rank = 2 - same_type * (2 - same_answer)
+            if rank < best_rank:
+                best, best_rank = j, rank
+            if rank == 0:
+                break
+        partners.append(best)
+    return partners

@@ -1,0 +1,62 @@
+"""One answer while it is being written: its tokens, its text, and whether it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastvlm.tokens import Tokenizer
+
+UNFINISHED_CHARACTER = "\ufffd"  # what a tokenizer makes of a character whose last bytes are still to come
+
+
+class Answer:
+    """Collects tokens until the model ends, a stop string appears or the length is reached.
+
+    Args:
+        stop_ids: tokens that end the answer and are no part of it.
+        stop: strings that end it; the text ends before the first of them.
+        max_new_tokens: bound of its length in tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, stop_ids: frozenset[int], stop: Sequence[str], max_new_tokens: int):
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.stop = tuple(s for s in stop if s)
+        self.max_new_tokens = max_new_tokens
+        self.token_ids: list[int] = []
+        self.finish_reason = "" if max_new_tokens > 0 else "length"
+
+    def add(self, token: int) -> None:
+        """Take the next token; without effect once the answer has ended."""
+        if self.finish_reason:
+            return
+        if token in self.stop_ids:
+            self.finish_reason = "end"
+            return
+        self.token_ids.append(token)
+        if self.stop and self._stop_position(text := self._decoded()) < len(text):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+    def text(self) -> str:
+        """The text so far, up to a stop string, without outer space."""
+        text = self._decoded()
+        return text[: self._stop_position(text)].strip()
+
+    def settled_text(self) -> str:
+        """The part of `text()` that no further token can change: what may be shown already."""
+        text = self._decoded()
+        text = text[: self._stop_position(text)].lstrip().rstrip(UNFINISHED_CHARACTER)
+        # The end could be the beginning of a stop string ...
+        held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        # ... and space at the end is cut unless words follow.
+        return text[: len(text) - held].rstrip()
+
+    def _decoded(self) -> str:
+        # Not Tokenizer.decode: it strips, and a stop string may well be a line break.
+        return self.tokenizer.hf.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _stop_position(self, text: str) -> int:
+        """Where the first stop string begins; the text's length without one."""
+        return min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))

@@ -1,0 +1,58 @@
+"""From the logits of the next token to the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
+    """Logits with -inf on all but the k most probable tokens, and on all beyond the nucleus of mass p.
+
+    The nucleus is the smallest set of most probable tokens whose probability reaches top_p (Holtzman et al. 2020,
+    section 3.1), among what top_k left; the most probable token always stays. top_k = 0 and top_p = 1 keep everything.
+
+    Raises:
+        ValueError: top_k is negative or top_p is not in (0, 1].
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} is negative; 0 keeps every token")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not in (0, 1]; 1 keeps every token")
+    if 0 < top_k < logits.shape[-1]:
+        kept = logits.topk(top_k, dim=-1)
+        # By index, not by threshold: of equal logits at the border exactly k stay.
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
+        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
+    return logits
+
+
+def choose_tokens(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generators: Sequence[torch.Generator] = (),
+) -> Int[Tensor, "B"]:
+    """The next token of every row: the most probable one at temperature 0, else a draw from the row's own generator.
+
+    Raises:
+        ValueError: a negative temperature, or see `keep_probable`.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
+    kept = keep_probable(logits, top_k=top_k, top_p=top_p)
+    if temperature == 0:
+        return kept.argmax(dim=-1)
+    # Draws are made on the CPU, row by row: the same seed gives the same answer whatever the device and the neighbours.
+    probabilities = (kept.float() / temperature).softmax(dim=-1).cpu()
+    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
+    return torch.cat(draws).to(logits.device)

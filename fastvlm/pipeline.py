@@ -1,0 +1,414 @@
+"""Run a chain of stages: find what is finished, resume what was interrupted, train what is new, then evaluate."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import build_model, build_tokenizer, instantiate, seed_of
+from fastvlm.callbacks.freezing import StageFreezing
+from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
+from fastvlm.config import ROOT
+from fastvlm.hardware import Hardware
+
+# What only tells where and how fast: never part of a stage's or a run's identity.
+INCIDENTAL = ("name", "paths", "hardware", "logger", "overwrite", "log_every", "checkpoint_every", "num_samples", "image_size")
+# The code that decides a trained weight.
+CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the source that determines what a stage learns; documents and reports may change freely."""
+    package = ROOT / "fastvlm"
+    files = sorted(f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py")))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if dirty else "")
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def say(message: str) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+@contextmanager
+def only_one(folder: Path):
+    """Two cells that share a stage train it once: the second waits here and then finds it finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another run that is training {folder.name}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class Pipeline:
+    """A configuration, made real: `run()` trains what is not trained yet and evaluates the result.
+
+    `lineage` says for every part where its weights come from; a stage's hash covers its own configuration, its data,
+    its code and the lineage of the parts it computes with, and nothing else. So a stage that only reads text is shared
+    by runs with different encoders.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        self.hardware: Hardware = instantiate(config.hardware, key="hardware")
+        self.runs = Path(config.paths.runs).resolve()
+        self.run_dir = self.runs / config.name
+        self.resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+
+    def claim_run_dir(self) -> None:
+        """Take the run directory, or refuse one that holds another configuration.
+
+        Raises:
+            ValueError: naming the first keys that differ.
+        """
+        path = self.run_dir / "config.yaml"
+        if path.exists() and not self.config.overwrite:
+            theirs = OmegaConf.to_container(OmegaConf.load(path))
+            differ = [d for d in differences(theirs, self.resolved) if d.split(".")[0].split(":")[0] not in INCIDENTAL]
+            if differ:
+                raise ValueError(
+                    f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
+                    f"{f' and {len(differ) - 3} more' if len(differ) > 3 else ''}); choose name=<another> or overwrite=true"
+                )
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        # What stands in the run directory is true of this command from here on.
+        (self.run_dir / "lineage.json").unlink(missing_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(OmegaConf.to_yaml(OmegaConf.create(self.resolved)))
+        beside.replace(path)
+        latest = self.runs / "latest"
+        beside = self.runs / f".latest.{os.getpid()}"
+        beside.symlink_to(self.run_dir.relative_to(self.runs), target_is_directory=True)
+        beside.replace(latest)
+
+    def run(self) -> dict:
+        """Returns the run's results (also in results.json): metrics, table, seconds a stage."""
+        import torch
+
+        self.hardware.apply()
+        start = time.time()
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if first:
+            self.claim_run_dir()
+        self.tokenizer = build_tokenizer(self.config)
+        self.model = build_model(self.config, self.tokenizer)
+        self.initial = {n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts}
+        self.lineage: dict[str, str] = {}
+        self.folders: dict[str, Path] = {}
+        say(self.summary())
+        tracking = instantiate(self.config.logger, key="logger") if first else None
+        run_id = None
+        if tracking:
+            tags = {"commit": commit(), "seed": str(self.config.seed), "config": hash_of(self.identity())}
+            run_id = tracking.pipeline_run(self.config.name, tags=tags, config=self.resolved)
+        status, stages = "FAILED", []
+        try:
+            for name, stage in self.config.stages.items():
+                stages.append(self.run_stage(name, stage, tracking, run_id))
+            results = {"metrics": {}, "seconds": {s["name"]: s["seconds"] for s in stages}}
+            if first:
+                folders = {part: str(folder) for part, folder in self.folders.items()}
+                write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
+                self.model.to(self.hardware.device).eval()
+                torch.manual_seed(self.config.seed)
+                results = self.evaluate(results, stages)
+                results["seconds"]["total"] = time.time() - start
+                write_json(self.run_dir / "results.json", results)
+                report = self.report(results, stages)
+                if tracking:
+                    tracking.log_metrics(run_id, results["metrics"], step=0)
+                    tracking.log_artifact(run_id, report)
+                    tracking.log_artifact(run_id, self.run_dir / "config.yaml")
+                say(f"report: {report}")
+            status = "FINISHED"
+            return results
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            if tracking:
+                tracking.finish(run_id, status)
+
+    def identity(self) -> dict:
+        return {k: v for k, v in self.resolved.items() if k not in INCIDENTAL}
+
+    def summary(self) -> str:
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts.items()}
+        parts = ", ".join(f"{name} {type(self.model.parts[name]).__name__} {n / 1e6:.2f}M" for name, n in counts.items())
+        hw = self.hardware
+        return (
+            f"run      {self.run_dir}\nmodel    {parts} = {sum(counts.values()) / 1e6:.2f}M parameters\n"
+            f"stages   {' -> '.join(self.config.stages)}\n"
+            f"hardware {hw.num_ranks} x {hw.accelerator}, {hw.precision}, {hw.threads} threads, {hw.num_workers} loader workers"
+        )
+
+    def data(self, name: str, stage: DictConfig):
+        from fastvlm.data.datamodule import MixtureDataModule
+
+        sources = {
+            key: instantiate(source, key=f"stages.{name}.mixture.sources.{key}")
+            for key, source in stage.mixture.sources.items()
+        }
+        mixture = {k: v for k, v in stage.mixture.items() if k != "sources"}
+        mixture = instantiate(mixture, key=f"stages.{name}.mixture", sources=sources)
+        return MixtureDataModule(
+            mixture,
+            tokenizer=self.tokenizer,
+            image_size=stage.image_size,
+            tokens_per_image=self.model.num_visual_tokens(stage.image_size),
+            batch_size=stage.batch_size,
+            max_tokens=stage.max_tokens,
+            max_images=stage.max_images,
+            packing=stage.packing,
+            num_steps=stage.steps,
+            epochs=stage.epochs,
+            accumulate=self.hardware.accumulate,
+            seed=seed_of(self.config.seed, name),
+            num_workers=self.hardware.num_workers,
+            val_samples=stage.val_samples,
+        )
+
+    def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:
+        """Train one stage, or find it trained; either way the model holds its handoff afterwards."""
+        begun = time.time()
+        data = self.data(name, config)
+        data.setup("fit")
+        stage_config = OmegaConf.to_container(config, resolve=True)
+        stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
+        identity = {
+            "stage": name,
+            "config": stage_config,
+            "data": data.plan.fingerprint,
+            "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
+            "precision": self.hardware.precision,
+            "seed": self.config.seed,
+            "code": code_hash(),
+        }
+        key = hash_of(identity)
+        folder = self.runs / "stages" / f"{name}-{key[:12]}"
+        with only_one(folder):
+            manifest = read_manifest(folder / "handoff")
+            found = manifest is not None
+            if found:
+                say(f"\n{name}: finished before ({folder.name})")
+            else:
+                self.train(name, config, data, folder, key, identity, tracking, run_id)
+                manifest = read_manifest(folder / "handoff")
+        for part in manifest["components"]:
+            load_component(self.model.parts[part], part, folder / "handoff", manifest, tokenizer=self.tokenizer.fingerprint)
+            self.lineage[part], self.folders[part] = key, folder / "handoff"
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            links = self.run_dir / "stages"
+            links.mkdir(exist_ok=True)
+            link = links / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
+        return {"name": name, "dir": folder, "seconds": time.time() - begun, "found": found, "metrics": manifest["metrics"]}
+
+    def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
+        import lightning as L
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        from fastvlm.callbacks.metrics import Metrics
+        from fastvlm.callbacks.progress import Progress
+        from fastvlm.callbacks.provenance import Provenance
+        from fastvlm.callbacks.samples import Samples
+
+        quiet_lightning()
+        steps = data.plan.num_steps
+        stage = instantiate(
+            config.objective,
+            key=f"stages.{name}.objective",
+            model=self.model,
+            name=name,
+            num_steps=steps,
+            optimizer=instantiate(config.optimizer, key=f"stages.{name}.optimizer"),
+            warmup_steps=config.warmup_steps,
+            decay=config.decay,
+            final=config.final,
+            seed=self.config.seed,
+        )
+        plain = OmegaConf.to_container(config, resolve=True)
+        freezing = StageFreezing(
+            plain["trainable"],
+            path=folder / "freezing.json",
+            last_layers=plain["last_layers"],
+            lora=plain["lora"],
+            name=name,
+        )
+        parents = {p: {"hash": self.lineage[p], "folder": str(self.folders[p])} for p in config.parts if p in self.lineage}
+        manifest = {
+            "stage": name,
+            "hash": key,
+            "parent": parents,
+            "config_hash": hash_of(identity["config"]),
+            "config": identity["config"],
+            "identity": identity,
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": self.tokenizer.template.name,
+            "commit": commit(),
+            "steps": steps,
+        }
+        handoff = StageHandoff(folder / "handoff", manifest=manifest, before=freezing.merge)
+        checkpoints = ModelCheckpoint(
+            dirpath=folder,
+            filename="{step}",
+            every_n_train_steps=self.config.checkpoint_every,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        logger = tracking.stage_logger(name, parent=run_id, tags={"stage": name, "hash": key}, folder=folder) if first else None
+        callbacks = [
+            freezing,
+            Metrics(every=self.config.log_every, path=folder / "metrics.jsonl"),
+            Progress(every=self.config.log_every),
+            Provenance(
+                folder / "provenance.json", config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}, root=ROOT
+            ),
+            checkpoints,
+            handoff,
+        ]
+        if self.config.num_samples and "llm" in config.parts:
+            callbacks.insert(3, Samples(self.config.num_samples, folder=folder, generate=self.generator(config)))
+        trainer = L.Trainer(
+            **self.hardware.trainer(),
+            default_root_dir=str(folder),
+            max_epochs=1,
+            max_steps=steps,
+            gradient_clip_val=config.clip,
+            val_check_interval=validation_interval(config.validate_every, steps) * self.hardware.accumulate,
+            num_sanity_val_steps=0,
+            logger=logger or False,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=10**9,  # the Metrics callback logs
+            use_distributed_sampler=False,  # the plan already gives every rank its rows
+            benchmark=True,
+        )
+        resume = newest_checkpoint(folder)
+        loaded = ", ".join(f"{p} <- {Path(self.folders[p]).parent.name}" for p in config.parts if p in self.folders)
+        new = ", ".join(p for p in config.parts if p not in self.folders)
+        learns = ", ".join(f"{p} {r:g}" for p, r in plain["trainable"].items() if r is not None)
+        extras = [f"LoRA r={plain['lora']['r']} {plain['lora']['lr']:g}"] if plain["lora"] else []
+        extras += [f"last {plain['last_layers']['num']} layers {plain['last_layers']['lr']:g}"] if plain["last_layers"] else []
+        say(
+            f"\n{name}: {steps} steps x {config.batch_size} rows"
+            f"{f', {config.image_size} px' if data.plan.num_images else ''}; learns {', '.join(filter(None, [learns, *extras]))}"
+            f"\n  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}" + (f"\n  going on from {resume.name}" if resume else "")
+        )
+        for line in data.plan.notes():
+            say(f"  {line}")
+        status = "FAILED"
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=False if resume else None)
+            if trainer.interrupted or trainer.global_step < steps:
+                raise KeyboardInterrupt
+            status = "FINISHED"
+        finally:
+            if first and tracking:
+                tracking.finish_stage(logger, status)
+        say("\n".join("  " + line for line in freezing.table().splitlines()))
+        if first:
+            write_json(folder / "shares.json", data.plan.report())
+            for old in folder.glob("step=*.ckpt"):
+                old.unlink()
+
+    def generator(self, stage: DictConfig):
+        from fastvlm.inference.engine import Engine
+
+        def generate(model, records, images):
+            engine = Engine(model, self.tokenizer, image_size=stage.image_size, device=self.hardware.device)
+            return [g.text for g in engine.generate(records, images)]
+
+        return generate
+
+    def evaluate(self, results: dict, stages: list[dict]) -> dict:
+        if self.config.task is None:
+            return results
+        say("\nevaluating on held-out samples")
+        begun = time.time()
+        task = build_task(self.config.task)
+        size = list(self.config.stages.values())[-1].image_size
+        outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
+        before = next((s["metrics"].get("text_perplexity") for s in stages if s["name"] == "base"), None)
+        results |= outcome
+        if before is not None and "text_perplexity" in outcome:
+            results["text_perplexity"] = {"before": before, "after": outcome["text_perplexity"]["after"]}
+        results["seconds"]["evaluation"] = time.time() - begun
+        say(task.render(results))
+        return results
+
+    def report(self, results: dict, stages: list[dict]) -> Path:
+        from fastvlm.report import write_report
+
+        return write_report(self.run_dir, title=self.config.name, stages=stages, results=results)
+
+
+def build_task(config: DictConfig):
+    sources = {k: instantiate(v, key=f"task.sources.{k}") for k, v in config.get("sources", {}).items()}
+    return instantiate({k: v for k, v in config.items() if k != "sources"}, key="task", sources=sources)
+
+
+def validation_interval(every: int | None, steps: int) -> int:
+    return min(every or steps, steps)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    found = sorted(folder.glob("step=*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))
+    return found[-1] if found else None
+
+
+def differences(theirs: Any, ours: Any, prefix: str = ""):
+    """Dotted keys at which two plain configurations differ, with both values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted({*theirs, *ours}, key=str):
+            yield from differences(theirs.get(key), ours.get(key), f"{prefix}{key}.")
+    elif theirs != ours:
+        yield f"{prefix[:-1]}: {theirs} there, {ours} here"
+
+
+def quiet_lightning() -> None:
+    """Lightning's advice about workers and loggers is not for a user of this program."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,6 @@
+from fastvlm.stages.contrastive import ContrastiveStage
+from fastvlm.stages.dense_labels import DenseLabelStage
+from fastvlm.stages.language import LanguageStage
+from fastvlm.stages.stage import Stage
+
+__all__ = ["ContrastiveStage", "DenseLabelStage", "LanguageStage", "Stage"]

@@ -1,0 +1,62 @@
+"""CLIP's objective: an image and its caption agree, and disagree with the rest of the batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvlm.batch import Batch
+from fastvlm.stages.stage import Stage
+
+
+class ContrastiveStage(Stage):
+    """`open_clip`'s ClipLoss between mean-pooled patches and the language model's mean hidden state of the caption.
+
+    Every row must hold one image and its text (`packing: false`). The two projections and the temperature are not
+    handed on. Source: Radford et al., arXiv:2103.00020; `open_clip.loss.ClipLoss`.
+
+    Args:
+        dim: width of the shared space.
+        gather: let every rank see all ranks' images and captions, with gradients.
+    """
+
+    def __init__(self, model: nn.Module, *, dim: int = 128, gather: bool = True, **stage):
+        super().__init__(model, **stage)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.image_projection = nn.Linear(model.encoder.out_dim, dim, bias=False)
+            self.text_projection = nn.Linear(model.llm.dim, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.gather = gather
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        from open_clip.loss import ClipLoss
+
+        rows = len(batch.input_ids)
+        slots = (batch.input_ids == self.model.image_token_id).any(1)
+        if batch.num_images != rows or int(batch.segment_ids.max()) > 1 or not bool(slots.all()):
+            raise ValueError(
+                f"stage {self.name} needs one image and one caption a row, but got {batch.num_images} images in {rows} rows; "
+                "set packing=false and choose a mixture of captions"
+            )
+        image = self.image_projection(self.model.encode_patches(batch.pixel_values).mean(1))
+        # The caption alone: image slots are masked out like padding, else the text tower could look.
+        text_mask = (batch.segment_ids > 0) & (batch.input_ids != self.model.image_token_id)
+        ids = batch.input_ids.masked_fill(~text_mask, 0)
+        hidden = self.model.llm.hidden(self.model.llm.embed(ids), batch.position_ids, text_mask.long())
+        text = self.text_projection((hidden * text_mask[..., None]).sum(1) / text_mask.sum(1, keepdim=True))
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        world = self.trainer.world_size if self._trainer is not None else 1
+        loss = ClipLoss(
+            local_loss=True, gather_with_grad=True, rank=self.global_rank if world > 1 else 0, world_size=world
+        )(image, text, self.logit_scale.exp().clamp(max=100))
+        with torch.no_grad():
+            found = ((image @ text.T).argmax(1) == torch.arange(rows, device=image.device)).float().mean()
+        denominator = loss.new_ones(())
+        if self._trainer is not None:
+            denominator = denominator * world * self.trainer.accumulate_grad_batches
+        losses = loss.detach().expand(rows)
+        return loss, denominator, losses, {"source": batch.source_ids[:, 0], "retrieval": found}

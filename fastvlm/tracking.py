@@ -1,0 +1,329 @@
+"""Where runs are recorded: an MLflow store on SQLite, or nothing.
+
+A pipeline is one MLflow run and every stage a run nested below it. Nothing here talks to the network unless the store
+itself is a server, and MLflow (seconds to import) is loaded when the first run starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PARENT_TAG = "mlflow.parentRunId"
+MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
+
+
+def import_mlflow():
+    """MLflow without its usage telemetry and without its and Alembic's start-up chatter."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # The asynchronous queue then writes one transaction a second instead of one per call: a SQLite commit costs 25 ms,
+    # and a finished run does not wait for hundreds of them.
+    os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+def absolute_uri(uri: str) -> str:
+    """`sqlite:///relative.db` with its path made absolute: MLflow would resolve it again wherever it is opened."""
+    if not uri.startswith("sqlite:///"):
+        return uri
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
+
+
+def prepare_store(uri: str) -> str:
+    """Create the SQLite store, or bring its schema up to date, once; return its absolute address.
+
+    Several processes may call this at the same moment: MLflow migrates a fresh database without a lock, and all but
+    one of them would fail ("duplicate column name"). An older database is copied beside itself before it is migrated.
+
+    Raises:
+        ValueError: the database was written by a newer MLflow.
+    """
+    if not uri.startswith("sqlite:///"):
+        return uri
+    uri = absolute_uri(uri)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock
+
+    with FileLock(f"{database}.lock", timeout=300):
+        import_mlflow()
+        from mlflow.exceptions import MlflowException
+        from mlflow.store.db import utils
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        # MLflow answers a *first* store that finds missing tables with migrations from nothing, which fail halfway on
+        # an older database; so it is upgraded before a store is opened.
+        if database.exists() and database.stat().st_size:
+            engine = utils.create_sqlalchemy_engine_with_retry(uri)
+            found, latest = utils._get_schema_version(engine), utils._get_latest_schema_revision()
+            if found is not None and found != latest:
+                shutil.copy2(database, f"{database}.before-{latest}")
+                try:
+                    utils._upgrade_db(engine)
+                except Exception as error:
+                    raise ValueError(
+                        f"{database}: its schema {found} is unknown to this MLflow ({str(error).splitlines()[0][:100]}); "
+                        "update mlflow, or choose another logger.uri"
+                    ) from None
+            engine.dispose()
+        try:
+            # The artifact root is that of MLflow's own "Default" experiment; left out it would be the current folder.
+            SqlAlchemyStore(uri, str(artifact_root(uri)))
+        except MlflowException as error:
+            raise ValueError(
+                f"{database} is not a usable MLflow store ({str(error).splitlines()[0][:100]}); choose another logger.uri"
+            ) from None
+    return uri
+
+
+def artifact_root(uri: str) -> Path | None:
+    """Folder of the artifacts: beside the database. None leaves it to the server."""
+    return Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
+
+
+def experiment_id(client, name: str, uri: str) -> str:
+    """Id of the experiment, created (or brought back) when it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        root = artifact_root(uri)
+        try:
+            return client.create_experiment(name, artifact_location=(root / name).as_uri() if root else None)
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def start_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    *,
+    parent_id: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+    run_id: str | None = None,
+) -> str:
+    """Start a run, or set the given one back to RUNNING when it still exists; return its id."""
+    import_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(absolute_uri(uri))
+    tags = {key: str(value) for key, value in (tags or {}).items()}
+    if parent_id:
+        tags[PARENT_TAG] = parent_id
+    if run_id is not None:
+        try:
+            if client.get_run(run_id).info.lifecycle_stage == "active":
+                client.update_run(run_id, status="RUNNING")
+                for key, value in tags.items():
+                    client.set_tag(run_id, key, value)
+                return run_id
+        except MlflowException:
+            pass  # the store was deleted or moved since; a new run takes over
+    tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL", **tags}
+    run = client.create_run(experiment_id(client, experiment, absolute_uri(uri)), run_name=name, tags=tags)
+    return run.info.run_id
+
+
+def find_run(uri: str, experiment: str, *, tags: Mapping[str, Any]) -> str | None:
+    """The latest run of the experiment that carries all these tags."""
+    import_mlflow()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(absolute_uri(uri))
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    runs = client.search_runs([found.experiment_id], query, order_by=["attributes.start_time DESC"], max_results=1)
+    return runs[0].info.run_id if runs else None
+
+
+def flatten(config: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a/b": 1}`; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, prefix=name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def log_params(uri: str, run_id: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Log the flattened configuration; return and tag what differs from what the run already has.
+
+    MLflow's params are written once: a second value raises. A resumed run may well have another number of workers, so
+    the first value stays and the tag `params.changed` says what it is now.
+    """
+    import_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.entities import Param
+
+    client = MlflowClient(absolute_uri(uri))
+    known = client.get_run(run_id).data.params
+    wanted = {key: str(value)[:MAX_PARAM_CHARS] for key, value in flatten(config).items()}
+    client.log_batch(run_id, params=[Param(key, value) for key, value in wanted.items() if key not in known])
+    changed = {key: value for key, value in wanted.items() if known.get(key, value) != value}
+    if changed:
+        text = "; ".join(f"{key}: {known[key]} -> {value}" for key, value in sorted(changed.items()))
+        client.set_tag(run_id, "params.changed", text[:5000])
+    return changed
+
+
+def make_logger(uri: str, experiment: str, *, run_id: str):
+    """Lightning's MLFlowLogger on a run that exists: asynchronous, without model copies, indifferent to drift.
+
+    Besides Lightning's methods it has what the callbacks use: `set_tags(dict)` and `log_file(path, folder)`.
+    """
+    import_mlflow()
+    from lightning.pytorch.loggers import MLFlowLogger
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    class StageLogger(MLFlowLogger):
+        @rank_zero_only
+        def log_hyperparams(self, params: Any) -> None:
+            log_params(self._tracking_uri, self.run_id, params if isinstance(params, Mapping) else vars(params))
+
+        @rank_zero_only
+        def set_tags(self, tags: Mapping[str, Any]) -> None:
+            for key, value in tags.items():
+                self.experiment.set_tag(self.run_id, key, str(value)[:5000])
+
+        @rank_zero_only
+        def log_file(self, path: str | Path, folder: str | None = None) -> None:
+            self.experiment.log_artifact(self.run_id, str(path), folder)
+
+    uri = absolute_uri(uri)
+    root = artifact_root(uri)
+    return StageLogger(
+        experiment_name=experiment,
+        tracking_uri=uri,
+        artifact_location=(root / experiment).as_uri() if root else None,
+        run_id=run_id,
+        synchronous=False,
+        log_model=False,
+    )
+
+
+def finish(uri: str, run_id: str, status: str = "FINISHED") -> None:
+    """Write what is still queued, then end the run as FINISHED, FAILED or KILLED."""
+    import_mlflow()
+    from mlflow import MlflowClient
+
+    # Stores are cached by address inside MLflow, so this drains the queue of every logger on the same store.
+    MlflowClient(absolute_uri(uri)).set_terminated(run_id, status)
+
+
+class MLflowTracking:
+    """Records pipelines and stages in one MLflow store.
+
+    Args:
+        uri: `sqlite:///path/to.db` (made absolute; the artifacts stand beside it) or the address of a server.
+        experiment: MLflow experiment of all runs.
+    """
+
+    def __init__(self, uri: str, *, experiment: str = "fastvlm"):
+        self.uri, self.experiment = absolute_uri(uri), experiment
+        self._ready = False
+
+    def prepare(self) -> None:
+        """Create or upgrade the store; done by the first run, and worth doing once before a sweep starts its jobs."""
+        if not self._ready:
+            prepare_store(self.uri)
+            self._ready = True
+
+    def pipeline_run(
+        self,
+        name: str,
+        tags: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+        parent: str | None = None,
+    ) -> str:
+        """Start (or, given its id, continue) the run of a pipeline; `parent` is the study it belongs to."""
+        self.prepare()
+        run_id = start_run(self.uri, self.experiment, name, parent_id=parent, tags=tags, run_id=run_id)
+        if config:
+            log_params(self.uri, run_id, config)
+        return run_id
+
+    def stage_logger(
+        self,
+        stage_name: str,
+        parent: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+    ):
+        """A Lightning logger on a new (or, given its id, continued) run nested below `parent`."""
+        self.prepare()
+        run_id = start_run(self.uri, self.experiment, stage_name, parent_id=parent, tags=tags, run_id=run_id)
+        return make_logger(self.uri, self.experiment, run_id=run_id)
+
+    def find_run(self, tags: Mapping[str, Any]) -> str | None:
+        """Id of the latest run with these tags, such as that of an interrupted stage with the same hash."""
+        self.prepare()
+        return find_run(self.uri, self.experiment, tags=tags)
+
+    def log_artifact(self, run_id: str, path: str | Path, *, folder: str | None = None) -> None:
+        import_mlflow()
+        from mlflow import MlflowClient
+
+        MlflowClient(self.uri).log_artifact(run_id, str(path), folder)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        import_mlflow()
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        MlflowClient(self.uri).log_batch(run_id, metrics=[Metric(k, float(v), now, step) for k, v in metrics.items()])
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        finish(self.uri, run_id, status)
+
+
+class NoTracking:
+    """Records nothing; metrics.jsonl and the report are written all the same."""
+
+    def prepare(self) -> None:
+        pass
+
+    def pipeline_run(self, name, tags=None, config=None, *, run_id=None, parent=None) -> None:
+        return None
+
+    def stage_logger(self, stage_name, parent=None, tags=None, *, run_id=None) -> None:
+        return None
+
+    def find_run(self, tags) -> None:
+        return None
+
+    def log_artifact(self, run_id, path, *, folder=None) -> None:
+        pass
+
+    def log_metrics(self, run_id, metrics, step=0) -> None:
+        pass
+
+    def finish(self, run_id, status="FINISHED") -> None:
+        pass
