@@ -23,7 +23,7 @@ def evaluate(config):
     write_json(out / "results.json", results)
     print(task.render(results))
     print(f"results: {out / 'results.json'}")
-    return results["metrics"].get("test/mean")
+    return results["metrics"].get("test/exact_match/mean")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fastvlm.config import command
 def train(config):
     from fastvlm.pipeline import Pipeline
 
-    return Pipeline(config).run()["metrics"].get("test/mean")
+    return Pipeline(config).run()["metrics"].get("test/exact_match/mean")
 
 
 if __name__ == "__main__":

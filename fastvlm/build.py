@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,29 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
         key: where the configuration stands, for messages (`encoder`, `stages.align.objective`).
         extra: arguments the configuration does not know (widths, the model).
     """
-    from hydra.utils import get_object
     from hydra.utils import instantiate as hydra_instantiate
 
     config = OmegaConf.create(config) if isinstance(config, dict) else config
+    if not config.get("_target_"):
+        raise ValueError(f"{key} has no _target_ (the constructor it calls)")
+    parameters = check_call(config, key=key)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        extra = {name: value for name, value in extra.items() if name in parameters}
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {config._target_} cannot do without")
+    return hydra_instantiate(config, _convert_="all", **extra)
+
+
+def check_call(config: DictConfig, *, key: str) -> Mapping[str, inspect.Parameter]:
+    """Refuse what the constructor does not take, here and in every constructor below; returns its parameters."""
+    from hydra.utils import get_object
+
+    for name, value in config.items():
+        if isinstance(value, DictConfig):
+            check_call(value, key=f"{key}.{name}")
     target = config.get("_target_")
     if not target:
-        raise ValueError(f"{key} has no _target_ (the constructor it calls)")
+        return {}
     try:
         constructor = get_object(target)
     except Exception as error:  # noqa: BLE001  whatever importing the user's module raises
@@ -43,10 +60,7 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
                 near = difflib.get_close_matches(str(name), parameters, 1)
                 hint = f"; did you mean {key}.{near[0]}?" if near else f"; it takes {', '.join(parameters)}"
                 raise ValueError(f"unknown key {key}.{name}: {target} has no such argument{hint}")
-        extra = {name: value for name, value in extra.items() if name in parameters}
-    if missing := OmegaConf.missing_keys(config):
-        raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {target} cannot do without")
-    return hydra_instantiate(config, _convert_="all", **extra)
+    return parameters
 
 
 def seed_of(*parts: Any) -> int:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
@@ -232,25 +233,28 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, and we say what they mean
 
     def checked(config: DictConfig):
-        check(config)
-        value = task(config)
+        try:
+            check(config)
+            value = task(config)
+        except ValueError as error:
+            if show_traceback:
+                raise
+            refuse(str(error))
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.argv)}", file=sys.stderr)
+            sys.exit(130)
         if (result := os.environ.get("FASTVLM_CELL_RESULT")) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             Path(result).write_text(json.dumps({"value": value}))
         return value
 
     try:
         hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from here: {' '.join(sys.argv)}", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
-        if show_traceback:
+        if show_traceback or not type(error).__module__.startswith(("hydra", "omegaconf")):
             raise
-        if isinstance(error, ValueError) and not type(error).__module__.startswith(("hydra", "omegaconf")):
-            message = str(error)
-        elif type(error).__module__.startswith(("hydra", "omegaconf")):
-            message = explain(error, config_name)
-        else:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        refuse(explain(error, config_name))
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

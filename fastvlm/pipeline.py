@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class Pipeline:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
+        self.task = build_task(self.config.task) if self.config.task else None
         self.initial = {n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts}
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
@@ -177,14 +178,8 @@ class Pipeline:
     def data(self, name: str, stage: DictConfig):
         from fastvlm.data.datamodule import MixtureDataModule
 
-        sources = {
-            key: instantiate(source, key=f"stages.{name}.mixture.sources.{key}")
-            for key, source in stage.mixture.sources.items()
-        }
-        mixture = {k: v for k, v in stage.mixture.items() if k != "sources"}
-        mixture = instantiate(mixture, key=f"stages.{name}.mixture", sources=sources)
         return MixtureDataModule(
-            mixture,
+            instantiate(stage.mixture, key=f"stages.{name}.mixture"),
             tokenizer=self.tokenizer,
             image_size=stage.image_size,
             tokens_per_image=self.model.num_visual_tokens(stage.image_size),
@@ -235,7 +230,7 @@ class Pipeline:
             link = links / name
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
-        return {"name": name, "dir": folder, "seconds": time.time() - begun, "found": found, "metrics": manifest["metrics"]}
+        return {"name": name, "dir": folder, "seconds": time.time() - begun, "reused": found, "metrics": manifest["metrics"]}
 
     def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
         import lightning as L
@@ -281,7 +276,14 @@ class Pipeline:
             "commit": commit(),
             "steps": steps,
         }
-        handoff = StageHandoff(folder / "handoff", manifest=manifest, before=freezing.merge)
+        metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
+
+        def finish() -> dict[str, float]:
+            freezing.merge()
+            known = {k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))}
+            return known | (self.score_text() if "llm" in config.parts else {})
+
+        handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
         checkpoints = ModelCheckpoint(
             dirpath=folder,
             filename="{step}",
@@ -289,20 +291,22 @@ class Pipeline:
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        logger = tracking.stage_logger(name, parent=run_id, tags={"stage": name, "hash": key}, folder=folder) if first else None
+        resume = newest_checkpoint(folder)
+        logger = None
+        if tracking:
+            tags = {"stage": name, "hash": key}
+            logger = tracking.stage_logger(name, parent=run_id, tags=tags, run_id=tracking.find_run(tags) if resume else None)
         callbacks = [
             freezing,
-            Metrics(every=self.config.log_every, path=folder / "metrics.jsonl"),
-            Progress(every=self.config.log_every),
-            Provenance(
-                folder / "provenance.json", config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}, root=ROOT
-            ),
+            metrics,
+            Progress(),
+            Provenance(config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}),
             checkpoints,
             handoff,
         ]
         if self.config.num_samples and "llm" in config.parts:
-            callbacks.insert(3, Samples(self.config.num_samples, folder=folder, generate=self.generator(config)))
+            records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
+            callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         trainer = L.Trainer(
             **self.hardware.trainer(),
             default_root_dir=str(folder),
@@ -319,7 +323,6 @@ class Pipeline:
             use_distributed_sampler=False,  # the plan already gives every rank its rows
             benchmark=True,
         )
-        resume = newest_checkpoint(folder)
         loaded = ", ".join(f"{p} <- {Path(self.folders[p]).parent.name}" for p in config.parts if p in self.folders)
         new = ", ".join(p for p in config.parts if p not in self.folders)
         learns = ", ".join(f"{p} {r:g}" for p, r in plain["trainable"].items() if r is not None)
@@ -339,10 +342,10 @@ class Pipeline:
                 raise KeyboardInterrupt
             status = "FINISHED"
         finally:
-            if first and tracking:
-                tracking.finish_stage(logger, status)
+            if logger:
+                tracking.finish(logger.run_id, status)
         say("\n".join("  " + line for line in freezing.table().splitlines()))
-        if first:
+        if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
             for old in folder.glob("step=*.ckpt"):
                 old.unlink()
@@ -356,18 +359,25 @@ class Pipeline:
 
         return generate
 
+    def score_text(self) -> dict[str, float]:
+        """Perplexity on the task's held-out text, for every stage's manifest: what the images cost the words."""
+        if self.task is None or getattr(self.task, "text", None) is None:
+            return {}
+        self.model.eval()
+        return {k: float(v) for k, v in self.task.score_text(self.model, self.tokenizer).items()}
+
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
-        if self.config.task is None:
+        if self.task is None:
             return results
         say("\nevaluating on held-out samples")
-        begun = time.time()
-        task = build_task(self.config.task)
+        begun, task = time.time(), self.task
         size = list(self.config.stages.values())[-1].image_size
         outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
-        before = next((s["metrics"].get("text_perplexity") for s in stages if s["name"] == "base"), None)
         results |= outcome
-        if before is not None and "text_perplexity" in outcome:
-            results["text_perplexity"] = {"before": before, "after": outcome["text_perplexity"]["after"]}
+        # Before: the language model as the last text-only stage left it.
+        text_only = [s for s in stages if self.config.stages[s["name"]].parts == ["llm"]]
+        if text_only and "text_perplexity" in outcome:
+            results["text_perplexity"]["before"] = text_only[-1]["metrics"].get("test/text_perplexity")
         results["seconds"]["evaluation"] = time.time() - begun
         say(task.render(results))
         return results
@@ -375,12 +385,28 @@ class Pipeline:
     def report(self, results: dict, stages: list[dict]) -> Path:
         from fastvlm.report import write_report
 
-        return write_report(self.run_dir, title=self.config.name, stages=stages, results=results)
+        return write_report(self.run_dir, title=self.config.name, stages=stages, results=results, config=self.resolved)
 
 
 def build_task(config: DictConfig):
-    sources = {k: instantiate(v, key=f"task.sources.{k}") for k, v in config.get("sources", {}).items()}
-    return instantiate({k: v for k, v in config.items() if k != "sources"}, key="task", sources=sources)
+    return instantiate(config, key="task")
+
+
+def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[tuple[dict, list]]:
+    """Validation samples of a mixture's sources in turn, with their images as the model sees them."""
+    from fastvlm.data.shards import ShardReader
+    from fastvlm.data.transforms import decode_image
+
+    reader, found = ShardReader(), []
+    sources = [s for s in mixture.sources.values() if s.has_split("val")]
+    for source in sources:
+        index = source.load("val", tokenizer)
+        rows = source.select(index)
+        # Spread over the split, whose questions stand type by type.
+        for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
+            raw = index.read(int(row), reader)
+            found.append((raw.record, [decode_image(data, image_size) for data in raw.images]))
+    return found[:num]
 
 
 def validation_interval(every: int | None, steps: int) -> int:

@@ -6,6 +6,7 @@ itself is a server, and MLflow (seconds to import) is loaded when the first run 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -61,19 +62,24 @@ def prepare_store(uri: str) -> str:
         from mlflow.exceptions import MlflowException
         from mlflow.store.db import utils
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+        from sqlalchemy.exc import DatabaseError
 
         # MLflow answers a *first* store that finds missing tables with migrations from nothing, which fail halfway on
         # an older database; so it is upgraded before a store is opened.
         if database.exists() and database.stat().st_size:
             engine = utils.create_sqlalchemy_engine_with_retry(uri)
-            found, latest = utils._get_schema_version(engine), utils._get_latest_schema_revision()
+            try:
+                found, latest = utils._get_schema_version(engine), utils._get_latest_schema_revision()
+            except DatabaseError:
+                raise ValueError(f"{database} is not a SQLite database; choose another logger.uri") from None
             if found is not None and found != latest:
                 shutil.copy2(database, f"{database}.before-{latest}")
                 try:
                     utils._upgrade_db(engine)
                 except Exception as error:
+                    reason = str(error).splitlines()[0][:80]
                     raise ValueError(
-                        f"{database}: its schema {found} is unknown to this MLflow ({str(error).splitlines()[0][:100]}); "
+                        f"{database}: its schema {found} is unknown to this MLflow ({reason}); "
                         "update mlflow, or choose another logger.uri"
                     ) from None
             engine.dispose()
@@ -81,9 +87,8 @@ def prepare_store(uri: str) -> str:
             # The artifact root is that of MLflow's own "Default" experiment; left out it would be the current folder.
             SqlAlchemyStore(uri, str(artifact_root(uri)))
         except MlflowException as error:
-            raise ValueError(
-                f"{database} is not a usable MLflow store ({str(error).splitlines()[0][:100]}); choose another logger.uri"
-            ) from None
+            reason = str(error).splitlines()[0][:100]
+            raise ValueError(f"{database} is not a usable MLflow store ({reason}); choose another logger.uri") from None
     return uri
 
 
@@ -241,7 +246,7 @@ class MLflowTracking:
         experiment: MLflow experiment of all runs.
     """
 
-    def __init__(self, uri: str, *, experiment: str = "fastvlm"):
+    def __init__(self, uri: str, *, experiment: str):
         self.uri, self.experiment = absolute_uri(uri), experiment
         self._ready = False
 
@@ -273,11 +278,23 @@ class MLflowTracking:
         parent: str | None = None,
         tags: Mapping[str, Any] | None = None,
         *,
+        folder: str | Path | None = None,
         run_id: str | None = None,
     ):
-        """A Lightning logger on a new (or, given its id, continued) run nested below `parent`."""
+        """A Lightning logger on a run nested below `parent`.
+
+        An interrupted stage goes on in its own run: that of `run_id`, or the one that `folder` remembers in
+        `mlflow.json`. It then belongs to the new parent.
+        """
         self.prepare()
+        note = Path(folder) / "mlflow.json" if folder else None
+        if note and run_id is None and note.exists():
+            remembered = json.loads(note.read_text())
+            run_id = remembered["run_id"] if remembered["uri"] == self.uri else None
         run_id = start_run(self.uri, self.experiment, stage_name, parent_id=parent, tags=tags, run_id=run_id)
+        if note:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({"uri": self.uri, "run_id": run_id}))
         return make_logger(self.uri, self.experiment, run_id=run_id)
 
     def find_run(self, tags: Mapping[str, Any]) -> str | None:
@@ -303,6 +320,10 @@ class MLflowTracking:
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         finish(self.uri, run_id, status)
 
+    def finish_stage(self, logger, status: str = "FINISHED") -> None:
+        """End the run of a logger that `stage_logger` gave."""
+        finish(self.uri, logger.run_id, status)
+
 
 class NoTracking:
     """Records nothing; metrics.jsonl and the report are written all the same."""
@@ -313,7 +334,7 @@ class NoTracking:
     def pipeline_run(self, name, tags=None, config=None, *, run_id=None, parent=None) -> None:
         return None
 
-    def stage_logger(self, stage_name, parent=None, tags=None, *, run_id=None) -> None:
+    def stage_logger(self, stage_name, parent=None, tags=None, *, folder=None, run_id=None) -> None:
         return None
 
     def find_run(self, tags) -> None:
@@ -326,4 +347,7 @@ class NoTracking:
         pass
 
     def finish(self, run_id, status="FINISHED") -> None:
+        pass
+
+    def finish_stage(self, logger, status="FINISHED") -> None:
         pass

@@ -48,9 +48,9 @@ class StageFreezing(L.Callback):
         self.before: dict[str, str] = {}
         self.rows: list[dict] = []
 
-    def setup(self, trainer: L.Trainer, stage: L.LightningModule, phase: str) -> None:
-        if phase == "fit" and not stage.learning_rates:
-            self.apply(stage)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not pl_module.learning_rates:
+            self.apply(pl_module)
 
     def apply(self, stage: L.LightningModule) -> None:
         model, where = stage.model, f"stages.{self.name}.trainable"
@@ -69,6 +69,9 @@ class StageFreezing(L.Callback):
         stage.train()
 
     def on_fit_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        self.remember(stage)
+
+    def remember(self, stage: L.LightningModule) -> None:
         self.before = {name: digest(t) for name, t in tensors(stage.model)}
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
@@ -100,16 +103,17 @@ class StageFreezing(L.Callback):
         rates = stage.learning_rates
         rows: dict[tuple, dict] = {}
         moved_frozen = []
-        live = {name for name, module in stage.model.named_modules() if module.training}
+        live = {name for name, module in stage.model.named_modules() if name and module.training}
         for name, tensor in tensors(stage.model):
             part, is_parameter = name.split(".")[0], isinstance(tensor, nn.Parameter)
             # A buffer (BatchNorm statistics) may move only in a module that trains.
             learns = name in rates if is_parameter else name.rpartition(".")[0] in live
-            rate = rates.get(name)
             row = rows.setdefault(
-                (part, learns, rate),
-                dict(part=part, trainable=learns, lr=rate, tensors=0, parameters=0, buffers=0, changed=0, unchanged=0),
+                (part, learns),
+                dict(part=part, trainable=learns, lr=[], tensors=0, parameters=0, buffers=0, changed=0, unchanged=0),
             )
+            if is_parameter and learns and rates[name] not in row["lr"]:
+                row["lr"].append(rates[name])
             changed = digest(tensor) != self.before[name]
             row["tensors"] += 1
             row["parameters"] += tensor.numel() if is_parameter else 0
@@ -117,7 +121,7 @@ class StageFreezing(L.Callback):
             row["changed" if changed else "unchanged"] += 1
             if changed and not learns:
                 moved_frozen.append(name)
-        self.rows = list(rows.values())
+        self.rows = [row | {"lr": ", ".join(f"{rate:g}" for rate in sorted(row["lr"]))} for row in rows.values()]
         if moved_frozen:
             raise RuntimeError(
                 f"stage {self.name}: {len(moved_frozen)} frozen tensors changed, the first is {moved_frozen[0]}; "
@@ -132,9 +136,8 @@ class StageFreezing(L.Callback):
         """The proof as lines of text."""
         lines = [f"{'part':<10} {'parameters':>11} {'learns':>6} {'rate':>8} {'moved':>11} {'buffers':>7}"]
         for row in self.rows:
-            rate = f"{row['lr']:.1e}" if row["lr"] else "-"
             lines.append(
-                f"{row['part']:<10} {row['parameters']:>11,} {'yes' if row['trainable'] else 'no':>6} {rate:>8} "
+                f"{row['part']:<10} {row['parameters']:>11,} {'yes' if row['trainable'] else 'no':>6} {row['lr'] or '-':>8} "
                 f"{row['changed']:>4} of {row['tensors']:>3} {row['buffers']:>7}"
             )
         return "\n".join(lines)

@@ -105,20 +105,19 @@ class StageHandoff(L.Callback):
     Args:
         folder: where to.
         manifest: everything the manifest says but the components and the metrics.
-        before: called first (merges adapters).
+        finish: called first, merges adapters and returns the metrics that the manifest states.
     """
 
-    def __init__(self, folder: Path, *, manifest: dict, before: Callable[[], None]):
-        self.folder, self.manifest, self.before = Path(folder), manifest, before
+    def __init__(self, folder: Path, *, manifest: dict, finish: Callable[[], dict[str, float]]):
+        self.folder, self.manifest, self.finish = Path(folder), manifest, finish
         self.written: dict | None = None
 
     def on_fit_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         if trainer.global_step < stage.num_steps:
             return
         trained = {name.split(".")[0] for name in stage.learning_rates}
-        self.before()
+        metrics = self.finish()
         if trainer.is_global_zero:
             parts = {name: part for name, part in stage.model.parts.items() if name in trained}
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.written = write_handoff(self.folder, parts, self.manifest | {"metrics": metrics})
         trainer.strategy.barrier("handoff")

@@ -15,6 +15,7 @@ import json
 import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def sidecar(shard: str | Path) -> Path:
     return Path(f"{shard}.idx.parquet")
 
 
-def checksum(offset: np.ndarray, size: np.ndarray, crc32: np.ndarray) -> str:
+def checksum(offset: Sequence[int], size: Sequence[int], crc32: Sequence[int]) -> str:
     """SHA-256 over offset, size and CRC-32 of every span: content without the shard's modification time."""
-    columns = [np.ascontiguousarray(c, dtype="<i8").tobytes() for c in (offset, size, crc32)]
+    columns = [np.array(c, dtype="<i8").tobytes() for c in (offset, size, crc32)]
     return hashlib.sha256(b"".join(columns)).hexdigest()
 
 
@@ -115,7 +116,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
         rows.append(row)
     reader.close()
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    columns = [table[c].to_numpy() for c in ("offset", "size", "crc32")]
+    columns = [table[c].to_pylist() for c in ("offset", "size", "crc32")]
     header = {
         "format": FORMAT,
         "shard_size": stat.st_size,
@@ -156,9 +157,11 @@ def open_sidecar(shard: Path, fingerprint: str) -> tuple[pa.Table | None, dict, 
     if header["shard_size"] != stat.st_size:
         return None, header, f"of a shard of {header['shard_size']} bytes, it has {stat.st_size}"
     if header["shard_mtime_ns"] != stat.st_mtime_ns:
+        # The headers too: a sample that was appended lies in no span of the old index.
+        spans, _ = scan_shard(shard)
         reader = ShardReader()
-        offset, size = table["offset"].to_numpy(), table["size"].to_numpy()
-        crc32 = np.array([zlib.crc32(reader.read(str(shard), int(o), int(n))) for o, n in zip(offset, size)])
+        offset, size = [span.offset for span in spans], [span.size for span in spans]
+        crc32 = [zlib.crc32(reader.read(str(shard), span.offset, span.size)) for span in spans]
         if checksum(offset, size, crc32) != header["checksum"]:
             return None, header, "of other content (checksum)"
         header["shard_mtime_ns"] = stat.st_mtime_ns

@@ -56,7 +56,7 @@ def token_nll(
         input_ids, segment_ids = input_ids.to(device), segment_ids.to(device)
         embeds = model.llm.embed(input_ids)  # (B, S, D)
         if images := [visual[row] for row in chosen if len(visual[row])]:
-            embeds = splice(embeds, torch.cat(images).to(embeds.dtype), input_ids == tokenizer.image_id)
+            embeds = splice(embeds, input_ids, torch.cat(images), image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
         hidden = model.llm.hidden(embeds, position_ids, segment_ids)
         # Only where the next token is learned: the head is the widest product of a small model.

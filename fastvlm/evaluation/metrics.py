@@ -54,7 +54,11 @@ def wilson_interval(num_correct: int, n: int, *, z: float = 1.96) -> tuple[float
 
 
 def bootstrap_interval(
-    groups: Sequence[Sequence[float]], *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    groups: Sequence[Sequence[float | int] | np.ndarray],
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of the mean over groups of their means, resampled within each group.
 

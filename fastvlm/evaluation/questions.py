@@ -62,8 +62,15 @@ def without_images(record: dict) -> dict:
     return {**record, "messages": messages}
 
 
-def read_questions(index: SourceIndex, *, source: str, limit: int | None, image_size: int) -> list[Question]:
+def read_questions(
+    index: SourceIndex, *, source: str, limit: int | None, image_size: int, rows: np.ndarray | None = None
+) -> list[Question]:
     """The first `limit` questions of every type, in the order of the index (None: all).
+
+    Args:
+        source: name of the source, and the type of questions that name none.
+        image_size: side of the square the images become (pixels).
+        rows: only these rows of the index.
 
     Raises:
         ValueError: a record is not one question and one answer.
@@ -72,7 +79,7 @@ def read_questions(index: SourceIndex, *, source: str, limit: int | None, image_
     taken: dict[str, int] = defaultdict(int)
     questions = []
     reader = ShardReader()
-    for row in range(index.num_samples):
+    for row in range(index.num_samples) if rows is None else map(int, rows):
         kind = types[row] or source
         if faults[row] or (limit is not None and taken[kind] >= limit):
             continue
@@ -100,12 +107,15 @@ def read_questions(index: SourceIndex, *, source: str, limit: int | None, image_
     return questions
 
 
-def count_majorities(index: SourceIndex, *, source: str, limit: int = 4000) -> dict[str, str]:
+def count_majorities(
+    index: SourceIndex, *, source: str, limit: int = 4000, rows: np.ndarray | None = None
+) -> dict[str, str]:
     """The most frequent answer to every type of question, over `limit` training records spread evenly."""
     answers: dict[str, list[str]] = defaultdict(list)
     faults = index.faults.to_pylist()
     reader = ShardReader()
-    for row in np.unique(np.linspace(0, index.num_samples - 1, min(limit, index.num_samples)).astype(int)):
+    rows = np.arange(index.num_samples) if rows is None else rows
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int))].tolist():
         if faults[row]:
             continue
         record = index.read(row, reader).record

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fastvlm.data.index import load_index
+from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
 from fastvlm.evaluation.likelihood import answer_nll, text_perplexity
-from fastvlm.evaluation.metrics import (
-    accuracy,
-    bootstrap_interval,
-    exact_match,
-    mean_answer_length,
-    wilson_interval,
-)
+from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.questions import (
     Question,
     count_majorities,
@@ -27,6 +23,7 @@ from fastvlm.evaluation.questions import (
     swap_partners,
     without_images,
 )
+from fastvlm.evaluation.tables import collect_metrics, make_table, render_markdown, render_text
 from fastvlm.inference.engine import Engine
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -108,79 +105,6 @@ def evaluate_answers(
     return {"metrics": collect_metrics(table, predictions), "table": table, "predictions": predictions}
 
 
-def make_table(predictions: Sequence[dict], *, formed: Sequence[str] = ()) -> list[dict]:
-    """A row a question type in alphabetical order, then the mean of `formed` and of all types (types weigh the same).
-
-    Intervals (95 %) are Wilson's for a type, and resampled within the types for a mean.
-    """
-    groups: dict[str, list[dict]] = defaultdict(list)
-    for prediction in predictions:
-        groups[prediction["type"]].append(prediction)
-    rows = []
-    for kind in sorted(groups):
-        group = groups[kind]
-        correct = [p["correct"] for p in group]
-        low, high = wilson_interval(sum(correct), len(correct))
-        rows.append(
-            {
-                "type": kind,
-                "mean": False,
-                "n": len(group),
-                "exact_match": accuracy(correct),
-                "low": low,
-                "high": high,
-                "removed": _share(group, "correct_removed"),
-                "swapped": _share(group, "correct_swapped"),
-                "majority": _share(group, "correct_majority"),
-                "nll": _nll(group, "nats"),
-                "nll_swapped": _nll(group, "nats_swapped"),
-            }
-        )
-    by_type = {row["type"]: row for row in rows}
-    means = [(f"mean of {len(formed)}: {', '.join(formed)}", list(formed))] if formed else []
-    for name, kinds in [*means, (f"mean of all {len(rows)}", sorted(groups))]:
-        members = [p for kind in kinds for p in groups[kind]]
-        low, high = bootstrap_interval([[p["correct"] for p in groups[kind]] for kind in kinds])
-        rows.append(
-            {
-                "type": name,
-                "mean": True,
-                "n": len(members),
-                **{
-                    column: _mean([by_type[kind][column] for kind in kinds])
-                    for column in ("exact_match", "removed", "swapped", "majority")
-                },
-                "low": low,
-                "high": high,
-                "nll": _nll(members, "nats"),
-                "nll_swapped": _nll(members, "nats_swapped"),
-            }
-        )
-    return rows
-
-
-def collect_metrics(table: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
-    """The flat figures of a result, `test/<metric>[_<condition>]/<type, formed or mean>`; what is undefined is left out.
-
-    NLL is in nats per token over all reference tokens (their end included); lengths are in tokens.
-    """
-    metrics: dict[str, float | None] = {}
-    for row in table:
-        name = row["type"] if not row["mean"] else "mean" if row is table[-1] else "formed"
-        metrics[f"test/exact_match/{name}"] = row["exact_match"]
-        for condition in ("removed", "swapped", "majority"):
-            metrics[f"test/exact_match_{condition}/{name}"] = row[condition]
-    metrics["test/answer_nll"] = table[-1]["nll"]
-    metrics["test/answer_nll_swapped"] = table[-1]["nll_swapped"]
-    # On the questions that have both: a question without an image would count on one side only.
-    both = [p for p in predictions if "nats_swapped" in p]
-    metrics["test/answer_nll_gap"] = _nll(both, "nats_swapped") - _nll(both, "nats") if both else None
-    metrics["test/answer_length"] = mean_answer_length([p["prediction_tokens"] for p in predictions])
-    metrics["test/answer_length_reference"] = mean_answer_length([p["reference_tokens"] for p in predictions])
-    metrics["test/num_questions"] = len(predictions)
-    return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
 class ShortAnswers:
     """The task: questions from the sources' held-out split, and held-out text to see what the images cost the words.
 
@@ -212,16 +136,35 @@ class ShortAnswers:
         self.formed, self.batch_size, self.max_new_tokens = tuple(formed), batch_size, max_new_tokens
         self.text_window, self.text_limit = text_window, text_limit
 
-    def run(self, model: VLM, tokenizer: Tokenizer, *, image_size: int, device: str | torch.device = "cpu") -> dict:
-        """Evaluate; the result can be written as JSON: `metrics`, `table`, `predictions`."""
+    def run(
+        self,
+        model: VLM,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        device: str | torch.device = "cpu",
+        out: str | Path | None = None,
+    ) -> dict:
+        """Evaluate; the result can be written as JSON.
+
+        Args:
+            image_size: side of the square images (pixels), as the last stage saw them.
+            out: folder that gets `predictions/short_answers.jsonl` (a line a question) and `short_answers.md`.
+
+        Returns:
+            `metrics`, `table` and `predictions` as `evaluate_answers` has them, and `text_perplexity`: {"after": ...}.
+            With `out`, only the predictions that are shown with their pictures; all of them are in the file.
+        """
         engine = Engine(model, tokenizer, image_size=image_size, device=device)
         questions: list[Question] = []
         majorities: dict[str, str] = {}
         for name, source in self.sources.items():
-            index = load_index(source.path, self.split, tokenizer)
-            questions += read_questions(index, source=name, limit=self.limit, image_size=image_size)
-            if any(source.path.glob("train-*.tar")):
-                majorities |= count_majorities(load_index(source.path, "train", tokenizer), source=name)
+            index = source.load(self.split, tokenizer)
+            rows = source.select(index)
+            questions += read_questions(index, source=name, limit=self.limit, image_size=image_size, rows=rows)
+            if source.has_split("train"):
+                index = source.load("train", tokenizer)
+                majorities |= count_majorities(index, source=name, rows=source.select(index))
         result = evaluate_answers(
             engine,
             questions,
@@ -232,7 +175,18 @@ class ShortAnswers:
         )
         if self.text is not None:
             result["metrics"] |= self.score_text(engine.model, tokenizer)
+            result["text_perplexity"] = {"after": result["metrics"]["test/text_perplexity"]}
+        if out is not None:
+            lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result["predictions"])
+            (Path(out) / "predictions").mkdir(parents=True, exist_ok=True)
+            result["predictions"] = save_examples(result["predictions"], questions, folder=Path(out))
+            (Path(out) / "predictions" / "short_answers.jsonl").write_text(lines, encoding="utf-8")
+            (Path(out) / "short_answers.md").write_text(render_markdown(result), encoding="utf-8")
         return result
+
+    def render(self, result: dict) -> str:
+        """The result as a table for the terminal."""
+        return render_text(result)
 
     def score_text(self, model: VLM, tokenizer: Tokenizer) -> dict[str, float]:
         """Perplexity and bits per byte of the held-out text, also for a language model before its image stages.
@@ -242,7 +196,7 @@ class ShortAnswers:
         """
         if self.text is None:
             raise ValueError("task.text names no source, so there is no held-out text to score")
-        texts = read_texts(load_index(self.text.path, self.split, tokenizer), limit=self.text_limit)
+        texts = read_texts(self.text.load(self.split, tokenizer), limit=self.text_limit)
         score = text_perplexity(model, tokenizer, texts, window=self.text_window)
         return {
             "test/text_perplexity": score["perplexity"],
@@ -251,7 +205,20 @@ class ShortAnswers:
         }
 
 
-def read_texts(index, *, limit: int | None = None) -> list[str]:
+def save_examples(predictions: list[dict], questions: Sequence[Question], *, folder: Path) -> list[dict]:
+    """One right and one wrong answer of every type, with their first image saved beside them (`image`)."""
+    chosen: dict[tuple[str, bool], dict] = {}
+    for prediction, question in zip(predictions, questions, strict=True):
+        key = (prediction["type"], bool(prediction["correct"]))
+        if key in chosen or not question.images:
+            continue
+        path = Path("predictions") / f"{prediction['key'].replace('/', '-')}.png"
+        Image.fromarray(question.images[0].permute(1, 2, 0).numpy()).save(folder / path)
+        chosen[key] = prediction | {"image": path.as_posix()}
+    return [chosen[key] for key in sorted(chosen)]
+
+
+def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
     """The documents of a text source, in order.
 
     Raises:
@@ -301,19 +268,3 @@ def _describe(question: Question, tokenizer: Tokenizer) -> dict:
         "reference": question.answer,
         "reference_tokens": len(tokenizer.encode_text(question.answer)),
     }
-
-
-def _share(predictions: Sequence[dict], column: str) -> float | None:
-    values = [p[column] for p in predictions if column in p]
-    return accuracy(values) if values else None
-
-
-def _nll(predictions: Sequence[dict], column: str) -> float | None:
-    """Nats per token: summed over all tokens first, divided once."""
-    scored = [p for p in predictions if column in p]
-    return sum(p[column] for p in scored) / sum(p["scored_tokens"] for p in scored) if scored else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -1,11 +1,88 @@
-"""The result of a short-answer task as rows, as Markdown, and in the terminal."""
+"""The result of a short-answer task: from predictions to rows, flat metrics, Markdown and the terminal."""
 
 from __future__ import annotations
 
+import io
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
+from fastvlm.evaluation.metrics import accuracy, bootstrap_interval, mean_answer_length, wilson_interval
+
 HEADER = ("question type", "n", "exact match", "95 %", "no image", "other image", "majority", "NLL", "NLL other image")
+
+
+def make_table(predictions: Sequence[dict], *, formed: Sequence[str] = ()) -> list[dict]:
+    """A row a question type in alphabetical order, then the mean of `formed` and of all types (types weigh the same).
+
+    Intervals (95 %) are Wilson's for a type, and resampled within the types for a mean.
+    """
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for prediction in predictions:
+        groups[prediction["type"]].append(prediction)
+    rows = []
+    for kind in sorted(groups):
+        group = groups[kind]
+        correct = [p["correct"] for p in group]
+        low, high = wilson_interval(sum(correct), len(correct))
+        rows.append(
+            {
+                "type": kind,
+                "mean": False,
+                "n": len(group),
+                "exact_match": accuracy(correct),
+                "low": low,
+                "high": high,
+                "removed": _share(group, "correct_removed"),
+                "swapped": _share(group, "correct_swapped"),
+                "majority": _share(group, "correct_majority"),
+                "nll": _nll(group, "nats"),
+                "nll_swapped": _nll(group, "nats_swapped"),
+            }
+        )
+    by_type = {row["type"]: row for row in rows}
+    means = [(f"mean of {len(formed)}: {', '.join(formed)}", list(formed))] if formed else []
+    for name, kinds in [*means, (f"mean of all {len(rows)}", sorted(groups))]:
+        members = [p for kind in kinds for p in groups[kind]]
+        low, high = bootstrap_interval([[p["correct"] for p in groups[kind]] for kind in kinds])
+        rows.append(
+            {
+                "type": name,
+                "mean": True,
+                "n": len(members),
+                **{
+                    column: _mean([by_type[kind][column] for kind in kinds])
+                    for column in ("exact_match", "removed", "swapped", "majority")
+                },
+                "low": low,
+                "high": high,
+                "nll": _nll(members, "nats"),
+                "nll_swapped": _nll(members, "nats_swapped"),
+            }
+        )
+    return rows
+
+
+def collect_metrics(table: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
+    """The flat figures of a result: `test/<metric>[_<condition>]/<type, formed or mean>`, without the undefined ones.
+
+    NLL is in nats per token over all reference tokens (their end included); lengths are in tokens.
+    """
+    metrics: dict[str, float | None] = {}
+    for row in table:
+        name = row["type"] if not row["mean"] else "mean" if row is table[-1] else "formed"
+        metrics[f"test/exact_match/{name}"] = row["exact_match"]
+        for condition in ("removed", "swapped", "majority"):
+            metrics[f"test/exact_match_{condition}/{name}"] = row[condition]
+    metrics["test/answer_nll"] = table[-1]["nll"]
+    metrics["test/answer_nll_swapped"] = table[-1]["nll_swapped"]
+    # On the questions that have both: a question without an image would count on one side only.
+    both = [p for p in predictions if "nats_swapped" in p]
+    metrics["test/answer_nll_gap"] = _nll(both, "nats_swapped") - _nll(both, "nats") if both else None
+    metrics["test/answer_length"] = mean_answer_length([p["prediction_tokens"] for p in predictions])
+    metrics["test/answer_length_reference"] = mean_answer_length([p["reference_tokens"] for p in predictions])
+    metrics["test/num_questions"] = len(predictions)
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 def format_share(value: float | None) -> str:
@@ -36,23 +113,15 @@ def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
     ]
 
 
-def describe_text(result: dict, *, before: dict | None = None) -> str:
-    """One line about the text guard, with the model's figure before the image stages where it is known; "" without.
-
-    Args:
-        before: the same task's result for the language model before (or only its `text_perplexity`).
-    """
-    metrics = result["metrics"]
-    if "test/text_perplexity" not in metrics:
+def describe_text(result: dict) -> str:
+    """One line about the held-out text; "" for a task without. `before` is the language model's, where it is known."""
+    perplexity = result.get("text_perplexity")
+    if not perplexity:
         return ""
-    line = (
-        f"Held-out text: perplexity {metrics['test/text_perplexity']:.2f}, "
-        f"{metrics['test/text_bits_per_byte']:.3f} bits per byte"
-    )
-    if before is not None:
-        earlier = before.get("metrics", before)
-        line += f" (before: {earlier.get('test/text_perplexity', earlier.get('perplexity', math.nan)):.2f})"
-    return line + "."
+    line = f"Held-out text: perplexity {perplexity['after']:.2f}"
+    if perplexity.get("before") is not None:
+        line += f" (the language model before the image stages: {perplexity['before']:.2f})"
+    return f"{line}, {result['metrics']['test/text_bits_per_byte']:.3f} bits per byte."
 
 
 def describe_answers(result: dict) -> str:
@@ -65,28 +134,46 @@ def describe_answers(result: dict) -> str:
     )
 
 
-def render_markdown(result: dict, *, before: dict | None = None) -> str:
-    """The table and its two lines as Markdown."""
+def render_markdown(result: dict) -> str:
+    """The table and the lines below it as Markdown."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(result["table"])]
-    lines += ["", describe_answers(result)]
-    if text := describe_text(result, before=before):
-        lines += ["", text]
-    return "\n".join(lines) + "\n"
+    return (
+        "\n".join(lines) + "\n\n" + "\n\n".join(filter(None, (describe_answers(result), describe_text(result)))) + "\n"
+    )
 
 
-def print_table(result: dict, *, before: dict | None = None, title: str = "Held-out questions") -> None:
-    """The table and its two lines in the terminal."""
+def render_text(result: dict, *, width: int = 120) -> str:
+    """The same for a terminal of `width` columns."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title="held-out questions (exact match in %)", title_justify="left")
     for i, name in enumerate(HEADER):
         table.add_column(name, justify="right" if i else "left")
-    for row, cells in zip(result["table"], table_cells(result["table"])):
-        table.add_row(*cells, style="bold" if row["mean"] else None)
-    console = Console()
-    console.print(table)
-    console.print(describe_answers(result))
-    if text := describe_text(result, before=before):
-        console.print(text)
+    for row, cells, after in zip(
+        result["table"], table_cells(result["table"]), [*(r["mean"] for r in result["table"][1:]), False]
+    ):
+        table.add_row(*cells, end_section=after and not row["mean"])
+    # Not the user's terminal: the text also goes into logs.
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    for part in (table, describe_answers(result), describe_text(result)):
+        if part:
+            console.print(part, highlight=False)
+    return console.file.getvalue().rstrip("\n")
+
+
+def _share(predictions: Sequence[dict], column: str) -> float | None:
+    values = [p[column] for p in predictions if column in p]
+    return accuracy(values) if values else None
+
+
+def _nll(predictions: Sequence[dict], column: str) -> float | None:
+    """Nats per token: summed over all tokens first, divided once."""
+    scored = [p for p in predictions if column in p]
+    return sum(p[column] for p in scored) / sum(p["scored_tokens"] for p in scored) if scored else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -47,11 +47,11 @@ class Answer:
     def settled_text(self) -> str:
         """The part of `text()` that no further token can change: what may be shown already."""
         text = self._decoded()
-        text = text[: self._stop_position(text)].lstrip().rstrip(UNFINISHED_CHARACTER)
+        text = text[: self._stop_position(text)].rstrip(UNFINISHED_CHARACTER)
         # The end could be the beginning of a stop string ...
         held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         # ... and space at the end is cut unless words follow.
-        return text[: len(text) - held].rstrip()
+        return text[: len(text) - held].strip()
 
     def _decoded(self) -> str:
         # Not Tokenizer.decode: it strips, and a stop string may well be a line break.

@@ -195,18 +195,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What can be wrong is looked at before torch is imported.
     if not run.is_dir():
         raise ValueError(f"run={run}: no such run directory; train one with `make train`, or name one below runs/")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"run={run} holds no run (config.yaml is missing); name a directory below runs/")
     files = [read_image(path) for path in args.image]
     content = None if args.prompt is None else compose_content(args.prompt, num_images=len(files))
 
     import torch
 
-    from fastvlm.build import load_run
-    from fastvlm.inference.engine import Engine
-
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+
+    from fastvlm.build import load_run
+    from fastvlm.inference.engine import Engine
+
     model, tokenizer, config = load_run(run)
     engine = Engine(model, tokenizer, image_size=config.image_size, device=args.device)
     options = {

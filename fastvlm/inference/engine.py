@@ -249,8 +249,8 @@ class Engine:
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         embeds = self.model.llm.embed(input_ids)
-        tokens = torch.cat(list(visual)) if sum(map(len, visual)) else self._no_images()
-        return splice(embeds, tokens.to(embeds.dtype), input_ids == self.tokenizer.image_id), mask, position_ids
+        embeds = splice(embeds, input_ids, torch.cat(list(visual)), image_token_id=self.tokenizer.image_id)
+        return embeds, mask, position_ids
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
         """Logits without the tokens no answer may hold: image slots, and rows of the head beyond the tokenizer."""

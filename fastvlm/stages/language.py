@@ -14,5 +14,6 @@ class LanguageStage(Stage):
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor | int, Tensor, dict[str, Tensor]]:
         hidden = self.model.hidden(batch)
-        loss_sum, losses, rows, columns = answer_loss(hidden, batch.labels, batch.segment_ids, self.model.llm.head)
-        return loss_sum, max(1, batch.num_answer_tokens), losses, {"source": batch.source_ids[rows, columns]}
+        loss = answer_loss(hidden, batch.labels, self.model.llm.head, segment_ids=batch.segment_ids)
+        source = batch.source_ids.flatten()[loss.index]
+        return loss.sum, max(1, batch.num_answer_tokens), loss.losses, {"source": source}

@@ -5,8 +5,6 @@ sweep, and with a sampling sweeper train with other values in silence. A cell in
 its ranks agree, its memory is its own, and its failure leaves the other cells alone.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -18,10 +18,10 @@ REGIONS = {  # x0, y0, x1, y1
     "china": {"train": (0, 0, 205, 427), "val": (205, 0, 420, 212), "test": (205, 212, 420, 427)},
     "flower": {"train": (0, 0, 310, 427), "val": (310, 0, 600, 212), "test": (310, 212, 600, 427)},
 }
-FLOWER = (305, 220, 136)  # centre and radius of the bloom
+BLOOMS = ((305, 220, 136), (375, 430, 78))  # centre and radius; the second looks in from below
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_photo(name: str) -> np.ndarray:
     from sklearn.datasets import load_sample_image
 
@@ -41,17 +41,16 @@ def describe_crop(name: str, crop: tuple[int, int, int]) -> str:
     if name == "china":
         # The tower's roofs and walls fill x 65..350 below y 75; above them is sky, right of them a lake.
         text = "a photograph of a temple in china."
-        if y < 20:
+        if y < 45:
             text += " the sky above."
-        if y + side > 400:
+        if y + side > 375:
             text += " green trees below."
         return text
-    centre_x, centre_y, radius = FLOWER
     xs, ys = np.meshgrid(np.arange(x, x + side, 4), np.arange(y, y + side, 4))
-    share = float(np.mean((xs - centre_x) ** 2 + (ys - centre_y) ** 2 < radius**2))
+    share = float(np.mean(np.any([(xs - a) ** 2 + (ys - b) ** 2 < r**2 for a, b, r in BLOOMS], axis=0)))
     if share > 0.9:
         return "a photograph of orange petals, very near."
-    if share > 0.12:
+    if share > 0.02:
         return "a photograph of an orange flower. dark green leaves behind."
     return "a photograph of dark green leaves."
 

@@ -7,6 +7,7 @@ caption of a picture and the premise of the text-only questions.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from random import Random
 
 from data.recipes.embedded.world import Scene
@@ -125,15 +126,12 @@ def answer(scene: Scene, kind: str, argument: int | None = None) -> str:
     return str(digits[scene.tallest if kind == "tallest" else scene.shortest])
 
 
-def first_turn(record: dict) -> tuple[str, str]:
-    """Question (without a text record's description) and answer of a record's first two turns."""
-    content = record["messages"][0]["content"]
-    text = content if isinstance(content, str) else content[-1]["text"]
-    question = next(line for line in (text, text[text.rfind(". ", 0, -2) + 2 :]) if line)
-    return (text if not isinstance(content, str) else question), record["messages"][1]["content"]
+def question_text(content: str | list[dict]) -> str:
+    """The words of a user's turn, without its image."""
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
-def blind_table(train: list[dict], test: list[dict]) -> dict[str, dict[str, float]]:
+def blind_table(train: Iterable[dict], test: Iterable[dict]) -> dict[str, dict[str, float]]:
     """What guessing without the picture reaches on single-question records, per `meta.type`.
 
     `majority` is the share of the commonest answer in the test records themselves; `prior` is the accuracy of the best
@@ -144,11 +142,11 @@ def blind_table(train: list[dict], test: list[dict]) -> dict[str, dict[str, floa
     for record in train:
         turns = record["messages"]
         for asked, told in zip(turns[::2], turns[1::2]):
-            content = asked["content"]
-            seen[content if isinstance(content, str) else content[-1]["text"]][told["content"]] += 1
+            seen[question_text(asked["content"])][told["content"]] += 1
     by_type: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for record in test:
-        by_type[record["meta"]["type"]].append((record["meta"]["question"], record["messages"][-1]["content"]))
+        asked, told = record["messages"]
+        by_type[record["meta"]["type"]].append((question_text(asked["content"]), told["content"]))
     table = {}
     for kind, pairs in by_type.items():
         majority = Counter(told for _, told in pairs).most_common(1)[0][1] / len(pairs)

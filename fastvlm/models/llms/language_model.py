@@ -1,4 +1,4 @@
-"""A causal language model of `transformers`, seen as embeddings -> hidden states -> logits, with packing and a cache."""
+"""A causal language model of `transformers` as embeddings -> hidden states -> logits, with packing and a cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import logging as hf_logging
+
+from fastvlm.models.hub import fetch
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention")
 # Below this many positions plain matrix products beat the fused kernel on a CPU: its backward was 36 % of a step.
@@ -36,7 +37,6 @@ class LanguageModel(nn.Module):
             if getattr(hf.config, key, None) not in (None, 1, 1.0):
                 raise ValueError(f"llm: {hf.config.model_type} sets {key} after its head, which is not supported")
         self.hf, self.attention = hf, attention
-        self.decoder = [hf.get_decoder()]  # in a list: already registered below `hf`, must not be twice in state_dict
         windows = "sliding_attention" in (getattr(hf.config, "layer_types", None) or ())
         windows |= hf.config.model_type == "mistral"
         self.window: int | None = getattr(hf.config, "sliding_window", None) if windows else None
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _decode(self, inputs_embeds: Tensor, position_ids: Tensor, mask: Any, cache: DynamicCache | None) -> Tensor:
-        return self.decoder[0](
+        return self.hf.get_decoder()(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             attention_mask=mask,
@@ -158,14 +158,15 @@ class LanguageModel(nn.Module):
         """Block-diagonal causal mask in the form the implementation wants."""
         rows, length = segment_ids.shape
         if self.window is not None and length > self.window:
-            raise ValueError(f"llm: rows of {length} positions exceed the sliding window of {self.window}; shorten max_tokens")
+            raise ValueError(
+                f"llm: rows of {length} positions exceed the sliding window of {self.window}; shorten max_tokens"
+            )
         if self._implementation(inputs_embeds, cached=False) == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
-            def same_segment(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return (q >= k) & (segment_ids[b, q] == segment_ids[b, k])
-
-            return create_block_mask(same_segment, rows, None, length, length, device=segment_ids.device)
+            # A lambda, because flex_attention counts the arguments of the bare function.
+            visible = lambda b, h, q, k: (q >= k) & (segment_ids[b, q] == segment_ids[b, k])
+            return create_block_mask(visible, rows, None, length, length, device=segment_ids.device)
         causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
         same = segment_ids[:, :, None] == segment_ids[:, None, :]  # (B, S, S)
         return self._dense((same & causal)[:, None], inputs_embeds, cached=False)
@@ -225,16 +226,11 @@ def from_pretrained(
     Raises:
         ValueError: no such model here and none to be had from the hub.
     """
-    try:
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"llm.path={path}: no model there ({str(error).splitlines()[0][:120]}); "
-            "name a folder with config.json and model.safetensors, or a hub id while online"
-        ) from None
+    hf = fetch(
+        lambda: AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)),
+        what=f"llm.path={path}",
+        mend="name a folder with config.json and model.safetensors, or a hub id while online",
+    )
     if vocab_size > hf.get_input_embeddings().weight.shape[0]:
-        verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()
         hf.resize_token_embeddings(vocab_size)
-        hf_logging.set_verbosity(verbosity)
     return LanguageModel(hf, attention=attention, gradient_checkpointing=gradient_checkpointing)

@@ -1,0 +1,65 @@
+"""What the plan is worth: exact shares, padding saved, and how long it takes.
+
+    python benchmarks/plan.py mixture=embedded_instruct       # 20 s of one core
+
+Prints, in each unit, the largest distance of any source from its share over every prefix of 10,000 samples (in largest
+samples' worth, bound 1; measured 0.95, 0.73, 0.85); the padding with packing and without (measured 3.8 % and 36 %); and
+the time to plan a million samples (measured 1.3 s packed, 0.5 s not).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from fastvlm.config import command  # noqa: E402
+
+
+def measure(config) -> None:
+    from fastvlm.build import build_tokenizer, instantiate
+    from fastvlm.data.plan import Plan
+    from fastvlm.data.source import UNITS, Mixture
+
+    tokenizer = build_tokenizer(config)
+    mixture = instantiate(config.mixture, key="mixture")
+    keys = ("split", "tokens_per_image", "max_tokens", "max_images", "batch_size", "seed")
+    options = {key: config[key] for key in keys}
+
+    def plan(unit: str = mixture.unit, **changed) -> Plan:
+        weighted = Mixture(mixture.sources, weights=mixture.weights, unit=unit, window_shards=mixture.window_shards)
+        return Plan(weighted, tokenizer, **options | changed)
+
+    print("largest share error over every prefix of 10,000 samples, in largest samples' worth (bound 1)")
+    for unit in UNITS:
+        errors = plan(unit, num_steps=1).largest_error(10_000)
+        print(f"  {unit:14} {max(errors.values()):.3f}   " + ", ".join(f"{k} {v:.3f}" for k, v in errors.items()))
+
+    print(f"one epoch in rows of max_tokens={config.max_tokens} and max_images={config.max_images}")
+    for name, changed in {
+        "packed": {"packing": True},
+        "one sample a row": {"packing": False},
+        "one sample a row, sorted in windows of 512": {"packing": False, "sort_window": 512},
+    }.items():
+        made = plan(**changed)
+        rows = made.packing_efficiency()
+        print(
+            f"  {name:44} {made.num_steps:6,} steps, {rows['samples_per_row']:4.1f} samples a row, "
+            f"{rows['padding']:.1%} padding, rows {rows['filled_tokens']:.1%} full (images {rows['filled_images']:.1%})"
+        )
+
+    print("time to plan 1,000,000 samples")
+    for unit in UNITS:
+        for packing in (True, False):
+            made = plan(unit, packing=packing, num_steps=1)
+            start = time.process_time()
+            made.costs(1_000_000, unit)
+            print(f"  {unit:14} packing={packing!s:5} {time.process_time() - start:6.2f} s CPU")
+
+
+if __name__ == "__main__":
+    command("show", measure)

@@ -1,0 +1,154 @@
+"""What a mixture will do, before anything is trained on it: the plan as a table, its first samples as a picture.
+
+python data/show.py mixture=embedded_instruct            # seconds; writes mixture.png
+python data/show.py mixture=embedded_45_45_10 max_tokens=512 batch_size=32 out=sheet.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from fastvlm.config import command  # noqa: E402
+
+PREFIXES = (100, 1000, 10000)
+WIDTH, THUMBNAIL, MARGIN, LINE, SIZE = 1500, 112, 12, 19, 14
+LEARNED, SPECIAL, PLAIN = (255, 233, 148), (120, 120, 160), (20, 20, 20)
+
+
+def make_plan(config):
+    """The plan of one epoch of a configuration's mixture, and its tokenizer."""
+    from fastvlm.build import build_tokenizer, instantiate
+    from fastvlm.data.plan import Plan
+
+    tokenizer = build_tokenizer(config)
+    mixture = instantiate(config.mixture, key="mixture")
+    keys = ("split", "tokens_per_image", "max_tokens", "max_images", "batch_size", "packing", "seed")
+    return Plan(mixture, tokenizer, **{key: config[key] for key in keys}), tokenizer
+
+
+def print_report(report: dict) -> None:
+    """Shares and epochs a source, then packing and what is left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    epoch = f"one epoch: {report['samples']:,} samples in {report['num_steps']:,} steps"
+    table = Table(title=f"{epoch}; weights count {report['unit']}; plan {report['fingerprint']}")
+    table.add_column("source")
+    for name in ("samples", "epochs", "cut", "left out", "largest error,\nsamples' worth"):
+        table.add_column(name, justify="right")
+    for name, source in report["sources"].items():
+        left_out = sum(entry["count"] for entry in source["excluded"].values())
+        counts = (f"{source['truncated']:,}", f"{left_out:,}", f"{source['largest_error']:.2f}")
+        table.add_row(name, f"{source['samples']:,}", f"{source['epochs']:.2f}", *counts)
+    console.print(table)
+    table = Table(title="share in %, after " + ", ".join(f"{n:,}" for n in PREFIXES) + " samples")
+    table.add_column("source")
+    table.add_column("target", justify="right")
+    for unit in ("samples", "tokens", "answer_tokens"):
+        table.add_column(unit, justify="right", style="bold" if unit == report["unit"] else None)
+    for name, source in report["sources"].items():
+        cells = [" ".join(f"{100 * share[str(n)]:.1f}" for n in PREFIXES) for share in source["share"].values()]
+        table.add_row(name, f"{100 * source['target']:.1f}", *cells)
+    console.print(table)
+    packing = report["packing"]
+    console.print(
+        f"rows: {packing['samples_per_row']:.1f} samples each, {packing['filled_tokens']:.1%} of max_tokens and "
+        f"{packing['filled_images']:.1%} of max_images used, {packing['padding']:.1%} of a step's positions are padding"
+    )
+
+
+def split_runs(ids: list[int], labels: list[int], tokenizer) -> list[tuple[str, bool, bool]]:
+    """(text, learned, special) of the runs of a sample's tokens; the slots of an image are one run."""
+    special = {i for i, token in tokenizer.hf.added_tokens_decoder.items() if token.special}
+    runs: list[tuple[list[int], bool, bool]] = []
+    for token, label in zip(ids, labels):
+        kind = (label == token, token in special)
+        slots = token == tokenizer.image_id
+        if runs and kind == runs[-1][1:] and (not kind[1] or (slots and runs[-1][0][-1] == token)):
+            runs[-1][0].append(token)
+        else:
+            runs.append(([token], *kind))
+    image = tokenizer.image_id
+    text = lambda run: f"<image: {len(run)} slots>" if run[0] == image else tokenizer.hf.decode(run)
+    return [(text(run), learned, is_special) for run, learned, is_special in runs]
+
+
+def draw_sample(sample, tokenizer, font):
+    """Images on the left, text on the right; what is learned has a yellow ground."""
+    import re
+
+    from einops import rearrange
+    from PIL import Image, ImageDraw
+
+    left = MARGIN + max(1, min(len(sample.images), 3)) * (THUMBNAIL + MARGIN)
+    words = []  # (text, learned, special, width); None is a new line
+    for text, learned, special in split_runs(sample.input_ids, sample.labels, tokenizer):
+        for piece in [text] if special else re.findall(r"\n|[^\s]+[^\S\n]*|[^\S\n]+", text):
+            words.append(None if piece == "\n" else (piece, learned, special, font.getlength(piece)))
+    lines, x = [[]], left
+    for word in words:
+        if word is None or (x + word[3] > WIDTH - MARGIN and lines[-1]):
+            lines.append([])
+            x = left
+        if word is not None:
+            lines[-1].append((x, *word))
+            x += word[3]
+    rows = -(-max(1, len(sample.images)) // 3)
+    height = max(rows * (THUMBNAIL + MARGIN), (len(lines) + 1) * LINE) + 2 * MARGIN
+    sheet = Image.new("RGB", (WIDTH, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(sample.images):
+        picture = Image.fromarray(rearrange(image, "c h w -> h w c").numpy()).resize(
+            (THUMBNAIL, THUMBNAIL), Image.Resampling.NEAREST
+        )
+        sheet.paste(picture, (MARGIN + i % 3 * (THUMBNAIL + MARGIN), MARGIN + i // 3 * (THUMBNAIL + MARGIN)))
+    learned = sum(label != -100 for label in sample.labels)
+    title = f"{sample.source} / {sample.key}: {len(sample.input_ids)} tokens, {learned} learned"
+    draw.text((left, MARGIN), title, fill=(150, 60, 20), font=font)
+    for number, line in enumerate(lines, start=1):
+        y = MARGIN + number * LINE
+        for x, text, is_learned, special, width in line:
+            if is_learned:
+                draw.rectangle((x, y, x + width, y + LINE - 2), fill=LEARNED)
+            draw.text((x, y), text, fill=SPECIAL if special else PLAIN, font=font)
+    draw.line((0, height - 1, WIDTH, height - 1), fill=(210, 210, 210))
+    return sheet
+
+
+def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path) -> None:
+    """The first samples in the order of the schedule, one below the other."""
+    import matplotlib
+    from PIL import Image, ImageFont
+
+    from fastvlm.data.dataset import PlannedDataset
+
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), SIZE)
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=image_size)
+    strips = [draw_sample(dataset.read(s, row), tokenizer, font) for s, row in plan.first_samples(count)]
+    sheet = Image.new("RGB", (WIDTH, sum(s.height for s in strips)))
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out)
+
+
+def show(config) -> None:
+    plan, tokenizer = make_plan(config)
+    print_report(plan.report(PREFIXES))
+    for line in plan.notes():
+        print(line)
+    out = Path(config.out)
+    draw_samples(plan, tokenizer, image_size=config.image_size, count=config.samples, out=out)
+    print(f"first {config.samples} samples (yellow: learned): {out.resolve()}")
+
+
+if __name__ == "__main__":
+    command("show", show)

@@ -1,0 +1,351 @@
+"""Metrics of a stage: one line of metrics.jsonl and one call to every logger each N optimiser steps.
+
+Between two lines nothing is copied from the device: counts and losses are added up where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from fastvlm.batch import Batch
+from fastvlm.tokens import IGNORE_INDEX
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+# What one position of a row can be; a position's code is (source + 1) * 8 + the bits that hold.
+FIRST, ANSWER, IMAGE = 1, 2, 4
+OUTPUT_KEYS = {"loss", "loss_sum", "source_loss", "source_tokens"}
+
+
+def count_positions(batch: Batch, *, image_token_id: int | None) -> Tensor:
+    """Histogram of position codes, int64 (num_sources + 1, 8); row 0 is padding.
+
+    One pass answers every count there is: samples, tokens, answer tokens and image tokens per source, and padding.
+    """
+    code = (batch.source_ids + 1) * 8
+    code = code + (batch.position_ids == 0) * FIRST + (batch.labels != IGNORE_INDEX) * ANSWER
+    if image_token_id is not None:
+        code = code + (batch.input_ids == image_token_id) * IMAGE
+    size = (len(batch.sources) + 1) * 8
+    code = code.flatten()
+    if code.device.type == "cpu":
+        return torch.bincount(code, minlength=size).view(-1, 8)
+    # bincount waits for the device to learn its output's size; scatter_add_ does not.
+    counts = torch.zeros(size, dtype=torch.int64, device=code.device)
+    return counts.scatter_add_(0, code, torch.ones_like(code)).view(-1, 8)
+
+
+def read_counts(counts: Tensor) -> dict[str, Tensor]:
+    """Samples, tokens, answer and image tokens per source (num_sources,), and padding (), from a histogram."""
+    codes = torch.arange(8)
+    real = counts[1:]
+    return {
+        "samples": real[:, (codes & FIRST) > 0].sum(1),
+        "tokens": real.sum(1),
+        "answer_tokens": real[:, (codes & ANSWER) > 0].sum(1),
+        "image_tokens": real[:, (codes & IMAGE) > 0].sum(1),
+        "padding": counts[0].sum(),
+    }
+
+
+def gradient_norms(module: LightningModule) -> dict[str, Tensor]:
+    """L2 norm of the gradients, whole (`""`) and per part: encoder, resampler, projector, llm, head."""
+    grads: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            part = name.removeprefix("model.").split(".")[0] if name.startswith("model.") else "head"
+            grads.setdefault(part, []).append(parameter.grad)
+    norms = {part: torch.nn.utils.get_total_norm(g) for part, g in grads.items()}
+    norms = {part: n.full_tensor() if hasattr(n, "full_tensor") else n for part, n in norms.items()}  # FSDP2's DTensor
+    if norms:
+        first = next(iter(norms.values()))
+        norms[""] = torch.stack([n.to(first) for n in norms.values()]).square().sum().sqrt()
+    return norms
+
+
+class Losses:
+    """Sums of loss and learned tokens per source, plus means of whatever else a step returns, on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def add(self, outputs: dict[str, Any]) -> None:
+        for key, value in outputs.items():
+            if key == "loss" or not isinstance(value, Tensor) or (key not in OUTPUT_KEYS and value.ndim):
+                continue
+            value = value.detach()
+            if key not in OUTPUT_KEYS:
+                # The mean of an empty selection is NaN and says nothing: it counts neither above nor below the line.
+                self._add(key + "/n", torch.isfinite(value).float())
+                value = torch.nan_to_num(value.float(), 0.0, 0.0, 0.0)
+            self._add(key, value)
+        self.batches += 1
+
+    def _add(self, key: str, value: Tensor) -> None:
+        self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+
+    def read(self, split: str, sources: tuple[str, ...], trainer: Trainer) -> dict[str, float]:
+        """Metrics of everything added, over all ranks."""
+        sums = {k: trainer.strategy.reduce(v, reduce_op="sum").cpu() for k, v in sorted(self.sums.items())}
+        out: dict[str, float] = {}
+        if "source_loss" in sums and sums["source_loss"].numel():
+            loss, tokens = sums["source_loss"].double(), sums["source_tokens"].double()
+            if tokens.sum() > 0:
+                out[f"{split}/loss"] = float(loss.sum() / tokens.sum())
+            for name, value, n in zip(sources, loss.tolist(), tokens.tolist()):
+                if n > 0 and len(sources) > 1:
+                    out[f"{split}/loss/{name}"] = value / n
+        for key in sums:
+            if key not in OUTPUT_KEYS and not key.endswith("/n") and sums[key + "/n"] > 0:
+                out[f"{split}/{key}"] = float(sums[key] / sums[key + "/n"])
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {k: v.tolist() for k, v in self.sums.items()}, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        self.batches = state["batches"]
+
+
+class Metrics(Callback):
+    """Writes what happened in the last `every` optimiser steps, and shares since the stage began.
+
+    Per record: `train/loss` (mean over learned tokens) and `train/loss/<source>`; `train/share/<source>` in the unit of
+    the mixture, with `share_samples`, `share_tokens`, `share_answer_tokens` and `share_target` beside it; speed in real
+    tokens (padding excluded), padding, waiting for data, memory, gradient norms before clipping, learning rates,
+    samples that could not be read. After a validation: `val/loss`, `val/loss/<source>` and whatever scalars
+    `validation_step` returns. A resumed stage drops the lines after the step it resumes from and goes on counting.
+
+    Args:
+        every: optimiser steps between two records; the first and the last step are always recorded.
+        path: metrics.jsonl; None is `<trainer.default_root_dir>/metrics.jsonl`.
+    """
+
+    def __init__(self, every: int = 20, *, path: str | Path | None = None):
+        if every < 1:
+            raise ValueError(f"callbacks.metrics.every={every} must be at least 1")
+        self.every, self.path = every, Path(path) if path else None
+        self.last: dict[str, Any] = {}  # the latest value of every metric, for whoever shows them
+        self._losses, self._val = Losses(), Losses()
+        self._sources: tuple[str, ...] = ()
+        self._val_sources: tuple[str, ...] = ()
+        self._window: Tensor | None = None  # position codes since the last record, on the device
+        self._total: Tensor | None = None  # the same since the stage began, over all ranks, on the CPU
+        self._seconds = {"step": 0.0, "wait": 0.0, "total": 0.0}
+        self._skipped: list[str] = []
+        self._num_skipped = 0
+        self._norms: dict[str, Tensor] = {}
+        self._mark = 0.0  # when this batch started
+        self._idle_since: float | None = None  # when the last batch ended; None after something that is not waiting
+        self._logged_step = 0
+        self._warm = False
+        self._restored: dict[str, Any] | None = None
+        self._image_token_id: int | None = None
+
+    # -- resume ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": self._losses.state_dict(),
+            "sources": list(self._sources),
+            "window": self._window.tolist() if self._window is not None else None,
+            "total": self._total.tolist() if self._total is not None else None,
+            "seconds": dict(self._seconds),
+            "skipped": list(self._skipped),
+            "num_skipped": self._num_skipped,
+            "logged_step": self._logged_step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def _restore(self, trainer: Trainer, device: torch.device) -> None:
+        state, self._restored = self._restored, None
+        self._sources = tuple(state["sources"])
+        if state["total"] is not None:
+            self._total = torch.tensor(state["total"], dtype=torch.int64)
+        self._seconds = dict(state["seconds"])
+        self._num_skipped, self._logged_step = state["num_skipped"], state["logged_step"]
+        # The checkpoint holds the first rank's window: only that rank may add it again.
+        if trainer.is_global_zero:
+            self._losses.load_state_dict(state["losses"], device)
+            self._skipped = list(state["skipped"])
+            if state["window"] is not None:
+                self._window = torch.tensor(state["window"], dtype=torch.int64, device=device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path = self.path or Path(trainer.default_root_dir) / "metrics.jsonl"
+        self._image_token_id = getattr(getattr(pl_module, "model", None), "image_token_id", None)
+        self._stage = getattr(pl_module, "name", type(pl_module).__name__)
+        if self._restored is not None:
+            self._restore(trainer, pl_module.device)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_lines(self.path, step=trainer.global_step)
+        self._idle_since = None
+
+    # -- every batch ----------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._mark = time.perf_counter()
+        if self._idle_since is not None:
+            self._seconds["wait"] += self._mark - self._idle_since
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
+        if self._is_due(trainer, trainer.global_step + 1):
+            self._norms = gradient_norms(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if self._sources != batch.sources:
+            assert not self._sources, f"the sources of a stage changed from {self._sources} to {batch.sources}"
+            self._sources = batch.sources
+        counts = count_positions(batch, image_token_id=self._image_token_id)
+        self._window = counts if self._window is None else self._window + counts
+        self._losses.add(outputs)
+        self._skipped += batch.skipped
+        step = trainer.global_step
+        if step != self._logged_step and self._is_due(trainer, step):
+            self._record_training(trainer, step)
+        else:
+            self._seconds["step"] += time.perf_counter() - self._mark
+        # After the first batch others look at the whole model (the freezing proof); that is not waiting for data.
+        self._idle_since = time.perf_counter() if self._warm else None
+        self._warm = True
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        return step % self.every == 0 or step == 1 or step == trainer.max_steps
+
+    # -- records --------------------------------------------------------------------------------------------------
+
+    def _record_training(self, trainer: Trainer, step: int) -> None:
+        metrics = self._losses.read("train", self._sources, trainer)  # waits for the device
+        window = trainer.strategy.reduce(self._window, reduce_op="sum").cpu()
+        self._seconds["step"] += time.perf_counter() - self._mark
+        self._total = window if self._total is None else self._total + window
+        counts = read_counts(window)
+        seconds = max(self._seconds["step"] + self._seconds["wait"], 1e-9)
+        self._seconds["total"] += seconds
+        tokens, image_tokens = int(counts["tokens"].sum()), int(counts["image_tokens"].sum())
+        metrics |= {
+            "train/tokens_per_second": tokens / seconds,
+            "train/image_tokens_per_second": image_tokens / seconds,
+            "train/text_tokens_per_second": (tokens - image_tokens) / seconds,
+            "train/samples_per_second": int(counts["samples"].sum()) / seconds,
+            "train/padding": int(counts["padding"]) / max(1, int(window.sum())),
+            "train/data_wait": self._seconds["wait"] / seconds,
+            "train/seconds": self._seconds["total"],
+            "train/memory_gib": psutil.Process().memory_info().rss / GIB,
+        }
+        if torch.cuda.is_available():
+            metrics["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+        metrics |= self._shares(trainer)
+        for part, norm in self._norms.items():
+            metrics["train/grad_norm" + (f"/{part}" if part else "")] = float(norm)
+        for optimizer in trainer.optimizers:
+            for i, group in enumerate(optimizer.param_groups):
+                key = f"train/lr/{group.get('name', i)}"
+                metrics[key] = max(float(group["lr"]), metrics.get(key, 0.0))
+        skipped = self._gather_skipped(trainer)
+        self._num_skipped += len(skipped)
+        metrics["train/skipped"] = float(self._num_skipped)
+        if skipped and trainer.is_global_zero:
+            log.warning("samples that could not be read (%d): %s", len(skipped), ", ".join(skipped[:10]))
+        self._write(trainer, step, metrics, **({"skipped_keys": skipped[:100]} if skipped else {}))
+        self._losses, self._window, self._norms, self._skipped = Losses(), None, {}, []
+        self._seconds["step"] = self._seconds["wait"] = 0.0
+        self._logged_step = step
+
+    def _shares(self, trainer: Trainer) -> dict[str, float]:
+        plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
+        mixture = getattr(plan, "mixture", None)
+        unit = getattr(mixture, "unit", "samples")
+        totals = read_counts(self._total)
+        out = {}
+        for kind in ("samples", "tokens", "answer_tokens"):
+            share = (totals[kind] / totals[kind].sum().clamp(min=1)).tolist()
+            for name, value in zip(self._sources, share):
+                out[f"train/share_{kind}/{name}"] = value
+                if kind == unit:
+                    out[f"train/share/{name}"] = value
+        weights = dict(getattr(mixture, "weights", None) or {})
+        if sum(weights.values()) > 0:
+            for name in self._sources:
+                out[f"train/share_target/{name}"] = weights.get(name, 0.0) / sum(weights.values())
+        return out
+
+    def _gather_skipped(self, trainer: Trainer) -> list[str]:
+        if trainer.world_size == 1:
+            return self._skipped
+        gathered: list[list[str]] = [[] for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(gathered, self._skipped)
+        return [key for keys in gathered for key in keys]
+
+    def _write(self, trainer: Trainer, step: int, metrics: dict[str, float], **extra: Any) -> None:
+        self.last |= metrics
+        # What a checkpoint may monitor and a handoff's manifest records.
+        chosen = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith(("val/", "train/loss"))}
+        trainer.callback_metrics.update(chosen)
+        if not trainer.is_global_zero:
+            return
+        # Seven digits are more than a float32 has.
+        short = {key: float(f"{value:.7g}") for key, value in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3), "stage": self._stage, **short, **extra}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    # -- validation -----------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._val = Losses()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx=0
+    ) -> None:
+        self._val_sources = batch.sources
+        self._val.add(outputs)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._idle_since = None
+        if trainer.sanity_checking or self.path is None or not self._val.batches:
+            return
+        self._write(trainer, trainer.global_step, self._val.read("val", self._val_sources, trainer))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning saves between two batches, and writing gigabytes is not waiting for data.
+        self._idle_since = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._idle_since = None
+
+
+def keep_lines(path: Path, *, step: int) -> None:
+    """Drop the records after `step`, and a last line that was cut off by a crash; atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    part.replace(path)

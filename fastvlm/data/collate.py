@@ -1,0 +1,76 @@
+"""Rows of samples -> Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fastvlm.batch import Batch, Sample
+from fastvlm.tokens import IGNORE_INDEX
+
+NO_LABEL = 255  # in a label map: a cell, or a whole image, without dense labels
+
+
+def collate(
+    rows: Sequence[Sequence[Sample]],
+    *,
+    sources: Sequence[str],
+    pad_id: int,
+    image_size: int,
+    num_answer_tokens: int,
+    step: int = 0,
+    skipped: Sequence[str] = (),
+) -> Batch:
+    """Lay samples one behind the other in their rows and pad rows to the longest.
+
+    A row may be empty (all its samples could not be read): it is padding from end to end. Images without a label map
+    in a batch that has some get one of NO_LABEL.
+
+    Raises:
+        ValueError: label maps of different sizes in one batch.
+    """
+    length = max(1, *(sum(len(s.input_ids) for s in row) for row in rows)) if rows else 1
+    input_ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORE_INDEX)
+    position_ids, segment_ids = np.zeros_like(input_ids), np.zeros_like(input_ids)
+    source_ids = np.full_like(input_ids, -1)
+    number = {name: i for i, name in enumerate(sources)}
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row, start=1):
+            end = start + len(sample.input_ids)
+            input_ids[b, start:end] = sample.input_ids
+            labels[b, start:end] = sample.labels
+            position_ids[b, start:end] = np.arange(end - start)
+            segment_ids[b, start:end] = segment
+            source_ids[b, start:end] = number[sample.source]
+            start = end
+    samples = [sample for row in rows for sample in row]
+    images = [image for sample in samples for image in sample.images]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        source_ids=torch.from_numpy(source_ids),
+        pixel_values=torch.stack(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        num_answer_tokens=num_answer_tokens,
+        sources=tuple(sources),
+        keys=tuple(sample.key for sample in samples),
+        label_maps=stack_label_maps(samples),
+        step=step,
+        skipped=tuple(skipped),
+    )
+
+
+def stack_label_maps(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """uint8 (I, C, h, w), in line with the images; None when no sample has any."""
+    shapes = {tuple(m.shape): sample.key for sample in samples for m in sample.label_maps}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise ValueError(f"label maps of different sizes in one batch: {shapes}; a stage needs one cell grid")
+    empty = torch.full(next(iter(shapes)), NO_LABEL, dtype=torch.uint8)
+    return torch.stack([m for sample in samples for m in (sample.label_maps or [empty] * len(sample.images))])

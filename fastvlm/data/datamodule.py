@@ -1,0 +1,169 @@
+"""The plan as Lightning's loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.plan import Plan
+from fastvlm.data.source import Mixture
+from fastvlm.data.validation import ValidationPlan
+from fastvlm.tokens import Tokenizer
+
+
+class StepSampler(Sampler[int]):
+    """Micro-batches `start .. count`, in order.
+
+    Its length is that of the whole epoch, not of what is left: after a resume Lightning's fetcher adds the batches of
+    before to those it has fetched and ends the epoch when the sum reaches the length.
+    """
+
+    def __init__(self, count: int, *, start: int = 0):
+        self.count, self.start = count, start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class PlanLoader(DataLoader):
+    """A loader whose position is the step counter; its empty state tells Lightning that it resumes in mid-epoch."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class MixtureDataModule(L.LightningDataModule):
+    """One stage's data. The stage is one epoch of the Trainer (`max_epochs=1` or -1), `plan.num_steps` steps long.
+
+    Args:
+        mixture: sources and shares.
+        tokenizer: shared with the model.
+        image_size: side of the square images, pixels.
+        tokens_per_image: slots an image takes: `VLM.num_visual_tokens(image_size)`.
+        batch_size: rows of an optimiser step, over all ranks and micro-batches.
+        max_tokens, max_images: budget of a row.
+        packing: several samples a row.
+        num_steps, epochs: length of the stage, one of them; neither for one epoch.
+        accumulate: micro-batches a step; the Trainer's `accumulate_grad_batches`.
+        seed: of the order.
+        num_workers: loader processes a rank; the batches are the same for any number.
+        val_samples: of all sources together, balanced; 0 for no validation.
+        pack_window, sort_window: see `Plan`.
+        max_skipped_share, cache_bytes: see `PlannedDataset`.
+
+    Raises:
+        ValueError: from the plan, at `setup`; from the loaders, when rows do not divide among ranks and micro-batches
+            or a checkpoint stands inside an optimiser step.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        tokenizer: Tokenizer,
+        image_size: int,
+        tokens_per_image: int,
+        batch_size: int,
+        max_tokens: int,
+        max_images: int = 8,
+        packing: bool = True,
+        num_steps: int | None = None,
+        epochs: float | int | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+        num_workers: int = 0,
+        val_samples: int = 256,
+        pack_window: int = 1000,
+        sort_window: int = 0,
+        max_skipped_share: float = 0.01,
+        cache_bytes: int = 256 << 20,
+    ):
+        super().__init__()
+        self.mixture, self.tokenizer, self.num_workers = mixture, tokenizer, num_workers
+        self.accumulate, self.val_samples = accumulate, val_samples
+        self.plan: Plan | None = None
+        self.val_plan: ValidationPlan | None = None
+        self._budget = {
+            "tokens_per_image": tokens_per_image,
+            "max_tokens": max_tokens,
+            "max_images": max_images,
+            "packing": packing,
+            "batch_size": batch_size,
+        }
+        self._length = {"num_steps": num_steps, "epochs": epochs}
+        self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window}
+        self._reading = {
+            "tokenizer": tokenizer,
+            "image_size": image_size,
+            "max_skipped_share": max_skipped_share,
+            "cache_bytes": cache_bytes,
+        }
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the indexes (building what is missing) and make the plan."""
+        if self.plan is None:
+            self.plan = Plan(self.mixture, self.tokenizer, **self._budget, **self._length, **self._order)
+        if (
+            self.val_plan is None
+            and self.val_samples
+            and any(s.has_split("val") for s in self.mixture.sources.values())
+        ):
+            self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
+
+    def train_dataloader(self) -> PlanLoader:
+        dataset = PlannedDataset(self.plan, accumulate=self.accumulate, **self._ranks(), **self._reading)
+        self.plan.extend()  # before the workers fork: they share the arrays and plan nothing
+        return self._loader(dataset, start=self._start())
+
+    def val_dataloader(self) -> PlanLoader | list:
+        if self.val_plan is None:
+            return []
+        return self._loader(PlannedDataset(self.val_plan, **self._ranks(), **self._reading), start=0)
+
+    def _loader(self, dataset: PlannedDataset, *, start: int) -> PlanLoader:
+        return PlanLoader(
+            dataset,
+            sampler=StepSampler(len(dataset), start=start),
+            batch_size=None,  # the dataset yields whole batches
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            prefetch_factor=4 if self.num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _ranks(self) -> dict[str, int]:
+        trainer = self.trainer
+        if trainer is None:
+            return {"rank": 0, "world_size": 1}
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError("Trainer(use_distributed_sampler=True) would deal out rows a second time; set it to False")
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+    def _start(self) -> int:
+        """The micro-batch to begin with: resume is an integer, the Trainer's step counter."""
+        trainer = self.trainer
+        if trainer is None:
+            return 0
+        if trainer.accumulate_grad_batches != self.accumulate:
+            raise ValueError(
+                f"data.accumulate={self.accumulate} and trainer.accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches} must be the same number"
+            )
+        start = trainer.global_step * self.accumulate
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if trainer.fit_loop.restarting and done != start:
+            raise ValueError(
+                f"the checkpoint stands at micro-batch {done} and step {trainer.global_step} (of {self.accumulate} "
+                "micro-batches each), inside a step or of another accumulation; resume from one written at a step's end"
+            )
+        return start

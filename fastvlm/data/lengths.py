@@ -1,0 +1,84 @@
+"""What of a source fits a plan: the exact length of every sample, and which are left out and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.compute as pc
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.data.index import SourceIndex
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Source
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
+
+
+@dataclass
+class Measured:
+    """A source as a plan sees it; columns are int32, one entry a row of the index."""
+
+    name: str  # its key in the mixture
+    index: SourceIndex
+    rows: np.ndarray  # int64: rows that are planned, ascending
+    length: np.ndarray  # positions a sample takes, image slots and truncation included
+    answer: np.ndarray  # learned tokens left
+    images: np.ndarray
+    num_truncated: int = 0
+    excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
+
+    def costs(self, unit: str) -> np.ndarray:
+        """Cost of every row in a mixture's unit."""
+        return {"samples": np.ones_like(self.length), "tokens": self.length, "answer_tokens": self.answer}[unit]
+
+
+def measure_source(
+    source: Source,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    split: str,
+    tokens_per_image: int,
+    max_tokens: int,
+    max_images: int,
+) -> Measured:
+    """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
+
+    Raises:
+        ValueError: no shards, or no sample is left.
+    """
+    index = source.load(split, tokenizer)
+    rows = source.select(index)
+    length = index.text_tokens + index.num_images * np.int32(tokens_per_image)
+    answer, images = index.answer_tokens.copy(), index.num_images.copy()
+    reasons = np.full(index.num_samples, "", dtype=object)
+    reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = "unreadable"
+    reasons[(reasons == "") & (answer == 0)] = "no learned token"
+    chosen = np.zeros(index.num_samples, dtype=bool)
+    chosen[rows] = True
+    reader, num_truncated = ShardReader(), 0
+    for row in np.flatnonzero(chosen & (reasons == "") & (length > max_tokens)).tolist():
+        try:
+            record = index.read(row, reader).record
+        except (OSError, ValueError):
+            reasons[row] = "unreadable"
+            continue
+        encoded = encode_record(record, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens)
+        length[row], images[row] = len(encoded.input_ids), encoded.num_images
+        answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
+        num_truncated += 1
+        if answer[row] == 0:
+            reasons[row] = "answer truncated away"
+    reader.close()
+    reasons[(reasons == "") & (images > max_images)] = "too many images"
+    kept = rows[reasons[rows] == ""]
+    excluded: dict[str, list[str]] = {}
+    for row in rows[reasons[rows] != ""].tolist():
+        excluded.setdefault(reasons[row], []).append(index.key(row))
+    if not len(kept):
+        why = ", ".join(f"{len(keys)} {reason}" for reason, keys in excluded.items()) or "its shards are empty"
+        raise ValueError(
+            f"source {name} ({source.path}, split {split}): no sample is left of {len(rows)} ({why}); "
+            f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
+        )
+    return Measured(name, index, kept, length, answer, images, num_truncated, excluded)

@@ -1,0 +1,140 @@
+"""A source is a folder of shards; a mixture is a weighted set of sources and the unit its weights are counted in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.tokens import Tokenizer
+
+UNITS = ("samples", "tokens", "answer_tokens")
+
+
+class Source:
+    """One data set: `<path>/<split>-*.tar` with their indexes.
+
+    Args:
+        name: as it stands in logs, metrics and error messages.
+        path: the folder of the shards.
+        types: keep only samples of these question types (`meta.type` or one of `meta.types`).
+        max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
+            of a larger one (for studies of data size).
+        rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        path: str | Path,
+        types: Sequence[str] | None = None,
+        max_samples: int | None = None,
+        rebuild_index: bool = True,
+    ):
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
+        self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
+        self.types = None if types is None else tuple(types)
+
+    def has_split(self, split: str) -> bool:
+        return any(self.path.glob(f"{split}-*.tar"))
+
+    def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
+        """Index of a split.
+
+        Raises:
+            ValueError: see `load_index`.
+        """
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+
+    def select(self, index: SourceIndex) -> np.ndarray:
+        """Rows of the index that belong to this source: int64, ascending.
+
+        Raises:
+            ValueError: none of `types` occurs.
+        """
+        rows = np.arange(index.num_samples)
+        if self.types is not None:
+            kinds = index.types.to_pylist()
+            wanted = set(self.types)
+            rows = rows[[not wanted.isdisjoint(kind.split(",")) for kind in kinds]]
+            if not len(rows):
+                there = sorted({t for kind in pc.unique(index.types).to_pylist() for t in kind.split(",")})
+                raise ValueError(
+                    f"source {self.name}: no sample in {self.path} is of types={list(self.types)}; it has {there}"
+                )
+        if self.max_samples is not None and index.split == "train" and len(rows) > self.max_samples:
+            rows = np.sort(rows[shuffled(len(rows), "subset", self.name)[: self.max_samples]])
+        return rows
+
+
+class Mixture:
+    """Sources and their shares.
+
+    Args:
+        sources: by name; the names are the keys of `weights`.
+        weights: any non-negative numbers, one a source; they are normalised. A source of weight 0 is left out.
+        unit: what the shares are counted in: samples, tokens (text and image slots) or answer_tokens (learned ones).
+        window_shards: shards open at once; samples are shuffled within this window, shards beyond it.
+
+    Raises:
+        ValueError: unknown or missing names in weights, a negative weight, no positive one, an unknown unit.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        weights: Mapping[str, float | int],
+        unit: str,
+        window_shards: int = 4,
+    ):
+        names = [str(name) for name in sources]
+        if not names:
+            raise ValueError("mixture.sources is empty; name at least one source")
+        for name in weights:
+            if name not in names:
+                nearest = difflib.get_close_matches(str(name), names, n=1) or names[:1]
+                raise ValueError(
+                    f"mixture.weights.{name}: no such source; did you mean {nearest[0]}? (sources: {', '.join(names)})"
+                )
+        for name in names:
+            if name not in weights:
+                raise ValueError(f"mixture.weights has no {name}; give it a weight (0 leaves the source out)")
+            if not weights[name] >= 0 or weights[name] == float("inf"):
+                raise ValueError(f"mixture.weights.{name}={weights[name]} must be a number of 0 or more")
+        if unit not in UNITS:
+            nearest = difflib.get_close_matches(str(unit), UNITS, n=1) or UNITS[:1]
+            raise ValueError(f"mixture.unit={unit} is not one of {', '.join(UNITS)}; did you mean {nearest[0]}?")
+        if window_shards < 1:
+            raise ValueError(f"mixture.window_shards={window_shards} must be 1 or more")
+        exact = {name: Fraction(str(weights[name])).limit_denominator(10**9) for name in names if weights[name] > 0}
+        if not exact:
+            raise ValueError(f"mixture.weights are all 0; give one of {', '.join(names)} a positive weight")
+        self.sources = {name: sources[name] for name in exact}
+        total = sum(exact.values())
+        self.shares = [weight / total for weight in exact.values()]  # fractions that sum to exactly 1
+        self.weights = {name: float(share) for name, share in zip(exact, self.shares)}
+        self.unit, self.window_shards = unit, window_shards
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.sources)
+
+
+def shuffled(count: int, *seeds: str | int) -> np.ndarray:
+    """A permutation of `range(count)` that depends on the seeds alone.
+
+    Raw 64-bit words of PCG64 are sorted: numpy promises the raw stream over versions and platforms, but not what
+    `Generator.permutation` makes of it (NEP 19).
+    """
+    import hashlib
+
+    digest = hashlib.sha256("\x1f".join(map(str, seeds)).encode()).digest()
+    return np.argsort(np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(count), kind="stable")

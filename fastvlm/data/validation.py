@@ -1,0 +1,69 @@
+"""The validation set: fixed, balanced over the sources, with the interface of a plan."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastvlm.data.lengths import measure_source
+from fastvlm.data.packing import pack_window
+from fastvlm.data.plan import Step
+from fastvlm.data.source import Mixture
+from fastvlm.tokens import Tokenizer
+
+
+class ValidationPlan:
+    """A fixed, balanced set of samples in steps, with the interface that `PlannedDataset` needs of a plan.
+
+    Every source that has the split gives the same number of samples (or all it has), spread evenly over its shards.
+    Rows are filled up with empty ones to a whole number of steps, so every rank has the same number.
+
+    Args:
+        num_samples: of all sources together.
+        batch_size: rows of a step, over all ranks.
+        Others as in `Plan`.
+
+    Raises:
+        ValueError: no source has the split.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        *,
+        split: str = "val",
+        num_samples: int = 256,
+        tokens_per_image: int,
+        batch_size: int,
+        max_tokens: int,
+        max_images: int = 8,
+        packing: bool = True,
+    ):
+        self.tokens_per_image, self.max_tokens, self.batch_size = tokens_per_image, max_tokens, batch_size
+        fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
+        self.names = mixture.names  # as in the training plan, so that source numbers agree
+        there = {name: s for name, s in mixture.sources.items() if s.has_split(split)}
+        if not there:
+            raise ValueError(
+                f"no source of {', '.join(mixture.names)} has shards {split}-*.tar; set data.val_samples=0"
+            )
+        self.sources = [measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in there.items()]
+        each = max(1, num_samples // len(self.sources))
+        self.pairs = []
+        for i, source in enumerate(self.sources):
+            take = np.linspace(0, len(source.rows) - 1, min(each, len(source.rows))).round().astype(int)
+            self.pairs += [(i, row) for row in source.rows[take].tolist()]
+        packs = [[i] for i in range(len(self.pairs))]
+        if packing:
+            lengths = [int(self.sources[s].length[row]) for s, row in self.pairs]
+            images = [int(self.sources[s].images[row]) for s, row in self.pairs]
+            packs = pack_window(lengths, images, max_tokens=max_tokens, max_images=max_images)
+        packs += [[]] * (-len(packs) % batch_size)
+        self._packs = packs
+        self.num_steps = len(packs) // batch_size
+
+    def step(self, i: int) -> Step:
+        """Rows of step i, some of the last possibly empty."""
+        packs = self._packs[i * self.batch_size : (i + 1) * self.batch_size]
+        rows = [[self.pairs[k] for k in pack] for pack in packs]
+        return Step(rows, sum(int(self.sources[s].answer[row]) for pairs in rows for s, row in pairs))

@@ -1,0 +1,83 @@
+"""Learned queries that attend to the patches (Perceiver resampler of Flamingo, arXiv 2204.14198, section 2.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class CrossAttentionBlock(nn.Module):
+    """Queries attend to patches and to themselves, then a feed-forward; both before-normalised and residual."""
+
+    def __init__(self, dim: int, *, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.heads = heads
+        self.norm_queries, self.norm_patches, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        normed = self.norm_queries(queries)
+        # Flamingo, section 2.1: keys and values are the patches and the queries together.
+        context = torch.cat([self.norm_patches(patches), normed], dim=1)  # (I, N + M, D)
+        q = rearrange(self.to_q(normed), "i m (heads d) -> i heads m d", heads=self.heads)
+        k, v = rearrange(self.to_kv(context), "i n (two heads d) -> two i heads n d", two=2, heads=self.heads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "i heads m d -> i m (heads d)")
+        queries = queries + self.to_out(out)
+        return queries + self.mlp(self.norm_mlp(queries))
+
+
+class PerceiverResampler(nn.Module):
+    """Compresses any number of patches to `num_tokens` visual tokens.
+
+    Args:
+        num_tokens: visual tokens of an image, at most the number of patches.
+        depth: blocks of cross-attention and feed-forward.
+        heads: of the attention; they divide `in_dim`.
+        mlp_ratio: hidden width of the feed-forward over `in_dim`.
+        positions: add a learned vector per visual token to the result as well.
+
+    Raises:
+        ValueError: `heads` does not divide `in_dim`, or `num_tokens` is more than there are patches.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        num_tokens: int,
+        depth: int = 2,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        positions: bool = True,
+    ):
+        super().__init__()
+        if in_dim % heads:
+            raise ValueError(f"resampler.heads={heads} does not divide the encoder's width {in_dim}")
+        self.num_tokens, self.out_dim = num_tokens, in_dim
+        self.queries = nn.Parameter(torch.randn(num_tokens, in_dim))
+        self.blocks = nn.ModuleList(CrossAttentionBlock(in_dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(in_dim)
+        self.positions = nn.Parameter(torch.randn(num_tokens, in_dim) * 0.02) if positions else None
+
+    def num_tokens_out(self, num_patches: int) -> int:
+        if num_patches < self.num_tokens:
+            raise ValueError(
+                f"resampler.num_tokens={self.num_tokens} is more than the {num_patches} patches of an image; "
+                "raise the stage's image_size or lower resampler.num_tokens"
+            )
+        return self.num_tokens
+
+    def forward(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
+        self.num_tokens_out(patches.shape[1])
+        tokens = repeat(self.queries, "m d -> i m d", i=patches.shape[0])
+        for block in self.blocks:
+            tokens = block(tokens, patches)
+        tokens = self.norm(tokens)
+        return tokens if self.positions is None else tokens + self.positions

@@ -1,0 +1,112 @@
+"""The vision-language model: encoder -> resampler -> projector -> splice -> language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastvlm.batch import Batch
+from fastvlm.models.llms.language_model import LanguageModel
+from fastvlm.models.splice import splice
+
+
+class VLM(nn.Module):
+    """
+    pixel_values (I, 3, H, W) -> encoder -> patches (I, N, D_v) -> resampler -> visual tokens (I, M, D_v)
+        -> projector -> (I, M, D_t) -> splice at every image slot of input_ids (B, S) -> llm -> logits (B, S, V)
+
+    Args:
+        encoder: normalised images -> patches; knows its `out_dim`, `mean`, `std`, `num_patches(image_size)`.
+        resampler: patches -> visual tokens; knows `num_tokens_out(num_patches)`.
+        projector: visual tokens to the width of the language model.
+        llm: embeds ids, turns embeddings into hidden states and those into logits.
+        image_token_id: the id that marks an image slot, `Tokenizer.image_id`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        resampler: nn.Module,
+        projector: nn.Module,
+        llm: LanguageModel,
+        *,
+        image_token_id: int,
+    ):
+        super().__init__()
+        self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
+        self.image_token_id = image_token_id
+        # 255 because pixels arrive as bytes: a quarter of float32's way over the bus.
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (encoder.mean, encoder.std))
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in ("encoder", "resampler", "projector", "llm")}
+
+    def num_visual_tokens(self, image_size: int) -> int:
+        return self.resampler.num_tokens_out(self.encoder.num_patches(image_size))
+
+    def normalise(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I 3 H W"]:
+        return ((pixel_values - self.pixel_mean) / self.pixel_std).to(next(self.projector.parameters()).dtype)
+
+    def encode_patches(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
+        return run(self.encoder, self.normalise(pixel_values))
+
+    def encode_images(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I M D"]:
+        return run(self.projector, run(self.resampler, self.encode_patches(pixel_values)))
+
+    def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
+        """What the language model reads: text embeddings with the images' visual tokens in their slots."""
+        text = self.llm.embed(batch.input_ids)
+        if batch.num_images:
+            visual = self.encode_images(batch.pixel_values)
+        else:
+            visual = text.new_zeros(0, 1, text.shape[-1])
+            if self._must_touch_vision():
+                text = text + self._zero_from_blank_image(batch.pixel_values)
+        return splice(text, batch.input_ids, visual, image_token_id=self.image_token_id)
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
+        """Last hidden states; samples packed in one row do not see each other."""
+        return self.llm.hidden(self.embed(batch), batch.position_ids, batch.segment_ids)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
+        return self.llm.head(self.hidden(batch))
+
+    def _must_touch_vision(self) -> bool:
+        """Whether another rank may be waiting for this one's vision gradients, or for its shard of the weights."""
+        path = [p for part in (self.encoder, self.resampler, self.projector) for p in part.parameters()]
+        learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in path)
+        return learns or any(isinstance(p, DTensor) for p in path)
+
+    def _zero_from_blank_image(self, pixel_values: Tensor) -> Float[Tensor, ""]:
+        """0, with every trainable vision parameter in its graph. Norm statistics do not see the blank image."""
+        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])  # even no images have a size
+        with frozen_statistics(self):
+            return self.encode_images(blank).sum() * 0.0
+
+
+def run(part: nn.Module, x: Tensor) -> Tensor:
+    """`part(x)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
+    learns = x.requires_grad or any(p.requires_grad for p in part.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        return part(x)
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm in `eval()` inside the block."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    try:
+        for norm in norms:
+            norm.eval()
+        yield
+    finally:
+        for norm in norms:
+            norm.train()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvlm.data.packing import group_by_length, pack_window
+
+samples = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 4)), max_size=60)
+
+
+def first_fit_decreasing(lengths, images, max_tokens, max_images):
+    """The textbook's, without the pruning of full packs."""
+    packs = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for pack in packs:
+            tokens, count = sum(lengths[k] for k in pack), sum(images[k] for k in pack)
+            if tokens + lengths[i] <= max_tokens and count + images[i] <= max_images:
+                pack.append(i)
+                break
+        else:
+            packs.append([i])
+    return packs
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples)
+def test_packs_are_those_of_first_fit_decreasing_and_keep_both_budgets(window):
+    lengths, images = [n for n, _ in window], [k for _, k in window]
+    packs = pack_window(lengths, images, max_tokens=100, max_images=4)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(window)))
+    assert all(sum(lengths[i] for i in p) <= 100 and sum(images[i] for i in p) <= 4 for p in packs)
+    reference = first_fit_decreasing(lengths, images, 100, 4)
+    assert {tuple(p) for p in packs} == {tuple(sorted(p)) for p in reference}
+
+
+def test_packs_stand_in_the_order_their_samples_arrived():
+    lengths = np.random.default_rng(0).integers(10, 60, 300).tolist()
+    packs = pack_window(lengths, [0] * 300, max_tokens=100, max_images=1)
+    means = [np.mean(p) for p in packs]
+    assert means == sorted(means)
+
+
+def test_rows_are_filled_far_better_than_in_the_order_of_arrival():
+    """Samples of 114-864 tokens in rows of 2,048."""
+    lengths = np.random.default_rng(0).integers(114, 865, 1000).tolist()
+    packs = pack_window(lengths, [1] * 1000, max_tokens=2048, max_images=8)
+    rows, free = 0, 0
+    for length in lengths:
+        rows, free = (rows, free - length) if length <= free else (rows + 1, 2048 - length)
+    assert sum(lengths) / (len(packs) * 2048) > 0.97
+    assert sum(lengths) / (rows * 2048) < 0.88
+
+
+def test_grouping_by_length_keeps_neighbours_alike_and_every_sample():
+    lengths = np.random.default_rng(1).integers(1, 1000, 256).tolist()
+    order = group_by_length(lengths, group=8)
+    assert sorted(order) == list(range(256))
+    spread = [max(g) - min(g) for i in range(0, 256, 8) if (g := [lengths[k] for k in order[i : i + 8]])]
+    assert np.mean(spread) < 50

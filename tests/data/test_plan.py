@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import math
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_world import make_record, write_source
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.plan import Plan
+from fastvlm.data.schedule import prefix_error
+from fastvlm.data.source import UNITS, Mixture, Source
+from fastvlm.tokens import IGNORE_INDEX
+
+KINDS = ("caption", "pages", "chat", "text")
+quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def mix(sources, *, kinds=KINDS, weights=(45, 45, 10, 3), unit="samples", window_shards=2):
+    return Mixture(
+        {k: Source(k, path=sources[k]) for k in kinds},
+        weights=dict(zip(kinds, weights)),
+        unit=unit,
+        window_shards=window_shards,
+    )
+
+
+def plan_of(sources, tokenizer, *, mixture=None, **options):
+    options = {"tokens_per_image": 4, "batch_size": 4, "max_tokens": 96, "max_images": 4, "num_steps": 12} | options
+    return Plan(mixture or mix(sources), tokenizer, **options)
+
+
+def steps_of(plan):
+    return [plan.step(i) for i in range(plan.num_steps)]
+
+
+@quick
+@given(
+    weights=st.lists(st.integers(1, 100), min_size=4, max_size=4), unit=st.sampled_from(UNITS), seed=st.integers(0, 9)
+)
+def test_every_prefix_is_within_one_samples_worth_of_its_target(sources, tokenizer, weights, unit, seed):
+    plan = plan_of(sources, tokenizer, mixture=mix(sources, weights=weights, unit=unit), seed=seed)
+    order, costs = plan.costs(700, unit)
+    largest = max(int(s.costs(unit)[s.rows].max()) for s in plan.sources)
+    for i, weight in enumerate(plan.weights):
+        error = prefix_error(order, costs, i, weight)
+        own = int(plan.sources[i].costs(unit)[plan.sources[i].rows].max())
+        assert error.min() > -largest - 1e-6
+        assert error.max() <= (1 - float(weight)) * own + 1e-6
+    assert max(plan.largest_error(700).values()) <= 1 + 1e-9
+    shares = plan.shares(700, unit)
+    assert math.isclose(sum(shares.values()), 1)
+
+
+def test_the_plan_is_a_function_of_its_arguments_alone(sources, tokenizer):
+    mixture = mix(sources, unit="tokens")
+    first, again = (plan_of(sources, tokenizer, mixture=mixture) for _ in range(2))
+    assert steps_of(first) == steps_of(again)
+    assert first.fingerprint == again.fingerprint
+    others = [
+        plan_of(sources, tokenizer, mixture=mixture, seed=1),
+        plan_of(sources, tokenizer, mixture=mix(sources, unit="samples")),
+        plan_of(sources, tokenizer, mixture=mix(sources, unit="tokens", weights=(45, 45, 10, 4))),
+        plan_of(sources, tokenizer, mixture=mix(sources, unit="tokens", window_shards=1)),
+        plan_of(sources, tokenizer, mixture=mixture, max_tokens=95),
+        plan_of(sources, tokenizer, mixture=mixture, packing=False),
+    ]
+    assert len({p.fingerprint for p in (first, *others)}) == 7
+    assert all(steps_of(p) != steps_of(first) for p in others)
+
+
+def test_the_order_is_the_same_on_every_machine_and_in_every_version(sources, tokenizer):
+    """Golden: the first row of a plan. It may change only together with `fastvlm.data.plan.VERSION`."""
+    plan = plan_of(sources, tokenizer, packing=False, max_tokens=200)
+    names = [f"{plan.sources[s].index.key(row)}" for s, row in (row[0] for row in plan.step(0).rows)]
+    assert names == GOLDEN
+
+
+GOLDEN = ["caption-00009", "pages-00005", "chat-00024", "caption-00003"]
+
+
+def test_step_i_of_a_fresh_plan_is_step_i_of_a_running_one(sources, tokenizer):
+    running = steps_of(plan_of(sources, tokenizer, num_steps=40))
+    for i in (0, 7, 39):
+        assert plan_of(sources, tokenizer, num_steps=40).step(i) == running[i]
+    assert steps_of(plan_of(sources, tokenizer, num_steps=9)) == running[:9], "a longer plan begins as a shorter one"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_sample_of_a_source_is_seen_once_in_each_pass(sources, tokenizer, packing):
+    plan = plan_of(sources, tokenizer, packing=packing, pack_window=64, max_tokens=200)
+    order, rows = plan._arrivals(900)
+    for i, source in enumerate(plan.sources):
+        mine, n = rows[order == i], len(source.rows)
+        for start in range(0, len(mine) - n + 1, n):
+            assert sorted(mine[start : start + n].tolist()) == source.rows.tolist()
+    passes = [rows[order == 0][:90].tolist(), rows[order == 0][90:180].tolist()]
+    assert passes[0] != passes[1]
+
+
+def test_shards_are_read_window_by_window(sources, tokenizer):
+    """90 samples in 5 shards: with a window of 2, no more than 2 shards are open at once."""
+    plan = plan_of(sources, tokenizer, mixture=mix(sources, kinds=("caption",), weights=(1,), window_shards=2))
+    _, rows = plan._arrivals(90)
+    shards = plan.sources[0].index.shard[rows].tolist()
+    last = {s: len(shards) - 1 - shards[::-1].index(s) for s in set(shards)}
+    first = {s: shards.index(s) for s in set(shards)}
+    assert max(sum(first[s] <= i <= last[s] for s in first) for i in range(90)) == 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_keep_their_budgets_and_answer_tokens_are_exact(sources, tokenizer, packing):
+    plan = plan_of(sources, tokenizer, packing=packing, max_tokens=48, max_images=3)
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    for i in range(plan.num_steps):
+        step, batch = plan.step(i), dataset[i]
+        assert len(step.rows) == plan.batch_size
+        assert packing or all(len(row) == 1 for row in step.rows)
+        assert batch.num_answer_tokens == step.num_answer_tokens == batch.num_learned
+        for b, row in enumerate(step.rows):
+            tokens = sum(int(plan.sources[s].length[r]) for s, r in row)
+            assert tokens == int((batch.segment_ids[b] > 0).sum()) <= 48
+            assert sum(int(plan.sources[s].images[r]) for s, r in row) <= 3
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)])
+def test_ranks_and_micro_batches_are_slices_of_one_order(sources, tokenizer, world, accumulate):
+    plan = plan_of(sources, tokenizer, batch_size=8)
+    options = {"tokenizer": tokenizer, "image_size": 8, "world_size": world, "accumulate": accumulate}
+    ranks = [PlannedDataset(plan, rank=r, **options) for r in range(world)]
+    assert {len(r) for r in ranks} == {plan.num_steps * accumulate}
+    for i in (0, 5, plan.num_steps - 1):
+        parts = [rank[i * accumulate + a] for rank in ranks for a in range(accumulate)]
+        whole = Counter(plan.sources[s].index.key(row) for pairs in plan.step(i).rows for s, row in pairs)
+        assert Counter(key for p in parts for key in p.keys) == whole
+        assert sum(p.num_learned for p in parts) == plan.step(i).num_answer_tokens
+        assert {p.num_answer_tokens for p in parts} == {plan.step(i).num_answer_tokens}
+        assert {p.step for p in parts} == {i}
+
+
+def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sources, tokenizer):
+    plan = plan_of(sources, tokenizer, max_tokens=14, max_images=2, num_steps=3)
+    found = {s.name: s for s in plan.sources}
+    for kind, source in found.items():
+        for row in range(source.index.num_samples):
+            record, _ = make_record(kind, row)
+            encoded = encode_record(record, tokenizer, tokens_per_image=4, max_tokens=14)
+            learned = sum(label != IGNORE_INDEX for label in encoded.labels)
+            assert (row in source.rows) == (learned > 0 and encoded.num_images <= 2)
+            if row in source.rows:
+                assert (len(encoded.input_ids), learned) == (source.length[row], source.answer[row])
+    assert found["chat"].excluded["answer truncated away"]
+    left = plan.report()["sources"]["chat"]
+    assert left["samples"] + sum(e["count"] for e in left["excluded"].values()) == 70
+    assert any("left out" in line for line in plan.notes())
+
+
+def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
+    plan = plan_of(sources, tokenizer, num_steps=None)
+    assert plan.epoch_samples == 250
+    planned = sum(len(row) for step in steps_of(plan) for row in step.rows)
+    last = sum(len(row) for row in plan.step(plan.num_steps - 1).rows)
+    assert planned >= 250 > planned - last
+    assert plan_of(sources, tokenizer, num_steps=None, epochs=1).num_steps == plan.num_steps
+    longer = plan_of(sources, tokenizer, num_steps=plan.num_steps * 3)
+    positions = [longer.position(i) for i in range(longer.num_steps)]
+    assert positions[0] == (0, 0)
+    assert [p for p, q in zip(positions[1:], positions) if p[0] != q[0]] == [(1, 0), (2, 0)]
+    assert positions == sorted(positions)
+    report = longer.report()
+    for name, source in report["sources"].items():
+        seen = sum(plan.sources[s].name == name for step in steps_of(longer) for row in step.rows for s, _ in row)
+        assert seen == source["planned"]
+        assert source["epochs"] == seen / source["samples"]
+
+
+def test_a_subset_is_part_of_a_larger_one_and_types_select(tmp_path, sources, tokenizer):
+    rows = []
+    for count in (10, 30, None):
+        source = Source("caption", path=sources["caption"], max_samples=count)
+        rows.append(set(source.select(source.load("train", tokenizer)).tolist()))
+    assert [len(r) for r in rows] == [10, 30, 90]
+    assert rows[0] < rows[1] < rows[2]
+    chat = Source("chat", path=sources["chat"], types=["name"])
+    assert len(chat.select(chat.load("train", tokenizer))) == 70
+    with pytest.raises(ValueError, match=r"no sample .* is of types=\['colour'\]; it has \['name'\]"):
+        wrong = Source("chat", path=sources["chat"], types=["colour"])
+        wrong.select(wrong.load("train", tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"caption": 1, "txt": 1}}, "weights.txt: no such source; did you mean text"),
+        ({"weights": {"caption": 1}}, "has no text"),
+        ({"weights": {"caption": 1, "text": -1}}, "weights.text=-1 must be a number of 0 or more"),
+        ({"weights": {"caption": 0, "text": 0}}, "all 0"),
+        ({"unit": "token"}, "did you mean tokens"),
+        ({"window_shards": 0}, "window_shards=0"),
+        ({"sources": {}}, "sources is empty"),
+    ],
+)
+def test_mistakes_in_a_mixture_are_named_with_their_key_and_fix(sources, change, message):
+    arguments = {"sources": {k: Source(k, path=sources[k]) for k in ("caption", "text")}} | {
+        "weights": {"caption": 1, "text": 1}
+    }
+    with pytest.raises(ValueError, match=message):
+        Mixture(**(arguments | change))
+
+
+def test_a_source_of_weight_zero_is_left_out(sources):
+    mixture = mix(sources, weights=(1, 0, 3, 0))
+    assert mixture.names == ("caption", "chat")
+    assert mixture.weights == {"caption": 0.25, "chat": 0.75}
+
+
+def test_rows_that_do_not_divide_and_ends_of_plans_are_named(sources, tokenizer):
+    plan = plan_of(sources, tokenizer, batch_size=6)
+    with pytest.raises(ValueError, match=r"batch_size=6 .*accumulate=2; make it a multiple of 4"):
+        PlannedDataset(plan, tokenizer=tokenizer, image_size=8, world_size=2, accumulate=2)
+    with pytest.raises(IndexError, match="step 12 of a plan of 12 steps"):
+        plan.step(12)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        plan_of(sources, tokenizer, batch_size=0)
+
+
+def test_a_dataset_travels_to_a_spawned_process(sources, tokenizer):
+    dataset = PlannedDataset(plan_of(sources, tokenizer, num_steps=3), tokenizer=tokenizer, image_size=8)
+    copy = pickle.loads(pickle.dumps(dataset))
+    for i in range(3):
+        assert copy[i].keys == dataset[i].keys
+        assert torch.equal(copy[i].input_ids, dataset[i].input_ids)
+
+
+def test_two_sources_whose_keys_differ_only_by_name_have_orders_of_their_own(tmp_path, tokenizer):
+    folders = {name: write_source(tmp_path / name, "text", 30) for name in "ab"}
+    plan = plan_of(folders, tokenizer, mixture=mix(folders, kinds=("a", "b"), weights=(1, 1)), num_steps=2)
+    order, rows = plan._arrivals(60)
+    assert rows[order == 0].tolist() != rows[order == 1].tolist()
+    assert np.array_equal(np.sort(rows[order == 0]), np.sort(rows[order == 1]))

@@ -1,0 +1,156 @@
+"""A killed run goes on with the next batch, to the bit; loader processes change nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fastvlm.data.datamodule import MixtureDataModule
+from fastvlm.data.source import Mixture, Source
+from fastvlm.tokens import IGNORE_INDEX
+
+STEPS = 9
+
+
+class Killed(Exception):
+    pass
+
+
+class Bigram(L.LightningModule):
+    """Predicts the next token from this one; the smallest thing whose weights depend on every batch and their order."""
+
+    def __init__(self, *, vocab_size: int, die_at: tuple[int, int] | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(vocab_size, vocab_size)
+        self.die_at, self.seen = die_at, []
+
+    def training_step(self, batch, batch_idx):
+        if self.die_at == (self.global_step, batch_idx):
+            raise Killed
+        self.seen.append((batch.step, batch.keys, batch.num_answer_tokens))
+        logits = self.table(batch.input_ids[:, :-1])
+        targets = batch.labels[:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return loss / batch.num_answer_tokens * self.trainer.accumulate_grad_batches
+
+    def validation_step(self, batch, batch_idx):
+        assert batch.num_answer_tokens >= batch.num_learned
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+def mix(sources, *, unit="samples", **weights):
+    weights = dict.fromkeys(sources, 1) | weights
+    return Mixture({k: Source(k, path=sources[k]) for k in sources}, weights=weights, unit=unit)
+
+
+def fit(sources, tokenizer, folder, *, die_at=None, accumulate=1, workers=0, resume=None, every=2, steps=STEPS):
+    mixture = Mixture(
+        {k: Source(k, path=sources[k]) for k in sources}, weights=dict.fromkeys(sources, 1), unit="tokens"
+    )
+    data = MixtureDataModule(
+        mixture,
+        tokenizer=tokenizer,
+        image_size=8,
+        tokens_per_image=2,
+        batch_size=4,
+        max_tokens=64,
+        num_steps=steps,
+        accumulate=accumulate,
+        num_workers=workers,
+        val_samples=8,
+        pack_window=50,
+    )
+    model = Bigram(vocab_size=len(tokenizer), die_at=die_at)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")],
+        val_check_interval=4 * accumulate,
+        num_sanity_val_steps=0,
+    )
+    with contextlib.suppress(Killed):
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=False if resume else None)
+    return model, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("die", "workers"), [((3, 0), 0), ((5, 0), 0), ((6, 1), 1), ((8, 0), 0)])
+def test_a_killed_run_sees_the_same_batches_and_ends_with_the_same_weights(
+    sources, tokenizer, tmp_path, accumulate, die, workers
+):
+    whole, _ = fit(sources, tokenizer, tmp_path / "whole", accumulate=accumulate)
+    step, micro = die
+    killed, _ = fit(
+        sources,
+        tokenizer,
+        tmp_path / "killed",
+        accumulate=accumulate,
+        die_at=(step, step * accumulate + min(micro, accumulate - 1)),
+        workers=workers,
+    )
+    saved = step - step % 2
+    checkpoint = tmp_path / "killed" / f"step={saved}.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*resum.*")  # Lightning has nothing to say about the loader
+        resumed, trainer = fit(sources, tokenizer, tmp_path / "killed", accumulate=accumulate, resume=str(checkpoint))
+    assert trainer.global_step == STEPS
+    assert len(whole.seen) == STEPS * accumulate
+    assert resumed.seen == whole.seen[saved * accumulate :]
+    assert killed.seen == whole.seen[: len(killed.seen)]
+    assert torch.equal(resumed.table.weight, whole.table.weight)
+
+
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(sources, tokenizer, tmp_path):
+    whole, _ = fit(sources, tokenizer, tmp_path, steps=8)
+    again, trainer = fit(sources, tokenizer, tmp_path, steps=8, resume=str(tmp_path / "step=8.ckpt"))
+    assert again.seen == [] and trainer.global_step == 8
+    assert torch.equal(again.table.weight, whole.table.weight)
+
+
+def test_loader_processes_change_no_batch(sources, tokenizer, tmp_path):
+    runs = [fit(sources, tokenizer, tmp_path / str(n), workers=n)[0] for n in (0, 1, 2)]
+    assert runs[0].seen == runs[1].seen == runs[2].seen
+    assert all(torch.equal(run.table.weight, runs[0].table.weight) for run in runs[1:])
+
+
+def test_another_accumulation_is_refused_by_name(sources, tokenizer, tmp_path):
+    fit(sources, tokenizer, tmp_path, accumulate=1, die_at=(3, 3))
+    with pytest.raises(ValueError, match="micro-batch 2 and step 2 .*another accumulation"):
+        fit(sources, tokenizer, tmp_path, accumulate=2, resume=str(tmp_path / "step=2.ckpt"))
+
+
+def test_validation_is_balanced_and_fixed(sources, tokenizer):
+    mixture = Mixture(
+        {k: Source(k, path=sources[k]) for k in sources}, weights={"caption": 8} | dict.fromkeys(sources, 1)
+    )
+    options = {"image_size": 8, "tokens_per_image": 2, "batch_size": 4, "max_tokens": 64, "num_steps": 1}
+    seen = []
+    for seed in (0, 1):
+        data = MixtureDataModule(mixture, tokenizer=tokenizer, val_samples=20, seed=seed, **options)
+        data.setup()
+        batches = list(data.val_dataloader())
+        seen.append([key for b in batches for key in b.keys])
+        assert all(b.input_ids.shape[0] == 4 for b in batches)
+        assert {b.sources for b in batches} == {mixture.names}
+    assert seen[0] == seen[1]
+    assert sorted(key.split("-")[0] for key in seen[0]) == sorted(list(sources) * 5)
+    data = MixtureDataModule(mixture, tokenizer=tokenizer, val_samples=0, **options)
+    data.setup()
+    assert data.val_dataloader() == []

@@ -1,0 +1,202 @@
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_vlm import IMAGE_SIZE, draw_png
+
+from fastvlm.data.shards import ShardWriter
+from fastvlm.data.source import Source
+from fastvlm.evaluation.metrics import exact_match
+from fastvlm.evaluation.questions import Question, read_questions, swap_partners, without_images
+from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers
+from fastvlm.inference.engine import Engine
+
+PHRASES = {"count": "what number stands here", "nth": "which digit is above", "blind": "what is three"}
+ANSWERS = {"count": ("one", "two"), "nth": ("7", "3", "9"), "blind": ("three",)}
+
+
+def write_questions(folder, *, split: str, per_type: int, answer=None):
+    """Questions of three types, one of them without an image; `answer(key)` overrides the reference."""
+    with ShardWriter(folder, split, max_samples=7) as writer:
+        for i in range(per_type):
+            for kind, phrase in PHRASES.items():
+                key = f"{split}-{kind}-{i:03d}"
+                images = [draw_png(1000 * len(kind) + i)] if kind != "blind" else []
+                content = [{"type": "image"}] * len(images) + [{"type": "text", "text": phrase + " small" * (i % 4)}]
+                said = answer(key) if answer else ANSWERS[kind][i % len(ANSWERS[kind])]
+                turns = [{"role": "user", "content": content}, {"role": "assistant", "content": said}]
+                writer.write(key, {"messages": turns, "meta": {"type": kind}}, images)
+    return folder
+
+
+def write_text(folder):
+    with ShardWriter(folder, "test") as writer:
+        for i in range(5):
+            text = "the digit shown here is grey. " * (i + 1)
+            writer.write(f"text-{i}", {"document": [{"type": "text", "text": text}]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = write_questions(tmp_path_factory.mktemp("questions"), split="test", per_type=12)
+    return write_questions(path, split="train", per_type=9)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def result(folder, text_folder, tiny_model, tiny_tokenizer, tmp_path_factory):
+    task = ShortAnswers(
+        {"questions": Source("questions", path=folder)},
+        text=Source("text", path=text_folder),
+        limit=10,
+        formed=["count", "nth"],
+        batch_size=8,
+        max_new_tokens=6,
+    )
+    out = tmp_path_factory.mktemp("run")
+    result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=out)
+    return task, result, out
+
+
+def questions_of(folder, tokenizer, **options):
+    source = Source("questions", path=folder)
+    return read_questions(
+        source.load("test", tokenizer), source="questions", limit=None, image_size=IMAGE_SIZE, **options
+    )
+
+
+def test_every_prediction_is_what_the_engine_answers_alone(result, folder, tiny_model, tiny_tokenizer):
+    """Sorting, batching and encoding images once must not mix up whose answer is whose."""
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=6)
+    questions = {q.key: q for q in questions_of(folder, tiny_tokenizer)}
+    for row in result[1]["predictions"]:
+        question = questions[row["key"]]
+        assert row["prediction"] == engine.generate([question.prompt], [question.images])[0].text
+        assert row["reference"] == question.answer and row["type"] == question.type
+        if question.images:
+            other = questions[row["swapped_with"]]
+            assert row["prediction_swapped"] == engine.generate([question.prompt], [other.images])[0].text
+            assert row["prediction_removed"] == engine.generate([without_images(question.prompt)], [[]])[0].text
+
+
+def test_the_table_and_the_metrics_add_up_from_the_predictions(result):
+    _, result, _ = result
+    rows, metrics = result["predictions"], result["metrics"]
+    assert Counter(r["type"] for r in rows) == {"count": 10, "nth": 10, "blind": 10}
+    table = {row["type"]: row for row in result["table"]}
+    for kind in PHRASES:
+        mine = [r for r in rows if r["type"] == kind]
+        assert table[kind]["n"] == 10
+        assert metrics[f"test/exact_match/{kind}"] == sum(r["correct"] for r in mine) / 10
+        nats = sum(r["nats"] for r in mine) / sum(r["scored_tokens"] for r in mine)
+        assert table[kind]["nll"] == pytest.approx(nats)
+    assert metrics["test/exact_match/mean"] == sum(metrics[f"test/exact_match/{k}"] for k in PHRASES) / 3
+    assert metrics["test/exact_match/formed"] == sum(metrics[f"test/exact_match/{k}"] for k in ("count", "nth")) / 2
+    # count alternates one, two; nth is 7, 3, 9 in training and the first ten here; blind is always three.
+    assert metrics["test/exact_match_majority/count"] == 0.5
+    assert metrics["test/exact_match_majority/nth"] == 0.3
+    assert metrics["test/exact_match_majority/blind"] == 1
+    tokens = sum(r["scored_tokens"] for r in rows)
+    assert metrics["test/answer_nll"] == pytest.approx(sum(r["nats"] for r in rows) / tokens)
+    seen = [r for r in rows if "nats_swapped" in r]
+    gap = sum(r["nats_swapped"] - r["nats"] for r in seen) / sum(r["scored_tokens"] for r in seen)
+    assert metrics["test/answer_nll_gap"] == pytest.approx(gap)
+    assert metrics["test/answer_length"] == sum(r["prediction_tokens"] for r in rows) / 30
+    assert "test/exact_match_removed/blind" not in metrics and table["blind"]["swapped"] is None
+    assert result["text_perplexity"] == {"after": metrics["test/text_perplexity"]}
+
+
+def test_the_result_is_json_and_lies_in_the_run(result):
+    task, result, out = result
+    assert json.loads(json.dumps(result)) == result
+    lines = (out / "predictions" / "short_answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result["predictions"]
+    markdown = (out / "short_answers.md").read_text()
+    assert markdown.count("\n|") == 1 + len(result["table"]) and "| blind | 10 |" in markdown
+    printed = task.render({**result, "text_perplexity": {"before": 39.25, "after": 41.5}})
+    for words in ("mean of 2: count, nth", "mean of all 3", "perplexity 41.50", "39.25", "other image"):
+        assert words in printed
+
+
+def test_a_model_that_says_the_references_scores_one_and_less_with_other_images(tmp_path, tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=6)
+    first = questions_of(write_questions(tmp_path / "a", split="test", per_type=8), tiny_tokenizer)
+    said = {q.key: engine.generate([q.prompt], [q.images])[0].text for q in first}
+    again = write_questions(tmp_path / "b", split="test", per_type=8, answer=said.__getitem__)
+    metrics = evaluate_answers(engine, questions_of(again, tiny_tokenizer), batch_size=5, max_new_tokens=6)["metrics"]
+    assert metrics["test/exact_match/mean"] == 1
+    assert metrics["test/exact_match_swapped/mean"] < 0.5 and metrics["test/exact_match_removed/mean"] < 0.5
+
+
+def draw_question(i: int, kind: str, answer: str, num_images: int, image: int) -> Question:
+    ids = tuple(f"{image}-{k}" for k in range(num_images))
+    return Question(key=str(i), source="s", type=kind, messages=[], answer=answer, image_ids=ids)
+
+
+SPEC = st.tuples(st.sampled_from("ab"), st.sampled_from(["x", "X.", "y"]), st.integers(0, 2), st.integers(0, 3))
+
+
+@settings(max_examples=200)
+@given(st.lists(SPEC, max_size=12))
+def test_swapping_never_pairs_a_question_with_its_own_image_and_prefers_other_answers(specs):
+    questions = [draw_question(i, *spec) for i, spec in enumerate(specs)]
+    partners = swap_partners(questions)
+    assert partners == swap_partners(questions)
+
+    def is_second_best(mine, other):
+        return other.type != mine.type or exact_match(other.answer, mine.answer)
+
+    for question, partner in zip(questions, partners):
+        fits = [
+            q
+            for q in questions
+            if question.image_ids and len(q.image_ids) == len(question.image_ids) and q.image_ids != question.image_ids
+        ]
+        if partner is None:
+            assert not fits
+        else:
+            other = questions[partner]
+            assert other in fits and other is not question
+            assert is_second_best(question, other) == min(is_second_best(question, q) for q in fits)
+            assert other.type == question.type or all(q.type != question.type for q in fits)
+
+
+def test_taking_images_out_leaves_the_words_and_the_record_as_they_were():
+    record = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]}
+    before = json.dumps(record)
+    assert without_images(record) == {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
+    assert json.dumps(record) == before
+
+
+def test_a_limit_takes_the_first_of_every_type(folder, tiny_tokenizer):
+    source = Source("questions", path=folder)
+    index = source.load("test", tiny_tokenizer)
+    keys = [q.key for q in read_questions(index, source="q", limit=2, image_size=IMAGE_SIZE)]
+    assert sorted(keys) == [f"test-{kind}-{i:03d}" for kind in sorted(PHRASES) for i in range(2)]
+
+
+def test_a_source_restricted_to_a_type_asks_only_that_type(folder, tiny_model, tiny_tokenizer):
+    task = ShortAnswers({"questions": Source("questions", path=folder, types=["nth"])}, limit=3, max_new_tokens=2)
+    result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert [row["type"] for row in result["table"]] == ["nth", "mean of all 1"]
+    assert "text_perplexity" not in result
+
+
+def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
+    run = lambda task: task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    source = Source("questions", path=folder)
+    with pytest.raises(ValueError, match="task.formed names colour, but .* blind, count, nth"):
+        run(ShortAnswers({"questions": source}, formed=["colour"], limit=1))
+    with pytest.raises(ValueError, match="no question to evaluate"):
+        run(ShortAnswers({"questions": source}, limit=0))
+    with pytest.raises(ValueError, match="is not one question with one answer"):
+        run(ShortAnswers({"text": Source("text", path=write_text(tmp_path / "t"))}))
+    with pytest.raises(ValueError, match="is not a document of text alone"):
+        run(ShortAnswers({"questions": source}, text=source, limit=1))

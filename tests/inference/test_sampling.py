@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from fastvlm.inference.sampling import choose_tokens, keep_probable
+
+LOGITS = torch.tensor([[math.log(p) for p in (0.1, 0.4, 0.3, 0.2)]])
+
+
+def kept(logits):
+    return [i for i, value in enumerate(logits[0].tolist()) if value > -math.inf]
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass():
+    assert kept(keep_probable(LOGITS, top_p=0.4)) == [1]
+    assert kept(keep_probable(LOGITS, top_p=0.5)) == [1, 2]
+    assert kept(keep_probable(LOGITS, top_p=0.85)) == [1, 2, 3]
+    assert kept(keep_probable(LOGITS, top_p=1.0)) == [0, 1, 2, 3]
+
+
+def test_top_k_keeps_exactly_k_even_of_equal_logits():
+    assert kept(keep_probable(LOGITS, top_k=2)) == [1, 2]
+    assert len(kept(keep_probable(torch.zeros(1, 9), top_k=4))) == 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), top_k=st.integers(1, 40), top_p=st.floats(0.05, 0.95))
+def test_filters_agree_with_the_warpers_of_transformers(seed, top_k, top_p):
+    logits = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits))
+    assert torch.equal(keep_probable(logits, top_k=top_k, top_p=top_p) > -math.inf, expected > -math.inf)
+
+
+def test_draws_follow_the_probabilities():
+    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+    drawn = choose_tokens(LOGITS.expand(4000, -1), temperature=1.0, generators=generators)
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    # Four standard errors of a share of 0.4 from 4,000 draws.
+    torch.testing.assert_close(shares, LOGITS.exp()[0], atol=0.031, rtol=0)
+
+
+def test_a_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match="temperature=-0.5"):
+        choose_tokens(LOGITS, temperature=-0.5)
