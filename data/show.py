@@ -58,6 +58,9 @@ def print_report(report: dict) -> None:
     console.print(table)
     packing = report["packing"]
     console.print(
+        f"at the ends of steps no source is further from its share than {report['largest_step_error']:.1f} samples"
+    )
+    console.print(
         f"rows: {packing['samples_per_row']:.1f} samples each, {packing['filled_tokens']:.1%} of max_tokens and "
         f"{packing['filled_images']:.1%} of max_images used, {packing['padding']:.1%} of a step's positions are padding"
     )

@@ -228,6 +228,9 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` under Hydra's command line; a user's mistake is one line on stderr and exit status 2."""
     import hydra
 
+    # Before torch loads OpenMP: threads that wait give their core away. Where a core is shared (a loader worker, another
+    # job), spinning threads made steps twenty times slower; on idle cores the two are alike.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     register()
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, and we say what they mean

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 # A tiny model and short stages: what is tested is the machinery, not the learning.
 TINY = [
-    "encoder.dims=[8,16,16]",
+    "encoder.dims=[8,16]",
     "llm.hidden_size=32",
     "llm.intermediate_size=64",
     "llm.num_hidden_layers=2",

@@ -111,7 +111,16 @@ def write_run(folder):
     table, predictions = [], []
     for kind, score in TYPES.items():
         table.append(
-            {"type": kind, "n": 250, "accuracy": score, "low": score - 0.05, "high": score + 0.04}
+            {
+                "type": kind,
+                "mean": False,
+                "n": 250,
+                "exact_match": score,
+                "nll": 0.6,
+                "nll_swapped": 1.94,
+                "low": score - 0.05,
+                "high": score + 0.04,
+            }
             | {"removed": score * 0.45, "swapped": score * 0.4, "majority": 0.5 if kind == "yes or no" else 0.14}
         )
         for i in range(6):
@@ -120,7 +129,8 @@ def write_run(folder):
             right = i % 2 == 0
             predictions.append({
                 "key": f"q-{len(predictions)}", "type": kind, "correct": right, "reference": "7 3 9",
-                "prompt": "Which digits does the picture show, from left to right?", "removed": "1", "swapped": "4 4",
+                "prompt": "<image>Which digits does the picture show, from left to right?",
+                "prediction_removed": "1", "prediction_swapped": "4 4",
                 "prediction": "7 3 9" if right else "7 3 <script>alert(1)</script>", "image": f"predictions/{name}",
             })  # fmt: skip
     results = {
@@ -203,6 +213,7 @@ def test_the_page_shows_results_beside_blind_baselines_and_perplexity(page):
         "39.10",
         "+1.8%",
         "70.0 %",
+        "1.94",
     ):
         assert wanted in text, wanted
 

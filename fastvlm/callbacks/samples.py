@@ -169,8 +169,13 @@ class Samples(Callback):
         prompts, references, images = (list(column) for column in zip(*self._chosen))
         model = getattr(pl_module, "model", pl_module)
         # Every rank generates: a sharded model needs all of them in its forward pass.
-        with torch.inference_mode(), torch.random.fork_rng():
+        modes = [(module, module.training) for module in pl_module.modules()]
+        cuda = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
             answers = self.generate(model, prompts, images)
+        # A generator puts the model in eval mode; training must go on as it was.
+        for module, training in modes:
+            module.training = training
         if not trainer.is_global_zero:
             return
         if len(answers) != len(prompts):

@@ -13,6 +13,9 @@ from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
+REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
+UNREADABLE, MUTE, CUT, CROWDED = range(1, 5)
+
 
 @dataclass
 class Measured:
@@ -29,7 +32,8 @@ class Measured:
 
     def costs(self, unit: str) -> np.ndarray:
         """Cost of every row in a mixture's unit."""
-        return {"samples": np.ones_like(self.length), "tokens": self.length, "answer_tokens": self.answer}[unit]
+        one = np.broadcast_to(np.int32(1), self.length.shape)  # takes no memory
+        return {"samples": one, "tokens": self.length, "answer_tokens": self.answer}[unit]
 
 
 def measure_source(
@@ -51,30 +55,30 @@ def measure_source(
     rows = source.select(index)
     length = index.text_tokens + index.num_images * np.int32(tokens_per_image)
     answer, images = index.answer_tokens.copy(), index.num_images.copy()
-    reasons = np.full(index.num_samples, "", dtype=object)
-    reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = "unreadable"
-    reasons[(reasons == "") & (answer == 0)] = "no learned token"
+    reasons = np.zeros(index.num_samples, dtype=np.int8)
+    reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = UNREADABLE
+    reasons[(reasons == 0) & (answer == 0)] = MUTE
     chosen = np.zeros(index.num_samples, dtype=bool)
     chosen[rows] = True
     reader, num_truncated = ShardReader(), 0
-    for row in np.flatnonzero(chosen & (reasons == "") & (length > max_tokens)).tolist():
+    for row in np.flatnonzero(chosen & (reasons == 0) & (length > max_tokens)).tolist():
         try:
             record = index.read(row, reader).record
         except (OSError, ValueError):
-            reasons[row] = "unreadable"
+            reasons[row] = UNREADABLE
             continue
         encoded = encode_record(record, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens)
         length[row], images[row] = len(encoded.input_ids), encoded.num_images
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
         num_truncated += 1
         if answer[row] == 0:
-            reasons[row] = "answer truncated away"
+            reasons[row] = CUT
     reader.close()
-    reasons[(reasons == "") & (images > max_images)] = "too many images"
-    kept = rows[reasons[rows] == ""]
+    reasons[(reasons == 0) & (images > max_images)] = CROWDED
+    kept = rows[reasons[rows] == 0]
     excluded: dict[str, list[str]] = {}
-    for row in rows[reasons[rows] != ""].tolist():
-        excluded.setdefault(reasons[row], []).append(index.key(row))
+    for row in rows[reasons[rows] > 0].tolist():
+        excluded.setdefault(REASONS[reasons[row]], []).append(index.key(row))
     if not len(kept):
         why = ", ".join(f"{len(keys)} {reason}" for reason, keys in excluded.items()) or "its shards are empty"
         raise ValueError(

@@ -15,7 +15,7 @@ from itertools import chain, count, repeat
 import numpy as np
 
 from fastvlm.data.lengths import Measured, measure_source
-from fastvlm.data.packing import group_by_length, pack_window
+from fastvlm.data.packing import balance, group_by_length, pack_window
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
 from fastvlm.tokens import Tokenizer
@@ -101,7 +101,8 @@ class Plan:
         self.mixture, self.unit, self.seed = mixture, mixture.unit, seed
         self.tokens_per_image, self.max_tokens, self.max_images = tokens_per_image, max_tokens, max_images
         self.batch_size, self.packing = batch_size, packing
-        self._window = pack_window if packing else sort_window or 1024
+        # Without packing, whole steps: else a group of like length would straddle two of them.
+        self._window = pack_window if packing else -(-(sort_window or 1024) // batch_size) * batch_size
         self._sorted = not packing and sort_window > 0
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
         self.sources = [
@@ -163,22 +164,25 @@ class Plan:
         """Schedule and pack one more window."""
         sources = self._schedule.take(self._window)
         rows = np.empty(len(sources), dtype=np.int32)
-        lengths, images = np.empty_like(rows), np.empty_like(rows)
+        lengths, images, costs = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
         for i, source in enumerate(self.sources):
             here = np.flatnonzero(sources == i)
             while len(self._queues[i]) < len(here):
                 self._queues[i] = np.concatenate([self._queues[i], next(self._passes[i])])
             rows[here], self._queues[i] = self._queues[i][: len(here)], self._queues[i][len(here) :]
             lengths[here], images[here] = source.length[rows[here]], source.images[rows[here]]
-        sizes = np.ones(len(sources), dtype=np.int32)
-        place = np.arange(len(sources), dtype=np.int32)
+            costs[here] = source.costs(self.unit)[rows[here]]
         if self.packing:
             budget = {"max_tokens": self.max_tokens, "max_images": self.max_images}
             packs = pack_window(lengths.tolist(), images.tolist(), **budget)
-            sizes = np.array([len(p) for p in packs], dtype=np.int32)
-            place = np.fromiter(chain.from_iterable(packs), dtype=np.int32, count=len(sources))
         elif self._sorted:
-            place = np.array(group_by_length(lengths.tolist(), group=self.batch_size), dtype=np.int32)
+            packs = group_by_length(lengths.tolist(), group=self.batch_size)
+        else:
+            packs = [[i] for i in range(len(sources))]
+        if self.packing or self._sorted:
+            packs = balance(packs, sources=sources, costs=costs, weights=self.weights)
+        place = np.fromiter(chain.from_iterable(packs), dtype=np.int32, count=len(sources))
+        sizes = np.array([len(p) for p in packs] if self.packing else [1] * len(sources), dtype=np.int32)
         self._source.append(sources)
         self._row.append(rows)
         self._place.append(place + np.int32(self._num_samples))
@@ -286,6 +290,21 @@ class Plan:
         errors = (np.abs(prefix_error(sources, costs, i, w)).max() for i, w in enumerate(self.weights))
         return {s.name: float(e) / worth for s, e in zip(self.sources, errors)}
 
+    def largest_step_error(self) -> float:
+        """As `largest_error`, but as the optimiser sees it: over the ends of steps, in the order of the rows.
+
+        Within a window packing changes the order of samples, so this is some samples' worth; at its end it is one.
+        """
+        self.extend()
+        order, rows = self._order(), self.num_steps * self.batch_size
+        place = order.place[: order.end[rows]]
+        sources, costs = self.costs(self._num_samples, self.unit)
+        sources, costs = sources[place], costs[place]
+        worth = max(int(s.costs(self.unit)[s.rows].max()) for s in self.sources)
+        ends = order.end[self.batch_size : rows + 1 : self.batch_size] - 1
+        errors = (np.abs(prefix_error(sources, costs, i, w)[ends]).max() for i, w in enumerate(self.weights))
+        return float(max(errors)) / worth
+
     def packing_efficiency(self) -> dict[str, float]:
         """Over the planned steps: the share of the token and of the image budget that is used (`filled_tokens`,
         `filled_images`), samples a row, and `padding`: the share of positions that are padding when every row is as
@@ -339,6 +358,7 @@ class Plan:
             "samples": planned,
             "epochs": planned / self.epoch_samples,
             "packing": self.packing_efficiency(),
+            "largest_step_error": self.largest_step_error(),
             "sources": per_source,
         }
 

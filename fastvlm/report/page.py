@@ -37,7 +37,9 @@ max-height:70vh}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:7px 12px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:middle}
 tr:last-child td{border-bottom:0}th{font-weight:600;color:var(--soft);font-size:.84rem}
-td.n,th.n{text-align:right}td.wide{min-width:150px;width:34%}tr.sum td{font-weight:650}td small{margin-left:.35em}
+td.n,th.n{text-align:right}td.wide{min-width:140px;width:30%}
+td:first-child{white-space:normal;min-width:120px}td b+small{color:var(--soft)}
+tr.sum td{font-weight:650}td small{margin-left:.35em}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .pill{display:inline-block;border-radius:99px;padding:0 .6em;font-size:.84em;border:1px solid currentColor}
 .bar{position:relative;height:14px;background:var(--track);border-radius:3px}
@@ -104,10 +106,11 @@ def _variables(colours: tuple[str, ...]) -> str:
     return ";".join(f"--c{i}:{colour}" for i, colour in enumerate(colours))
 
 
-def table(
-    columns: list[str], rows: list[list[str]], *, numeric: Collection[int] = (), last_is_sum: bool = False
-) -> str:
-    """A table that scrolls sideways on a narrow screen. Cells are HTML; columns in `numeric` stand right."""
+def table(columns: list[str], rows: list[list[str]], *, numeric: Collection[int] = (), num_sums: int = 0) -> str:
+    """A table that scrolls sideways on a narrow screen; its cells are HTML.
+
+    Columns in `numeric` stand right, the last `num_sums` rows stand out.
+    """
     head = "".join(f"<th{' class=n' if i in numeric else ''}>{escape(c)}</th>" for i, c in enumerate(columns))
     body = []
     for r, row in enumerate(rows):
@@ -115,7 +118,7 @@ def table(
             f"<td{' class=n' if i in numeric else ' class=wide' if cell.startswith('<div') else ''}>{cell}</td>"
             for i, cell in enumerate(row)
         )
-        body.append(f"<tr{' class=sum' if last_is_sum and r == len(rows) - 1 else ''}>{cells}</tr>")
+        body.append(f"<tr{' class=sum' if r >= len(rows) - num_sums else ''}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 

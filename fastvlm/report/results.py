@@ -44,19 +44,36 @@ def duration(seconds: Any) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
+def score_key(row: dict) -> str:
+    """The key of a row's score, whatever the benchmark calls it: the first number that is none of the known others."""
+    known = {"type", "n", "low", "high", "mean", "nll", "nll_swapped", *BLIND}
+    return next((k for k, v in row.items() if k not in known and is_number(v)), "accuracy")
+
+
 def mean(rows: list[dict], key: str) -> float | int | None:
     """Mean over question types, each counted once."""
     values = [row[key] for row in rows if is_number(row.get(key))]
     return sum(values) / len(values) if values else None
 
 
+def summarise(rows: list[dict]) -> list[dict]:
+    """The table's own means (`"mean": true`), or one over all types; the last is the headline."""
+    own = [row for row in rows if row.get("mean")]
+    if own or len(rows) < 2:
+        return own or rows
+    keys = (score_key(rows[0]), *BLIND, "nll", "nll_swapped")
+    return [{"type": "mean over types", "n": sum(r.get("n") or 0 for r in rows)} | {k: mean(rows, k) for k in keys}]
+
+
 def headline(results: dict, *, seconds: float | int | None, parameters: int | None) -> str:
     """The few numbers one looks for."""
     rows, cards = results.get("table") or [], []
     if rows:
-        blind = max((v for k in BLIND if is_number(v := mean(rows, k))), default=None)
-        note = f"mean over {len(rows)} question types" + (f"; best blind baseline {percent(blind)}" if blind else "")
-        cards.append((percent(mean(rows, "accuracy")), note))
+        last = summarise(rows)[-1]
+        key = score_key(last)
+        blind = max((last[k] for k in BLIND if is_number(last.get(k))), default=None)
+        note = f"{key.replace('_', ' ')}, {last['type']}"
+        cards.append((percent(last.get(key)), note + (f"; best blind baseline {percent(blind)}" if blind else "")))
     words = results.get("text_perplexity") or {}
     if is_number(words.get("after")):
         before = f"{words['before']:.1f} → " if is_number(words.get("before")) else ""
@@ -79,17 +96,19 @@ def results_section(results: dict | None) -> str:
     html = ""
     rows = results.get("table") or []
     if rows:
-        shown = [_result_row(row) for row in rows]
-        if len(rows) > 1:
-            keys = ("accuracy", *BLIND)
-            shown.append(_result_row({"type": "mean over types", "n": sum(r.get("n") or 0 for r in rows)} | {
-                k: mean(rows, k) for k in keys
-            }))  # fmt: skip
-        columns = ["question type", "questions", "accuracy", "", "95 % interval", "removed", "swapped", "majority"]
-        html += "<p>Accuracy on held-out questions. The marks are what the same questions score without looking: "
+        key = score_key(rows[0])
+        means = summarise(rows) if len(rows) > 1 else []
+        single = [row for row in rows if not row.get("mean")]
+        html += f"<p>{escape(key.replace('_', ' ').capitalize())} on held-out questions. The marks are what the same "
+        html += "questions score without looking: "
         html += "; ".join(f'<span class="soft"><i class="key {k}"></i>{escape(v)}</span>' for k, v in BLIND.items())
-        html += ". The thin stroke is the 95 % interval.</p>"
-        html += table(columns, shown, numeric={1, 3, 4, 5, 6, 7}, last_is_sum=len(rows) > 1)
+        html += ". The thin stroke is the 95 % interval."
+        columns = ["question type", "questions", "score", "", "removed", "swapped", "majority"]
+        if any(is_number(row.get("nll")) for row in rows):
+            columns.append("NLL, swapped")
+            html += " NLL is that of the right answer (nats per token), and with another question's image."
+        shown = [_result_row(row, key=key, columns=columns) for row in single + means]
+        html += "</p>" + table(columns, shown, numeric=set(range(3, len(columns))) | {1}, num_sums=len(means))
     else:
         html += none("The evaluation wrote no table per question type.")
     words = results.get("text_perplexity") or {}
@@ -107,17 +126,21 @@ def results_section(results: dict | None) -> str:
     return html
 
 
-def _result_row(row: dict) -> list[str]:
+def _result_row(row: dict, *, key: str, columns: list[str]) -> list[str]:
     interval = (row.get("low"), row.get("high"))
     known = all(is_number(v) for v in interval)
-    return [
+    low, high = (100 * v for v in interval) if known else (0.0, 0.0)
+    cells = [
         escape(str(row.get("type", "?"))),
         f"{row.get('n') or 0:,}",
-        bar(row.get("accuracy"), interval=interval if known else None, marks={k: row.get(k) for k in BLIND}),
-        f"<b>{percent(row.get('accuracy'))}</b>",
-        f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}" if known else "",
+        bar(row.get(key), interval=interval if known else None, marks={k: row.get(k) for k in BLIND}),
+        f"<b>{percent(row.get(key))}</b>{f'<small>{low:.1f} – {high:.1f}</small>' if known else ''}",
         *(percent(row.get(k)) for k in BLIND),
     ]
+    if len(columns) > len(cells):
+        nll, swapped = (f"{row[k]:.2f}" if is_number(row.get(k)) else "–" for k in ("nll", "nll_swapped"))
+        cells.append(f'{nll} <small class="soft">{swapped}</small>')
+    return cells
 
 
 def choose_predictions(predictions: list[dict], *, most: int = 6) -> tuple[list[dict], list[dict]]:
@@ -160,12 +183,15 @@ def _answer_card(row: dict, *, folder: Path) -> str:
     lines = [("model", f'<b class="{colour}">{_clip(row.get("prediction"))}</b>')]
     if not row.get("correct"):
         lines.append(("right is", _clip(row.get("reference"))))
-    lines += [(name, f'<span class="soft">{_clip(row.get(key))}</span>') for key, name in
-              (("removed", "no image"), ("swapped", "other image")) if row.get(key) is not None]  # fmt: skip
+    for key, name in (("removed", "no image"), ("swapped", "other image")):
+        blind = row.get(f"prediction_{key}", row.get(key))
+        if blind is not None:
+            lines.append((name, f'<span class="soft">{_clip(blind)}</span>'))
+    prompt = str(row.get("prompt") or "").replace("<image>", " ").strip()  # the picture stands beside it
     facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines)
     return (
         f'<div class="answer">{picture}<div><p class="type">{escape(str(row.get("type", "")))}</p>'
-        f"<p>{_clip(row.get('prompt'), most=220)}</p><dl>{facts}</dl></div></div>"
+        f"<p>{_clip(prompt, most=220)}</p><dl>{facts}</dl></div></div>"
     )
 
 

@@ -112,7 +112,7 @@ def _charts(stage: StageRecord) -> str:
         Line("train", steps, smooth(losses)),
         Line("held out", *stage.series("val/loss"), colour=1, style="points"),
     ]
-    charts = [line_chart(lines, title="Loss", y="nats per learned token")]
+    charts = [line_chart(lines, title="Loss", y="mean, and what was held out")]
     more = [_lines_chart(stage, "train/grad_norm/", title="Gradient norm", y="before clipping")]
     rates = _lines_chart(stage, "train/lr/", title="Learning rate", zero=True)
     sources = stage.sources("train/loss/")
@@ -131,9 +131,11 @@ def _lines_chart(
 ) -> str:
     """One line for every metric below `prefix`."""
     lines = []
-    for i, name in enumerate(stage.sources(prefix)):
+    # A source has one colour: that of its row in the table of shares.
+    order = {name: i for i, name in enumerate(stage.sources("train/share/"))} if prefix == "train/loss/" else {}
+    for i, name in enumerate(sorted(stage.sources(prefix), key=lambda name: order.get(name, len(order)))):
         xs, ys = thin(*stage.series(prefix + name))
-        lines.append(Line(name, xs, smooth(ys) if smoothed else ys, colour=i))
+        lines.append(Line(name, xs, smooth(ys) if smoothed else ys, colour=order.get(name, i)))
     return line_chart(lines, title=title, y=y, zero=zero)
 
 
@@ -162,6 +164,11 @@ def freezing_table(stage: StageRecord) -> str:
     if not rows:
         return none("No freezing.json: nothing proves what learnt.")
     cells, frozen, moved = [], 0, 0
+    loose = [row for row in rows if not row.get("parameters")]
+    if loose:  # buffers of the model itself, such as the pixels' mean
+        learns = any(row.get("trainable") for row in loose)
+        counts = {k: sum(row.get(k) or 0 for row in loose) for k in ("changed", "unchanged")}
+        rows = [row for row in rows if row.get("parameters")] + [{"part": "buffers", "trainable": learns, **counts}]
     for row in rows:
         learns = bool(row.get("trainable"))
         changed, unchanged = row.get("changed") or 0, row.get("unchanged") or 0
@@ -177,7 +184,7 @@ def freezing_table(stage: StageRecord) -> str:
             escape(str(row.get("part", "?"))),
             f"{row.get('parameters') or 0:,}",
             '<span class="pill good">learns</span>' if learns else '<span class="pill soft">frozen</span>',
-            f"{rate:.1e}" if is_number(rate) and learns else "–",
+            (f"{rate:.1e}" if is_number(rate) else escape(str(rate or "–"))) if learns else "–",
             verdict,
         ])  # fmt: skip
     html = table(["part", "parameters", "", "learning rate", "bytes, before against after"], cells, numeric={1, 3})
@@ -239,7 +246,7 @@ def timing_section(stages: list[StageRecord], seconds: dict[str, Any]) -> str:
         for name, value in spent.items()
     ]
     rows.append(["sum", "", duration(total), ""])
-    return table(["", "share of the time", "took", ""], rows, numeric={2, 3}, last_is_sum=True)
+    return table(["", "share of the time", "took", ""], rows, numeric={2, 3}, num_sums=1)
 
 
 def handoff_section(stages: list[StageRecord]) -> str:

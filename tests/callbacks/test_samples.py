@@ -53,18 +53,23 @@ def test_every_validation_leaves_a_picture_and_json_of_the_same_samples(fit, tmp
     assert prompts[0] == {"messages": QUESTION["messages"][:1]} and len(images[0]) == 1  # never the answer
 
 
-def test_generating_leaves_the_random_state_of_training_alone(fit):
+def test_generating_leaves_random_state_and_modes_of_training_alone(fit):
     def noisy(model, prompts, images):
         torch.rand(3)
+        model.eval()
         return ["7"]
 
     torch.manual_seed(5)
     want = torch.rand(1)
     callback = Samples(generate=noisy, records=lambda num: [(QUESTION, [PICTURE])])
     trainer = fit(1, [])
+    trainer.lightning_module.train()
+    trainer.lightning_module.model.llm.eval()
     torch.manual_seed(5)
     callback.on_validation_end(trainer, trainer.lightning_module)
     assert torch.equal(torch.rand(1), want)
+    model = trainer.lightning_module.model
+    assert model.training and model.encoder.training and not model.llm.training
 
 
 def test_a_missing_answer_is_an_error(fit):

@@ -16,7 +16,7 @@ from fastvlm.data.source import Mixture, Source
 
 
 def plan_of(folder, tokenizer, **options):
-    mixture = Mixture({"x": Source("x", path=folder)}, weights={"x": 1})
+    mixture = Mixture({"x": Source("x", path=folder)}, weights={"x": 1}, unit="samples")
     options = {"tokens_per_image": 2, "batch_size": 2, "max_tokens": 80, "num_steps": 8, "packing": False} | options
     return Plan(mixture, tokenizer, **options)
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm.data.packing import group_by_length, pack_window
+from fastvlm.data.packing import balance, group_by_length, pack_window
 
 samples = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 4)), max_size=60)
 
@@ -54,7 +56,19 @@ def test_rows_are_filled_far_better_than_in_the_order_of_arrival():
 
 def test_grouping_by_length_keeps_neighbours_alike_and_every_sample():
     lengths = np.random.default_rng(1).integers(1, 1000, 256).tolist()
-    order = group_by_length(lengths, group=8)
-    assert sorted(order) == list(range(256))
-    spread = [max(g) - min(g) for i in range(0, 256, 8) if (g := [lengths[k] for k in order[i : i + 8]])]
-    assert np.mean(spread) < 50
+    groups = group_by_length(lengths, group=8)
+    assert sorted(i for group in groups for i in group) == list(range(256))
+    assert np.mean([max(lengths[i] for i in g) - min(lengths[i] for i in g) for g in groups]) < 50
+
+
+def test_balanced_packs_keep_shares_that_packing_by_length_would_lose():
+    rng = np.random.default_rng(0)
+    sources = np.arange(1000) % 2  # half the samples each, and one source's are four times as long
+    lengths = np.where(sources == 0, rng.integers(10, 30, 1000), rng.integers(60, 100, 1000))
+    packs = pack_window(lengths.tolist(), [0] * 1000, max_tokens=256, max_images=1)
+    halves = [Fraction(1, 2)] * 2
+    balanced = balance(packs, sources=sources, costs=np.ones(1000, dtype=np.int32), weights=halves)
+    assert sorted(map(tuple, balanced)) == sorted(map(tuple, packs))
+    count = lambda packs, source: sum(sources[i] == source for pack in packs for i in pack)
+    error = lambda packs: max(abs(count(packs[:n], 0) - count(packs[:n], 1)) / 2 for n in range(len(packs)))
+    assert error(balanced) < 7 < error(packs)

@@ -54,9 +54,7 @@ def mix(sources, *, unit="samples", **weights):
 
 
 def fit(sources, tokenizer, folder, *, die_at=None, accumulate=1, workers=0, resume=None, every=2, steps=STEPS):
-    mixture = Mixture(
-        {k: Source(k, path=sources[k]) for k in sources}, weights=dict.fromkeys(sources, 1), unit="tokens"
-    )
+    mixture = mix(sources, unit="tokens")
     data = MixtureDataModule(
         mixture,
         tokenizer=tokenizer,
@@ -137,9 +135,7 @@ def test_another_accumulation_is_refused_by_name(sources, tokenizer, tmp_path):
 
 
 def test_validation_is_balanced_and_fixed(sources, tokenizer):
-    mixture = Mixture(
-        {k: Source(k, path=sources[k]) for k in sources}, weights={"caption": 8} | dict.fromkeys(sources, 1)
-    )
+    mixture = mix(sources, caption=8)
     options = {"image_size": 8, "tokens_per_image": 2, "batch_size": 4, "max_tokens": 64, "num_steps": 1}
     seen = []
     for seed in (0, 1):

@@ -25,7 +25,8 @@ def test_runs_of_a_sample_say_what_is_learned(tokenizer):
 
 
 def test_a_mixture_is_shown_as_a_table_and_a_picture(sources, tokenizer, tmp_path: Path, capsys):
-    mixture = Mixture({k: Source(k, path=v) for k, v in sources.items()}, weights=dict.fromkeys(sources, 1))
+    there = {k: Source(k, path=v) for k, v in sources.items()}
+    mixture = Mixture(there, weights=dict.fromkeys(sources, 1), unit="samples")
     plan = Plan(mixture, tokenizer, tokens_per_image=2, batch_size=4, max_tokens=20)
     print_report(plan.report())
     printed = capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""A user's mistake is one line that names the file, the key and the fix; nothing already written is damaged."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import TINY
+
+ALIGN = [*TINY, "pipeline=align", "stages.align.steps=2"]
+
+
+def one_line(done, *words: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("resampler=avgpol", ["did you mean resampler=avgpool", "perceiver"]),
+        ("stages.align.image_sise=64", ["stages.align.image_sise", "did you mean stages.align.image_size"]),
+        ("resampler.num_token=4", ["resampler.num_token", "did you mean resampler.num_tokens"]),
+        ("+resampler.num_token=4", ["resampler.num_token", "AvgPoolResampler", "did you mean resampler.num_tokens"]),
+        ("stages.align.steps=many", ["stages.align.steps", "many"]),
+        ("stages.align.steps=-3", ["stages.align.steps=-3 must be above 0"]),
+        ("stages.align.epochs=1", ["give exactly one of steps and epochs"]),
+        ("stages.align.trainable={projecter: 1e-3}", ["stages.align.trainable", "projecter", "nearest name is projector"]),
+        ("mixture@stages.align.mixture=embeded_align", ["did you mean mixture=embedded_align"]),
+        ("stages.align.mixture.weights.captoins=3", ["captoins", "captions"]),
+        ("tokenizer.template=chatm", ["tokenizer.template=chatm", "chatml"]),
+        ("hardware.accelerator=gpu", ["no CUDA device", "hardware=cpu"]),
+    ],
+)
+def test_a_typo_or_a_wrong_value_is_one_line_with_the_nearest_right_name(cli, argument, words):
+    one_line(cli("train.py", *ALIGN, "name=typo", argument, check=False), *words)
+
+
+def test_a_source_without_shards_and_a_task_of_no_run_are_one_line(cli, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = cli("train.py", *ALIGN, f"stages.align.mixture.sources.captions.path={empty}", check=False)
+    one_line(done, str(empty), "prepare.py")
+    one_line(cli("eval.py", "checkpoint=nowhere", check=False), "nowhere holds no run")
+
+
+def test_a_handoff_of_another_tokenizer_or_a_damaged_one_is_refused_and_left_alone(cli, tmp_path):
+    cli("train.py", *ALIGN, "name=one")
+    (stage,) = (tmp_path / "runs" / "stages").iterdir()
+    weights = stage / "handoff" / "projector.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    one_line(cli("train.py", *ALIGN, "name=one", check=False), "projector.safetensors", "not the file the manifest names")
+    weights.write_bytes(good)
+    manifest = stage / "handoff" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    one_line(cli("train.py", *ALIGN, "name=one", check=False), "manifest.json: not a handoff manifest")
+    assert weights.read_bytes() == good
+
+
+def test_a_stage_that_was_trained_with_another_tokenizer_does_not_load(cli, tmp_path):
+    options = ["stages.align.trainable={projector: 1e-3, llm: 1e-3}", "name=one"]
+    cli("train.py", *ALIGN, *options)
+    (stage,) = (tmp_path / "runs" / "stages").iterdir()
+    manifest = json.loads((stage / "handoff" / "manifest.json").read_text())
+    (stage / "handoff" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "another"}))
+    one_line(cli("train.py", *ALIGN, *options, check=False), "trained with tokenizer another", "use the same `tokenizer`")
+
+
+def test_the_command_works_from_any_directory_and_says_everything_that_can_be_set(cli, tmp_path):
+    done = cli("train.py", "--cfg", "job")
+    assert "stages:" in done.stdout and "num_tokens: 16" in done.stdout
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+def test_a_run_is_scored_again_by_eval(cli, tmp_path):
+    cli("train.py", *ALIGN, "name=scored")
+    scored = ["checkpoint=" + str(tmp_path / "runs" / "latest"), "hardware=cpu", "task.limit=2", "task.text_limit=2"]
+    done = cli("eval.py", *scored)
+    results = json.loads((tmp_path / "runs" / "scored" / "eval" / "results.json").read_text())
+    assert "test/exact_match/mean" in results["metrics"] and "mean of all" in done.stdout

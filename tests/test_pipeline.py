@@ -1,0 +1,132 @@
+"""Stages end to end, as processes: finished stages are found, killed ones go on, and nothing written is damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, TINY
+
+CHAIN = [*TINY, "stages.encoder.steps=4", "stages.base.steps=4", "stages.align.steps=4", "stages.dense.steps=4"]
+CHAIN += ["stages.instruct.steps=4", "stages.encoder.batch_size=4", "stages.base.batch_size=2"]
+
+
+def handoffs(runs: Path) -> dict[str, dict]:
+    return {m["stage"]: m for f in runs.glob("stages/*/handoff/manifest.json") for m in [json.loads(f.read_text())]}
+
+
+def test_a_chain_trains_hands_on_and_is_found_again(cli, tmp_path):
+    first = cli("train.py", *CHAIN, "name=one")
+    assert "report:" in first.stdout
+    manifests = handoffs(tmp_path / "runs")
+    assert list(manifests) and set(manifests) == {"encoder", "base", "align", "dense", "instruct"}
+    # Each stage hands on what it trained, and names where the rest came from.
+    assert set(manifests["base"]["components"]) == {"llm"}
+    assert set(manifests["dense"]["components"]) == {"encoder", "resampler", "projector", "llm"}
+    assert manifests["align"]["parent"]["encoder"]["hash"] == manifests["encoder"]["hash"]
+    assert manifests["dense"]["parent"]["llm"]["hash"] == manifests["align"]["hash"]
+
+    again = cli("train.py", *CHAIN, "name=one")
+    assert again.stdout.count("finished before") == 5
+
+    # Another last stage, another name: the four before it are shared; another encoder: the text stage still is.
+    other = cli("train.py", *CHAIN, "name=two", "stages.instruct.warmup_steps=1")
+    assert other.stdout.count("finished before") == 4
+    third = cli("train.py", *CHAIN, "name=three", "encoder.mlp_ratio=2.0")
+    assert third.stdout.count("finished before") == 1 and "base: finished before" in third.stdout
+
+    refused = cli("train.py", *CHAIN, "name=one", "stages.align.image_size=32", check=False)
+    assert refused.returncode == 2
+    assert "holds another configuration (stages.align.image_size: 64 there, 32 here)" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_frozen_parts_come_out_of_a_stage_bit_for_bit(cli, tmp_path):
+    cli("train.py", *TINY, "pipeline=align", "stages.align.steps=3", "name=frozen")
+    (stage,) = (tmp_path / "runs" / "stages").iterdir()
+    rows = json.loads((stage / "freezing.json").read_text())["rows"]
+    frozen = [r for r in rows if not r["trainable"]]
+    assert {r["part"] for r in frozen} >= {"encoder", "llm"} and all(r["changed"] == 0 for r in frozen)
+    assert all(r["changed"] for r in rows if r["trainable"])
+    assert not (stage / "handoff" / "encoder.safetensors").exists()
+
+
+def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tmp_path):
+    # The encoder learns, so that BatchNorm statistics and the position in the plan must both come back.
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=killed"]
+    arguments += ["stages.dense.image_size=64", "stages.dense.batch_size=4", "hardware.num_workers=1"]
+    cli("train.py", *arguments)
+    (undisturbed,) = (tmp_path / "runs" / "stages").iterdir()
+
+    runs = tmp_path / "killed"
+    env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+    (stage,) = (runs / "stages").iterdir()
+    assert not (stage / "handoff" / "manifest.json").exists()
+
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step=" in done.stdout
+    for name in ("encoder", "resampler", "projector"):
+        ours, theirs = (load_file(s / "handoff" / f"{name}.safetensors") for s in (stage, undisturbed))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    # Every step stands once in the metrics.
+    steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("mixture", ["embedded_base", "embedded_align"])
+def test_two_ranks_learn_what_one_learns_with_and_without_images(cli, tmp_path, mixture):
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=3", f"mixture@stages.dense.mixture={mixture}"]
+    arguments += ["stages.dense.image_size=64", "stages.dense.batch_size=4", "encoder.mlp_ratio=2.0"]
+    # BatchNorm sees a rank's own images; frozen, the two runs are the same function.
+    arguments += ["stages.dense.trainable.encoder=null", "hardware.num_workers=0", "stages.dense.trainable.llm=1e-3"]
+    weights = []
+    for devices in (1, 2):
+        cli("train.py", *arguments, f"hardware.devices={devices}", f"name=ranks{devices}", timeout=240)
+        stage = (tmp_path / "runs" / f"ranks{devices}" / "stages" / "dense").resolve()
+        weights.append({p: load_file(stage / "handoff" / f"{p}.safetensors") for p in ("projector", "llm")})
+        for old in (tmp_path / "runs" / "stages").iterdir():
+            old.rename(tmp_path / f"{old.name}-{devices}")
+    for part, ours in weights[0].items():
+        for key, value in ours.items():
+            torch.testing.assert_close(weights[1][part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m: f"{key}: {m}")
+
+
+def test_lora_and_last_layers_hand_on_plain_weights(cli, tmp_path):
+    cli("train.py", *TINY, "pipeline=instruct", "stages.instruct.steps=2", "name=lora")
+    options = ["stages.instruct.lora=null", "stages.instruct.last_layers={num: 1, lr: 1e-3}"]
+    cli("train.py", *TINY, "pipeline=instruct", "stages.instruct.steps=2", *options, "name=last")
+    lora, last = (
+        load_file((tmp_path / "runs" / n / "stages" / "instruct").resolve() / "handoff" / "llm.safetensors")
+        for n in ("lora", "last")
+    )
+    assert set(lora) == set(last) and not any("lora" in key for key in lora)
+    rows = json.loads((tmp_path / "runs/last/stages/instruct/freezing.json").read_text())["rows"]
+    assert any(r["part"] == "llm" and r["trainable"] and r["changed"] for r in rows)
+    assert any(r["part"] == "llm" and not r["trainable"] and not r["changed"] for r in rows)
+
+
+def test_the_contrastive_stage_trains_an_encoder(cli, tmp_path):
+    cli("train.py", *TINY, "pipeline=contrastive", "stages.contrastive.steps=3", "stages.contrastive.batch_size=8")
+    assert set(handoffs(tmp_path / "runs")["contrastive"]["components"]) == {"encoder", "llm"}
+
+
+def test_a_sweep_gives_each_cell_its_process_and_outlives_a_failing_cell(cli, tmp_path):
+    sweep = [*TINY, "pipeline=align", "stages.align.steps=2", "-m", "seed=0,1", "resampler.num_tokens=16,1000000"]
+    done = cli("train.py", *sweep, check=False)
+    assert done.returncode != 0 and done.stderr.count("the other cells go on") == 2
+    finished = [p.parent.name for p in (tmp_path / "runs").glob("*/results.json")]
+    assert len(finished) == 2 and any("seed=0" in n for n in finished) and any("seed=1" in n for n in finished)
