@@ -10,21 +10,24 @@ folder that is already complete for the same recipe is left alone; of two runs a
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import importlib
-import inspect
-import json
 import os
-import pkgutil
-import shutil
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# As a script this folder comes first on the path, and inspect.py here would hide the standard library's.
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE)))]
+
+import contextlib  # noqa: E402
+import difflib  # noqa: E402
+import importlib  # noqa: E402
+import inspect  # noqa: E402
+import json  # noqa: E402
+import pkgutil  # noqa: E402
+import shutil  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+ROOT = Path(HERE).parent
 
 
 def list_recipes() -> list[str]:

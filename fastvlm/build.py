@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.callbacks.handoff import load_component, read_manifest
 from fastvlm.config import ROOT
 from fastvlm.tokens import Tokenizer
 
@@ -26,6 +25,7 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
         key: where the configuration stands, for messages (`encoder`, `stages.align.objective`).
         extra: arguments the configuration does not know (widths, the model).
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
     config = OmegaConf.create(config) if isinstance(config, dict) else config
@@ -36,7 +36,12 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
         extra = {name: value for name, value in extra.items() if name in parameters}
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {config._target_} cannot do without")
-    return hydra_instantiate(config, _convert_="all", **extra)
+    try:
+        return hydra_instantiate(config, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):  # the constructor's own words, without Hydra's around them
+            raise error.__cause__ from None
+        raise
 
 
 def check_call(config: DictConfig, *, key: str) -> Mapping[str, inspect.Parameter]:
@@ -109,6 +114,8 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     Raises:
         ValueError: no such run, or its last stage has not finished.
     """
+    from fastvlm.callbacks.handoff import load_component, read_manifest
+
     run = Path(run)
     path = run / "config.yaml"
     if not path.exists():

@@ -55,7 +55,7 @@ class StageConfig:
     image_size: int = 64
     batch_size: int = 32  # rows (packs, or samples where packing is off) of one optimiser step, over all ranks
     max_tokens: int = 256  # positions of a row
-    max_images: int = 8  # images of a row
+    max_images: int = 16  # images of a row
     packing: bool = True
     optimizer: Any = field(
         default_factory=lambda: {
@@ -122,11 +122,20 @@ def run_name() -> str:
 
     hydra = HydraConfig.get()
     changed = [o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)]
-    label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(changed)])
+    label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:
         return label
     return f"{label[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+# Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
+CALLS = r"(encoder|resampler|projector|llm|tokenizer|task|hardware|logger|mixture|stages\.\w+\.(objective|mixture|optimizer))\."
+
+
+def relax(overrides: list[str]) -> list[str]:
+    """`hardware.num_workers=0` works without a plus; `build.instantiate` refuses what the constructor does not take."""
+    return [f"++{o}" if re.match(CALLS + r"[\w.]+=", o) else o for o in overrides]
 
 
 def register() -> None:
@@ -173,7 +182,7 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = list(overrides)
+        overrides = relax(list(overrides))
         if config_name == "train" and not any(o.startswith("name=") for o in overrides):
             overrides.append("name=composed")
         return hydra_compose(config_name, overrides)
@@ -228,10 +237,8 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` under Hydra's command line; a user's mistake is one line on stderr and exit status 2."""
     import hydra
 
-    # Before torch loads OpenMP: threads that wait give their core away. Where a core is shared (a loader worker, another
-    # job), spinning threads made steps twenty times slower; on idle cores the two are alike.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     register()
+    sys.argv[1:] = relax(sys.argv[1:])
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, and we say what they mean
 

@@ -91,7 +91,7 @@ class Tokenizer:
         ValueError: the path holds no tokenizer, or the template is not known.
     """
 
-    def __init__(self, path: str, *, template: str = "chatml"):
+    def __init__(self, path: str, *, template: str):
         from transformers import AutoTokenizer
 
         if template not in TEMPLATES:

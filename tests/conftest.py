@@ -20,7 +20,7 @@ TINY = [
     "logger=none",
     "hardware=cpu",
     "hardware.threads=1",
-    "task=null",
+    "~task",
     "num_samples=0",
     "log_every=2",
 ]

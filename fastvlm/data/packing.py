@@ -10,14 +10,70 @@ import numpy as np
 
 
 def pack_window(lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int) -> list[list[int]]:
-    """First-fit-decreasing, the packs in the order in which their samples arrived on average.
+    """Rows filled to the brim where that needs fewer of them than first-fit-decreasing and keeps the image budget.
+
+    Samples of like length leave first-fit-decreasing with a gap in every row (3 % on the embedded instructions); the
+    sum of a few of them can meet the budget exactly.
 
     Args:
         lengths: tokens of every sample, each at most `max_tokens`.
         images: images of every sample, each at most `max_images`.
 
     Returns:
-        packs of positions in the window; within a pack they ascend.
+        packs of positions in the window, in the order in which their samples arrived on average; within a pack the
+        positions ascend.
+    """
+    packs = first_fit_decreasing(lengths, images, max_tokens=max_tokens, max_images=max_images)
+    if sum(lengths) > (len(packs) - 1) * max_tokens:
+        return packs  # one row fewer cannot hold them
+    filled = fill_rows(lengths, max_tokens=max_tokens)
+    if len(filled) < len(packs) and all(sum(images[i] for i in pack) <= max_images for pack in filled):
+        packs = filled
+    for pack in packs:
+        pack.sort()
+    return sorted(packs, key=lambda pack: sum(pack) / len(pack))
+
+
+def fill_rows(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
+    """Row by row the longest sample left, and with it those whose lengths come closest to the budget (subset sum over
+    the lengths that are left, as bit sets)."""
+    left: dict[int, list[int]] = {}  # length -> positions, the first to arrive last
+    for i in range(len(lengths) - 1, -1, -1):
+        left.setdefault(lengths[i], []).append(i)
+    packs = []
+    while left:
+        longest = max(left)
+        pack, free = [take(left, longest)], max_tokens - longest
+        full, mask = 1 << free, (1 << (free + 1)) - 1
+        reached, parts = [1], []  # bit n of reached[k]: the first k parts have a subset that sums to n
+        for length in sorted(left, reverse=True):
+            count, part = min(len(left[length]), free // length), 1
+            while count > 0 and not reached[-1] & full:
+                part = min(part, count)
+                parts.append((length, part))
+                reached.append((reached[-1] | reached[-1] << (part * length)) & mask)
+                count, part = count - part, part * 2
+        total = reached[-1].bit_length() - 1
+        for k in range(len(parts), 0, -1):
+            if not reached[k - 1] >> total & 1:
+                length, part = parts[k - 1]
+                pack.extend(take(left, length) for _ in range(part))
+                total -= length * part
+        packs.append(pack)
+    return packs
+
+
+def take(left: dict[int, list[int]], length: int) -> int:
+    position = left[length].pop()
+    if not left[length]:
+        del left[length]
+    return position
+
+
+def first_fit_decreasing(lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int) -> list[list[int]]:
+    """First-fit-decreasing, the packs in the order in which their samples arrived on average.
+
+    Args and returns as `pack_window`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     shortest = lengths[order[-1]] if order else 0

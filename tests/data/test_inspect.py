@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.show import draw_samples, print_report, split_runs
+from data.inspect import draw_samples, print_report, split_runs
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.plan import Plan
 from fastvlm.data.source import Mixture, Source

@@ -1,17 +1,19 @@
 """What a mixture will do, before anything is trained on it: the plan as a table, its first samples as a picture.
 
-python data/show.py mixture=embedded_instruct            # seconds; writes mixture.png
-python data/show.py mixture=embedded_45_45_10 max_tokens=512 batch_size=32 out=sheet.png
+python data/inspect.py mixture=embedded_instruct            # seconds; writes mixture.png
+python data/inspect.py mixture=embedded_45_45_10 max_tokens=512 batch_size=32 out=sheet.png
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# As a script this folder comes first on the path, and this very file would hide the standard library's `inspect`.
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE)))]
+
+from pathlib import Path  # noqa: E402
 
 from fastvlm.config import command  # noqa: E402
 
@@ -154,4 +156,4 @@ def show(config) -> None:
 
 
 if __name__ == "__main__":
-    command("show", show)
+    command("inspect", show)
