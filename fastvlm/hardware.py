@@ -59,7 +59,8 @@ class Hardware:
             self.strategy = "ddp"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.num_workers == "auto":
-            self.num_workers = min(8, max(1, cores // self.devices - 1)) if on_gpu else 1
+            # On two cores a loader process takes from the step what it gives: 15 % slower on the embedded run.
+            self.num_workers = min(8, max(1, cores // self.devices - 1)) if on_gpu else int(cores > 2)
         if self.threads == "auto":
             self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // (1 if on_gpu else self.devices))
 

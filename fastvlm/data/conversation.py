@@ -88,3 +88,14 @@ def encode_record(
         # token of the neighbour in the pack.
         labels[0] = IGNORE_INDEX
     return Encoded(ids, labels, num_images, truncated)
+
+
+def without_images(record: dict) -> dict:
+    """The same conversation or document with every image part taken out: what a model without eyes is given."""
+
+    def words(content):
+        return content if isinstance(content, str) else [part for part in content if part["type"] != "image"]
+
+    if "document" in record:
+        return {**record, "document": words(record["document"])}
+    return {**record, "messages": [{**m, "content": words(m["content"])} for m in record["messages"]]}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import encode_record
+from fastvlm.data.conversation import encode_record, without_images
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
@@ -29,6 +29,7 @@ class Measured:
     images: np.ndarray
     num_truncated: int = 0
     excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
+    blind: bool = False  # images are left out of the records
 
     def costs(self, unit: str) -> np.ndarray:
         """Cost of every row in a mixture's unit."""
@@ -53,8 +54,10 @@ def measure_source(
     """
     index = source.load(split, tokenizer)
     rows = source.select(index)
-    length = index.text_tokens + index.num_images * np.int32(tokens_per_image)
     answer, images = index.answer_tokens.copy(), index.num_images.copy()
+    if not source.images:
+        images[:] = 0
+    length = index.text_tokens + images * np.int32(tokens_per_image)
     reasons = np.zeros(index.num_samples, dtype=np.int8)
     reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = UNREADABLE
     reasons[(reasons == 0) & (answer == 0)] = MUTE
@@ -67,6 +70,7 @@ def measure_source(
         except (OSError, ValueError):
             reasons[row] = UNREADABLE
             continue
+        record = record if source.images else without_images(record)
         encoded = encode_record(record, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens)
         length[row], images[row] = len(encoded.input_ids), encoded.num_images
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
@@ -85,4 +89,4 @@ def measure_source(
             f"source {name} ({source.path}, split {split}): no sample is left of {len(rows)} ({why}); "
             f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
         )
-    return Measured(name, index, kept, length, answer, images, num_truncated, excluded)
+    return Measured(name, index, kept, length, answer, images, num_truncated, excluded, blind=not source.images)

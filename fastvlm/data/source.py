@@ -25,6 +25,7 @@ class Source:
         types: keep only samples of these question types (`meta.type` or one of `meta.types`).
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
+        images: with False the images are left out of every record, for baselines that must answer blind.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -35,11 +36,13 @@ class Source:
         path: str | Path,
         types: Sequence[str] | None = None,
         max_samples: int | None = None,
+        images: bool = True,
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
+        self.images = images
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:

@@ -51,17 +51,6 @@ def plain_text(content: str | list[dict]) -> str:
     return "".join(part["text"] if part["type"] == "text" else "<image>" for part in content)
 
 
-def without_images(record: dict) -> dict:
-    """The same conversation with every image slot taken out: what a model without eyes is asked."""
-    messages = []
-    for message in record["messages"]:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [part for part in content if part["type"] != "image"]
-        messages.append({**message, "content": content})
-    return {**record, "messages": messages}
-
-
 def read_questions(
     index: SourceIndex, *, source: str, limit: int | None, image_size: int, rows: np.ndarray | None = None
 ) -> list[Question]:

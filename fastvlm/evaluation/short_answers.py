@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvlm.data.conversation import without_images
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
@@ -21,7 +22,6 @@ from fastvlm.evaluation.questions import (
     plain_text,
     read_questions,
     swap_partners,
-    without_images,
 )
 from fastvlm.evaluation.tables import collect_metrics, make_table, render_markdown, render_text
 from fastvlm.inference.engine import Engine

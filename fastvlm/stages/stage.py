@@ -71,18 +71,22 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self):
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        tables = {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        tables |= {id(p) for name, p in named.items() if "lm_head" in name or "lora_" in name}
         if not self.learning_rates or set(named) != set(self.learning_rates):
             raise RuntimeError(f"stage {self.name}: the StageFreezing callback has not set what learns")
         named_rates = [(p, self.learning_rates[name], name.split(".")[0]) for name, p in named.items()]
         named_rates += [(p, max(self.learning_rates.values()), "head") for p in self.head_parameters()]
         groups: dict[tuple, list[nn.Parameter]] = {}
         for parameter, rate, part in named_rates:
-            # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
-            groups.setdefault((part, rate, parameter.ndim >= 2), []).append(parameter)
+            matrix = parameter.ndim == 2 and id(parameter) not in tables and part != "head"
+            kind = "matrix" if matrix else "table" if parameter.ndim >= 2 else "vector"
+            groups.setdefault((part, rate, kind), []).append(parameter)
         optimizer = self.make_optimizer(
             [
-                {"params": p, "lr": rate, "name": part, **({} if decayed else {"weight_decay": 0.0})}
-                for (part, rate, decayed), p in groups.items()
+                # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
+                {"params": p, "lr": rate, "name": part, "kind": kind} | ({"weight_decay": 0.0} if kind == "vector" else {})
+                for (part, rate, kind), p in groups.items()
             ]
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, **self.schedule))

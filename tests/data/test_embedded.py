@@ -163,7 +163,8 @@ def test_pixels_show_the_digits_the_record_names(split):
                     nearest = pool[((drawn.scans[pool] - small) ** 2).sum((1, 2)).argmin()]
                     right, total = right + (truth[nearest] == int(digit)), total + 1
     assert total > 250
-    assert right / total > 0.97  # the shrunk pictures are blurred; a wrong label would be near 0.1
+    # The shrunk pictures are blurred, and those for training are warped too; a wrong label would be near 0.1.
+    assert right / total > (0.85 if split == "train" else 0.97)
 
 
 def test_bars_in_the_pixels_have_the_heights_the_answers_rest_on():

@@ -9,7 +9,8 @@ from tiny_vlm import IMAGE_SIZE, draw_png
 from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Source
 from fastvlm.evaluation.metrics import exact_match
-from fastvlm.evaluation.questions import Question, read_questions, swap_partners, without_images
+from fastvlm.data.conversation import without_images
+from fastvlm.evaluation.questions import Question, read_questions, swap_partners
 from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers
 from fastvlm.inference.engine import Engine
 
