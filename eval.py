@@ -20,6 +20,7 @@ def evaluate(config):
     task = build_task(config.task)
     out = Path(config.out or Path(config.checkpoint) / "eval")
     results = task.run(model, tokenizer, image_size=run.image_size, device=hardware.device, out=out)
+    results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
     write_json(out / "results.json", results)
     print(task.render(results))
     print(f"results: {out / 'results.json'}")

@@ -1,10 +1,10 @@
 """Train a pipeline of stages, evaluate it, write its report.
 
-    python train.py                                      the embedded run: minutes on two CPU cores, no download
-    python train.py resampler=perceiver                  exchange a part
-    python train.py stages.dense.image_size=64           change a stage
-    python train.py -m seed=0,1,2                        a sweep
-    python train.py --cfg job                            everything that can be set
+python train.py                                      the embedded run: minutes on two CPU cores, no download
+python train.py resampler=perceiver                  exchange a part
+python train.py stages.dense.image_size=64           change a stage
+python train.py -m seed=0,1,2                        a sweep
+python train.py --cfg job                            everything that can be set
 """
 
 from fastvlm.config import command

@@ -11,7 +11,10 @@ import sys
 
 # As a script this folder comes first on the path, and this very file would hide the standard library's `inspect`.
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE)))]
+sys.path[:] = [
+    os.path.dirname(HERE),
+    *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE))),
+]
 
 from pathlib import Path  # noqa: E402
 

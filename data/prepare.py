@@ -15,7 +15,10 @@ import sys
 
 # As a script this folder comes first on the path, and inspect.py here would hide the standard library's.
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE)))]
+sys.path[:] = [
+    os.path.dirname(HERE),
+    *(p for p in sys.path if os.path.abspath(p or ".") not in (HERE, os.path.dirname(HERE))),
+]
 
 import contextlib  # noqa: E402
 import difflib  # noqa: E402

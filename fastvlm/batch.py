@@ -20,7 +20,7 @@ from fastvlm.tokens import IGNORE_INDEX
 class Sample:
     """One conversation or document, encoded, its image slots already M tokens wide.
 
-    `labels[t]` is the token itself where it is learned and IGNORE_INDEX elsewhere; the shift by one happens in the loss.
+    `labels[t]` is the token itself where it is learned and IGNORE_INDEX elsewhere; the loss shifts by one.
     """
 
     key: str

@@ -119,7 +119,9 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     run = Path(run)
     path = run / "config.yaml"
     if not path.exists():
-        raise ValueError(f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest")
+        raise ValueError(
+            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
+        )
     config = OmegaConf.load(path)
     lineage = run / "lineage.json"
     if not lineage.exists():

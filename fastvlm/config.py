@@ -45,7 +45,9 @@ class StageConfig:
     """One training phase. conf/stage/<name>.yaml fills it; every key can be set from the command line."""
 
     objective: Any = MISSING  # the Stage class and what only it takes
-    parts: list[str] = field(default_factory=lambda: ["encoder", "resampler", "projector", "llm"])  # what it computes with
+    parts: list[str] = field(
+        default_factory=lambda: ["encoder", "resampler", "projector", "llm"]
+    )  # what it computes with
     mixture: Any = MISSING
     trainable: dict[str, float | None] = field(default_factory=dict)  # pattern over parameter names -> learning rate
     lora: Lora | None = None
@@ -121,7 +123,9 @@ def run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    changed = [o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)]
+    changed = [
+        o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)
+    ]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:
@@ -130,7 +134,8 @@ def run_name() -> str:
 
 
 # Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
-CALLS = r"(encoder|resampler|projector|llm|tokenizer|task|hardware|logger|mixture|stages\.\w+\.(objective|mixture|optimizer))\."
+PARTS = "encoder|resampler|projector|llm|tokenizer|task|hardware|logger|mixture"
+CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer))\."
 
 
 def relax(overrides: list[str]) -> list[str]:
@@ -211,7 +216,9 @@ def explain(error: BaseException, config_name: str) -> str:
     reason = text.splitlines()[0] if text else type(error).__name__
     detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
     key = re.search(r"full_key: (\S+)", full)
-    return " ".join(filter(None, [reason, f"({detail})" if detail and detail not in reason else "", f"at {key[1]}" if key else ""]))
+    return " ".join(
+        filter(None, [reason, f"({detail})" if detail and detail not in reason else "", f"at {key[1]}" if key else ""])
+    )
 
 
 def nearest(key: str, config_name: str) -> str:

@@ -47,7 +47,9 @@ class Hardware:
         if self.accelerator == "auto":
             self.accelerator = "gpu" if cuda else "cpu"
         if self.accelerator == "gpu" and not cuda:
-            raise ValueError("hardware.accelerator=gpu, but torch sees no CUDA device; use hardware=cpu or hardware=auto")
+            raise ValueError(
+                "hardware.accelerator=gpu, but torch sees no CUDA device; use hardware=cpu or hardware=auto"
+            )
         on_gpu = self.accelerator == "gpu"
         if self.devices == "auto":
             self.devices = torch.cuda.device_count() if on_gpu else 1
@@ -86,7 +88,9 @@ class Hardware:
             from lightning.pytorch.strategies import DDPStrategy
 
             # Every trainable parameter is touched in every step (the VLM sees to it), so nothing is searched for.
-            strategy = DDPStrategy(find_unused_parameters=False, process_group_backend=None if self.device == "cuda" else "gloo")
+            strategy = DDPStrategy(
+                find_unused_parameters=False, process_group_backend=None if self.device == "cuda" else "gloo"
+            )
         return dict(
             accelerator=self.accelerator,
             devices=self.devices,

@@ -23,7 +23,17 @@ from fastvlm.config import ROOT
 from fastvlm.hardware import Hardware
 
 # What only tells where and how fast: never part of a stage's or a run's identity.
-INCIDENTAL = ("name", "paths", "hardware", "logger", "overwrite", "log_every", "checkpoint_every", "num_samples", "image_size")
+INCIDENTAL = (
+    "name",
+    "paths",
+    "hardware",
+    "logger",
+    "overwrite",
+    "log_every",
+    "checkpoint_every",
+    "num_samples",
+    "image_size",
+)
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
 
@@ -32,7 +42,9 @@ CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing
 def code_hash() -> str:
     """Hash of the source that determines what a stage learns; documents and reports may change freely."""
     package = ROOT / "fastvlm"
-    files = sorted(f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py")))
+    files = sorted(
+        f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+    )
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
@@ -42,8 +54,12 @@ def code_hash() -> str:
 @cache
 def commit() -> str:
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if dirty else "")
@@ -100,7 +116,8 @@ class Pipeline:
             if differ:
                 raise ValueError(
                     f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
-                    f"{f' and {len(differ) - 3} more' if len(differ) > 3 else ''}); choose name=<another> or overwrite=true"
+                    f"{f' and {len(differ) - 3} more' if len(differ) > 3 else ''}); "
+                    "choose name=<another> or overwrite=true"
                 )
         self.run_dir.mkdir(parents=True, exist_ok=True)
         # What stands in the run directory is true of this command from here on.
@@ -125,7 +142,9 @@ class Pipeline:
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
-        self.initial = {n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts}
+        self.initial = {
+            n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts
+        }
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
         say(self.summary())
@@ -167,12 +186,15 @@ class Pipeline:
 
     def summary(self) -> str:
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts.items()}
-        parts = ", ".join(f"{name} {type(self.model.parts[name]).__name__} {n / 1e6:.2f}M" for name, n in counts.items())
+        parts = ", ".join(
+            f"{name} {type(self.model.parts[name]).__name__} {n / 1e6:.2f}M" for name, n in counts.items()
+        )
         hw = self.hardware
         return (
             f"run      {self.run_dir}\nmodel    {parts} = {sum(counts.values()) / 1e6:.2f}M parameters\n"
             f"stages   {' -> '.join(self.config.stages)}\n"
-            f"hardware {hw.num_ranks} x {hw.accelerator}, {hw.precision}, {hw.threads} threads, {hw.num_workers} loader workers"
+            f"hardware {hw.num_ranks} x {hw.accelerator}, {hw.precision}, {hw.threads} threads, "
+            f"{hw.num_workers} loader workers"
         )
 
     def data(self, name: str, stage: DictConfig):
@@ -222,7 +244,9 @@ class Pipeline:
                 self.train(name, config, data, folder, key, identity, tracking, run_id)
                 manifest = read_manifest(folder / "handoff")
         for part in manifest["components"]:
-            load_component(self.model.parts[part], part, folder / "handoff", manifest, tokenizer=self.tokenizer.fingerprint)
+            load_component(
+                self.model.parts[part], part, folder / "handoff", manifest, tokenizer=self.tokenizer.fingerprint
+            )
             self.lineage[part], self.folders[part] = key, folder / "handoff"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             links = self.run_dir / "stages"
@@ -230,7 +254,13 @@ class Pipeline:
             link = links / name
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
-        return {"name": name, "dir": folder, "seconds": time.time() - begun, "reused": found, "metrics": manifest["metrics"]}
+        return {
+            "name": name,
+            "dir": folder,
+            "seconds": time.time() - begun,
+            "reused": found,
+            "metrics": manifest["metrics"],
+        }
 
     def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
         import lightning as L
@@ -263,7 +293,9 @@ class Pipeline:
             lora=plain["lora"],
             name=name,
         )
-        parents = {p: {"hash": self.lineage[p], "folder": str(self.folders[p])} for p in config.parts if p in self.lineage}
+        parents = {
+            p: {"hash": self.lineage[p], "folder": str(self.folders[p])} for p in config.parts if p in self.lineage
+        }
         manifest = {
             "stage": name,
             "hash": key,
@@ -280,7 +312,9 @@ class Pipeline:
 
         def finish() -> dict[str, float]:
             freezing.merge()
-            known = {k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))}
+            known = {
+                k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
+            }
             return known | (self.score_text() if "llm" in config.parts else {})
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
@@ -295,7 +329,9 @@ class Pipeline:
         logger = None
         if tracking:
             tags = {"stage": name, "hash": key}
-            logger = tracking.stage_logger(name, parent=run_id, tags=tags, run_id=tracking.find_run(tags) if resume else None)
+            logger = tracking.stage_logger(
+                name, parent=run_id, tags=tags, run_id=tracking.find_run(tags) if resume else None
+            )
         callbacks = [
             freezing,
             metrics,
@@ -327,17 +363,28 @@ class Pipeline:
         new = ", ".join(p for p in config.parts if p not in self.folders)
         learns = ", ".join(f"{p} {r:g}" for p, r in plain["trainable"].items() if r is not None)
         extras = [f"LoRA r={plain['lora']['r']} {plain['lora']['lr']:g}"] if plain["lora"] else []
-        extras += [f"last {plain['last_layers']['num']} layers {plain['last_layers']['lr']:g}"] if plain["last_layers"] else []
+        extras += (
+            [f"last {plain['last_layers']['num']} layers {plain['last_layers']['lr']:g}"]
+            if plain["last_layers"]
+            else []
+        )
         say(
             f"\n{name}: {steps} steps x {config.batch_size} rows"
-            f"{f', {config.image_size} px' if data.plan.num_images else ''}; learns {', '.join(filter(None, [learns, *extras]))}"
-            f"\n  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}" + (f"\n  going on from {resume.name}" if resume else "")
+            f"{f', {config.image_size} px' if data.plan.num_images else ''}; "
+            f"learns {', '.join(filter(None, [learns, *extras]))}"
+            f"\n  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}"
+            + (f"\n  going on from {resume.name}" if resume else "")
         )
         for line in data.plan.notes():
             say(f"  {line}")
         status = "FAILED"
         try:
-            trainer.fit(stage, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=False if resume else None)
+            trainer.fit(
+                stage,
+                datamodule=data,
+                ckpt_path=str(resume) if resume else None,
+                weights_only=False if resume else None,
+            )
             if trainer.interrupted or trainer.global_step < steps:
                 raise KeyboardInterrupt
             status = "FINISHED"
@@ -374,6 +421,7 @@ class Pipeline:
         size = list(self.config.stages.values())[-1].image_size
         outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
         results |= outcome
+        results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
         # Before: the language model as the last text-only stage left it.
         text_only = [s for s in stages if self.config.stages[s["name"]].parts == ["llm"]]
         if text_only and "text_perplexity" in outcome:

@@ -32,7 +32,9 @@ class Template:
         """The same template in the form `transformers` stores beside a tokenizer."""
         content = (
             "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
-            "{% if p['type'] == 'image' %}" + IMAGE_TOKEN + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
+            "{% if p['type'] == 'image' %}"
+            + IMAGE_TOKEN
+            + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
         )
         turns = "".join(
             f"{{% {'if' if i == 0 else 'elif'} m['role'] == '{role}' %}}{self.before[role]}{content}"

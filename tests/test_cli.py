@@ -28,7 +28,10 @@ def one_line(done, *words: str) -> None:
         ("stages.align.steps=many", ["stages.align.steps", "many"]),
         ("stages.align.steps=-3", ["stages.align.steps=-3 must be above 0"]),
         ("stages.align.epochs=1", ["give exactly one of steps and epochs"]),
-        ("stages.align.trainable={projecter: 1e-3}", ["stages.align.trainable", "projecter", "nearest name is projector"]),
+        (
+            "stages.align.trainable={projecter: 1e-3}",
+            ["stages.align.trainable", "projecter", "nearest name is projector"],
+        ),
         ("mixture@stages.align.mixture=embeded_align", ["did you mean mixture=embedded_align"]),
         ("stages.align.mixture.weights.captoins=3", ["captoins", "captions"]),
         ("tokenizer.template=chatm", ["tokenizer.template=chatm", "chatml"]),
@@ -53,7 +56,9 @@ def test_a_handoff_of_another_tokenizer_or_a_damaged_one_is_refused_and_left_alo
     weights = stage / "handoff" / "projector.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    one_line(cli("train.py", *ALIGN, "name=one", check=False), "projector.safetensors", "not the file the manifest names")
+    one_line(
+        cli("train.py", *ALIGN, "name=one", check=False), "projector.safetensors", "not the file the manifest names"
+    )
     weights.write_bytes(good)
     manifest = stage / "handoff" / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
@@ -67,7 +72,9 @@ def test_a_stage_that_was_trained_with_another_tokenizer_does_not_load(cli, tmp_
     (stage,) = (tmp_path / "runs" / "stages").iterdir()
     manifest = json.loads((stage / "handoff" / "manifest.json").read_text())
     (stage / "handoff" / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "another"}))
-    one_line(cli("train.py", *ALIGN, *options, check=False), "trained with tokenizer another", "use the same `tokenizer`")
+    one_line(
+        cli("train.py", *ALIGN, *options, check=False), "trained with tokenizer another", "use the same `tokenizer`"
+    )
 
 
 def test_the_command_works_from_any_directory_and_says_everything_that_can_be_set(cli, tmp_path):

@@ -9,7 +9,18 @@ from omegaconf import OmegaConf
 
 from fastvlm.config import CONF, StageConfig, compose
 
-CONSTRUCTORS = ["encoder", "resampler", "projector", "llm", "tokenizer", "source", "mixture", "hardware", "logger", "task"]
+CONSTRUCTORS = [
+    "encoder",
+    "resampler",
+    "projector",
+    "llm",
+    "tokenizer",
+    "source",
+    "mixture",
+    "hardware",
+    "logger",
+    "task",
+]
 FILES = [f for group in CONSTRUCTORS for f in sorted((CONF / group).glob("*.yaml"))]
 
 

@@ -39,9 +39,11 @@ def test_imports_point_down(owner):
     for file in files:
         for module in imported(file):
             parts = module.split(".")
-            if parts[0] == "fastvlm" and len(parts) > 1 and (ROOT / "fastvlm" / parts[1]).exists() | (
-                ROOT / "fastvlm" / f"{parts[1]}.py"
-            ).exists():
+            if (
+                parts[0] == "fastvlm"
+                and len(parts) > 1
+                and (ROOT / "fastvlm" / parts[1]).exists() | (ROOT / "fastvlm" / f"{parts[1]}.py").exists()
+            ):
                 assert parts[1] in MAY[owner] | {owner}, f"{file.relative_to(ROOT)} imports {module}"
 
 

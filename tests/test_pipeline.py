@@ -102,7 +102,9 @@ def test_two_ranks_learn_what_one_learns_with_and_without_images(cli, tmp_path, 
             old.rename(tmp_path / f"{old.name}-{devices}")
     for part, ours in weights[0].items():
         for key, value in ours.items():
-            torch.testing.assert_close(weights[1][part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(
+                weights[1][part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
 
 
 def test_lora_and_last_layers_hand_on_plain_weights(cli, tmp_path):

@@ -136,8 +136,9 @@ class StageFreezing(L.Callback):
         """The proof as lines of text."""
         lines = [f"{'part':<10} {'parameters':>11} {'learns':>6} {'rate':>8} {'moved':>11} {'buffers':>7}"]
         for row in self.rows:
+            learns = "yes" if row["trainable"] else "no"
             lines.append(
-                f"{row['part']:<10} {row['parameters']:>11,} {'yes' if row['trainable'] else 'no':>6} {row['lr'] or '-':>8} "
+                f"{row['part']:<10} {row['parameters']:>11,} {learns:>6} {row['lr'] or '-':>8} "
                 f"{row['changed']:>4} of {row['tensors']:>3} {row['buffers']:>7}"
             )
         return "\n".join(lines)

@@ -61,7 +61,9 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text())
         manifest["components"], manifest["hash"], manifest["tokenizer"]
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{path}: not a handoff manifest ({error}); delete {folder.parent} to train the stage again") from None
+        raise ValueError(
+            f"{path}: not a handoff manifest ({error}); delete {folder.parent} to train the stage again"
+        ) from None
     return manifest
 
 
@@ -75,11 +77,13 @@ def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, 
     path = folder / entry["file"]
     if tokenizer is not None and name == "llm" and manifest["tokenizer"] != tokenizer:
         raise ValueError(
-            f"{folder}: the language model was trained with tokenizer {manifest['tokenizer']}, this run has {tokenizer}; "
+            f"{folder}: trained with tokenizer {manifest['tokenizer']}, this run has {tokenizer}; "
             "use the same `tokenizer`, or train the stage again without this handoff"
         )
     if not path.exists() or file_hash(path) != entry["sha256"]:
-        raise ValueError(f"{path}: missing or not the file the manifest names; delete {folder.parent} to train the stage again")
+        raise ValueError(
+            f"{path}: missing or not the file the manifest names; delete {folder.parent} to train the stage again"
+        )
     try:
         with safe_open(path, framework="pt") as stored:
             found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
@@ -91,7 +95,8 @@ def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, 
     if wrong or unknown:
         what = wrong + [f"{key} is not in this model" for key in unknown]
         raise ValueError(
-            f"{path} does not fit `{name}`: {'; '.join(what[:3])}{f' and {len(what) - 3} more' if len(what) > 3 else ''}; "
+            f"{path} does not fit `{name}`: {'; '.join(what[:3])}"
+            f"{f' and {len(what) - 3} more' if len(what) > 3 else ''}; "
             f"choose the {name} it was trained with, or drop the handoff"
         )
     missing, _ = load_model(part, str(path), strict=False)

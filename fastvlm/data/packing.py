@@ -70,7 +70,9 @@ def take(left: dict[int, list[int]], length: int) -> int:
     return position
 
 
-def first_fit_decreasing(lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int) -> list[list[int]]:
+def first_fit_decreasing(
+    lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int
+) -> list[list[int]]:
     """First-fit-decreasing, the packs in the order in which their samples arrived on average.
 
     Args and returns as `pack_window`.

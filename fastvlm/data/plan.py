@@ -136,7 +136,9 @@ class Plan:
         """Everything the order depends on. The number of steps is not in it: a longer plan begins as a shorter one."""
         state = {
             "version": VERSION,
-            "sources": {s.name: [s.index.checksum, hashlib.sha256(s.rows.tobytes()).hexdigest(), s.blind] for s in self.sources},
+            "sources": {
+                s.name: [s.index.checksum, hashlib.sha256(s.rows.tobytes()).hexdigest(), s.blind] for s in self.sources
+            },
             "weights": [str(w) for w in self.weights],
             "names": self.names,
             "unit": self.unit,

@@ -153,7 +153,7 @@ class ShortAnswers:
 
         Returns:
             `metrics`, `table` and `predictions` as `evaluate_answers` has them, and `text_perplexity`: {"after": ...}.
-            With `out`, only the predictions that are shown with their pictures; all of them are in the file.
+            With `out` also `examples`, the predictions that have their picture saved beside them.
         """
         engine = Engine(model, tokenizer, image_size=image_size, device=device)
         questions: list[Question] = []
@@ -179,7 +179,7 @@ class ShortAnswers:
         if out is not None:
             lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result["predictions"])
             (Path(out) / "predictions").mkdir(parents=True, exist_ok=True)
-            result["predictions"] = save_examples(result["predictions"], questions, folder=Path(out))
+            result["examples"] = save_examples(result["predictions"], questions, folder=Path(out))
             (Path(out) / "predictions" / "short_answers.jsonl").write_text(lines, encoding="utf-8")
             (Path(out) / "short_answers.md").write_text(render_markdown(result), encoding="utf-8")
         return result
@@ -212,7 +212,8 @@ def save_examples(predictions: list[dict], questions: Sequence[Question], *, fol
         key = (prediction["type"], bool(prediction["correct"]))
         if key in chosen or not question.images:
             continue
-        path = Path("predictions") / f"{prediction['key'].replace('/', '-')}.png"
+        # A key is unique within its source only.
+        path = Path("predictions") / f"{question.source}-{question.key}.png"
         Image.fromarray(question.images[0].permute(1, 2, 0).numpy()).save(folder / path)
         chosen[key] = prediction | {"image": path.as_posix()}
     return [chosen[key] for key in sorted(chosen)]

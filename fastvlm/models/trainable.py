@@ -14,7 +14,9 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
 
 
-def select_trainable(model: nn.Module, patterns: dict[str, float | None], *, where: str = "trainable") -> dict[str, float]:
+def select_trainable(
+    model: nn.Module, patterns: dict[str, float | None], *, where: str = "trainable"
+) -> dict[str, float]:
     """Parameter name -> learning rate; the longest pattern that matches a name decides, and null excludes.
 
     Raises:
@@ -74,7 +76,9 @@ def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float, targets
 
     linear = {name.split(".")[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     if missing := [t for t in targets if t not in linear]:
-        raise ValueError(f"{where}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(sorted(linear))}")
+        raise ValueError(
+            f"{where}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(sorted(linear))}"
+        )
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
     return LoraModel(module, config, "default")
 

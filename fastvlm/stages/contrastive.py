@@ -39,7 +39,8 @@ class ContrastiveStage(Stage):
         slots = (batch.input_ids == self.model.image_token_id).any(1)
         if batch.num_images != rows or int(batch.segment_ids.max()) > 1 or not bool(slots.all()):
             raise ValueError(
-                f"stage {self.name} needs one image and one caption a row, but got {batch.num_images} images in {rows} rows; "
+                f"stage {self.name} needs one image and one caption a row, but has {batch.num_images} images in "
+                f"{rows} rows; "
                 "set packing=false and choose a mixture of captions"
             )
         image = self.image_projection(self.model.encode_patches(batch.pixel_values).mean(1))

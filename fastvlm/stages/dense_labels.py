@@ -52,7 +52,9 @@ class DenseLabelStage(Stage):
             seen = target > 0
             correct.append((scores.argmax(1)[seen] == target[seen]).float().mean())
         losses = torch.stack(losses).sum(0)  # (I,)
-        source = batch.source_ids[:, 0] if len(batch.source_ids) == len(losses) else batch.source_ids.new_zeros(len(losses))
+        source = (
+            batch.source_ids[:, 0] if len(batch.source_ids) == len(losses) else batch.source_ids.new_zeros(len(losses))
+        )
         extra = {f"cell_accuracy/{i}": c.detach() for i, c in enumerate(correct)}
         denominator = torch.tensor(float(max(1, len(losses))), device=losses.device)
         if self._trainer is not None:

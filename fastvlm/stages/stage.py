@@ -85,11 +85,14 @@ class Stage(L.LightningModule):
         optimizer = self.make_optimizer(
             [
                 # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
-                {"params": p, "lr": rate, "name": part, "kind": kind} | ({"weight_decay": 0.0} if kind == "vector" else {})
+                {"params": p, "lr": rate, "name": part, "kind": kind}
+                | ({"weight_decay": 0.0} if kind == "vector" else {})
                 for (part, rate, kind), p in groups.items()
             ]
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, **self.schedule))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, **self.schedule)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def head_parameters(self) -> list[nn.Parameter]:

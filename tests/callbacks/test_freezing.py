@@ -33,7 +33,9 @@ def test_the_longest_matching_pattern_decides_and_null_excludes():
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"stages.align.trainable: the pattern 'projecter' .*nearest name is projector"):
+    with pytest.raises(
+        ValueError, match=r"stages.align.trainable: the pattern 'projecter' .*nearest name is projector"
+    ):
         select_trainable(Net(), {"projecter": 1e-3}, where="stages.align.trainable")
 
 

@@ -1,17 +1,20 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tiny_vlm import IMAGE_SIZE, draw_png
 
+from fastvlm.data.conversation import without_images
 from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Source
 from fastvlm.evaluation.metrics import exact_match
-from fastvlm.data.conversation import without_images
 from fastvlm.evaluation.questions import Question, read_questions, swap_partners
-from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers
+from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers, save_examples
 from fastvlm.inference.engine import Engine
 
 PHRASES = {"count": "what number stands here", "nth": "which digit is above", "blind": "what is three"}
@@ -201,3 +204,15 @@ def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
         run(ShortAnswers({"text": Source("text", path=write_text(tmp_path / "t"))}))
     with pytest.raises(ValueError, match="is not a document of text alone"):
         run(ShortAnswers({"questions": source}, text=source, limit=1))
+
+
+def test_an_example_is_saved_with_its_own_picture_where_two_sources_use_one_key(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    questions = [
+        Question("test-1", source, kind, [], "4", images=[torch.full((3, 4, 4), shade, dtype=torch.uint8)])
+        for source, kind, shade in (("short_qa", "max", 10), ("reading", "read", 200))
+    ]
+    predictions = [{"key": q.key, "type": q.type, "correct": True} for q in questions]
+    for example in save_examples(predictions, questions, folder=tmp_path):
+        shade = np.asarray(Image.open(tmp_path / example["image"]))[0, 0, 0]
+        assert shade == {"max": 10, "read": 200}[example["type"]]

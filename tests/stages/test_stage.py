@@ -70,7 +70,9 @@ def test_two_micro_batches_over_their_common_tokens_are_one_batch():
         half.num_answer_tokens = total
         stage.training_step(half)["loss"].backward()
     for name, parameter in stage.model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_per_source_sums_add_up_to_the_loss():
