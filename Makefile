@@ -12,7 +12,7 @@ train: env
 	$(RUN) train.py $(ARGS)
 
 test: env
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
 
 check: env
 	$(VENV)/bin/ruff check .
