@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -50,8 +51,8 @@ class StageConfig:
     )  # what it computes with
     mixture: Any = MISSING
     trainable: dict[str, float | None] = field(default_factory=dict)  # pattern over parameter names -> learning rate
-    lora: Lora | None = None
-    last_layers: LastLayers | None = None
+    lora: Any = None  # a Lora, or null
+    last_layers: Any = None  # a LastLayers, or null
     steps: int | None = None  # optimiser steps; or epochs
     epochs: float | None = None  # passes over as many samples as the mixture holds
     image_size: int = 64
@@ -135,12 +136,12 @@ def run_name() -> str:
 
 # Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
 PARTS = "encoder|resampler|projector|llm|tokenizer|task|hardware|logger|mixture"
-CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer))\."
+CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable))\."
 
 
 def relax(overrides: list[str]) -> list[str]:
     """`hardware.num_workers=0` works without a plus; `build.instantiate` refuses what the constructor does not take."""
-    return [f"++{o}" if re.match(CALLS + r"[\w.]+=", o) else o for o in overrides]
+    return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.trainable=", o) else o for o in overrides]
 
 
 def register() -> None:
@@ -170,6 +171,16 @@ def check(config: DictConfig) -> None:
                 wrong.append(f"{where}.{key}={stage[key]} must be above 0")
         if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:
             wrong.append(f"{where}.parts: {', '.join(unknown)} is none of encoder, resampler, projector, llm")
+        # OmegaConf cannot merge into an optional dataclass that is null, so these two are checked here.
+        for key, schema in (("lora", Lora), ("last_layers", LastLayers)):
+            if stage.get(key) is not None:
+                try:
+                    stage[key] = OmegaConf.merge(OmegaConf.structured(schema), stage[key])
+                except OmegaConfBaseException as error:
+                    takes = ", ".join(schema.__dataclass_fields__)
+                    wrong.append(f"{where}.{key}: {str(error).splitlines()[0]}; it takes {takes}")
+                    continue
+                wrong += [f"{where}.{key}.{missing} must be given" for missing in OmegaConf.missing_keys(stage[key])]
         if stage.decay not in ("cosine", "linear", "constant"):
             wrong.append(f"{where}.decay={stage.decay} is none of cosine, linear, constant")
     if "stages" in config and not config.stages:

@@ -127,7 +127,7 @@ def test_the_contrastive_stage_trains_an_encoder(cli, tmp_path):
 
 
 def test_a_sweep_gives_each_cell_its_process_and_outlives_a_failing_cell(cli, tmp_path):
-    sweep = [*TINY, "pipeline=align", "stages.align.steps=2", "-m", "seed=0,1", "resampler.num_tokens=16,1000000"]
+    sweep = ["-m", *TINY, "pipeline=align", "stages.align.steps=2", "seed=0,1", "resampler.num_tokens=16,1000000"]
     done = cli("train.py", *sweep, check=False)
     assert done.returncode != 0 and done.stderr.count("the other cells go on") == 2
     finished = [p.parent.name for p in (tmp_path / "runs").glob("*/results.json")]

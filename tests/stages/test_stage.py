@@ -132,7 +132,7 @@ def test_the_dense_label_stage_needs_label_maps_and_learns_them():
     batch = image_batch()
     with pytest.raises(ValueError, match="needs label maps with 2 channels"):
         stage.training_step(batch)
-    batch.label_maps = torch.randint(0, 3, (2, 3, 4, 4), dtype=torch.uint8)
+    batch.label_maps = torch.randint(0, 3, (2, 3, 2, 2), dtype=torch.uint8)
     optimizer = stage.configure_optimizers()["optimizer"]
     losses = []
     for _ in range(80):
