@@ -12,7 +12,7 @@ train: env
 	$(RUN) train.py $(ARGS)
 
 test: env
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: env
 	$(VENV)/bin/ruff check .

@@ -278,9 +278,13 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     try:
         hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
     except Exception as error:
-        if show_traceback or not type(error).__module__.startswith(("hydra", "omegaconf")):
+        if show_traceback:
             raise
-        refuse(explain(error, config_name))
+        if type(error).__module__.startswith(("hydra", "omegaconf")):
+            refuse(explain(error, config_name))
+        if isinstance(error, ValueError):  # a sweep whose cells failed
+            refuse(str(error))
+        raise
 
 
 def refuse(message: str) -> NoReturn:

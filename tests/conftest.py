@@ -1,6 +1,7 @@
 """Shared fixtures: a small embedded data set built once a session, and a quick command line over it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,16 +41,26 @@ def embedded(tmp_path_factory) -> Path:
 def cli(embedded, tmp_path):
     """Run a script of the repository as a user does; returns the finished process."""
 
-    def run(script: str, *args: str, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    def run(script: str, *args: str, check: bool = True, timeout: int = 200) -> subprocess.CompletedProcess:
         env = os.environ | {
             "FASTVLM_DATA": str(embedded),
             "FASTVLM_RUNS": str(tmp_path / "runs"),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *args], env=env, cwd=tmp_path, capture_output=True, text=True, **kwargs
+        command = [sys.executable, str(ROOT / script), *args]
+        pipe = subprocess.PIPE
+        # A session of its own: when time is up its ranks and loader workers go with it.
+        process = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
         )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            pytest.fail(f"{' '.join(args)} took more than {timeout} s\n{out}\n{err}")
+        done = subprocess.CompletedProcess(command, process.returncode, out, err)
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done

@@ -42,9 +42,15 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        return [self.cell(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        cells = [self.cell(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        if failed := [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]:
+            # Raised once all have had their turn; the same command again runs the failed ones alone.
+            raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
+        return cells
 
     def cell(self, index: int, overrides: list[str]) -> JobReturn:
+        # Hydra hands `~group` on as `~group=null`, which asks for a group whose choice is null.
+        overrides = [o.removesuffix("=null") if o.startswith("~") else o for o in overrides]
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = f"cell_{index}", index
@@ -57,7 +63,7 @@ class ProcessLauncher(Launcher):
                 check=False,
             )
             value = json.loads(result.read_text())["value"] if result.exists() else None
-        cell = JobReturn(overrides=overrides, cfg=config, hydra_cfg=None, working_dir=os.getcwd(), task_name="train")
+        cell = JobReturn(overrides=overrides, cfg=config, hydra_cfg=index, working_dir=os.getcwd(), task_name="train")
         if done.returncode == 0:
             cell.status, cell.return_value = JobStatus.COMPLETED, value
         else:
@@ -65,5 +71,4 @@ class ProcessLauncher(Launcher):
                 raise KeyboardInterrupt
             print(f"#{index} failed (status {done.returncode}); the other cells go on", file=sys.stderr, flush=True)
             cell.status = JobStatus.FAILED
-            cell.return_value = ValueError(f"cell #{index} failed: {' '.join(overrides)}")
         return cell
