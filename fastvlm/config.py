@@ -257,8 +257,10 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     register()
     sys.argv[1:] = relax(sys.argv[1:])
-    show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, and we say what they mean
+    # Exceptions reach us whole, and we say what they mean; cells and ranks inherit both variables.
+    show_traceback = "HYDRA_FULL_ERROR" in os.environ and "FASTVLM_ONE_LINE" not in os.environ
+    if not show_traceback:
+        os.environ |= {"HYDRA_FULL_ERROR": "1", "FASTVLM_ONE_LINE": "1"}
 
     def checked(config: DictConfig):
         try:
