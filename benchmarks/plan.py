@@ -64,4 +64,4 @@ def measure(config) -> None:
 
 
 if __name__ == "__main__":
-    command("show", measure)
+    command("inspect", measure)
