@@ -200,11 +200,13 @@ class Pipeline:
     def data(self, name: str, stage: DictConfig):
         from fastvlm.data.datamodule import MixtureDataModule
 
+        # Only a language model that reads images has slots; no other stage may depend on their number.
+        reads_images = {"encoder", "llm"} <= set(stage.parts)
         return MixtureDataModule(
             instantiate(stage.mixture, key=f"stages.{name}.mixture"),
             tokenizer=self.tokenizer,
             image_size=stage.image_size,
-            tokens_per_image=self.model.num_visual_tokens(stage.image_size),
+            tokens_per_image=self.model.num_visual_tokens(stage.image_size) if reads_images else 1,
             batch_size=stage.batch_size,
             max_tokens=stage.max_tokens,
             max_images=stage.max_images,

@@ -41,6 +41,9 @@ def test_a_chain_trains_hands_on_and_is_found_again(cli, tmp_path):
     assert other.stdout.count("finished before") == 4
     third = cli("train.py", *CHAIN, "name=three", "encoder.mlp_ratio=2.0")
     assert third.stdout.count("finished before") == 1 and "base: finished before" in third.stdout
+    # Another number of visual tokens is nothing to the encoder's labels or to text.
+    fourth = cli("train.py", *CHAIN, "name=four", "resampler.num_tokens=4")
+    assert fourth.stdout.count("finished before") == 2
 
     refused = cli("train.py", *CHAIN, "name=one", "stages.align.image_size=32", check=False)
     assert refused.returncode == 2
