@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import instruct_layouts as layouts
 import pytest
-from instruct_layouts import command, run_command, shard_bytes, told_tokenizer
+from instruct_layouts import Run, run_command, shard_bytes, told_tokenizer
 from PIL import Image
 
-from data.prepare import prepare
+from data.prepare import main, prepare
 from fastvlm.data.index import load_index
 
 ROWS = 240
@@ -44,11 +43,10 @@ def words(big, tokenizer) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def whole(big, words, tmp_path_factory) -> dict[str, bytes]:
+def whole(words, tmp_path_factory) -> dict[str, bytes]:
     """The shards of one undisturbed run by one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = run_command(*words, f"out={out}", "workers=1")
-    assert done.returncode == 0, done.stderr
+    assert main([*words, f"out={out}", "workers=1"]) == 0
     return shard_bytes(out)
 
 
@@ -71,45 +69,36 @@ def test_two_workers_write_the_bytes_of_one_and_all_of_it_can_be_read(words, who
     assert json.loads((out / "DONE.json").read_text())["dropped"]["train"]["image missing"]["count"] == 1
     assert (out / "dropped.jsonl").read_text() == '{"split": "train", "id": "17", "reason": "image missing"}\n'
     assert left_over(out) == []
-    assert "complete already" in run_command(*words, f"out={out}").stdout
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(words, whole, tmp_path, workers):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(words, whole, tmp_path, workers, capsys):
     out, work = tmp_path / "out", tmp_path / ".out.work"
-    process = subprocess.Popen(command(*words, f"out={out}", f"workers={workers}"), stderr=subprocess.DEVNULL)
-    try:
-        while len(list(work.glob("train-*.json"))) < 3:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    run = Run(*words, f"out={out}", f"workers={workers}", log=tmp_path / "log")
+    while len(list(work.glob("train-*.json"))) < 3:
+        assert run.alive, "it ended before it could be killed"
+        time.sleep(0.002)
+    run.kill()
     assert not out.exists()
     reports = sorted(work.glob("train-*.json"))
-    damaged = json.loads(reports[0].read_text())
-    assert damaged["kept"]
     # One done shard is damaged after the kill: it must be written again, and only it.
     shard = reports[0].with_suffix(".tar")
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
     shard.write_bytes(data)
-    again = run_command(*words, f"out={out}", "workers=2")
-    assert again.returncode == 0, again.stderr
-    kept = int(again.stderr.split(" of ")[0].split("\n")[-1])
-    assert len(reports) - 1 <= kept < ROWS // 8
+    assert main([*words, f"out={out}", "workers=2"]) == 0
+    sound = int(capsys.readouterr().err.split(" of 30 shards were there")[0].split("\n")[-1])
+    assert len(reports) - 1 <= sound < ROWS // 8
     assert shard_bytes(out) == whole
     assert left_over(out) == []
 
 
 def test_two_runs_at_once_give_one_folder_and_both_succeed(words, whole, tmp_path):
     out = tmp_path / "out"
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen(command(*words, f"out={out}"), **pipe) for _ in range(2)]
-    told = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    states = sorted("complete already" in out for out, _ in told)
-    assert states == [False, True]
+    runs = [Run(*words, f"out={out}", "workers=2", log=tmp_path / f"log{i}") for i in range(2)]
+    ended = [run.wait() for run in runs]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sorted("complete already" in told for _, told in ended) == [False, True]
     assert shard_bytes(out) == whole and left_over(out) == []
 
 
@@ -118,12 +107,11 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(words, whole, t
     """The kernel refuses to let a file grow beyond the limit, as a full disk or a quota would."""
     out, work = tmp_path / "out", tmp_path / ".out.work"
     limit = min(map(len, whole.values())) // 2
-    settings = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    done = run_command(*words, f"out={out}", f"workers={workers}", **settings)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "while writing; 0 of 30 shards are whole" in done.stderr and "run the same command again" in done.stderr
+    code, told = Run(*words, f"out={out}", f"workers={workers}", log=tmp_path / "log", limit=limit).wait()
+    assert code == 2 and told.count("\n") == 1, told
+    assert "while writing; 0 of 30 shards are whole" in told and "run the same command again" in told
     assert not out.exists() and [p.name for p in work.iterdir()] == ["stamp.txt"]
-    assert run_command(*words, f"out={out}").returncode == 0
+    assert main([*words, f"out={out}"]) == 0
     assert shard_bytes(out) == whole and left_over(out) == []
 
 
@@ -135,14 +123,14 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards_and_goes_on_with_more_room(
         pytest.skip("a small tmpfs needs the right to mount")
     try:
         out, work = disk / "out", disk / ".out.work"
-        done = run_command(*words, f"out={out}", "workers=2")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert "no space left on device while writing" in done.stderr and not out.exists()
+        code, told = Run(*words, f"out={out}", "workers=2", log=tmp_path / "log").wait()
+        assert code == 2 and told.count("\n") == 1, told
+        assert "no space left on device while writing" in told and not out.exists()
         shards = {p.name for p in work.glob("*.tar")}
         assert {p.name.replace(".json", ".tar") for p in work.glob("train-*.json")} <= shards
         assert all((work / name).read_bytes() in whole.values() for name in shards) and shards
         subprocess.run(["mount", "-o", f"remount,size={6 * size}", disk], check=True)
-        assert run_command(*words, f"out={out}").returncode == 0
+        assert main([*words, f"out={out}"]) == 0
         assert shard_bytes(out) == whole
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -150,26 +138,25 @@ def test_a_disk_that_fills_up_keeps_the_whole_shards_and_goes_on_with_more_room(
 
 def test_a_killed_worker_is_one_line_and_the_run_can_go_on(words, whole, tmp_path):
     out, work = tmp_path / "out", tmp_path / ".out.work"
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(*words, f"out={out}", "workers=2"), **pipe)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (found := children.read_text().split()) or not work.exists():
-        assert process.poll() is None
+    run = Run(*words, f"out={out}", "workers=2", log=tmp_path / "log")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while not list(work.glob("train-*.json")) or not (found := children.read_text().split()):
+        assert run.alive
         time.sleep(0.002)
     os.kill(int(found[0]), signal.SIGKILL)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 2 and told.count("\n") == 1 and "a worker process was killed" in told, told
-    assert run_command(*words, f"out={out}").returncode == 0
+    code, told = run.wait()
+    assert code == 2 and told.count("\n") == 1 and "a worker process was killed" in told, told
+    assert main([*words, f"out={out}"]) == 0
     assert shard_bytes(out) == whole
 
 
-def test_changed_rows_or_options_throw_half_done_work_away(words, big, tmp_path):
+def test_half_done_work_of_another_command_is_thrown_away(words, tmp_path, capsys):
     out, work = tmp_path / "out", tmp_path / ".out.work"
     work.mkdir()
     (work / "stamp.txt").write_text("of another command")
     (work / "train-000000.tar").write_text("not ours")
-    done = run_command(*words, f"out={out}")
-    assert done.returncode == 0 and "starting anew" in done.stderr
+    assert main([*words, f"out={out}"]) == 0
+    assert "starting anew" in capsys.readouterr().err and not work.exists()
 
 
 @pytest.mark.parametrize("val", [0.1, 0.5])
@@ -231,13 +218,13 @@ def test_images_of_other_kinds_are_mended_or_named(tokenizer, tmp_path):
     }
 
 
-def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, tokenizer, other_tokenizer, tmp_path):
+def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_tokenizer, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run_command(*words, f"out={out}").returncode == 0
+    assert main([*words, f"out={out}"]) == 0
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
     told = [word for word in words if not word.startswith(("tokenizer=", "template="))]
     told += [f"{k}={v}" for k, v in told_tokenizer(other_tokenizer).items()]
-    assert "complete already" in run_command(*told, f"out={out}").stdout
+    assert main([*told, f"out={out}"]) == 0 and "complete already" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
     assert load_index(out, "train", other_tokenizer, rebuild=False).num_samples == ROWS - 1
 
@@ -258,8 +245,6 @@ def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, tokeni
     ],
 )
 def test_a_mistake_is_one_line(words, tmp_path, extra, line, capsys):
-    from data.prepare import main
-
     given = dict(word.split("=", 1) for word in [*words, f"out={tmp_path / 'out'}"])
     if extra[0].startswith("source=coco"):
         given.pop("rows")
@@ -271,8 +256,6 @@ def test_a_mistake_is_one_line(words, tmp_path, extra, line, capsys):
 
 
 def test_a_broken_input_is_one_line_with_file_and_row_and_all_dropped_is_refused(tokenizer, tmp_path, capsys):
-    from data.prepare import main
-
     told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"id": 1, "conversations": layouts.turns("Q", "A")})
