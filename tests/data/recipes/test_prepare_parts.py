@@ -62,8 +62,8 @@ def test_two_workers_write_the_bytes_of_one_and_all_of_it_can_be_read(words, who
     assert shard_bytes(out) == whole and len(whole) == ROWS // 8
     index = load_index(out, "train", tokenizer, rebuild=False)
     assert index.num_samples == ROWS - 1 and not any(index.faults.to_pylist())
-    listed = json.loads((out / "shards.json").read_text())["splits"]["train"]
-    assert {row["name"]: row["bytes"] for row in listed} == {name: len(data) for name, data in whole.items()}
+    listed = json.loads((out / "shards.json").read_text())["train"]
+    assert {row["name"]: row["size"] for row in listed} == {name: len(data) for name, data in whole.items()}
     assert sum(row["samples"] for row in listed) == ROWS - 1
     assert "train dropped 1: image missing (for example 17)" in done.stdout
     assert json.loads((out / "DONE.json").read_text())["dropped"]["train"]["image missing"]["count"] == 1
