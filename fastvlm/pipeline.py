@@ -217,6 +217,7 @@ class Pipeline:
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
+            plan_cache=self.runs / "plans",
         )
 
     def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import time
 from dataclasses import dataclass
 from itertools import chain, count, repeat
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +24,8 @@ from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
 from fastvlm.tokens import Tokenizer
 
-VERSION = 1  # of the order: another number, another order for the same data
+KEEP_AFTER = 2.0  # seconds of planning that are worth a place in the cache
+VERSION = 2  # of the order: another number, another order for the same data
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Plan:
         seed: of the order.
         num_steps: length of the stage; None for `epochs`.
         epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
+        cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
 
     Raises:
         ValueError: a source without usable samples, or a parameter out of range.
@@ -86,6 +92,7 @@ class Plan:
         seed: int = 0,
         num_steps: int | None = None,
         epochs: float | int | None = None,
+        cache: str | Path | None = None,
     ):
         limits = {
             "batch_size": batch_size,
@@ -112,16 +119,17 @@ class Plan:
         self.epoch_samples = sum(len(s.rows) for s in self.sources)
         self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
 
-        self._passes = [self._iterate_passes(s) for s in self.sources]
-        self._queues: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sources]  # rows not yet planned
-        self._schedule = FairSchedule(self.weights, [self._iterate_costs(s) for s in self.sources])
-        # The order so far, in pieces of one window each; `_join` makes one piece of them.
+        self._cache = None if cache is None else Path(cache) / self.fingerprint
+        self._seconds = 0.0  # spent on planning windows
+        # The order so far, in pieces of one window each; `_order` makes one piece of them.
         self._source: list[np.ndarray] = []  # int16, in order of arrival (as scheduled)
         self._row: list[np.ndarray] = []  # int32, likewise
         self._place: list[np.ndarray] = []  # int32: arrival numbers in the order in which rows hold them
         self._size: list[np.ndarray] = []  # int32: samples of each row
         self._num_samples, self._num_rows = 0, 0
         self._joined: _Order | None = None
+        self._schedule: FairSchedule | None = None
+        self._restore()
         if num_steps is None:
             wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)))
             while self._num_samples < wanted or not self._num_steps:
@@ -131,6 +139,40 @@ class Plan:
             ends = self._order().end[batch_size::batch_size]
             num_steps = int(np.searchsorted(ends, wanted)) + 1
         self.num_steps = num_steps
+
+    def _begin(self) -> None:
+        """From the first window; what `_restore` found was too short."""
+        for pieces in (self._source, self._row, self._place, self._size):
+            pieces.clear()
+        self._num_samples, self._num_rows, self._joined = 0, 0, None
+        self._passes = [self._iterate_passes(s) for s in self.sources]
+        self._queues: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sources]  # rows not yet planned
+        self._schedule = FairSchedule(self.weights, [self._iterate_costs(s) for s in self.sources])
+
+    def _restore(self) -> None:
+        """Take an order that was kept, memory-mapped; a broken one is planned again."""
+        if self._cache is None or not self._cache.is_dir():
+            return
+        try:
+            kept = [np.load(self._cache / f"{name}.npy", mmap_mode="r") for name in ("source", "row", "place", "size")]
+        except (OSError, ValueError):
+            return
+        if len(kept[0]) == len(kept[1]) == len(kept[2]) == int(kept[3].sum(dtype=np.int64)):
+            self._source, self._row, self._place, self._size = ([column] for column in kept)
+            self._num_samples, self._num_rows = len(kept[0]), len(kept[3])
+
+    def _keep(self) -> None:
+        """Write the order so that the next start needs no planning; folders appear whole, by rename."""
+        order, beside = self._order(), self._cache.with_name(f".{self._cache.name}.{os.getpid()}")
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            for name, column in (("source", order.source), ("row", order.row), ("place", order.place)):
+                np.save(beside / f"{name}.npy", column)
+            np.save(beside / "size.npy", self._size[0])
+            shutil.rmtree(self._cache, ignore_errors=True)
+            os.rename(beside, self._cache)
+        except OSError:  # a full disk, or another run that was first: the order is in memory all the same
+            shutil.rmtree(beside, ignore_errors=True)
 
     def _hash(self, split: str, tokenizer: Tokenizer, pack_window: int, sort_window: int) -> str:
         """Everything the order depends on. The number of steps is not in it: a longer plan begins as a shorter one."""
@@ -160,10 +202,14 @@ class Plan:
         if self.unit == "samples":
             return repeat(1)
         costs = source.costs(self.unit)
-        return chain.from_iterable(costs[rows].tolist() for rows in self._iterate_passes(source))
+        pieces = (rows[i : i + 65_536] for rows in self._iterate_passes(source) for i in range(0, len(rows), 65_536))
+        return chain.from_iterable(costs[rows].tolist() for rows in pieces)
 
     def _plan_window(self) -> None:
         """Schedule and pack one more window."""
+        begun = time.process_time()
+        if self._schedule is None:
+            self._begin()
         sources = self._schedule.take(self._window)
         rows = np.empty(len(sources), dtype=np.int32)
         lengths, images, costs = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
@@ -192,6 +238,7 @@ class Plan:
         self._num_samples += len(sources)
         self._num_rows += len(sizes)
         self._joined = None
+        self._seconds += time.process_time() - begun
 
     @property
     def num_images(self) -> int:
@@ -219,12 +266,15 @@ class Plan:
         """Plan up to this many steps now (all of them unless told), so that forked workers share the result."""
         while self._num_steps < (num_steps or self.num_steps):
             self._plan_window()
+        if num_steps is None and self._cache is not None and self._seconds > KEEP_AFTER:
+            self._seconds = 0.0
+            self._keep()
 
     def __getstate__(self) -> dict:
         """For loader processes that are spawned and not forked: the finished order, without what makes more of it."""
         self.extend()
         self._order()
-        return self.__dict__ | {"_passes": None, "_queues": None, "_schedule": None}
+        return self.__dict__ | {"_passes": None, "_queues": None, "_schedule": None, "_cache": None}
 
     def _order(self) -> _Order:
         if self._joined is None:

@@ -75,6 +75,22 @@ def test_the_plan_is_a_function_of_its_arguments_alone(sources, tokenizer):
     assert all(steps_of(p) != steps_of(first) for p in others)
 
 
+def test_a_kept_order_is_found_again_and_one_that_is_broken_or_too_short_is_planned_anew(
+    sources, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fastvlm.data.plan.KEEP_AFTER", 0.0)
+    fresh = steps_of(plan_of(sources, tokenizer, num_steps=40))
+    plan_of(sources, tokenizer, cache=tmp_path, num_steps=40).extend()
+    again = plan_of(sources, tokenizer, cache=tmp_path, num_steps=40)
+    monkeypatch.setattr(again, "_plan_window", None)  # nothing is planned
+    assert steps_of(again) == fresh
+    longer = plan_of(sources, tokenizer, cache=tmp_path, num_steps=400)
+    assert steps_of(longer)[:40] == fresh and longer.num_steps == 400
+    (kept,) = tmp_path.iterdir()
+    (kept / "row.npy").write_bytes((kept / "row.npy").read_bytes()[:-20])
+    assert steps_of(plan_of(sources, tokenizer, cache=tmp_path, num_steps=40)) == fresh
+
+
 def test_the_order_is_the_same_on_every_machine_and_in_every_version(sources, tokenizer):
     """Golden: the first row of a plan. It may change only together with `fastvlm.data.plan.VERSION`."""
     plan = plan_of(sources, tokenizer, packing=False, max_tokens=200)
