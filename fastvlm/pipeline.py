@@ -452,7 +452,7 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
     for source in sources:
         index = source.load("val", tokenizer)
-        rows = source.select(index)
+        rows, _ = source.select(index)
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
