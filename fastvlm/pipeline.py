@@ -456,7 +456,8 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
-            found.append((raw.record, [decode_image(data, image_size) for data in raw.images]))
+            images = [decode_image(data, image_size) for data in raw.images if source.images]
+            found.append((source.edit(raw.record), images))
     return found[:num]
 
 

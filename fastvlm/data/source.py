@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from fastvlm.data.conversation import with_system, without_images
 from fastvlm.data.index import SourceIndex, load_index
 from fastvlm.tokens import Tokenizer
 
@@ -33,6 +34,7 @@ class Source:
             shares of a mixture without weights.
         max_epochs: passes over the train split at most; when they are used up the other sources go on in their own
             proportions. None for as many as the weights ask.
+        system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
@@ -47,6 +49,7 @@ class Source:
         max_samples: int | None = None,
         repeat: float | int = 1,
         max_epochs: float | int | None = None,
+        system: str | None = None,
         images: bool = True,
         rebuild_index: bool = True,
     ):
@@ -62,7 +65,7 @@ class Source:
                 raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.images = images
+        self.system, self.images = system, images
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
@@ -75,6 +78,16 @@ class Source:
             ValueError: see `load_index`.
         """
         return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+
+    def edit(self, record: dict) -> dict:
+        """A record as this source gives it to the model: with its system prompt, or without its images.
+
+        Raises:
+            ValueError: a system prompt on a document.
+        """
+        if self.system is not None:
+            record = with_system(record, self.system)
+        return record if self.images else without_images(record)
 
     def select(self, index: SourceIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.
