@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.plan import Plan
+from fastvlm.data.replan import Seen
 from fastvlm.data.source import Mixture
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
@@ -110,6 +111,12 @@ class MixtureDataModule(L.LightningDataModule):
             "max_skipped_share": max_skipped_share,
             "cache_bytes": cache_bytes,
         }
+
+    def replan(self, after: Seen) -> None:
+        """Plan anew, from what an interrupted stage has seen."""
+        self._order["after"] = after
+        self.plan = None
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the indexes (building what is missing) and make the plan."""
