@@ -18,8 +18,8 @@ from data.recipes.questions import (
     cut_parts,
     find_file,
     first_there,
+    list_rows,
     plain_id,
-    read_rows,
     to_answers,
 )
 from data.recipes.record import Part, Record
@@ -56,7 +56,7 @@ def parts(
 def read(path: str, options: dict) -> list[Question | Dropped]:
     split, form = options["split"], options["form"]
     out: list[Question | Dropped] = []
-    for row in read_rows(find_file(path, f"aokvqa_v1p0_{split}.json")):
+    for row in list_rows(find_file(path, f"aokvqa_v1p0_{split}.json")):
         name = plain_id(row.get("question_id"))
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(name, BAD_ROW))

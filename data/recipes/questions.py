@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
+from data.recipes.rows import cut_rows, read_rows
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -56,7 +57,7 @@ def read_json(path: str | Path):
         raise ValueError(f"{path} is not JSON ({error}); download it again") from None
 
 
-def read_rows(path: str | Path, key: str | None = None) -> list[dict]:
+def list_rows(path: str | Path, key: str | None = None) -> list[dict]:
     """The list of rows of a JSON file, which stands under `key` where one is given.
 
     Raises:
@@ -132,12 +133,12 @@ def read_vqa(
         describe: annotation -> what `meta` keeps of it.
     """
     found: dict[str, list[dict]] = {}
-    for annotation in read_rows(annotations, "annotations"):
+    for annotation in list_rows(annotations, "annotations"):
         found.setdefault(plain_id(annotation.get("question_id")), []).append(annotation)
     out: list[Question | Dropped] = []
     asked: Counter[str] = Counter()
     one = functools.lru_cache(None)(str)  # the same few thousand words ten times a question: one object each
-    for row in read_rows(questions, "questions"):
+    for row in list_rows(questions, "questions"):
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
             continue
@@ -191,8 +192,6 @@ def check_split(split: str, splits: dict, *, refused: str = "") -> None:
         raise ValueError(f"split={split}: {why}; take {' or '.join(splits)}")
 
 
-
-
 def group_questions(questions: list[Question | Dropped], *, grouped: bool) -> list[list[Question] | Dropped]:
     """Questions of one image together, in the order in which the images first occur; else each alone."""
     groups: dict[object, list[Question] | Dropped] = {}
@@ -238,9 +237,43 @@ def convert_part(read: Callable, part: Part, *, source: str) -> Iterator[Record 
         yield from converse(groups[number], number, source=source, options=part.options)
 
 
-def converse(
-    group: list[Question] | Dropped, *numbers: int, source: str, options: dict
+def is_table(path: Path | str) -> bool:
+    """Whether the rows lie in parquet files, or on the hub, rather than in JSON beside a folder of images."""
+    path = Path(path)
+    return path.suffix == ".parquet" or not path.exists() or next(path.rglob("*.parquet"), None) is not None
+
+
+def cut_table(
+    path: Path | str, *, split: str, rows: int, needs: tuple[str, ...], options: dict, hub: str
+) -> list[Part]:
+    """Parts of parquet files, or of a hub data set, whose rows hold one question and its image."""
+    for key, allowed in CHOICES.items():
+        check_choice(key, options[key], *allowed)
+    # `split` says where the rows come from; ours says what becomes of them.
+    options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
+    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub=hub)
+
+
+def convert_rows(
+    read_row: Callable[[dict, int, dict], Question | Dropped], part: Part, *, source: str
 ) -> Iterator[Record | Dropped]:
+    """The conversations of a part made by `cut_table`. Questions of one image are grouped within the part."""
+    options = part.options | {"split": part.options["becomes"]}
+    read = [(numbers, read_row(row, numbers[-1], options)) for numbers, row in read_rows(part)]
+    first: dict[int, tuple[int, ...]] = {id(question): numbers for numbers, question in read}
+    grouped = options["grouped"] and options["split"] == "train"
+    for group in group_questions([question for _, question in read], grouped=grouped):
+        numbers = () if isinstance(group, Dropped) else first[id(group[0])]
+        yield from converse(group, *numbers, source=source, options=options)
+
+
+def image_bytes(value: object) -> bytes | None:
+    """The file in an image cell of parquet, `{"bytes", "path"}` or the bytes alone."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if isinstance(data, bytes) and data else None
+
+
+def converse(group: list[Question] | Dropped, *numbers: int, source: str, options: dict) -> Iterator[Record | Dropped]:
     """The record, or records, of the questions of one image.
 
     In training the answer is the most frequent one; with `answers=all_distinct` the k-th record of a group asks those

@@ -16,9 +16,9 @@ from data.recipes.questions import (
     cut_parts,
     find_file,
     first_there,
+    list_rows,
     look_for,
     plain_id,
-    read_rows,
     read_vqa,
     to_answers,
 )
@@ -55,9 +55,7 @@ def parts(
 
 def read(path: str, options: dict) -> list[Question | Dropped]:
     split = options["split"]
-    image = lambda row: first_there(
-        options["images"], f"train_images/{row['image_id']}.jpg", f"{row['image_id']}.jpg"
-    )
+    image = lambda row: first_there(options["images"], f"train_images/{row['image_id']}.jpg", f"{row['image_id']}.jpg")
     original = look_for(path, f"TextVQA_0.5.1_{split}.json")
     if original is None and (questions := look_for(path, f"{split}_questions_vqa_format.json")):
         if options["ocr"]:
@@ -65,10 +63,10 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         return read_vqa(questions, find_file(path, f"{split}_annotations_vqa_format.json"), image=image)
     tokens = {}
     if recognised := look_for(path, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"):
-        tokens = {row.get("image_id"): row.get("ocr_tokens") for row in read_rows(recognised, "data")}
+        tokens = {row.get("image_id"): row.get("ocr_tokens") for row in list_rows(recognised, "data")}
     out: list[Question | Dropped] = []
     original = original or find_file(path, f"TextVQA_0.5.1_{split}.json")
-    for row in read_rows(original, "data"):
+    for row in list_rows(original, "data"):
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
             continue

@@ -18,8 +18,8 @@ from data.recipes.questions import (
     cut_parts,
     find_file,
     first_there,
+    list_rows,
     look_for,
-    read_rows,
     read_vqa,
     to_answers,
 )
@@ -74,7 +74,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
 
 def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
     out: list[Question | Dropped] = []
-    for row in read_rows(file):
+    for row in list_rows(file):
         name = row.get("image")
         if name is None or row.get("question") is None:
             out.append(Dropped(str(name), BAD_ROW))

@@ -1,0 +1,77 @@
+"""LMSYS-Chat-1M: conversations people had with language models, from parquet or JSON lines; gated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.holdout import check_holdout, held_out
+from data.recipes.questions import check_choice, check_split
+from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.rows import cut_rows, read_rows
+
+SPLITS = {"train": "train", "val": "held out of train"}
+OTHER_LANGUAGE = "another language"
+FLAGGED = "flagged by moderation"
+REDACTED = "names redacted"
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    languages: str = "English",
+    flagged: str = "drop",
+    redacted: str = "keep",
+    holdout: float = 0.001,
+    rows: int = 5000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of parquet, a JSON or JSON-lines file, or the hub id once its licence is accepted there.
+        languages: those to keep, as the data set spells them, with commas between; all keeps every one.
+        flagged: drop or keep conversations in which the moderation flagged a turn.
+        redacted: drop or keep conversations in which names were replaced by NAME_1 and so on.
+        holdout: share of the conversations kept for val; the data set has no validation split of its own.
+    """
+    check_split(split, SPLITS)
+    check_holdout(split, holdout)
+    check_choice("flagged", flagged, "drop", "keep")
+    check_choice("redacted", redacted, "keep", "drop")
+    wanted = [word.strip() for word in str(languages).split(",") if word.strip()]
+    options = {"becomes": split, "languages": wanted, "flagged": flagged, "redacted": redacted, "holdout": holdout}
+    rows = rows if split == "train" else round(rows / holdout)
+    return cut_rows(Path(path), split="train", rows=rows, needs=("conversation",), options=options, hub="")
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    options = part.options
+    for numbers, row in read_rows(part):
+        name = str(row.get("conversation_id") or f"{Path(part.path).stem}-{numbers[-1]}")
+        if held_out(name, options["holdout"]) != (options["becomes"] == "val"):
+            continue
+        try:
+            yield convert_chat(row, numbers, name, options)
+        except Unusable as error:
+            yield Dropped(name, str(error))
+
+
+def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record:
+    """Raises:
+    Unusable: what the options leave out, and broken turns.
+    """
+    language = row.get("language")
+    if options["languages"] != ["all"] and language not in options["languages"]:
+        raise Unusable(OTHER_LANGUAGE)
+    moderation = row.get("openai_moderation") or []
+    if options["flagged"] == "drop" and any(m.get("flagged") for m in moderation if isinstance(m, dict)):
+        raise Unusable(FLAGGED)
+    if options["redacted"] == "drop" and row.get("redacted"):
+        raise Unusable(REDACTED)
+    # There are no images: `<image>` in what somebody typed is text.
+    turns = make_turns(row["conversation"], role="role", text="content")
+    messages, notes = make_messages(turns, num_images=0, images_first=True)
+    meta = {key: row[key] for key in ("model", "language", "redacted") if row.get(key) is not None}
+    meta["turns"] = sum(message["role"] == "user" for message in messages)
+    record = {"messages": messages, "id": row.get("conversation_id"), "source": "lmsys_chat", "meta": meta}
+    return Record(make_key(name, *numbers), record, [], notes)
