@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import find_file, first_there, list_rows
 from data.recipes.questions import (
     BAD_ROW,
     LETTER,
     NO_TEST_ANSWERS,
     SHORT,
-    Dropped,
     Question,
     check_choice,
     check_split,
     convert_part,
     cut_parts,
-    find_file,
-    first_there,
-    list_rows,
     plain_id,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val"}
+REFUSED = {"test": NO_TEST_ANSWERS}
 BAD_CHOICE = "correct_choice_idx is none of the choices"
 
 
@@ -47,7 +45,7 @@ def parts(
             are in `meta` either way.
         Others as in vqav2.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
+    check_split(split, SPLITS, refused=REFUSED)
     check_choice("form", form, "direct", "choice")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     return cut_parts(read, path, rows=rows, options=options | {"form": form})

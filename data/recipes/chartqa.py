@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import find_file, first_there, image_bytes, list_rows
 from data.recipes.questions import (
     BAD_ROW,
-    Dropped,
     Question,
     check_split,
     convert_part,
     convert_rows,
     cut_parts,
     cut_table,
-    find_file,
-    first_there,
-    image_bytes,
     is_table,
-    list_rows,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
+HUB = True
 KINDS = ("human", "augmented")
 
 

@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import find_file, first_there, image_bytes, list_rows
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
-    Dropped,
     Question,
     check_split,
     convert_part,
     convert_rows,
     cut_parts,
     cut_table,
-    find_file,
-    first_there,
-    image_bytes,
     is_table,
-    list_rows,
     plain_id,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "validation"}
+HUB = True
+REFUSED = {"test": NO_TEST_ANSWERS}
 KEPT = ("docId", "ucsf_document_id", "ucsf_document_page_no")
 
 
@@ -49,7 +47,7 @@ def parts(
         grouped: training asks all questions of a page in one conversation; of parquet, those in one shard.
         Others as in vqav2.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
+    check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     if is_table(path):
         needs = ("questionId", "question", "image", "answers")

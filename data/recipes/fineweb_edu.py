@@ -7,12 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from data.recipes.documents import NO_TEXT, cut_text
-from data.recipes.holdout import check_holdout, held_out
-from data.recipes.questions import check_split
 from data.recipes.record import Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train", "val": "held out of train"}
+SPLITS = {"train": "train"}  # val=0.001 holds some out
+HUB = True
 LOW_SCORE = "score below min_score"
 META = ("url", "dump", "date", "language", "language_score", "score", "int_score")
 
@@ -24,10 +23,8 @@ def parts(
     name: str = "sample-10BT",
     max_chars: int = 0,
     max_tokens: int = 0,
-    tokenizer: str = "",
-    template: str = "chatml",
+    cut_tokenizer: str = "",
     min_score: float = 0.0,
-    holdout: float = 0.001,
     rows: int = 10000,
 ) -> list[Part]:
     """
@@ -35,33 +32,28 @@ def parts(
         path: folder of parquet with `text` and `id`, or a hub id.
         name: the configuration on the hub.
         max_chars, max_tokens: cut longer documents into several of at most this length; 0 leaves them whole. Tokens
-            are those a plan counts, the closing one included, and need the tokenizer.
+            are those of the text and two for what a template puts around it.
+        cut_tokenizer: folder or hub id of the tokenizer that counts them.
         min_score: documents of a lower educational score are dropped.
-        holdout: share of the documents kept for val; the data set has no validation split of its own.
     """
-    check_split(split, SPLITS)
-    check_holdout(split, holdout)
     if max_chars and max_tokens:
         raise ValueError(f"max_chars={max_chars} and max_tokens={max_tokens}: give one of them")
     for key, value in (("max_chars", max_chars), ("max_tokens", max_tokens)):
         if value and value < 16:
             raise ValueError(f"{key}={value} must be 16 or more, or 0 for no cut")
-    if max_tokens and not tokenizer:
-        raise ValueError(f"max_tokens={max_tokens} needs tokenizer=<folder or hub id>; max_chars needs none")
-    options = {"becomes": split, "max_chars": max_chars, "max_tokens": max_tokens, "tokenizer": str(tokenizer)}
-    options |= {"template": template, "min_score": min_score, "holdout": holdout}
-    rows = rows if split == "train" else round(rows / holdout)
-    return cut_rows(Path(path), split="train", rows=rows, needs=("text",), options=options, hub=name)
+    if max_tokens and not cut_tokenizer:
+        raise ValueError(f"max_tokens={max_tokens} needs cut_tokenizer=<folder or hub id>; max_chars needs none")
+    options = {"max_chars": max_chars, "max_tokens": max_tokens, "min_score": min_score}
+    options |= {"cut_tokenizer": cut_tokenizer}
+    return cut_rows(Path(path), split=split, rows=rows, needs=("text",), options=options, hub=name)
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
     options = part.options
     limit = options["max_chars"] or options["max_tokens"]
-    measure = count_tokens(options["tokenizer"], options["template"]) if options["max_tokens"] else len
+    measure = count_tokens(options["cut_tokenizer"]) if options["max_tokens"] else len
     for numbers, row in read_rows(part):
         name = str(row.get("id") or f"{Path(part.path).stem}-{numbers[-1]}")
-        if held_out(name, options["holdout"]) != (options["becomes"] == "val"):
-            continue
         text, score = row.get("text"), row.get("score")
         if not isinstance(text, str) or not text.strip():
             yield Dropped(name, NO_TEXT)
@@ -79,9 +71,8 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 @lru_cache(1)
-def count_tokens(path: str, template: str) -> Callable[[str], int]:
-    from fastvlm.data.conversation import encode_record
+def count_tokens(path: str) -> Callable[[str], int]:
     from fastvlm.tokens import Tokenizer
 
-    tokenizer = Tokenizer(path, template=template)
-    return lambda text: len(encode_record({"document": text}, tokenizer, tokens_per_image=1).input_ids)
+    tokenizer = Tokenizer(path, template="chatml")
+    return lambda text: len(tokenizer.encode_text(text)) + 2

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.holdout import check_holdout, held_out
-from data.recipes.questions import check_choice, check_split
+from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train", "val": "held out of train"}
+SPLITS = {"train": "train"}  # val=0.001 holds some out
+HUB = True
 OTHER_LANGUAGE = "another language"
 FLAGGED = "flagged by moderation"
 REDACTED = "names redacted"
@@ -23,7 +23,6 @@ def parts(
     languages: str = "English",
     flagged: str = "drop",
     redacted: str = "keep",
-    holdout: float = 0.001,
     rows: int = 5000,
 ) -> list[Part]:
     """
@@ -32,24 +31,18 @@ def parts(
         languages: those to keep, as the data set spells them, with commas between; all keeps every one.
         flagged: drop or keep conversations in which the moderation flagged a turn.
         redacted: drop or keep conversations in which names were replaced by NAME_1 and so on.
-        holdout: share of the conversations kept for val; the data set has no validation split of its own.
     """
-    check_split(split, SPLITS)
-    check_holdout(split, holdout)
     check_choice("flagged", flagged, "drop", "keep")
     check_choice("redacted", redacted, "keep", "drop")
     wanted = [word.strip() for word in str(languages).split(",") if word.strip()]
-    options = {"becomes": split, "languages": wanted, "flagged": flagged, "redacted": redacted, "holdout": holdout}
-    rows = rows if split == "train" else round(rows / holdout)
-    return cut_rows(Path(path), split="train", rows=rows, needs=("conversation",), options=options, hub="")
+    options = {"languages": wanted, "flagged": flagged, "redacted": redacted}
+    return cut_rows(Path(path), split=split, rows=rows, needs=("conversation",), options=options, hub="")
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
     options = part.options
     for numbers, row in read_rows(part):
         name = str(row.get("conversation_id") or f"{Path(part.path).stem}-{numbers[-1]}")
-        if held_out(name, options["holdout"]) != (options["becomes"] == "val"):
-            continue
         try:
             yield convert_chat(row, numbers, name, options)
         except Unusable as error:

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.documents import IMAGE_LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, find_image, join_texts, url_name
-from data.recipes.holdout import check_holdout, held_out
-from data.recipes.questions import check_choice, check_split
+from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 
-SPLITS = {"train": "train", "val": "held out of train"}
+SPLITS = {"train": "train"}  # val=0.001 holds some out
 SUFFIXES = (".jsonl", ".jsonl.zip", ".tar")
 BAD_LINE = "line is not a JSON object with text_list and image_info"
 NO_PLACE = "image has no sentence: left out of its document"
@@ -31,7 +30,6 @@ def parts(
     names: str = "filename",
     min_similarity: float = 0.0,
     min_images: int = 1,
-    holdout: float = 0.001,
 ) -> list[Part]:
     """
     Args:
@@ -43,17 +41,14 @@ def parts(
             folder or each in a folder of its name's first two letters.
         min_similarity: images whose `matched_sim` is lower are left out (OpenFlamingo takes 0.24).
         min_images: documents with fewer images left are dropped.
-        holdout: share of the documents kept for val; the data set has no validation split of its own.
     """
-    check_split(split, SPLITS)
-    check_holdout(split, holdout)
     check_choice("names", names, "filename", "sha256")
     path = Path(path)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
     if not files or not files[0].name.endswith(SUFFIXES):
         raise ValueError(f"path={path}: no {', '.join(SUFFIXES)} there")
-    options = {"split": split, "images": images, "names": names, "min_similarity": min_similarity}
-    options |= {"min_images": min_images, "holdout": holdout}
+    options = {"images": images, "names": names, "min_similarity": min_similarity}
+    options |= {"min_images": min_images}
     return [Part(str(file), i, i + 1, options) for i, file in enumerate(files)]
 
 
@@ -92,15 +87,18 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
     for number, page in enumerate(read_pages(part.path)):
         name = str(page.get("url") or "") if isinstance(page, dict) else ""
         name = name or f"{Path(part.path).name}-{number}"
-        if held_out(name, part.options["holdout"]) == (part.options["split"] == "val"):
-            yield convert_page(page, (part.start, number), name, part.options)
+        yield convert_page(page, (part.start, number), name, part.options)
 
 
 def convert_page(page: object, numbers: tuple[int, int], name: str, options: dict) -> Record | Dropped:
     if not isinstance(page, dict) or not isinstance(page.get("text_list"), list):
         return Dropped(name, BAD_LINE)
     texts, infos, notes = page["text_list"], page.get("image_info"), []
-    if not isinstance(infos, list) or not all(isinstance(t, str) for t in texts):
+    if (
+        not isinstance(infos, list)
+        or not all(isinstance(t, str) for t in texts)
+        or not all(isinstance(i, dict) for i in infos)
+    ):
         return Dropped(name, BAD_LINE)
     before: dict[int, list[bytes | Path]] = {}
     similarity: dict[int, list[float | None]] = {}

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.documents import IMAGE_LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, find_image, join_texts, url_name
-from data.recipes.holdout import check_holdout, held_out
-from data.recipes.questions import check_choice, check_split
+from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train", "val": "held out of train"}
+SPLITS = {"train": "train"}  # val=0.001 holds some out
+HUB = True
 UNEQUAL = "another number of images than of texts"
 BOTH = "a place holds both an image and a text"
 
@@ -24,7 +24,6 @@ def parts(
     images: str = "",
     names: str = "sha256",
     min_images: int = 1,
-    holdout: float = 0.001,
     rows: int = 1000,
 ) -> list[Part]:
     """
@@ -34,16 +33,11 @@ def parts(
         names: how they are named: sha256, of the URL, or filename, the metadata's `formatted_filename`; with any
             suffix, all in one folder or each in a folder of its name's first two letters.
         min_images: documents with fewer images left are dropped.
-        holdout: share of the documents kept for val; the data set has no validation split of its own.
     """
-    check_split(split, SPLITS)
-    check_holdout(split, holdout)
     check_choice("names", names, "sha256", "filename")
-    options = {"becomes": split, "images": images, "names": names, "min_images": min_images, "holdout": holdout}
+    options = {"images": images, "names": names, "min_images": min_images}
     needs = ("images", "texts", "metadata")
-    # A shard of val takes its few documents from many rows.
-    rows = rows if split == "train" else round(rows / holdout)
-    return cut_rows(Path(path), split="train", rows=rows, needs=needs, options=options, hub="default")
+    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub="default")
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
@@ -51,8 +45,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         general = read_json_text(row.get("general_metadata")) or {}
         url = general.get("url") if isinstance(general, dict) else None
         name = url or f"{Path(part.path).stem}-{numbers[-1]}"
-        if held_out(name, part.options["holdout"]) == (part.options["becomes"] == "val"):
-            yield convert_page(row, numbers, name, part.options)
+        yield convert_page(row, numbers, name, part.options)
 
 
 def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record | Dropped:

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.questions import (
-    Dropped,
-    Question,
-    check_choice,
-    check_split,
-    convert_part,
-    cut_parts,
-    find_file,
-    read_json,
-    read_vqa,
-)
-from data.recipes.record import Part, Record
+from data.recipes.annotations import find_file, read_json, read_vqa
+from data.recipes.questions import Question, check_choice, check_split, convert_part, cut_parts
+from data.recipes.record import Dropped, Part, Record
 from data.recipes.vqav2 import coco_2014
 
 SPLITS = {"train": "train2014", "val": "val2014"}

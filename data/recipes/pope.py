@@ -6,19 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.questions import (
-    BAD_ROW,
-    Dropped,
-    Question,
-    check_split,
-    convert_part,
-    cut_parts,
-    find_file,
-    first_there,
-    plain_id,
-    to_answers,
-)
-from data.recipes.record import Part, Record
+from data.recipes.annotations import find_file, first_there
+from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, plain_id, to_answers
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"test": "coco"}
 CATEGORIES = ("random", "popular", "adversarial")

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.holdout import check_holdout, held_out
+from data.recipes.annotations import find_file, first_there, list_rows
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
-    Dropped,
     Question,
     check_split,
     convert_part,
     cut_parts,
-    find_file,
-    first_there,
-    list_rows,
     plain_id,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "held out of train"}
+REFUSED = {"test": NO_TEST_ANSWERS}
 
 
 def parts(
@@ -44,8 +42,11 @@ def parts(
         holdout: share of the images kept for val; the data set has no validation split of its own.
         Others as in vqav2.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
-    check_holdout(split, holdout)
+    check_split(split, SPLITS, refused=REFUSED)
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout={holdout} is the share of images kept for val; it must be from 0 to below 1")
+    if split == "val" and holdout == 0:
+        raise ValueError("split=val is what holdout keeps back, and holdout=0; give a share or take splits=train")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     return cut_parts(read, path, rows=rows, options=options | {"holdout": holdout})
 
@@ -77,6 +78,12 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
             )
         )
     return out
+
+
+def held_out(image: str, share: float) -> bool:
+    """Whether an image is validation's: by a hash of its name, so that no other row changes it."""
+    digest = hashlib.sha256(image.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:

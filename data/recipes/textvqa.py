@@ -5,26 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
     SHORT,
-    Dropped,
     Question,
     check_split,
     convert_part,
     cut_parts,
-    find_file,
-    first_there,
-    list_rows,
-    look_for,
     plain_id,
-    read_vqa,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val"}
+REFUSED = {"test": NO_TEST_ANSWERS}
 
 
 def parts(
@@ -48,7 +44,7 @@ def parts(
             `meta.ocr_tokens` of evaluation splits holds it where the files do.
         Others as in vqav2.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
+    check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     return cut_parts(read, path, rows=rows, options=options | {"ocr": ocr})
 

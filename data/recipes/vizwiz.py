@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
     SHORT,
-    Dropped,
     Question,
     check_choice,
     check_split,
     convert_part,
     count_answers,
     cut_parts,
-    find_file,
-    first_there,
-    list_rows,
-    look_for,
-    read_vqa,
     to_answers,
 )
-from data.recipes.record import Part, Record
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val"}
+REFUSED = {"test": NO_TEST_ANSWERS}
 UNANSWERABLE = "unanswerable (unanswerable=drop)"
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
@@ -50,7 +46,7 @@ def parts(
             prompt, which keeps them and says under every question what to answer then.
         Others as in vqav2.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
+    check_split(split, SPLITS, refused=REFUSED)
     check_choice("unanswerable", unanswerable, "keep", "drop", "prompt")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     return cut_parts(read, path, rows=rows, options=options | {"unanswerable": unanswerable})

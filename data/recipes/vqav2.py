@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.questions import (
-    NO_TEST_ANSWERS,
-    Dropped,
-    Question,
-    check_split,
-    convert_part,
-    cut_parts,
-    find_file,
-    first_there,
-    plain_id,
-    read_vqa,
-)
-from data.recipes.record import Part, Record
+from data.recipes.annotations import find_file, first_there, read_vqa
+from data.recipes.questions import NO_TEST_ANSWERS, Question, check_split, convert_part, cut_parts, plain_id
+from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+REFUSED = {"test": NO_TEST_ANSWERS}
 
 
 def parts(
@@ -40,7 +31,7 @@ def parts(
         grouped: training asks all questions of an image in one conversation.
         prompt: which questions carry the line that asks for a short answer: first, every or none.
     """
-    check_split(split, SPLITS, refused=NO_TEST_ANSWERS)
+    check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     return cut_parts(read, path, rows=rows, options=options)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.index import SourceIndex, list_shards, load_index
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -26,6 +26,8 @@ class Source:
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
         images: with False the images are left out of every record, for baselines that must answer blind.
+        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
+            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -37,16 +39,17 @@ class Source:
         types: Sequence[str] | None = None,
         max_samples: int | None = None,
         images: bool = True,
+        shards: str | None = None,
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.images = images
+        self.images, self.shards = images, shards
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(list_shards(self.path, split, self.shards))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
@@ -54,7 +57,7 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
 
     def select(self, index: SourceIndex) -> np.ndarray:
         """Rows of the index that belong to this source: int64, ascending.
