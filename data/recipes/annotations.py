@@ -60,7 +60,7 @@ def look_for(folder: str | Path, *names: str) -> Path | None:
 
 def first_there(folder: str | Path, *names: str) -> str:
     """Path of the first of these images that exists; of the first of all where none does."""
-    paths = [Path(folder) / name for name in names]
+    paths = [Path(folder).expanduser() / name for name in names]
     return str(next((path for path in paths if path.is_file()), paths[0]))
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 NO_TEXT = "no text"
 NO_IMAGE_LEFT = "no image left"
-IMAGE_LEFT_OUT = "image missing: left out of its document"
+LEFT_OUT = ": left out of its document"
+IMAGE_LEFT_OUT = f"image missing{LEFT_OUT}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", "")
 
 # Where a text is cut, in this order: after the line breaks that end a paragraph, after a space, anywhere.
@@ -34,11 +35,28 @@ def url_name(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
 
 
+def check_image(image: bytes | Path | None) -> tuple[bytes | None, str]:
+    """A file that opens as an image, or nothing and the note that says why: of a page, a bad image leaves alone.
+
+    What was fetched from the web holds error pages under the names of images.
+    """
+    from data.recipes.writing import Fault, check_images
+
+    if image is None:
+        return None, IMAGE_LEFT_OUT
+    try:
+        check_images([image])
+    except Fault as fault:
+        return None, f"{fault}{LEFT_OUT}"
+    return (image.read_bytes() if isinstance(image, Path) else image), ""
+
+
 def find_image(folder: str, name: str) -> Path | None:
     """An image by its name, with a suffix or without, in a folder or in its folder of the name's first two letters."""
     if not name or "/" in name or name.startswith("."):
         return None
-    for place in (Path(folder) / name, Path(folder) / name[:2] / name):
+    root = Path(folder).expanduser()
+    for place in (root / name, root / name[:2] / name):
         for suffix in SUFFIXES:
             if (path := place.with_name(place.name + suffix)).is_file():
                 return path

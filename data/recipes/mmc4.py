@@ -11,15 +11,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.documents import IMAGE_LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, find_image, join_texts, url_name
+from data.recipes.documents import LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
 from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
 SUFFIXES = (".jsonl", ".jsonl.zip", ".tar")
 BAD_LINE = "line is not a JSON object with text_list and image_info"
-NO_PLACE = "image has no sentence: left out of its document"
-UNLIKE = "image below min_similarity: left out of its document"
+NO_PLACE = f"image has no sentence{LEFT_OUT}"
+UNLIKE = f"image below min_similarity{LEFT_OUT}"
 
 
 def parts(
@@ -100,7 +100,7 @@ def convert_page(page: object, numbers: tuple[int, int], name: str, options: dic
         or not all(isinstance(i, dict) for i in infos)
     ):
         return Dropped(name, BAD_LINE)
-    before: dict[int, list[bytes | Path]] = {}
+    before: dict[int, list[bytes]] = {}
     similarity: dict[int, list[float | None]] = {}
     for info in infos:
         place, likeness = info.get("matched_text_index"), info.get("matched_sim")
@@ -108,13 +108,15 @@ def convert_page(page: object, numbers: tuple[int, int], name: str, options: dic
             notes.append(NO_PLACE)
         elif likeness is not None and likeness < options["min_similarity"]:
             notes.append(UNLIKE)
-        elif (image := find_file(info, options)) is None:
-            notes.append(IMAGE_LEFT_OUT)
         else:
+            image, why = check_image(find_file(info, options))
+            if image is None:
+                notes.append(why)
+                continue
             before.setdefault(place, []).append(image)
             similarity.setdefault(place, []).append(likeness)
     parts: list[dict] = []
-    files: list[bytes | Path] = []
+    files: list[bytes] = []
     for i, text in enumerate(texts):
         parts += [{"type": "image"}] * len(before.get(i, ()))
         files += before.get(i, ())
@@ -124,7 +126,7 @@ def convert_page(page: object, numbers: tuple[int, int], name: str, options: dic
         return Dropped(name, NO_TEXT)
     if len(files) < options["min_images"]:
         return Dropped(name, NO_IMAGE_LEFT if notes else "fewer images than min_images")
-    meta = {"images": len(files), "missing_images": notes.count(IMAGE_LEFT_OUT)}
+    meta = {"images": len(files), "missing_images": len(notes)}
     meta["similarity"] = [value for i in sorted(similarity) for value in similarity[i]]
     record = {"document": parts, "id": name, "source": "mmc4", "meta": meta}
     return Record(make_key("page", *numbers), record, files, notes)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.documents import IMAGE_LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, find_image, join_texts, url_name
+from data.recipes.documents import NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
 from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
@@ -56,13 +56,14 @@ def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
         return Dropped(name, BOTH)
     notes = read_json_text(row.get("metadata")) or []
     notes = notes if len(notes) == len(cells) else [None] * len(cells)
-    parts, files, missing = [], [], 0
+    parts, files, left_out = [], [], []
     for cell, text, note in zip(cells, texts, notes):
         if text is not None:
             parts.append({"type": "text", "text": text})
         elif cell is not None:
-            if (file := find_file(cell, note or {}, options)) is None:
-                missing += 1
+            file, why = check_image(find_file(cell, note or {}, options))
+            if file is None:
+                left_out.append(why)
                 continue
             parts.append({"type": "image"})
             files.append(file)
@@ -70,11 +71,11 @@ def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
     if not any(part["type"] == "text" for part in parts):
         return Dropped(name, NO_TEXT)
     if len(files) < options["min_images"]:
-        return Dropped(name, NO_IMAGE_LEFT if missing else "fewer images than min_images")
+        return Dropped(name, NO_IMAGE_LEFT if left_out else "fewer images than min_images")
     record = {"document": parts, "id": name, "source": "obelics"}
-    record["meta"] = {"images": len(files), "missing_images": missing}
+    record["meta"] = {"images": len(files), "missing_images": len(left_out)}
     # URLs make poor keys, and two pages may share one: the row's number alone is the key.
-    return Record(make_key("page", *numbers), record, files, [IMAGE_LEFT_OUT] * missing)
+    return Record(make_key("page", *numbers), record, files, left_out)
 
 
 def find_file(cell: object, note: dict, options: dict) -> bytes | Path | None:

@@ -104,7 +104,7 @@ _last: dict[tuple, list] = {}
 
 
 def load_groups(read: Callable, path: str, options: dict) -> list[list[Question] | Dropped]:
-    name = (read.__module__, path, json.dumps(options, sort_keys=True), Path(path).stat().st_mtime_ns)
+    name = (read.__module__, path, json.dumps(options, sort_keys=True))
     if name not in _last:
         groups = group_questions(read(path, options), grouped=options["grouped"] and options["split"] == "train")
         _last.clear()
@@ -116,8 +116,15 @@ def cut_parts(read: Callable, path: Path | str, *, rows: int, options: dict) -> 
     """Parts of `rows` conversations. `read(path, options)` gives the questions of a file, all at once."""
     for key, allowed in CHOICES.items():
         check_choice(key, options[key], *allowed)
+    options = options | {"state": describe_files(Path(path))}
     count = len(load_groups(read, str(path), options))
     return [Part(str(path), i, min(i + rows, count), options) for i in range(0, count, rows)]
+
+
+def describe_files(path: Path) -> list[list]:
+    """Sizes and times of the annotations: a part of other annotations is another part."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def convert_part(read: Callable, part: Part, *, source: str) -> Iterator[Record | Dropped]:
