@@ -127,8 +127,7 @@ def make_messages(
         turns: roles as in any of the layouts (human, gpt, user, function_call, ...); content is a text, with `<image>`
             at the images' places, or a list of parts.
         num_images: how many images the row has; as many image parts must come out.
-        images_first: the layout has no markers: all images precede the first question. `<image>` in a text is then
-            text like any other.
+        images_first: where no turn holds a marker, all images precede the first question (layouts without markers).
 
     Returns:
         The messages and the notes on what was left out (a first turn that is an answer, a last one that has none).
@@ -145,32 +144,29 @@ def make_messages(
             raise Unusable(NO_ROLE)
         if not isinstance(content, (str, list)):
             raise Unusable(NOT_TEXT)
-        if isinstance(content, str):
-            parts = [{"type": "text", "text": content}] if images_first else split_markers(content)
-        else:
-            parts = content
-        if not any(part["type"] == "image" or part["text"].strip() for part in parts):
-            if role == "system" and not messages:
-                continue  # no system prompt
-            raise Unusable(EMPTY)
-        messages.append({"role": role, "content": parts})
+        messages.append({"role": role, "content": split_markers(content) if isinstance(content, str) else content})
+    if images_first and not count_image_parts(messages):
+        for message in [m for m in messages if m["role"] == "user"][:1]:
+            message["content"] = [{"type": "image"}] * num_images + message["content"]
+    if messages and messages[0]["role"] == "system" and is_empty(messages[0]):
+        messages = messages[1:]
     if not messages:
         raise Unusable(NO_TURNS)
+    if any(is_empty(message) for message in messages):
+        raise Unusable(EMPTY)
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
-    # As LLaVA's and Vicuna's own loaders do; the images of a turn left out would be counted as a mismatch below.
+    # As LLaVA's and Vicuna's own loaders do; an image in a turn left out is a mismatch below.
     if body and body[0]["role"] == "assistant":
         body = body[1:]
         notes.append(FIRST_LEFT_OUT)
-    if body and body[-1]["role"] == "user" and len(body) > 1:
+    if len(body) > 1 and body[-1]["role"] == "user":
         body = body[:-1]
         notes.append(LAST_LEFT_OUT)
     if any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(body)):
         raise Unusable(ORDER)
     if len(body) < 2:
         raise Unusable(NO_ANSWER)
-    if images_first:
-        body[0]["content"] = [{"type": "image"}] * num_images + body[0]["content"]
     messages = head + body
     if count_image_parts(messages) != num_images:
         raise Unusable(MISMATCH)
@@ -178,6 +174,10 @@ def make_messages(
         if all(part["type"] == "text" for part in message["content"]):
             message["content"] = "".join(part["text"] for part in message["content"])
     return messages, notes
+
+
+def is_empty(message: dict) -> bool:
+    return not any(part["type"] == "image" or part["text"].strip() for part in message["content"])
 
 
 def make_turns(rows: object, *, role: str = "from", text: str = "value") -> list[tuple[object, object]]:

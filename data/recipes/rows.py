@@ -1,7 +1,7 @@
 """Rows of JSON, JSONL, CSV and parquet files and of hub data sets, cut into parts and read back part by part.
 
-A file is scanned once when it is cut; a worker then reads the bytes or row groups of its part alone, so that a JSON list
-of a gigabyte never stands in memory as a whole, nor once a worker.
+A file is scanned once when it is cut; a worker then reads the bytes or row groups of its part alone. A JSON list of a
+gigabyte never stands in memory as a whole.
 """
 
 from __future__ import annotations

@@ -132,8 +132,11 @@ def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
 
 def write_sidecar(shard: Path, table: pa.Table, header: dict) -> None:
     part = sidecar(shard).with_name(f".{sidecar(shard).name}.{os.getpid()}")
-    pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
-    os.replace(part, sidecar(shard))
+    try:
+        pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
+        os.replace(part, sidecar(shard))
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def open_sidecar(shard: Path, fingerprint: str) -> tuple[pa.Table | None, dict, str]:

@@ -7,6 +7,7 @@ as documents of one image and its caption. Format: https://github.com/webdataset
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -158,8 +159,8 @@ class Shard:
         os.replace(self.part, path or self.path)
 
     def discard(self) -> None:
-        # Not tar.close(): it would write once more, and fail once more where the disk is full.
-        self._tar.fileobj.close()
+        with contextlib.suppress(OSError):  # a full disk: the last buffer fails once more
+            self._tar.fileobj.close()
         self.part.unlink(missing_ok=True)
 
     def __enter__(self) -> Shard:
