@@ -61,9 +61,10 @@ def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
         raise Unusable(FLAGGED)
     if options["redacted"] == "drop" and row.get("redacted"):
         raise Unusable(REDACTED)
-    # There are no images: `<image>` in what somebody typed is text.
-    turns = make_turns(row["conversation"], role="role", text="content")
-    messages, notes = make_messages(turns, num_images=0, images_first=True)
+    turns = make_turns(row.get("conversation"), role="role", text="content")
+    # As parts, a text stays as it is: `<image>` in what somebody typed is no image.
+    as_parts = [(role, [{"type": "text", "text": text}] if isinstance(text, str) else text) for role, text in turns]
+    messages, notes = make_messages(as_parts, num_images=0)
     meta = {key: row[key] for key in ("model", "language", "redacted") if row.get(key) is not None}
     meta["turns"] = sum(message["role"] == "user" for message in messages)
     record = {"messages": messages, "id": row.get("conversation_id"), "source": "lmsys_chat", "meta": meta}
