@@ -27,6 +27,7 @@ from data.recipes.writing import Job, do_part, load_tokenizer, write_text
 
 ROWS = 2000
 EXAMPLES = 3
+REPEATED = "id of an earlier sample: kept, its key has the row's number"
 LINE_SECONDS = 10
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -240,6 +241,9 @@ def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dic
                 row["examples"].append(id)
         for note, count in report["notes"].items():
             notes[job.split][note] = notes[job.split].get(note, 0) + count
+    for split in splits:
+        if repeated := count_repeated([r["ids"] for job, r in zip(jobs, reports) if job.split == split]):
+            notes[split][REPEATED] = repeated
     counts = {split: sum(entry["samples"] for entry in shards[split]) for split in splits}
     for split in splits:
         if not counts[split]:
@@ -258,6 +262,14 @@ def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dic
         "notes": notes,
         "shards": {s: len(shards[s]) for s in splits},
     }
+
+
+def count_repeated(ids: list[str]) -> int:
+    """Samples whose original id an earlier one has too; ids stand as 16 hex digits each."""
+    import numpy as np
+
+    values = np.frombuffer(bytes.fromhex("".join(ids)), dtype=">u8")
+    return len(values) - len(np.unique(values))
 
 
 def place(old: Path, new: Path) -> None:

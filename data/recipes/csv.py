@@ -64,5 +64,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         except Unusable as fault:
             yield Dropped(name_row(id, numbers), str(fault))
             continue
-        meta = ({"turns": 1} if part.options["asks"] else {}) | ({"image_id": name} if isinstance(name, str) else {})
+        meta = ({"turns": 1} if part.options["asks"] else {}) | (
+            {"image_id": name} if isinstance(name, str) and name else {}
+        )
         yield Record(make_key(id, *numbers), content | {"id": id, "source": "csv", "meta": meta}, images, notes)

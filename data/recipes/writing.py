@@ -75,7 +75,8 @@ def do_part(job: Job) -> dict:
     """Write, index and check the shard of a part, unless it is there.
 
     Returns:
-        The report: kept, bytes, sha256, dropped (list of [id, reason]), notes (note -> count), again (was there).
+        The report: kept, bytes, sha256, dropped (list of [id, reason]), notes (note -> count), ids (16 hex digits
+        of each original id's hash), again (was there).
 
     Raises:
         ValueError: the rows cannot be read, or what was written is not what was meant.
@@ -97,6 +98,7 @@ def write_part(job: Job) -> dict:
 
     dropped: list[list[str]] = []
     notes: dict[str, int] = {}
+    ids: list[str] = []
     # The held-out side reads the same rows: faults of rows are counted on the train side alone.
     counts_faults = not (job.val and job.split == "val")
     with Shard(job.shard) as shard:
@@ -105,7 +107,8 @@ def write_part(job: Job) -> dict:
                 if counts_faults:
                     dropped.append([str(item.id), item.reason])
                 continue
-            id = str(item.record.get("id", item.key))
+            original = item.record.get("id")
+            id = item.key if original in (None, "") else str(original)
             if job.val:
                 side = choose_side(item, job.val)
                 if side == BOTH_SIDES and counts_faults:
@@ -122,6 +125,8 @@ def write_part(job: Job) -> dict:
                 dropped.append([id, str(fault)])
                 continue
             shard.write(item.key, item.record, images, image_ext=extensions)
+            if original not in (None, ""):
+                ids.append(hashlib.sha256(repr(original).encode()).hexdigest()[:16])
             for note in (*item.notes, *noted):
                 notes[note] = notes.get(note, 0) + 1
         kept, size = shard.num_samples, 0
@@ -140,6 +145,7 @@ def write_part(job: Job) -> dict:
         "sha256": digest(job.shard) if kept else "",
         "dropped": dropped,
         "notes": notes,
+        "ids": "".join(ids),
     }
 
 

@@ -168,7 +168,7 @@ class Shard:
 
     def __exit__(self, kind, *rest) -> None:
         try:
-            if kind is None:
+            if kind is None and self.part.exists():  # not published or discarded by hand
                 self.finish()
                 self.publish()
         finally:

@@ -1,4 +1,4 @@
-"""Small data sets in their original layouts (shared/reference/formats.md), made by code: files as they are downloaded."""
+"""Small data sets in their original layouts, made by code: files as they are downloaded."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def llava_instruct(folder: Path) -> Path:
         {
             "id": "000000000009",
             "image": first,
-            "conversations": turns("<image>\nWhat?", "A dog.", "Where?", "At home."),
+            "conversations": turns("<image>\nWhat?", "A dog.", "Where?", "Home."),
         },
         {"id": "000000000009", "image": first, "conversations": turns("Look: <image> and say.", "A dog, again.")},
         {"id": 33, "model": "", "conversations": turns("Only text?", "Yes.")},  # text only, an int as id
         {
             "id": "two",
             "image": [first, "gqa/images/1.jpg"],
-            "conversations": turns("<image> or <image>?", "The first."),
+            "conversations": turns("<image> or <image>?", "First."),
         },
         {"id": "list", "images": ["gqa/images/1.jpg"], "conversations": turns("<image>\nQ", "A")},
         {"id": "gone", "image": "coco/train2017/404.jpg", "conversations": turns("<image>\nQ", "A")},
