@@ -195,7 +195,7 @@ def converse(group: list[Question] | Dropped, *numbers: int, source: str, option
             meta = describe_question(question) | {"answers": question.answers}
             messages = make_dialogue([(question, learned[0])], prompt=options["prompt"])
             record = {"messages": messages, "id": question.id, "source": source, "meta": meta}
-            yield Record(make_key(plain_id(question.id), *numbers), record, images, repeated_ids([question]))
+            yield Record(make_key(plain_id(question.id), *numbers), record, images)
         return
     rounds = max(len(learned) for _, learned in usable) if options["answers"] == "all_distinct" else 1
     for k in range(rounds):
@@ -207,18 +207,16 @@ def converse(group: list[Question] | Dropped, *numbers: int, source: str, option
             meta |= {"image_id": name, "turns": len(turns)}
         else:
             name, meta = questions[0].id, describe_question(questions[0])
+        # Ids of whole records are compared by the framework; those of questions within one only we see.
+        notes = [REPEATED for q in questions if q.repeats] if options["grouped"] and not k else []
         record = {"messages": make_dialogue(turns, prompt=options["prompt"]), "id": name, "source": source}
         key = make_key(plain_id(name), *numbers, *([k] if options["answers"] == "all_distinct" else []))
-        yield Record(key, record | {"meta": meta}, images, repeated_ids(questions))
+        yield Record(key, record | {"meta": meta}, images, notes)
 
 
 def describe_question(question: Question) -> dict:
     meta = {"question_id": question.id, "image_id": question.image_id, "type": question.type, "turns": 1}
     return {key: value for key, value in meta.items() if key != "type" or value} | question.meta
-
-
-def repeated_ids(questions: list[Question]) -> list[str]:
-    return [REPEATED for question in questions if question.repeats]
 
 
 def make_dialogue(turns: list[tuple[Question, str]], *, prompt: str) -> list[dict]:

@@ -92,7 +92,7 @@ def test_vqav2_val_holds_one_question_a_record_with_all_ten_answers(tmp_path):
     # Two questions with one id: each with its own annotation, both counted, and the result file keeps the id.
     twice = [r for r in records if r.record["id"] == 25000]
     assert [r.record["meta"]["answers"].count("yes") for r in twice] == [1, 0]
-    assert [r.notes for r in twice] == [[], ["question id repeats"]]
+    assert [r.key for r in twice] == ["25000-1", "25000-6"]
 
 
 def test_prompt_and_grouping_are_options(tmp_path):
