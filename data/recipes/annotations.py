@@ -35,6 +35,12 @@ def list_rows(path: str | Path, key: str | None = None) -> list[dict]:
     if not isinstance(rows, list):
         place = f" under {key!r}" if key else ""
         raise ValueError(f"{path} holds no list of rows{place}; is it the file of another data set?")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(
+                f"{path}: row {number} is of type {kind}, not an object; is it the file of another data set?"
+            )
     return rows
 
 
@@ -92,6 +98,11 @@ def read_vqa(
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
             continue
+        try:
+            file = image(row)
+        except (TypeError, ValueError):  # COCO's ids are numbers, VizWiz's and TextVQA's are not
+            out.append(Dropped(plain_id(row["question_id"]), BAD_ROW))
+            continue
         word = plain_id(row["question_id"])
         theirs = found.get(word, [])
         if not theirs:
@@ -104,12 +115,14 @@ def read_vqa(
         answers = [one(a) for a in to_answers(given)]
         said = None
         if answer_key != "answer":
-            said = [one(a) for a in to_answers([g.get(answer_key, g.get("answer")) for g in given])]
+            said = [
+                one(a) for a in to_answers([g.get(answer_key, g.get("answer")) for g in given if isinstance(g, dict)])
+            ]
         kind = str(annotation.get(type_key) or "")
         out.append(
             Question(
                 row["question_id"],
-                image(row),
+                file,
                 row["image_id"],
                 row["question"],
                 answers,

@@ -56,17 +56,17 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
     out: list[Question | Dropped] = []
     for row in list_rows(find_file(path, f"aokvqa_v1p0_{split}.json")):
         name = plain_id(row.get("question_id"))
-        if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
+        choices, right, image = row.get("choices") or [], row.get("correct_choice_idx"), plain_id(row.get("image_id"))
+        if row.get("question_id") is None or not image.isdecimal() or not isinstance(choices, list):
             out.append(Dropped(name, BAD_ROW))
             continue
-        choices, right = row.get("choices") or [], row.get("correct_choice_idx")
         direct = to_answers(row.get("direct_answers") or [])
-        file = f"{int(plain_id(row['image_id'])):012d}.jpg"
+        file = f"{int(image):012d}.jpg"
         question = Question(
             row["question_id"],
             first_there(options["images"], f"{split}2017/{file}", file),
             row["image_id"],
-            row["question"],
+            row.get("question"),
             direct,
             form,
             prompt=SHORT,
@@ -82,7 +82,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
                 out.append(Dropped(name, BAD_CHOICE))
                 continue
             lines = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
-            question.text = "\n".join([str(row["question"]).strip(), *lines])
+            question.text = "\n".join([str(row.get("question")).strip(), *lines])
             question.answers, question.prompt = [chr(ord("A") + right)], LETTER
         out.append(question)
     return out

@@ -57,7 +57,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         file = find_file(path, f"{split}_{kind}.json")
         for number, row in enumerate(list_rows(file)):
             # The data set has no ids of its own.
-            name, chart = f"{kind}-{number}", row.get("imgname")
+            name, chart = f"{kind}-{number}", str(row.get("imgname") or "")
             if not chart:
                 out.append(Dropped(name, BAD_ROW))
                 continue

@@ -62,7 +62,8 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         if row.get("questionId") is None or not row.get("image"):
             out.append(Dropped(plain_id(row.get("questionId")), BAD_ROW))
             continue
-        place, name = row["image"], Path(row["image"]).name
+        place = str(row["image"])
+        name = Path(place).name
         image = first_there(
             options["images"], place, f"{split}/{place}", f"spdocvqa_images/{name}", f"documents/{name}", name
         )
@@ -71,12 +72,12 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
 
 
 def make_question(row: dict, image: str | bytes, image_id: object) -> Question:
-    types = row.get("question_types") or []
+    types = [str(kind) for kind in row.get("question_types") or []]
     # Several at a time are joined as the index joins types, so that a filter finds each.
     question = Question(
         row["questionId"], image, image_id, row.get("question"), to_answers(row.get("answers") or []), ",".join(types)
     )
-    question.meta = {"question_types": list(types)} | {key: row[key] for key in KEPT if row.get(key) is not None}
+    question.meta = {"question_types": types} | {key: row[key] for key in KEPT if row.get(key) is not None}
     return question
 
 

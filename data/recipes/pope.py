@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.annotations import find_file, first_there
-from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, plain_id, to_answers
+from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, to_answers
 from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"test": "coco"}
@@ -43,10 +43,10 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}); download it again") from None
-        if any(row.get(key) is None for key in ("question_id", "image", "text", "label")):
-            out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
+        if not isinstance(row, dict) or any(row.get(key) is None for key in ("question_id", "image", "text", "label")):
+            out.append(Dropped(f"line {number}", BAD_ROW))
             continue
-        image = row["image"]
+        image = str(row["image"])
         out.append(
             Question(
                 row["question_id"],

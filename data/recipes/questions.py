@@ -156,10 +156,21 @@ def convert_rows(
 ) -> Iterator[Record | Dropped]:
     """The conversations of a part made by `cut_table`. Questions of one image are grouped within the part."""
     options = part.options | {"split": part.options["becomes"]}
-    read = [(numbers, read_row(row, numbers[-1], options)) for numbers, row in read_rows(part)]
-    first: dict[int, tuple[int, ...]] = {id(question): numbers for numbers, question in read}
-    grouped = options["grouped"] and options["split"] == "train"
-    for group in group_questions([question for _, question in read], grouped=grouped):
+    rows = ((numbers, read_row(row, numbers[-1], options)) for numbers, row in read_rows(part))
+    if not options["grouped"] or options["split"] != "train":
+        for numbers, question in rows:
+            group = question if isinstance(question, Dropped) else [question]
+            yield from converse(group, *numbers, source=source, options=options)
+        return
+    images: dict[bytes, bytes] = {}
+    read, first = [], {}
+    for numbers, question in rows:
+        if isinstance(question, Question):
+            # Every question of a page brings the page: one copy of it is kept.
+            question.image = images.setdefault(hashlib.sha256(question.image).digest(), question.image)
+        read.append(question)
+        first[id(question)] = numbers
+    for group in group_questions(read, grouped=True):
         numbers = () if isinstance(group, Dropped) else first[id(group[0])]
         yield from converse(group, *numbers, source=source, options=options)
 

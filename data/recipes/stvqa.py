@@ -62,8 +62,9 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
             if options["split"] == "train":
                 out.append(Dropped(plain_id(name), BAD_ROW))
             continue
-        if held_out(place, options["holdout"]) != (options["split"] == "val"):
+        if held_out(str(place), options["holdout"]) != (options["split"] == "val"):
             continue
+        place = str(place)
         candidates = [place, f"train_imgs/{place}"]
         if folder and file:
             candidates += [f"train_imgs/{folder}/{file}", f"{folder}/{file}"]

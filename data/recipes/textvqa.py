@@ -80,7 +80,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
                 row["image_id"],
                 row["question"],
                 to_answers(row.get("answers") or []),
-                prompt=f"Reference OCR token: {', '.join(seen)}\n{SHORT}" if options["ocr"] else SHORT,
+                prompt=f"Reference OCR token: {', '.join(map(str, seen))}\n{SHORT}" if options["ocr"] else SHORT,
                 meta={key: value for key, value in meta.items() if value is not None},
             )
         )

@@ -72,7 +72,7 @@ def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
     out: list[Question | Dropped] = []
     for row in list_rows(file):
         name = row.get("image")
-        if name is None or row.get("question") is None:
+        if not isinstance(name, str) or row.get("question") is None:
             out.append(Dropped(str(name), BAD_ROW))
             continue
         kind, answerable = row.get("answer_type"), row.get("answerable")

@@ -352,3 +352,29 @@ def test_every_question_is_asked_or_dropped_and_none_twice(rows, grouped, answer
     assert len(dropped) + len(usable) == len(questions)
     keys = [item.key for item in made if isinstance(item, Record)]
     assert len(set(keys)) == len(keys)
+
+
+def test_wrong_types_drop_their_row_or_name_it(tmp_path):
+    folder = vqa_layouts.write_vqav2(tmp_path / "v")
+    file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    content = json.loads(file.read_text())
+    content["questions"][0]["image_id"] = "nine"
+    content["questions"][1]["question"] = 5
+    del content["questions"][2]["question_id"]
+    file.write_text(json.dumps(content))
+    records, dropped = run("vqav2", folder, "val")
+    assert [r.record["id"] for r in records] == [25000, 0]
+    # Two questions are gone, so two more annotations are without one.
+    assert (
+        dropped["row lacks a key"] == 2 and dropped["empty turn"] == 1 and dropped["annotation without a question"] == 3
+    )
+    content["questions"][3] = ["not", "an", "object"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="questions.json: row 3 is of type list, not an object"):
+        run("vqav2", folder, "val")
+    folder = vqa_layouts.write_aokvqa(tmp_path / "a")
+    vqa_layouts.write_json(folder / "aokvqa_v1p0_val.json", [{"question_id": 1, "image_id": None, "choices": "abcd"}])
+    assert run("aokvqa", folder, "val") == ([], Counter({"row lacks a key": 1}))
+    folder = vqa_layouts.write_pope(tmp_path / "p")
+    (folder / "coco_pope_random.json").write_text('[1, 2]\n{"question_id": 1}\n')
+    assert run("pope", folder, "test")[1] == {"row lacks a key": 2}
