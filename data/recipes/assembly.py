@@ -231,7 +231,7 @@ def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dic
             name = f"{job.split}-{len(shards[job.split]):05d}.tar"
             place(job.shard, folder / name)
             place(sidecar(job.shard), sidecar(folder / name))
-            entry = {"name": name, "bytes": report["bytes"], "samples": report["kept"], "sha256": report["sha256"]}
+            entry = {"name": name, "size": report["bytes"], "samples": report["kept"], "sha256": report["sha256"]}
             shards[job.split].append(entry)
         for id, reason in report["dropped"]:
             lines.append(json.dumps({"split": job.split, "id": id, "reason": reason}) + "\n")
@@ -255,7 +255,7 @@ def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dic
         if index.num_samples != counts[split] or index.broken:
             raise ValueError(f"{folder}: split {split} holds {index.num_samples} samples, {counts[split]} were written")
     write_text(folder / "dropped.jsonl", "".join(lines))
-    write_text(folder / "shards.json", json.dumps({"format": 1, "splits": shards}, indent=1) + "\n")
+    write_text(folder / "shards.json", json.dumps(shards, indent=1) + "\n")
     return {
         "counts": {source: counts},
         "dropped": dropped,

@@ -215,16 +215,27 @@ def choose_side(item: Record, val: float) -> str:
 
 def index_part(job: Job, kept: int) -> None:
     """Index the shard unless that is done, and compare what lies on the disk with what was written."""
-    from fastvlm.data.index import build_index, open_sidecar
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fastvlm.data.index import FORMAT, build_index, sidecar
+
+    def read() -> tuple[pa.Table | None, dict]:
+        try:
+            table = pq.read_table(sidecar(job.shard), columns=["fault"])
+            return table, json.loads(table.schema.metadata[b"fastvlm"])
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            return None, {}
 
     tokenizer = load_tokenizer(*job.tokenizer)
-    fits = lambda: open_sidecar(job.shard, tokenizer.fingerprint)
-    table, header, _ = fits()
-    if table is None:
+    stat = job.shard.stat()
+    wanted = [FORMAT, tokenizer.fingerprint, stat.st_size, stat.st_mtime_ns]
+    table, header = read()
+    if [header.get(k) for k in ("format", "tokenizer", "shard_size", "shard_mtime_ns")] != wanted:
         build_index(job.shard, tokenizer)
-        table, header, reason = fits()
+        table, header = read()
         if table is None:
-            raise ValueError(f"{job.shard}: its index is {reason} right after it was built")
+            raise ValueError(f"{job.shard}: its index cannot be read right after it was built")
     faults = [fault for fault in table["fault"].to_pylist() if fault]
     if header["broken"] or faults or len(table) != kept:
         what = header["broken"] or (faults or [f"{len(table)} samples where {kept} were written"])[0]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import multiprocessing
+import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -276,12 +279,53 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.tar"))}
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, str(ROOT / "data/prepare.py"), *map(str, words)]
+def run_command(*words: object) -> subprocess.CompletedProcess:
+    """Run data/prepare.py as a user does, in a fresh interpreter."""
+    command = [sys.executable, str(ROOT / "data/prepare.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
-def run_command(*words: object, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=120, **settings)
+class Run:
+    """data/prepare.py's main in a forked process of its own: to be killed, limited, or run beside another.
+
+    Args:
+        log: a file for its standard output and errors.
+        limit: bytes no file may grow beyond.
+    """
+
+    def __init__(self, *words: object, log: Path, limit: int = 0):
+        self.log = log
+        # Forked: importing the tokenizer's library takes longer than all that is tested here.
+        self.process = multiprocessing.get_context("fork").Process(target=self.main, args=(words, limit))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def main(self, words: tuple, limit: int) -> None:
+        from data.prepare import main
+
+        with open(self.log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(2), "w", buffering=1)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        code = main([str(word) for word in words])
+        sys.stdout.flush()
+        os._exit(code)
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def wait(self) -> tuple[int, str]:
+        """Exit status and what it said."""
+        self.process.join(200)
+        assert not self.alive, f"it hangs: {self.log.read_text()}"
+        return self.process.exitcode, self.log.read_text()
 
 
 def told_tokenizer(tokenizer: Tokenizer) -> dict:
