@@ -126,8 +126,10 @@ def convert_page(page: object, numbers: tuple[int, int], name: str, options: dic
         return Dropped(name, NO_TEXT)
     if len(files) < options["min_images"]:
         return Dropped(name, NO_IMAGE_LEFT if notes else "fewer images than min_images")
-    meta = {"images": len(files), "missing_images": len(notes)}
-    meta["similarity"] = [value for i in sorted(similarity) for value in similarity[i]]
+    likenesses = [value for i in sorted(similarity) for value in similarity[i]]
+    meta = {"missing_images": len(notes), "similarities": likenesses}
+    if known := [value for value in likenesses if value is not None]:
+        meta["similarity"] = min(known)  # filters compare numbers
     record = {"document": parts, "id": name, "source": "mmc4", "meta": meta}
     return Record(make_key("page", *numbers), record, files, notes)
 

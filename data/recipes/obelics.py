@@ -73,7 +73,7 @@ def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
     if len(files) < options["min_images"]:
         return Dropped(name, NO_IMAGE_LEFT if left_out else "fewer images than min_images")
     record = {"document": parts, "id": name, "source": "obelics"}
-    record["meta"] = {"images": len(files), "missing_images": len(left_out)}
+    record["meta"] = {"missing_images": len(left_out)}
     # URLs make poor keys, and two pages may share one: the row's number alone is the key.
     return Record(make_key("page", *numbers), record, files, left_out)
 

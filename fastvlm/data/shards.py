@@ -78,6 +78,9 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     return RawSample(key, record, [members[s] for _, s in images], [members[s] for _, s in maps])
 
 
+NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's words
+
+
 def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: int) -> dict:
     """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
 
@@ -90,6 +93,8 @@ def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: 
     parts = [*[{"type": "image"}] * num_images, {"type": "text", "text": text.strip()}]
     left_out = ("caption", "exif", "status", "error_message")
     meta = {name: value for name, value in fields.items() if name not in left_out and value is not None}
+    if (level := NSFW_LEVELS.get(meta.get("NSFW"))) is not None:
+        meta["nsfw_level"] = level  # filters compare numbers
     return {"document": parts} | ({"meta": meta} if meta else {})
 
 

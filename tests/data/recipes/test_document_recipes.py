@@ -28,7 +28,7 @@ def test_obelics_puts_images_where_the_page_has_them_and_leaves_out_missing_ones
         "document": [text("A\n\nB"), IMAGE, text("C\n\nD"), IMAGE],
         "id": "https://example.org/page",
         "source": "obelics",
-        "meta": {"images": 2, "missing_images": 1},
+        "meta": {"missing_images": 1},
     }
     assert page.images == [draw_png(0), draw_png(1)] and page.notes == [MISSING]
     assert twin.record["id"] == page.record["id"] and twin.key != page.key
@@ -68,7 +68,7 @@ def test_mmc4_puts_an_image_before_its_sentence(tmp_path):
         "document": [IMAGE, text("First. Second."), IMAGE, text("Third.")],
         "id": "https://example.org/a",
         "source": "mmc4",
-        "meta": {"images": 2, "missing_images": 0, "similarity": [0.20, 0.30]},
+        "meta": {"missing_images": 0, "similarities": [0.20, 0.30], "similarity": 0.20},
     }
     assert records[0].images == [draw_png(0), draw_png(1)]
     assert second["document"] == [text("One."), IMAGE, IMAGE, text("Two.")]

@@ -86,6 +86,17 @@ def test_captions_come_from_the_json_where_there_is_no_txt_and_columns_become_me
     assert index.faults.to_pylist()[4].endswith("no caption in txt or json")
 
 
+def test_sources_filter_by_img2datasets_columns(laion, tokenizer):
+    def keys(**filters):
+        source = Source("laion", path=laion, shards="*.tar", filters=filters)
+        index = source.load("train", tokenizer)
+        return [index.key(row)[-5:] for row in source.select(index)[0].tolist()]
+
+    assert keys(similarity={"min": 0.265}) == ["00002", "00003", "10002"]
+    assert len(keys(nsfw_level={"max": 0}, original_width={"min": 16})) == 4
+    assert keys(original_width={"min": 17}, similarity={"min": 0.0}) == []
+
+
 def test_an_empty_caption_is_a_fault_and_not_a_lesson():
     with pytest.raises(ValueError, match="no caption"):
         parse_sample("k", {"jpg": draw_png(1), "txt": b" \n", "json": b"{}"})
