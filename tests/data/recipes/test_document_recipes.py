@@ -157,3 +157,11 @@ def test_lmsys_chats_are_chosen_by_language_moderation_and_redaction(tmp_path, l
     assert dropped == {"another language": 1, "flagged by moderation": 1, "empty turn": 1}
     records, _ = run("lmsys_chat", tmp_path / "chats", "train", languages="all", flagged="keep", redacted="drop")
     assert [r.record["id"][-1] for r in records] == ["0", "1", "2"]
+
+
+def test_the_limit_holds_where_a_whole_measures_more_than_its_parts():
+    measure = lambda words: len(words) + words.count("\n") * 5  # a line break costs nothing at a unit's end
+    words = "\n".join("abcd" for _ in range(9))
+    uneven = lambda text: measure(text.strip())
+    pieces = cut_text(words, 12, uneven)
+    assert all(uneven(piece) <= 12 for piece in pieces) and "".join(pieces).replace("\n", "") == "abcd" * 9
