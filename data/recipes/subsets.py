@@ -53,6 +53,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
             continue
         meta = {"turns": len(texts), "subset": options["subset"], "origin": row.get("source") or texts[0].get("source")}
         if any(f"{rating}_ratings" in row for rating in RATINGS):
-            meta["ratings"] = {rating: row.get(f"{rating}_ratings") for rating in RATINGS}
+            nothing = [None] * len(texts)
+            meta["ratings"] = {rating: row.get(f"{rating}_ratings") or nothing for rating in RATINGS}
         record = {"messages": messages, "id": None, "source": options["source"], "meta": meta}
         yield Record(make_key(options["subset"], options["number"], *numbers), record, images, notes)

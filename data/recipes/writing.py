@@ -6,6 +6,7 @@ there is done and is not done again.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import importlib
@@ -179,7 +180,7 @@ def check_images(images: list[bytes | Path]) -> tuple[list[bytes], list[str], li
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # ValueError: a null byte
                 raise Fault(IMAGE_MISSING) from None
             except OSError as error:
-                if error.filename and error.errno in (36, 40):  # name too long, a ring of links
+                if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                     raise Fault(IMAGE_MISSING) from None
                 raise
         try:
@@ -232,7 +233,9 @@ def index_part(job: Job, kept: int) -> None:
     wanted = [FORMAT, tokenizer.fingerprint, stat.st_size, stat.st_mtime_ns]
     table, header = read()
     if [header.get(k) for k in ("format", "tokenizer", "shard_size", "shard_mtime_ns")] != wanted:
-        build_index(job.shard, tokenizer)
+        made = build_index(job.shard, tokenizer)
+        if made != sidecar(job.shard):  # it was put elsewhere, for here is no room: the shard did fit
+            raise OSError(errno.ENOSPC, "no room for its index", str(job.shard))
         table, header = read()
         if table is None:
             raise ValueError(f"{job.shard}: its index cannot be read right after it was built")

@@ -183,7 +183,7 @@ def test_finevision_keeps_the_ratings_of_every_turn_and_rows_without_images(made
     assert record["meta"]["ratings"] == {kind: [5, None] for kind in kinds}
     record, images, _ = samples["ai2d_merged-0-1"]
     assert record["messages"] == chat("What?", "This.") and images == []
-    assert record["meta"]["origin"] == "text_only" and record["meta"]["ratings"] == dict.fromkeys(kinds)
+    assert record["meta"]["origin"] == "text_only" and record["meta"]["ratings"] == {kind: [None] for kind in kinds}
 
 
 def test_coco_captions_one_document_a_caption_for_training_one_an_image_for_validation(made):
