@@ -66,11 +66,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     images = sorted((int(m[1] or 0), suffix) for suffix in members if (m := IMAGE.fullmatch(suffix)))
     maps = sorted((int(m[1]), suffix) for suffix in members if (m := LABEL_MAP.fullmatch(suffix)))
     if "messages" not in record and "document" not in record:
-        if "txt" not in members:
-            raise ValueError(f"{key} has neither a json with `messages` or `document` nor a txt")
-        parts = [{"type": "image"}] * len(images)
-        text = members["txt"].decode("utf-8", errors="replace").strip()
-        record = {"document": [*parts, {"type": "text", "text": text}]}
+        record = read_caption(key, members, record, len(images))
     try:
         expected = count_images(record)
     except (AttributeError, TypeError, KeyError):
@@ -80,6 +76,26 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     if maps and len(maps) != len(images):
         raise ValueError(f"{key}: {len(images)} images and {len(maps)} label maps")
     return RawSample(key, record, [members[s] for _, s in images], [members[s] for _, s in maps])
+
+
+NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's words
+
+
+def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: int) -> dict:
+    """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
+
+    Raises:
+        ValueError: neither txt nor json holds a caption.
+    """
+    text = members["txt"].decode("utf-8", errors="replace") if "txt" in members else fields.get("caption")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{key} has no `messages`, no `document` and no caption in txt or json")
+    parts = [*[{"type": "image"}] * num_images, {"type": "text", "text": text.strip()}]
+    left_out = ("caption", "exif", "status", "error_message")
+    meta = {name: value for name, value in fields.items() if name not in left_out and value is not None}
+    if (level := NSFW_LEVELS.get(meta.get("NSFW"))) is not None:
+        meta["nsfw_level"] = level  # filters compare numbers
+    return {"document": parts} | ({"meta": meta} if meta else {})
 
 
 class Shard:

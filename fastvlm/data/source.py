@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.conversation import with_system, without_images
-from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.index import SourceIndex, list_shards, load_index
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -36,6 +36,8 @@ class Source:
             proportions. None for as many as the weights ask.
         system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
+        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
+            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -51,6 +53,7 @@ class Source:
         max_epochs: float | int | None = None,
         system: str | None = None,
         images: bool = True,
+        shards: str | None = None,
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
@@ -65,11 +68,11 @@ class Source:
                 raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.system, self.images = system, images
+        self.system, self.images, self.shards = system, images, shards
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(list_shards(self.path, split, self.shards))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
@@ -77,7 +80,7 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
 
     def edit(self, record: dict) -> dict:
         """A record as this source gives it to the model: with its system prompt, or without its images.
