@@ -92,7 +92,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
 
 def numbers_of(meta: dict) -> dict[str, float]:
     """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
-    lowest = {name: [r for r in turns if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
     numbers = {name: min(turns) for name, turns in lowest.items() if turns}
     numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
     return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
