@@ -74,6 +74,7 @@ class StageConfig:
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
+    cache_features: bool = False  # a frozen encoder's outputs are written once and read in place of images
 
 
 @dataclass
@@ -125,7 +126,9 @@ def run_name() -> str:
 
     hydra = HydraConfig.get()
     changed = [
-        o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)
+        o
+        for o in hydra.overrides.task
+        if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b", o)
     ]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
@@ -169,6 +172,8 @@ def check(config: DictConfig) -> None:
         for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
             if stage.get(key) is not None and stage[key] <= 0:
                 wrong.append(f"{where}.{key}={stage[key]} must be above 0")
+        if stage.get("cache_features") and "encoder" not in stage.parts:
+            wrong.append(f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone")
         if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:
             wrong.append(f"{where}.parts: {', '.join(unknown)} is none of encoder, resampler, projector, llm")
         # OmegaConf cannot merge into an optional dataclass that is null, so these two are checked here.

@@ -38,12 +38,16 @@ INCIDENTAL = (
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
 
 
+# The code that decides what an encoder says of an image.
+ENCODING = ("models/encoders", "models/vlm.py", "data/transforms.py")
+
+
 @cache
-def code_hash() -> str:
+def code_hash(code: tuple[str, ...] = CODE) -> str:
     """Hash of the source that determines what a stage learns; documents and reports may change freely."""
     package = ROOT / "fastvlm"
     files = sorted(
-        f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
     )
     digest = hashlib.sha256()
     for file in files:
@@ -113,6 +117,7 @@ class Pipeline:
         if path.exists() and not self.config.overwrite:
             theirs = OmegaConf.to_container(OmegaConf.load(path))
             differ = [d for d in differences(theirs, self.resolved) if d.split(".")[0].split(":")[0] not in INCIDENTAL]
+            differ = [d for d in differ if ".cache_features:" not in d]
             if differ:
                 raise ValueError(
                     f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
@@ -225,6 +230,7 @@ class Pipeline:
         data = self.data(name, config)
         data.setup("fit")
         stage_config = OmegaConf.to_container(config, resolve=True)
+        stage_config.pop("cache_features")  # the same function, computed earlier
         stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
         identity = {
             "stage": name,
@@ -268,6 +274,7 @@ class Pipeline:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
         from fastvlm.callbacks.provenance import Provenance
@@ -338,10 +345,17 @@ class Pipeline:
             freezing,
             metrics,
             Progress(),
-            Provenance(config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}),
+            Provenance(
+                config={"stage": name, **identity["config"], "cache_features": config.cache_features},
+                seeds={"seed": self.config.seed},
+            ),
             checkpoints,
             handoff,
         ]
+        if config.cache_features:
+            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
+            callbacks.insert(1, cached)
         if self.config.num_samples and "llm" in config.parts:
             records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))

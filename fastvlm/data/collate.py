@@ -22,11 +22,15 @@ def collate(
     num_answer_tokens: int,
     step: int = 0,
     skipped: Sequence[str] = (),
+    features: tuple[tuple[int, int], torch.dtype] | None = None,
 ) -> Batch:
     """Lay samples one behind the other in their rows and pad rows to the longest.
 
     A row may be empty (all its samples could not be read): it is padding from end to end. Images without a label map
     in a batch that has some get one of NO_LABEL.
+
+    Args:
+        features: ((N, D), dtype) where the samples' images are cached features; the batch then holds no pixels.
 
     Raises:
         ValueError: label maps of different sizes in one batch.
@@ -49,6 +53,10 @@ def collate(
             start = end
     samples = [sample for row in rows for sample in row]
     images = [image for sample in samples for image in sample.images]
+    seen = None
+    if features is not None:
+        shape, dtype = features
+        seen, images = torch.stack(images) if images else torch.empty(0, *shape, dtype=dtype), []
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -62,6 +70,7 @@ def collate(
         label_maps=stack_label_maps(samples),
         step=step,
         skipped=tuple(skipped),
+        features=seen,
     )
 
 

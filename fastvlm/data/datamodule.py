@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.feature_pass import fill
+from fastvlm.data.features import FeatureStore
 from fastvlm.data.plan import Plan
 from fastvlm.data.source import Mixture
+from fastvlm.data.transforms import decode_image
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -90,7 +94,7 @@ class MixtureDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.mixture, self.tokenizer, self.num_workers = mixture, tokenizer, num_workers
-        self.accumulate, self.val_samples = accumulate, val_samples
+        self.accumulate, self.val_samples, self.image_size = accumulate, val_samples, image_size
         self.plan: Plan | None = None
         self.val_plan: ValidationPlan | None = None
         self._budget = {
@@ -119,6 +123,34 @@ class MixtureDataModule(L.LightningDataModule):
             and any(s.has_split("val") for s in self.mixture.sources.values())
         ):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
+
+    def write_features(
+        self, encode: Callable[[Tensor], Tensor], *, description: dict, shape: tuple[int, int], dtype, **options
+    ) -> dict:
+        """Fill the feature store of an encoder and let the loaders read it in place of images.
+
+        Args:
+            encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU.
+            description: what the features depend on, beside the image and how this module transforms it.
+            options: of `feature_pass.fill`.
+
+        Returns:
+            The pass's record.
+        """
+        size = self.image_size
+        store = FeatureStore(description | {"image_size": size}, shape=shape, dtype=dtype)
+        plans = [p for p in (self.plan, self.val_plan) if p is not None]
+        about = fill(
+            store,
+            plans,
+            encode=encode,
+            decode=lambda data: decode_image(data, size)[None],
+            num_workers=self.num_workers,
+            **options,
+        )
+        store.refresh()
+        self._reading["features"] = store
+        return about
 
     def train_dataloader(self) -> PlanLoader:
         dataset = PlannedDataset(self.plan, accumulate=self.accumulate, **self._ranks(), **self._reading)
