@@ -8,10 +8,8 @@ python benchmarks/features.py large              # a ViT-B/16 at 336 px with ran
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
