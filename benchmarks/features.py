@@ -17,11 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SIZES = {
-    "36x128 fp32": (36, 128, "float32"),
-    "144x128 fp32": (144, 128, "float32"),
-    "256x768 fp16": (256, 768, "float16"),
-}
+SIZES = [(36, 128, "float32"), (144, 128, "float32"), (256, 768, "float16")]
 
 
 def disk_bytes(folder: Path) -> int:
@@ -99,7 +95,7 @@ def compare_stores(count: int = 10_000, rounds: int = 3) -> None:
 
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     where = os.environ.get("FASTVLM_CACHE")
-    for label, (n, d, name) in SIZES.items():
+    for n, d, name in SIZES:
         dtype = getattr(torch, name)
         keys = [hashlib.sha256(str(i).encode()).digest() for i in range(count)]
         value = torch.randn(64, n, d).to(dtype)
@@ -124,8 +120,9 @@ def compare_stores(count: int = 10_000, rounds: int = 3) -> None:
         for kind, rows in results.items():
             written, cold, warm, size = (statistics.median(column) for column in zip(*rows))
             print(
-                f"{label:>13} {kind:>11}: written {pure / written / 1e6:6.0f} MB/s, random read {cold / count * 1e6:6.0f} "
-                f"us from the disk, {warm / count * 1e6:5.0f} us from memory, {size:.3f} x the pure size",
+                f"{n} x {d} {name} {kind:>11}: written {pure / written / 1e6:.0f} MB/s, random read "
+                f"{cold / count * 1e6:.0f} us from the disk, {warm / count * 1e6:.0f} us from memory, "
+                f"{size:.3f} x the pure size",
                 flush=True,
             )
 

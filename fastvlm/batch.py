@@ -27,9 +27,7 @@ class Sample:
     source: str
     input_ids: list[int]
     labels: list[int]
-    images: list[Tensor] = field(
-        default_factory=list
-    )  # uint8 (3, H, W), in the order of their slots; or (N, D) features
+    images: list[Tensor] = field(default_factory=list)  # uint8 (3, H, W) or cached features (N, D), in slot order
     label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
     meta: dict = field(default_factory=dict)
 

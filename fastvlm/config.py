@@ -125,11 +125,8 @@ def run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    changed = [
-        o
-        for o in hydra.overrides.task
-        if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b", o)
-    ]
+    silent = r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b"
+    changed = [o for o in hydra.overrides.task if not re.match(silent, o)]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:

@@ -197,7 +197,7 @@ class FeatureStore:
             write_whole(about, json.dumps(self.description, indent=1, sort_keys=True, default=str))
 
     def try_lock(self) -> int | None:
-        """A descriptor that holds the right to write, or None while another run has it. Closing it, or dying, ends it."""
+        """A descriptor that holds the right to write until it is closed; None while another run has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
