@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 1
@@ -34,7 +34,7 @@ MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the sample's span in the tar, bytes
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
@@ -233,7 +233,7 @@ def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob(f"{split}-*.tar"))
+    shards = find_shards(folder, split)
     if not shards:
         raise ValueError(
             f"{folder}: no shards {split}-*.tar; write them with `python data/prepare.py`, "
@@ -311,7 +311,7 @@ def main() -> None:
     parser.add_argument("--template", default="chatml")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
-    shards = sorted(args.folder.glob(f"{args.split}-*.tar"))
+    shards = find_shards(args.folder, args.split)
     if not shards:
         raise SystemExit(f"{args.folder}: no shards {args.split}-*.tar")
     for shard in shards:

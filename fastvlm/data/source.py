@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.shards import find_shards
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -46,7 +47,7 @@ class Source:
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(find_shards(self.path, split))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
