@@ -233,9 +233,8 @@ def pack(folder: str | Path, split: str, *, out: str | Path, format: str) -> Pat
     out.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        (write_lmdb if format == "lmdb" else write_hdf5)(
-            part, read_shards(shards), sum(s.stat().st_size for s in shards)
-        )
+        write = {"lmdb": write_lmdb, "hdf5": write_hdf5}[format]
+        write(part, read_shards(shards), sum(s.stat().st_size for s in shards))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
