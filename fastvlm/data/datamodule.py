@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.plan import Plan
 from fastvlm.data.source import Mixture
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -49,9 +50,10 @@ class MixtureDataModule(L.LightningDataModule):
         mixture: sources and shares.
         tokenizer: shared with the model.
         image_size: side of the square images, pixels.
-        tokens_per_image: slots an image takes: `VLM.num_visual_tokens(image_size)`.
+        tokens_per_image: slots a view takes: `VLM.num_visual_tokens(image_size)`.
         batch_size: rows of an optimiser step, over all ranks and micro-batches.
-        max_tokens, max_images: budget of a row.
+        max_tokens, max_images: budget of a row; an image without tiles is one of max_images, else each of its views.
+        transform: from files to views of `image_size`; None pads images to squares. Augmentation is for training only.
         packing: several samples a row.
         num_steps, epochs: length of the stage, one of them; neither for one epoch.
         accumulate: micro-batches a step; the Trainer's `accumulate_grad_batches`.
@@ -77,6 +79,7 @@ class MixtureDataModule(L.LightningDataModule):
         max_tokens: int,
         max_images: int = 8,
         packing: bool = True,
+        transform: ImageTransform | None = None,
         num_steps: int | None = None,
         epochs: float | int | None = None,
         accumulate: int = 1,
@@ -99,12 +102,14 @@ class MixtureDataModule(L.LightningDataModule):
             "max_images": max_images,
             "packing": packing,
             "batch_size": batch_size,
+            "transform": transform,
         }
         self._length = {"num_steps": num_steps, "epochs": epochs}
         self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window}
         self._reading = {
             "tokenizer": tokenizer,
             "image_size": image_size,
+            "transform": transform,
             "max_skipped_share": max_skipped_share,
             "cache_bytes": cache_bytes,
         }
@@ -121,7 +126,8 @@ class MixtureDataModule(L.LightningDataModule):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
 
     def train_dataloader(self) -> PlanLoader:
-        dataset = PlannedDataset(self.plan, accumulate=self.accumulate, **self._ranks(), **self._reading)
+        options = {"accumulate": self.accumulate, "augment_seed": self._order["seed"]}
+        dataset = PlannedDataset(self.plan, **options, **self._ranks(), **self._reading)
         self.plan.extend()  # before the workers fork: they share the arrays and plan nothing
         return self._loader(dataset, start=self._start())
 

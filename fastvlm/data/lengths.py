@@ -11,6 +11,7 @@ from fastvlm.data.conversation import encode_record, without_images
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
@@ -26,10 +27,11 @@ class Measured:
     rows: np.ndarray  # int64: rows that are planned, ascending
     length: np.ndarray  # positions a sample takes, image slots and truncation included
     answer: np.ndarray  # learned tokens left
-    images: np.ndarray
+    images: np.ndarray  # views: an image that is cut into tiles counts each of them
     num_truncated: int = 0
     excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
     blind: bool = False  # images are left out of the records
+    augment: tuple[str, ...] = ()  # kinds of augmentation its questions allow
 
     def costs(self, unit: str) -> np.ndarray:
         """Cost of every row in a mixture's unit."""
@@ -46,15 +48,21 @@ def measure_source(
     tokens_per_image: int,
     max_tokens: int,
     max_images: int,
+    transform: ImageTransform | None = None,
 ) -> Measured:
     """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
+
+    Args:
+        tokens_per_image: slots a view takes.
+        max_images: most views of a row.
+        transform: says how many views an image has; None: one.
 
     Raises:
         ValueError: no shards, or no sample is left.
     """
     index = source.load(split, tokenizer)
     rows = source.select(index)
-    answer, images = index.answer_tokens.copy(), index.num_images.copy()
+    answer, images = index.answer_tokens.copy(), count_views(index, transform)
     if not source.images:
         images[:] = 0
     length = index.text_tokens + images * np.int32(tokens_per_image)
@@ -71,8 +79,10 @@ def measure_source(
             reasons[row] = UNREADABLE
             continue
         record = record if source.images else without_images(record)
-        encoded = encode_record(record, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens)
-        length[row], images[row] = len(encoded.input_ids), encoded.num_images
+        views = views_of(index, row, transform) if source.images else []
+        slots = [tokens_per_image * v for v in views]
+        encoded = encode_record(record, tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        length[row], images[row] = len(encoded.input_ids), sum(views[: encoded.num_images])
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
         num_truncated += 1
         if answer[row] == 0:
@@ -89,4 +99,24 @@ def measure_source(
             f"source {name} ({source.path}, split {split}): no sample is left of {len(rows)} ({why}); "
             f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
         )
-    return Measured(name, index, kept, length, answer, images, num_truncated, excluded, blind=not source.images)
+    return Measured(
+        name, index, kept, length, answer, images, num_truncated, excluded, not source.images, source.augment
+    )
+
+
+def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:
+    """Views of every image of a sample."""
+    if transform is None or transform.tiles is None:
+        return [1] * int(index.num_images[row])
+    sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
+    return [transform.num_views(width, height) for width, height in sizes]
+
+
+def count_views(index: SourceIndex, transform: ImageTransform | None) -> np.ndarray:
+    """Views of all images of every sample together: int32."""
+    if transform is None or transform.tiles is None:
+        return index.num_images.copy()
+    widths, heights = (column.flatten().to_numpy() for column in (index.image_width, index.image_height))
+    before = np.concatenate([[0], np.cumsum(transform.count_views(widths, heights), dtype=np.int64)])
+    end = np.concatenate([[0], np.cumsum(index.num_images, dtype=np.int64)])
+    return (before[end[1:]] - before[end[:-1]]).astype(np.int32)

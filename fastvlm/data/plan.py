@@ -18,6 +18,7 @@ from fastvlm.data.lengths import Measured, measure_source
 from fastvlm.data.packing import balance, group_by_length, pack_window
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import Tokenizer
 
 VERSION = 1  # of the order: another number, another order for the same data
@@ -55,16 +56,17 @@ class Plan:
         mixture: sources, weights, unit.
         tokenizer: under which lengths are counted.
         split: train, val or test.
-        tokens_per_image: slots an image takes.
+        tokens_per_image: slots a view of an image takes.
         batch_size: rows of an optimiser step, over all ranks and micro-batches.
         max_tokens: longest row; longer samples are truncated at their end.
-        max_images: most images of a row.
+        max_images: most views of a row; an image without tiles is one.
         packing: several samples a row; else a row is one sample.
         pack_window: samples that are packed together.
         sort_window: without packing, group samples of like length within windows of this many samples; 0 for not.
         seed: of the order.
         num_steps: length of the stage; None for `epochs`.
         epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
+        transform: says how many views an image of the index has; None: one.
 
     Raises:
         ValueError: a source without usable samples, or a parameter out of range.
@@ -86,6 +88,7 @@ class Plan:
         seed: int = 0,
         num_steps: int | None = None,
         epochs: float | int | None = None,
+        transform: ImageTransform | None = None,
     ):
         limits = {
             "batch_size": batch_size,
@@ -105,6 +108,8 @@ class Plan:
         self._window = pack_window if packing else -(-(sort_window or 1024) // batch_size) * batch_size
         self._sorted = not packing and sort_window > 0
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
+        fits["transform"] = transform
+        self.tiles = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
         self.sources = [
             measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in mixture.sources.items()
         ]
@@ -147,6 +152,7 @@ class Plan:
             "tokenizer": tokenizer.fingerprint,
             "budget": [self.tokens_per_image, self.batch_size, self.max_tokens, self.max_images],
             "packing": [self.packing, pack_window, sort_window],
+            **({"tiles": self.tiles} if self.tiles else {}),
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
@@ -195,7 +201,7 @@ class Plan:
 
     @property
     def num_images(self) -> int:
-        """Images of all planned sources together; 0 when there is nothing to look at."""
+        """Views of all planned sources together; 0 when there is nothing to look at."""
         return sum(int(s.images[s.rows].sum()) for s in self.sources)
 
     def notes(self) -> list[str]:

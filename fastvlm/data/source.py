@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from fastvlm.data.augment import check_kinds
 from fastvlm.data.index import SourceIndex, load_index
 from fastvlm.tokens import Tokenizer
 
@@ -26,6 +27,8 @@ class Source:
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
         images: with False the images are left out of every record, for baselines that must answer blind.
+        augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
+            the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -37,12 +40,13 @@ class Source:
         types: Sequence[str] | None = None,
         max_samples: int | None = None,
         images: bool = True,
+        augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.images = images
+        self.images, self.augment = images, check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
