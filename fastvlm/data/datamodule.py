@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -60,7 +61,7 @@ class MixtureDataModule(L.LightningDataModule):
         seed: of the order.
         num_workers: loader processes a rank; the batches are the same for any number.
         val_samples: of all sources together, balanced; 0 for no validation.
-        pack_window, sort_window: see `Plan`.
+        pack_window, sort_window, plan_cache: see `Plan` (`cache`).
         max_skipped_share, cache_bytes: see `PlannedDataset`.
 
     Raises:
@@ -88,6 +89,7 @@ class MixtureDataModule(L.LightningDataModule):
         val_samples: int = 256,
         pack_window: int = 1000,
         sort_window: int = 0,
+        plan_cache: str | Path | None = None,
         max_skipped_share: float = 0.01,
         cache_bytes: int = 256 << 20,
     ):
@@ -105,7 +107,7 @@ class MixtureDataModule(L.LightningDataModule):
             "transform": transform,
         }
         self._length = {"num_steps": num_steps, "epochs": epochs}
-        self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window}
+        self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window, "cache": plan_cache}
         self._reading = {
             "tokenizer": tokenizer,
             "image_size": image_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pyarrow.compute as pc
@@ -29,9 +30,16 @@ class Measured:
     answer: np.ndarray  # learned tokens left
     images: np.ndarray  # views: an image that is cut into tiles counts each of them
     num_truncated: int = 0
-    excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
+    excluded: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> rows
+    repeat: Fraction = Fraction(1)
+    max_epochs: Fraction | None = None
     blind: bool = False  # images are left out of the records
     augment: tuple[str, ...] = ()  # kinds of augmentation its questions allow
+
+    @property
+    def num_served(self) -> int | None:
+        """Samples that `max_epochs` allows; None for no bound."""
+        return None if self.max_epochs is None else max(1, int(self.max_epochs * len(self.rows)))
 
     def costs(self, unit: str) -> np.ndarray:
         """Cost of every row in a mixture's unit."""
@@ -61,7 +69,7 @@ def measure_source(
         ValueError: no shards, or no sample is left.
     """
     index = source.load(split, tokenizer)
-    rows = source.select(index)
+    rows, left_out = source.select(index)
     answer, images = index.answer_tokens.copy(), count_views(index, transform)
     if not source.images:
         images[:] = 0
@@ -90,17 +98,18 @@ def measure_source(
     reader.close()
     reasons[(reasons == 0) & (images > max_images)] = CROWDED
     kept = rows[reasons[rows] == 0]
-    excluded: dict[str, list[str]] = {}
-    for row in rows[reasons[rows] > 0].tolist():
-        excluded.setdefault(REASONS[reasons[row]], []).append(index.key(row))
+    excluded = {why: gone for why, gone in left_out.items() if len(gone)}
+    excluded |= {REASONS[r]: rows[reasons[rows] == r] for r in np.unique(reasons[rows]).tolist() if r}
     if not len(kept):
-        why = ", ".join(f"{len(keys)} {reason}" for reason, keys in excluded.items()) or "its shards are empty"
+        why = ", ".join(f"{len(gone)} {reason}" for reason, gone in excluded.items()) or "its shards are empty"
         raise ValueError(
-            f"source {name} ({source.path}, split {split}): no sample is left of {len(rows)} ({why}); "
+            f"source {name} ({source.path}, split {split}): no sample is left of {index.num_samples} ({why}); "
             f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
         )
+    exact = lambda value: None if value is None else Fraction(str(value))
+    limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
     return Measured(
-        name, index, kept, length, answer, images, num_truncated, excluded, not source.images, source.augment
+        name, index, kept, length, answer, images, num_truncated, excluded, blind=not source.images, **limits
     )
 
 
