@@ -17,31 +17,46 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
+from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardReader
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 
 ROWS = 64  # samples a worker hashes at a time
 
 
-def planned_samples(plan: Plan | ValidationPlan) -> list[tuple[int, int, int]]:
-    """(source number, row of its index, images) of every sample of a plan that shows images, in the shards' order."""
+Sample = tuple[int, int, list[int]]  # source number, row of its index, views of each image
+
+
+def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> list[Sample]:
+    """Every sample of a plan that shows images, with the images that truncation leaves, in the shards' order."""
     shift = 40  # rows of one source stay far below 2**40
     steps = (
         np.fromiter((source << shift | row for pairs in plan.step(i).rows for source, row in pairs), np.int64)
         for i in range(plan.num_steps)
     )
     codes = np.unique(np.concatenate([np.empty(0, np.int64), *steps]))
-    samples = [(int(c >> shift), int(c & (1 << shift) - 1)) for c in codes]
-    return [(s, row, n) for s, row in samples if (n := int(plan.sources[s].images[row]))]
+    samples = []
+    for code in codes.tolist():
+        source, row = code >> shift, code & (1 << shift) - 1
+        left, views = int(plan.sources[source].images[row]), []
+        for count in views_of(plan.sources[source].index, row, transform) if left else ():
+            if left <= 0:
+                break
+            views.append(count)
+            left -= count
+        if views:
+            samples.append((source, row, views))
+    return samples
 
 
-def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[tuple[int, int, int]]]) -> str:
+def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[Sample]]) -> str:
     """Name of a set of images: the indexes' checksums and the rows."""
     digest = hashlib.sha256()
     for plan, chosen in zip(plans, samples):
         digest.update(json.dumps([s.index.checksum for s in plan.sources]).encode())
-        digest.update(np.array(chosen, np.int64).tobytes())
+        digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()[:32]
 
 
@@ -49,7 +64,7 @@ class _Keys(Dataset):
     """Item i: [(sample number, image number, key), ...] of some samples. What cannot be read is left to training, which
     skips it, counts it and says why."""
 
-    def __init__(self, plans: list, samples: list[tuple[int, int, int, int]]):
+    def __init__(self, plans: list, samples: list[tuple[int, int, int, list[int]]]):
         self.plans, self.samples, self.reader = plans, samples, ShardReader()
 
     def __len__(self) -> int:
@@ -58,18 +73,18 @@ class _Keys(Dataset):
     def __getitem__(self, i: int) -> list[tuple[int, int, bytes]]:
         found = []
         for number in range(i * ROWS, min((i + 1) * ROWS, len(self.samples))):
-            plan, source, row, count = self.samples[number]
+            plan, source, row, views = self.samples[number]
             with contextlib.suppress(OSError, ValueError):
                 raw = self.plans[plan].sources[source].index.read(row, self.reader)
-                found += [(number, k, image_key(data)) for k, data in enumerate(raw.images[:count])]
+                found += [(number, k, image_key(data)) for k, data in enumerate(raw.images[: len(views)])]
         return found
 
 
 class _Views(Dataset):
     """Item i: keys, numbers of views and views (V, 3, H, W) of a batch of images; and how many could not be decoded."""
 
-    def __init__(self, plans: list, jobs: list[tuple[int, int, int, int]], decode: Callable, batch_size: int):
-        self.plans, self.jobs, self.decode, self.batch_size = plans, jobs, decode, batch_size
+    def __init__(self, plans: list, jobs: list[tuple[int, int, int, int]], transform: ImageTransform, batch_size: int):
+        self.plans, self.jobs, self.transform, self.batch_size = plans, jobs, transform, batch_size
         self.reader = ShardReader()
 
     def __len__(self) -> int:
@@ -81,7 +96,7 @@ class _Views(Dataset):
         for plan, source, row, k in jobs:
             with contextlib.suppress(OSError, ValueError):
                 data = self.plans[plan].sources[source].index.read(row, self.reader).images[k]
-                seen = self.decode(data)
+                seen = self.transform(data)
                 # The key of these very bytes, and not of what an earlier pass has read here.
                 keys.append(image_key(data))
                 counts.append(len(seen))
@@ -94,14 +109,13 @@ def fill(
     plans: Sequence[Plan | ValidationPlan],
     *,
     encode: Callable[[Tensor], Tensor],
-    decode: Callable[[bytes], Tensor],
+    transform: ImageTransform,
     batch_size: int,
     where: str,
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[object], list] = lambda value: [value],
     num_workers: int = 0,
-    views_per_image: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> dict:
     """Write what the store lacks of the plans' images; every rank writes a share.
@@ -110,12 +124,11 @@ def fill(
 
     Args:
         encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU in the store's dtype.
-        decode: encoded image -> its views, uint8 (v, 3, H, W).
+        transform: encoded image -> its views; without augmentation.
         batch_size: images `encode` takes at once.
         where: the configuration's key, for messages.
         gather: what every rank passes, as all ranks see it; a barrier too.
         num_workers: loader processes of this rank.
-        views_per_image: for the estimate of the size.
 
     Returns:
         What was found and written, for the stage's record.
@@ -125,14 +138,15 @@ def fill(
     """
     begun = time.monotonic()
     plans = list(plans)
-    chosen = [planned_samples(plan) for plan in plans]
+    chosen = [planned_samples(plan, transform) for plan in plans]
     name = plan_key(plans, chosen)
     samples = [(p, *sample) for p, found in enumerate(chosen) for sample in found]
     about = {"key": store.key, "folder": str(store.folder), "shape": list(store.shape), "dtype": str(store.dtype)}
     store.refresh()
+    total = sum(len(views) for *_, views in samples)
     if all(gather(store.has_plan(name))):
-        about |= {"images": sum(n for *_, n in samples), "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
-        say(f"features: all {about['images']:,} images are in {store.folder}; no image is decoded")
+        about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
+        say(f"features: all {total:,} images are in {store.folder}; no image is decoded")
         return about | {"seconds": time.monotonic() - begun}
     lock = None
     try:
@@ -161,12 +175,12 @@ def fill(
             first.setdefault(key, (number, k))
         known = store.keys()
         missing = [at for key, at in first.items() if key not in known]
-        size = int(len(missing) * views_per_image * store.view_bytes)
-        total = sum(n for *_, n in samples)
+        num_views = sum(samples[number][3][k] for number, k in missing)
+        size = num_views * store.view_bytes
         (n, d), dtype = store.shape, str(store.dtype).removeprefix("torch.")
         say(
             f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
-            f"writing {len(missing):,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
+            f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
         )
         free = gather(shutil.disk_usage(store.folder).free)[0]
         if size * 1.01 + (64 << 20) > free:
@@ -177,7 +191,7 @@ def fill(
         jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
         writer, unreadable, done = FeatureWriter(store), 0, 0
         line = ProgressLine(len(jobs), share=world_size, say=say)
-        for keys, counts, views, failed in DataLoader(_Views(plans, jobs, decode, batch_size), **loader):
+        for keys, counts, views, failed in DataLoader(_Views(plans, jobs, transform, batch_size), **loader):
             unreadable, done = unreadable + failed, done + len(keys) + failed
             if keys:
                 writer.write(keys, counts, encode(views))

@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -146,8 +147,18 @@ class FeatureStore:
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
 
-    def read(self, key: bytes) -> Shaped[Tensor, "v N D"]:
+    def empty(self, count: int, *, shared: bool = False) -> Shaped[Tensor, "v N D"]:
+        """Room for the features of so many views; in shared memory, a loader process need not copy them there."""
+        if not shared:
+            return torch.empty(count, *self.shape, dtype=self.dtype)
+        storage = torch.UntypedStorage._new_shared(max(1, count) * self.view_bytes)
+        return torch.empty(0, dtype=self.dtype).set_(storage)[: count * math.prod(self.shape)].view(count, *self.shape)
+
+    def read(self, key: bytes, *, out: Tensor | None = None) -> Shaped[Tensor, "v N D"]:
         """All views of an image.
+
+        Args:
+            out: where to write them; as many views as the image has.
 
         Raises:
             KeyError: it is not here.
@@ -156,7 +167,10 @@ class FeatureStore:
         at = self._find(key)
         if at is None:
             raise KeyError(key.hex())
-        out = torch.empty(int(self._views[at]), *self.shape, dtype=self.dtype)
+        views = int(self._views[at])
+        if out is None:
+            out = self.empty(views)
+        assert out.shape == (views, *self.shape) and out.dtype == self.dtype, f"{views} views into {tuple(out.shape)}"
         # pread and not a memory map: a disk's error is then an exception and not the end of the process.
         view = memoryview(out.view(torch.uint8).numpy()).cast("B")
         read = os.preadv(self._descriptor(int(self._chunk[at])), [view], int(self._start[at]))
@@ -305,7 +319,8 @@ def main() -> None:
     for folder, about, size in stores():
         gone = chosen == "all" or (chosen is not None and folder.name.startswith(chosen))
         encoder = str(about.get("encoder", {}).get("_target_", "?")).rsplit(".", 1)[-1]
-        what = f"{encoder} {about.get('image_size')} px, {about.get('precision')}, {about.get('shape')}"
+        size_px = about.get("image", {}).get("image_size")
+        what = f"{encoder} {size_px} px, {about.get('precision')}, {about.get('shape')}"
         print(f"{'deleted ' if gone else ''}{folder}  {size / 1e9:.2f} GB  {what}")
         if gone:
             shutil.rmtree(folder)

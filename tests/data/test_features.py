@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_world import draw_png, make_record, write_source
 
-from fastvlm.data import dataset as dataset_module
 from fastvlm.data import features
+from fastvlm.data.augment import Augmentation
 from fastvlm.data.datamodule import MixtureDataModule
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.feature_pass import fill, planned_samples
@@ -22,10 +22,11 @@ from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardReader, ShardWriter
 from fastvlm.data.source import Mixture, Source
-from fastvlm.data.transforms import decode_image
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 
 SIZE, SHAPE = 8, (4, 6)
+SQUARE = ImageTransform(image_size=SIZE)
 BUDGET = {"tokens_per_image": 4, "batch_size": 4, "max_tokens": 64, "max_images": 4}
 
 
@@ -33,10 +34,6 @@ def encode(pixels: torch.Tensor) -> torch.Tensor:
     """Stands in for an encoder: (I, 3, 8, 8) -> (I, 4, 6), another value for another image."""
     mix = torch.randn(3 * SIZE * SIZE, 24, generator=torch.Generator().manual_seed(0))
     return (pixels.float().flatten(1) @ mix / 1000).unflatten(1, SHAPE)
-
-
-def decode(data: bytes) -> torch.Tensor:
-    return decode_image(data, SIZE)[None]
 
 
 def make_plan(folders, tokenizer, *, num_steps=10, **options):
@@ -50,7 +47,12 @@ def make_store(root, **description) -> FeatureStore:
 
 
 def run_fill(store, *plans, **options):
-    options = {"encode": encode, "decode": decode, "batch_size": 8, "where": "stages.x.cache_features"} | options
+    options = {
+        "encode": encode,
+        "transform": SQUARE,
+        "batch_size": 8,
+        "where": "stages.x.cache_features",
+    } | options
     return fill(store, plans, **options)
 
 
@@ -58,8 +60,8 @@ def planned_keys(plan) -> set[bytes]:
     reader = ShardReader()
     return {
         image_key(data)
-        for source, row, count in planned_samples(plan)
-        for data in plan.sources[source].index.read(row, reader).images[:count]
+        for source, row, views in planned_samples(plan, SQUARE)
+        for data in plan.sources[source].index.read(row, reader).images[: len(views)]
     }
 
 
@@ -155,7 +157,7 @@ def test_a_batch_holds_what_the_encoder_says_of_its_images_and_nothing_is_decode
     store = make_store(tmp_path)
     run_fill(store, plan, num_workers=workers)
     plain = [PlannedDataset(plan, tokenizer=tokenizer, image_size=SIZE)[i] for i in range(plan.num_steps)]
-    monkeypatch.setattr(dataset_module, "decode_image", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(ImageTransform, "__call__", lambda *_, **__: pytest.fail("an image was decoded"))
     cached = PlannedDataset(plan, tokenizer=tokenizer, image_size=SIZE, features=store)
     loader = torch.utils.data.DataLoader(cached, batch_size=None, num_workers=workers)
     for theirs, batch in zip(plain, loader, strict=True):
@@ -164,7 +166,7 @@ def test_a_batch_holds_what_the_encoder_says_of_its_images_and_nothing_is_decode
         assert torch.equal(batch.input_ids, theirs.input_ids) and batch.keys == theirs.keys
     first, again = ([cached[i] for i in range(plan.num_steps)] for _ in range(2))
     assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
-    kept = [image for _, _, _, images, _, _ in cached._cache.values() for image in images]
+    kept = [key for _, _, _, images, _, _ in cached._cache.values() for key, _ in images]
     assert kept and all(isinstance(key, bytes) and len(key) == 32 for key in kept)  # the sample cache holds no features
 
 
@@ -189,7 +191,7 @@ def test_an_image_that_changed_under_its_old_name_is_encoded_anew(tmp_path, toke
     assert run_fill(store, plan)["written"] == 1
     dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=SIZE, features=store)
     (row,) = [i for i in range(20) if plan.sources[0].index.key(i) == "caption-00007"]
-    torch.testing.assert_close(dataset.read(0, row).images[0], encode(decode(draw_png(77)))[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dataset.read(0, row).images[0], encode(SQUARE(draw_png(77)))[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_broken_image_is_skipped_as_without_the_cache(tmp_path, tokenizer):
@@ -275,12 +277,12 @@ def test_a_pass_killed_in_the_middle_goes_on_where_it_was(tmp_path, sources, tok
     plan = make_plan({"caption": sources["caption"]}, tokenizer, num_steps=20)
     total = len(planned_keys(plan))
     killed = child("if calls == 5: os.kill(os.getpid(), signal.SIGKILL)")
-    killed.communicate(timeout=100)
+    killed.communicate(timeout=250)
     assert killed.returncode == -signal.SIGKILL
     there = make_store(tmp_path / "cache")
     there.refresh()
     assert len(there) == 32 < total  # four batches of eight
-    out, err = child().communicate(timeout=100)
+    out, err = child().communicate(timeout=250)
     assert f"{total:,} distinct, 32 in the cache" in out and f"WRITTEN {total - 32}" in out, err
     for chunk in there.folder.glob("*.safetensors"):
         assert torch.isfinite(load_file(chunk)["features"]).all()
@@ -290,7 +292,7 @@ def test_a_pass_killed_in_the_middle_goes_on_where_it_was(tmp_path, sources, tok
 
 def test_two_passes_at_once_write_every_image_once(tmp_path, sources, tokenizer, child):
     both = [child("import time; time.sleep(0.1)") for _ in range(2)]
-    outs = [process.communicate(timeout=100) for process in both]
+    outs = [process.communicate(timeout=250) for process in both]
     written = sorted(int(out.split("WRITTEN ")[1]) for out, _ in outs)
     total = len(planned_keys(make_plan({"caption": sources["caption"]}, tokenizer, num_steps=20)))
     assert written == [0, total], outs
@@ -302,7 +304,7 @@ def test_a_disk_that_fills_up_while_writing_ends_in_one_line_and_leaves_no_half_
     # The kernel refuses the write as it does on a full disk, at a size of our choice.
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     process = child("resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)) if calls == 3 else None", before=limit)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 1 and "features cannot be written" in err.splitlines()[-1], err
     (folder,) = (p for p in (tmp_path / "cache").iterdir())
     assert len(list(folder.glob("*.safetensors"))) == 2 and not list(folder.glob(".*.part"))
@@ -346,14 +348,15 @@ def test_the_command_lists_stores_and_deletes_one(tmp_path, sources, tokenizer):
     assert json.loads((two.folder / "store.json").read_text())["weights"] == "b"
 
 
-def test_the_data_module_keys_by_the_image_size_and_hands_the_store_to_its_loaders(
+def test_the_data_module_keys_by_size_and_fit_and_hands_the_store_to_its_loaders(
     tmp_path, sources, tokenizer, monkeypatch
 ):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
     mixture = Mixture({"chat": Source("chat", path=sources["chat"])}, weights={"chat": 1}, unit="samples")
     keys = set()
-    for size, weights in ((8, "a"), (16, "a"), (8, "b"), (8, "a")):
-        data = MixtureDataModule(mixture, tokenizer=tokenizer, image_size=size, num_steps=2, val_samples=4, **BUDGET)
+    for size, fit, weights in ((8, "pad", "a"), (16, "pad", "a"), (8, "crop", "a"), (8, "pad", "b"), (8, "pad", "a")):
+        options = {"image_size": size, "transform": ImageTransform(image_size=size, fit=fit)}
+        data = MixtureDataModule(mixture, tokenizer=tokenizer, num_steps=2, val_samples=4, **options, **BUDGET)
         data.setup()
         about = data.write_features(
             lambda pixels: encode(pixels[..., :SIZE, :SIZE]),
@@ -366,4 +369,43 @@ def test_the_data_module_keys_by_the_image_size_and_hands_the_store_to_its_loade
         keys.add(about["key"])
         for loader in (data.train_dataloader(), data.val_dataloader()):
             assert all(batch.features.shape[1:] == SHAPE and len(batch.features) for batch in loader)
-    assert len(keys) == 3 and about["written"] == 0
+    assert len(keys) == 4 and about["written"] == 0
+
+
+def test_all_views_of_a_tiled_image_are_stored_and_lie_in_their_slots(tmp_path, tokenizer):
+    part, text = {"type": "image"}, {"type": "text", "text": "seven above nine"}
+    sizes = [(8, 8), (16, 8), (8, 24), (40, 40), (30, 14)]
+    with ShardWriter(tmp_path / "shards", "train") as writer:
+        for i, size in enumerate(sizes):
+            images = [draw_png(i, size), draw_png(100 + i, (9, 9))]
+            writer.write(f"s-{i}", {"document": [part, text, part, text]}, images)
+    transform = ImageTransform(image_size=SIZE, tiles=[[1, 2], [2, 1], [2, 2]])
+    sources = {"one": Source("one", path=tmp_path / "shards")}
+    mixture = Mixture(sources, weights={"one": 1}, unit="samples")
+    plan = Plan(
+        mixture, tokenizer, num_steps=3, transform=transform, **(BUDGET | {"max_images": 16, "max_tokens": 200})
+    )
+    store = make_store(tmp_path)
+    run_fill(store, plan, transform=transform)
+    options = {"tokenizer": tokenizer, "image_size": SIZE, "transform": transform}
+    plain, cached = PlannedDataset(plan, **options), PlannedDataset(plan, features=store, **options)
+    for _ in range(2):  # the second time from the sample cache
+        for i in range(3):
+            assert plain[i].num_images > len(plain[i].keys) * 2  # some have tiles
+            torch.testing.assert_close(cached[i].features, encode(plain[i].pixel_values), rtol=1e-5, atol=1e-5)
+
+
+def test_augmented_images_are_refused_with_the_key(tmp_path, sources, tokenizer, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
+    source = Source("chat", path=sources["chat"], augment=["jitter"])
+    mixture = Mixture({"chat": source}, weights={"chat": 1}, unit="samples")
+    transform = ImageTransform(image_size=SIZE, augment=Augmentation(jitter=0.5))
+    data = MixtureDataModule(
+        mixture, tokenizer=tokenizer, image_size=SIZE, num_steps=2, transform=transform, val_samples=0, **BUDGET
+    )
+    data.setup()
+    with pytest.raises(ValueError, match=r"^stages\.x\.cache_features=true, but augmentation \(jitter\)"):
+        data.write_features(
+            encode, description={}, shape=SHAPE, dtype=torch.float32, batch_size=8, where="stages.x.cache_features"
+        )
+    assert not list(tmp_path.rglob("*.safetensors"))
