@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import warnings
@@ -24,22 +23,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
-from PIL import Image
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.decode import measure_image
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the sample's span in the tar, bytes
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
-        ("image_width", pa.list_(pa.int32())),
+        ("image_width", pa.list_(pa.int32())),  # as one sees it, EXIF orientation applied
         ("image_height", pa.list_(pa.int32())),
         ("text_tokens", pa.int32()),  # without image slots
         ("answer_tokens", pa.int32()),  # learned tokens
@@ -71,8 +70,8 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
     sizes = []
     for i, image in enumerate(raw.images):
         try:
-            sizes.append(Image.open(io.BytesIO(image)).size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            sizes.append(measure_image(image))
+        except ValueError as error:
             raise ValueError(f"image {i} cannot be opened: {error}") from None
     # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
     encoded = encode_record(raw.record, tokenizer, tokens_per_image=1)
@@ -266,7 +265,7 @@ def list_shards(folder: str | Path, split: str, names: str | None = None) -> lis
     """
     folder = Path(folder)
     if names is None or split != "train":
-        return sorted(folder.glob(f"{split}-*.tar"))
+        return find_shards(folder, split)
     shards: set[Path] = set()
     for name in braceexpand(names):
         found = list(folder.glob(name))

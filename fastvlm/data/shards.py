@@ -21,6 +21,7 @@ from pathlib import Path
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
+STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -33,6 +34,11 @@ class RawSample:
     record: dict
     images: list[bytes] = field(default_factory=list)
     label_maps: list[bytes] = field(default_factory=list)
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in order."""
+    return sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
 
 
 @dataclass
@@ -246,6 +252,10 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
         The whole samples in order, and what broke the tar ("" for a sound one). After a break the sample being read is
         not provably whole and is left out.
     """
+    if str(path).endswith(STORES):
+        from fastvlm.data.stores import scan_store
+
+        return scan_store(path)
     size = os.path.getsize(path)
     spans: list[Span] = []
     start, broken, end = 0, "", 0
@@ -304,6 +314,13 @@ class ShardReader:
             OSError: the file is missing.
             ValueError: it is shorter than that.
         """
+        if path.endswith(STORES):
+            from fastvlm.data.stores import read_span
+
+            data = read_span(path, offset)
+            if len(data) != size:
+                raise ValueError(f"{path}: record {offset} has {len(data)} bytes, the index expects {size}")
+            return data
         fd = self._files.get(path)
         if fd is None:
             if len(self._files) >= self.max_open:

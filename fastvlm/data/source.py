@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import with_system, without_images
 from fastvlm.data.index import SourceIndex, list_shards, load_index
 from fastvlm.tokens import Tokenizer
@@ -38,6 +39,8 @@ class Source:
         images: with False the images are left out of every record, for baselines that must answer blind.
         shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
             pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
+        augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
+            the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -54,6 +57,7 @@ class Source:
         system: str | None = None,
         images: bool = True,
         shards: str | None = None,
+        augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
@@ -69,6 +73,7 @@ class Source:
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
         self.system, self.images, self.shards = system, images, shards
+        self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
