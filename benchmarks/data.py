@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from benchmarks import made, shares  # noqa: E402
 
 PEERS = ("webdataset", "mosaicml", "litdata", "energon", "huggingface")
 WARM = 128  # images before the clock starts
+PATIENCE = 600  # seconds for one answer
 DEFAULTS = {
     "peers": "",
     "parts": "speed,shares,packing",
@@ -73,6 +75,10 @@ class Contender:
     def ask(self, **request) -> dict:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
+        if not ready:
+            self._process.kill()
+            raise SystemExit(f"error: {self.name}: no answer within {PATIENCE} s to {request} (see {self.log})")
         line = self._process.stdout.readline()
         reply = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
         if "error" in reply:

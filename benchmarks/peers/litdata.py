@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,11 +26,12 @@ def unchanged(sample):
 def batches(folder: Path, *, pixels, workers: int, batch_size: int):
     import litdata as ld
 
-    def sample(fields):
-        return pixels(fields[0]), fields[1]
-
-    dataset = ld.StreamingDataset(str(folder), shuffle=True, transform=sample)
+    dataset = ld.StreamingDataset(str(folder), shuffle=True, transform=partial(sample, pixels=pixels))
     return ld.StreamingDataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+
+
+def sample(fields, *, pixels):
+    return pixels(fields[0]), bytes(fields[1])  # a view of the chunk, which cannot go through a queue
 
 
 def mix(folder: Path, *, weights: list[float], count: int, seed: int) -> list[int]:
