@@ -217,6 +217,7 @@ class Pipeline:
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
+            plan_cache=self.runs / "plans",
         )
 
     def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:
@@ -451,7 +452,7 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
     for source in sources:
         index = source.load("val", tokenizer)
-        rows = source.select(index)
+        rows, _ = source.select(index)
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_world import draw_png
 from torchvision.transforms.v2 import functional as reference
 
-from fastvlm.data import transforms
+from fastvlm.data import decode
 from fastvlm.data.transforms import PADDING, decode_image, decode_label_map
 
 
@@ -67,7 +67,7 @@ def test_bombs_and_broken_files_are_value_errors(monkeypatch):
     for broken in (b"", b"no image", data[: len(data) // 2], data[:60] + bytes(20) + data[80:]):
         with pytest.raises(ValueError, match="image"):
             decode_image(broken, 32)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="32 x 32 pixels"):
         decode_image(data, 32)
 
