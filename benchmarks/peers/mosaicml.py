@@ -53,7 +53,7 @@ def mix(folder: Path, *, weights: list[float], count: int, seed: int, batching: 
         epoch_size=count,
         shuffle=True,
         shuffle_seed=seed,
-        batch_size=100,
+        batch_size=200,
         batching_method=batching,
         num_canonical_nodes=1,
     )
