@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, instantiate, seed_of
+from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
@@ -210,6 +210,7 @@ class Pipeline:
             batch_size=stage.batch_size,
             max_tokens=stage.max_tokens,
             max_images=stage.max_images,
+            transform=build_transform(stage),
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
@@ -236,6 +237,8 @@ class Pipeline:
             "seed": self.config.seed,
             "code": code_hash(),
         }
+        if data.plan.num_images and build_transform(config).augment:
+            identity["augment"] = {source.name: source.augment for source in data.plan.sources}
         key = hash_of(identity)
         folder = self.runs / "stages" / f"{name}-{key[:12]}"
         with only_one(folder):
@@ -344,7 +347,7 @@ class Pipeline:
             handoff,
         ]
         if self.config.num_samples and "llm" in config.parts:
-            records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
+            records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         trainer = L.Trainer(
             **self.hardware.trainer(),
@@ -404,7 +407,8 @@ class Pipeline:
         from fastvlm.inference.engine import Engine
 
         def generate(model, records, images):
-            engine = Engine(model, self.tokenizer, image_size=stage.image_size, device=self.hardware.device)
+            size, transform = stage.image_size, build_transform(stage)
+            engine = Engine(model, self.tokenizer, image_size=size, transform=transform, device=self.hardware.device)
             return [g.text for g in engine.generate(records, images)]
 
         return generate
@@ -421,8 +425,9 @@ class Pipeline:
             return results
         say("\nevaluating on held-out samples")
         begun, task = time.time(), self.task
-        size = list(self.config.stages.values())[-1].image_size
-        outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
+        last = list(self.config.stages.values())[-1]
+        images = {"image_size": last.image_size, "transform": build_transform(last)}
+        outcome = task.run(self.model, self.tokenizer, **images, device=self.hardware.device, out=self.run_dir)
         results |= outcome
         results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
         # Before: the language model as the last text-only stage left it.
@@ -443,10 +448,9 @@ def build_task(config: DictConfig):
     return instantiate(config, key="task")
 
 
-def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[tuple[dict, list]]:
-    """Validation samples of a mixture's sources in turn, with their images as the model sees them."""
+def held_out_records(mixture, tokenizer, num: int, *, transform) -> list[tuple[dict, list]]:
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images."""
     from fastvlm.data.shards import ShardReader
-    from fastvlm.data.transforms import decode_image
 
     reader, found = ShardReader(), []
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
@@ -456,7 +460,7 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
-            found.append((raw.record, [decode_image(data, image_size) for data in raw.images]))
+            found.append((raw.record, [transform(data) for data in raw.images]))
     return found[:num]
 
 

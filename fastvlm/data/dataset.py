@@ -6,14 +6,15 @@ import logging
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
 from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardReader
-from fastvlm.data.transforms import decode_image, decode_label_map
+from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -30,14 +31,18 @@ class PlannedDataset(Dataset):
     Args:
         plan: the order; also says `tokens_per_image` and `max_tokens`.
         tokenizer: the one the plan was made with.
-        image_size: side of the square images, pixels.
+        image_size: side of a view, pixels.
+        transform: from a file to its views, of that size and with the tiles that the plan counts; None: padded squares.
+        augment_seed: what augmentation is drawn from, together with step, key and image; None for none. What a source
+            does not allow is left out, and a source whose images are augmented is not kept in memory.
         rank, world_size: this process takes rows `rank, rank + world_size, ...` of a step.
         accumulate: micro-batches a step; micro-batch a takes rows `a, a + accumulate, ...` of the rank's.
         max_skipped_share: of the samples this worker has read (at least 100) so many may be unreadable.
         cache_bytes: for encoded samples, in each worker.
 
     Raises:
-        ValueError: rows do not divide among ranks and micro-batches; while reading, too many unreadable samples.
+        ValueError: rows do not divide among ranks and micro-batches; tiles, crops or mirrors of images with dense label
+            maps; an augmentation that no source allows; while reading, too many unreadable samples.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class PlannedDataset(Dataset):
         *,
         tokenizer: Tokenizer,
         image_size: int,
+        transform: ImageTransform | None = None,
+        augment_seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
@@ -58,6 +65,10 @@ class PlannedDataset(Dataset):
                 f"num_nodes) and data.accumulate={accumulate}; make it a multiple of {world_size * accumulate}"
             )
         self.plan, self.tokenizer, self.image_size = plan, tokenizer, image_size
+        transform = transform or ImageTransform(image_size=image_size)
+        assert transform.image_size == image_size
+        self.augment_seed = augment_seed
+        self._transforms = transforms_of(plan, transform, training=augment_seed is not None)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.max_skipped_share, self.cache_bytes = max_skipped_share, cache_bytes
         self._names = [s.name for s in plan.sources]
@@ -73,11 +84,18 @@ class PlannedDataset(Dataset):
         number, micro = divmod(index, self.accumulate)
         step = self.plan.step(number)
         rows, skipped = [], []
-        for planned in step.rows[self.rank :: self.world_size][micro :: self.accumulate]:
+        mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
+        views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
+        # Decoded where they stay: a worker hands this very memory over.
+        pixels = empty_views(sum(map(sum, views)), self.image_size, shared=get_worker_info() is not None)
+        filled = 0
+        for planned, counts in zip(mine, views):
             row = []
-            for source, number_in_index in planned:
+            for (source, number_in_index), count in zip(planned, counts):
                 try:
-                    row.append(self.read(source, number_in_index))
+                    out = pixels[filled : filled + count]
+                    row.append(self.read(source, number_in_index, step=number, out=out))
+                    filled += count
                 except (OSError, ValueError) as error:
                     skipped.append(self._skip(source, number_in_index, error))
             rows.append(row)
@@ -89,10 +107,15 @@ class PlannedDataset(Dataset):
             num_answer_tokens=step.num_answer_tokens,
             step=number,
             skipped=skipped,
+            pixel_values=pixels[:filled],
         )
 
-    def read(self, source: int, row: int) -> Sample:
+    def read(self, source: int, row: int, *, step: int = 0, out: Tensor | None = None) -> Sample:
         """A sample as the model takes it.
+
+        Args:
+            step: for which it is read: augmentation differs from step to step.
+            out: where its views go; as many as the plan counts.
 
         Raises:
             OSError, ValueError: it cannot be read.
@@ -101,18 +124,36 @@ class PlannedDataset(Dataset):
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
             key, ids, labels, images, maps, meta = kept
+            if out is not None:
+                for view, image in zip(out, images, strict=True):
+                    view.copy_(image)
+                images = list(out)
             return Sample(key, name, ids.tolist(), labels.tolist(), list(images), list(maps), meta)
         raw = self.plan.sources[source].index.read(row, self._reader)
-        budget = {"tokens_per_image": self.plan.tokens_per_image, "max_tokens": self.plan.max_tokens}
-        blind = self.plan.sources[source].blind
-        encoded = encode_record(without_images(raw.record) if blind else raw.record, self.tokenizer, **budget)
-        images = [decode_image(data, self.image_size) for data in raw.images[: encoded.num_images]]
+        blind, transform = self.plan.sources[source].blind, self._transforms[source]
+        views = [] if blind else views_of(self.plan.sources[source].index, row, transform)
+        encoded = encode_record(
+            without_images(raw.record) if blind else raw.record,
+            self.tokenizer,
+            tokens_per_image=[v * self.plan.tokens_per_image for v in views],
+            max_tokens=self.plan.max_tokens,
+        )
+        views = views[: encoded.num_images]
+        if out is None:
+            out = empty_views(sum(views), self.image_size)
+        start = 0
+        for i, (data, count) in enumerate(zip(raw.images, views)):
+            seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
+            transform(data, seed=seed, out=out[start : start + count])
+            start += count
+        images = list(out[:start])
         maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
         meta = raw.record.get("meta") or {}
         size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*images, *maps)) + 1000
-        if self._cached_bytes + size <= self.cache_bytes:
+        if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
             ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
-            self._cache[source, row] = (raw.key, ids, labels, images, maps, meta)
+            own = [image.clone() for image in images]  # else the whole batch that they lie in would stay
+            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
         return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
 
@@ -127,3 +168,28 @@ class PlannedDataset(Dataset):
                 "write these shards again, or raise the share"
             ) from error
         return key
+
+
+def transforms_of(plan: Plan | ValidationPlan, transform: ImageTransform, *, training: bool) -> list[ImageTransform]:
+    """The transform of every source: what its questions allow of the augmentation, and none outside training.
+
+    Raises:
+        ValueError: tiles, crops or mirrors of images with dense label maps; an augmentation that no source allows.
+    """
+    transforms = [transform.restricted(source.augment if training else ()) for source in plan.sources]
+    for source, own in zip(plan.sources, transforms):
+        kinds = [kind for kind in ("crop", "mirror") if own.augment and kind in own.augment.kinds]
+        if any(suffix.endswith(".labels.png") for suffix in source.index.suffixes) and (own.tiles or kinds):
+            what = "tiles" if own.tiles else f"augment.{kinds[0]}"
+            raise ValueError(
+                f"image.{what} would part the images of source {source.name} from their dense label maps; take it out "
+                f"of the stage{'' if own.tiles else f', or {kinds[0]} out of what the source allows (augment)'}"
+            )
+    for kind in transform.augment.kinds if training and transform.augment else ():
+        if not any(kind in source.augment for source in plan.sources):
+            first = plan.sources[0].name
+            raise ValueError(
+                f"image.augment.{kind}: no source of the mixture allows it; where no answer depends on it set "
+                f"mixture.sources.{first}.augment=[{kind}], or take {kind} out of the stage"
+            )
+    return transforms

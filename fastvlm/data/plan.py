@@ -282,7 +282,9 @@ class Plan:
             for shard, where in s.index.broken.items():
                 lines.append(f"{s.name}: {shard} {where}; the samples before are used, write the shard again")
             for reason, gone in s.excluded.items():
-                keys = ", ".join([*(s.index.key(row) for row in gone[:3].tolist()), *(["..."] if len(gone) > 3 else [])])
+                keys = ", ".join(
+                    [*(s.index.key(row) for row in gone[:3].tolist()), *(["..."] if len(gone) > 3 else [])]
+                )
                 lines.append(f"{s.name}: {len(gone)} samples left out, {reason} ({keys})")
             if s.num_truncated:
                 lines.append(f"{s.name}: {s.num_truncated} samples cut to max_tokens={self.max_tokens}")
