@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.conversation import Encoded, encode_record, without_images
+from fastvlm.data.decode import open_image
 from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
-from fastvlm.data.shards import ShardReader
+from fastvlm.data.shards import RawSample, ShardReader
 from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Opened:
+    raw: RawSample
+    encoded: Encoded
+    views: list[int]  # of each image that is not cut off
+    images: list[Image.Image]  # likewise, their headers read
 
 
 class PlannedDataset(Dataset):
@@ -88,13 +99,17 @@ class PlannedDataset(Dataset):
         views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
         # Decoded where they stay: a worker hands this very memory over.
         pixels = empty_views(sum(map(sum, views)), self.image_size, shared=get_worker_info() is not None)
+        # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
+        # the next sample from cold ones takes three times as long.
+        opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
         filled = 0
         for planned, counts in zip(mine, views):
             row = []
             for (source, number_in_index), count in zip(planned, counts):
+                ready = next(opened)
                 try:
                     out = pixels[filled : filled + count]
-                    row.append(self.read(source, number_in_index, step=number, out=out))
+                    row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
                     filled += count
                 except (OSError, ValueError) as error:
                     skipped.append(self._skip(source, number_in_index, error))
@@ -110,12 +125,21 @@ class PlannedDataset(Dataset):
             pixel_values=pixels[:filled],
         )
 
-    def read(self, source: int, row: int, *, step: int = 0, out: Tensor | None = None) -> Sample:
+    def read(
+        self,
+        source: int,
+        row: int,
+        *,
+        step: int = 0,
+        out: Tensor | None = None,
+        opened: _Opened | Exception | None = None,
+    ) -> Sample:
         """A sample as the model takes it.
 
         Args:
             step: for which it is read: augmentation differs from step to step.
             out: where its views go; as many as the plan counts.
+            opened: what `_try_open` made of it, where that has been called.
 
         Raises:
             OSError, ValueError: it cannot be read.
@@ -129,22 +153,16 @@ class PlannedDataset(Dataset):
                     view.copy_(image)
                 images = list(out)
             return Sample(key, name, ids.tolist(), labels.tolist(), list(images), list(maps), meta)
-        raw = self.plan.sources[source].index.read(row, self._reader)
-        blind, transform = self.plan.sources[source].blind, self._transforms[source]
-        views = [] if blind else views_of(self.plan.sources[source].index, row, transform)
-        encoded = encode_record(
-            without_images(raw.record) if blind else raw.record,
-            self.tokenizer,
-            tokens_per_image=[v * self.plan.tokens_per_image for v in views],
-            max_tokens=self.plan.max_tokens,
-        )
-        views = views[: encoded.num_images]
+        opened = opened or self._try_open(source, row)
+        if isinstance(opened, Exception):
+            raise opened
+        raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
         if out is None:
-            out = empty_views(sum(views), self.image_size)
+            out = empty_views(sum(opened.views), self.image_size)
         start = 0
-        for i, (data, count) in enumerate(zip(raw.images, views)):
+        for i, (image, count) in enumerate(zip(opened.images, opened.views)):
             seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
-            transform(data, seed=seed, out=out[start : start + count])
+            transform(raw.images[i], seed=seed, out=out[start : start + count], image=image)
             start += count
         images = list(out[:start])
         maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
@@ -156,6 +174,25 @@ class PlannedDataset(Dataset):
             self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
         return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
+
+    def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
+        """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
+        if (source, row) in self._cache:
+            return None
+        try:
+            raw = self.plan.sources[source].index.read(row, self._reader)
+            blind = self.plan.sources[source].blind
+            views = [] if blind else views_of(self.plan.sources[source].index, row, self._transforms[source])
+            encoded = encode_record(
+                without_images(raw.record) if blind else raw.record,
+                self.tokenizer,
+                tokens_per_image=[v * self.plan.tokens_per_image for v in views],
+                max_tokens=self.plan.max_tokens,
+            )
+            views = views[: encoded.num_images]
+            return _Opened(raw, encoded, views, [open_image(data) for data, _ in zip(raw.images, views)])
+        except (OSError, ValueError) as error:
+            return error
 
     def _skip(self, source: int, row: int, error: Exception) -> str:
         key = f"{self._names[source]}/{self.plan.sources[source].index.key(row)}"
