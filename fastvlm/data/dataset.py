@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import encode_record
+from fastvlm.data.conversation import Encoded, encode_record
+from fastvlm.data.decode import open_image
 from fastvlm.data.features import FeatureStore, image_key
 from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
-from fastvlm.data.shards import ShardReader
+from fastvlm.data.shards import RawSample, ShardReader
 from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Opened:
+    raw: RawSample
+    encoded: Encoded
+    views: list[int]  # of each image that is not cut off
+    images: list[Image.Image]  # likewise, their headers read
 
 
 class PlannedDataset(Dataset):
@@ -93,13 +104,17 @@ class PlannedDataset(Dataset):
         views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
         # Decoded where they stay: a worker hands this very memory over.
         room = self._room(sum(map(sum, views)), shared=get_worker_info() is not None)
+        # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
+        # the next sample from cold ones takes three times as long.
+        opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
         filled = 0
         for planned, counts in zip(mine, views):
             row = []
             for (source, number_in_index), count in zip(planned, counts):
+                ready = next(opened)
                 try:
                     out = room[filled : filled + count]
-                    row.append(self.read(source, number_in_index, step=number, out=out))
+                    row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
                     filled += count
                 except (OSError, ValueError) as error:
                     skipped.append(self._skip(source, number_in_index, error))
@@ -121,12 +136,21 @@ class PlannedDataset(Dataset):
             return empty_views(count, self.image_size, shared=shared)
         return self.features.empty(count, shared=shared)
 
-    def read(self, source: int, row: int, *, step: int = 0, out: Tensor | None = None) -> Sample:
+    def read(
+        self,
+        source: int,
+        row: int,
+        *,
+        step: int = 0,
+        out: Tensor | None = None,
+        opened: _Opened | Exception | None = None,
+    ) -> Sample:
         """A sample as the model takes it.
 
         Args:
             step: for which it is read: augmentation differs from step to step.
             out: where its views go; as many as the plan counts.
+            opened: what `_try_open` made of it, where that has been called.
 
         Raises:
             OSError, ValueError: it cannot be read.
@@ -145,24 +169,18 @@ class PlannedDataset(Dataset):
                     self._read_features(image, out[start : start + count])
                 start += count
             return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta)
-        raw = self.plan.sources[source].index.read(row, self._reader)
-        measured, transform = self.plan.sources[source], self._transforms[source]
-        views = views_of(measured.index, row, transform) if measured.source.images else []
-        encoded = encode_record(
-            measured.source.edit(raw.record),
-            self.tokenizer,
-            tokens_per_image=[v * self.plan.tokens_per_image for v in views],
-            max_tokens=self.plan.max_tokens,
-        )
-        views = views[: encoded.num_images]
+        opened = opened or self._try_open(source, row)
+        if isinstance(opened, Exception):
+            raise opened
+        raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
         if out is None:
-            out = self._room(sum(views))
+            out = self._room(sum(opened.views))
         start, own = 0, []
-        for i, (data, count) in enumerate(zip(raw.images, views)):
+        for i, (data, count) in enumerate(zip(raw.images, opened.views)):
             place = out[start : start + count]
             if self.features is None:
                 seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
-                transform(data, seed=seed, out=place)
+                transform(data, seed=seed, out=place, image=opened.images[i])
                 own.append((place, count))
             else:
                 own.append((image_key(data), count))
@@ -180,6 +198,26 @@ class PlannedDataset(Dataset):
             self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
         return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
+
+    def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
+        """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
+        if (source, row) in self._cache:
+            return None
+        measured = self.plan.sources[source]
+        try:
+            raw = measured.index.read(row, self._reader)
+            views = views_of(measured.index, row, self._transforms[source]) if measured.source.images else []
+            encoded = encode_record(
+                measured.source.edit(raw.record),
+                self.tokenizer,
+                tokens_per_image=[v * self.plan.tokens_per_image for v in views],
+                max_tokens=self.plan.max_tokens,
+            )
+            views = views[: encoded.num_images]
+            images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
+            return _Opened(raw, encoded, views, images)
+        except (OSError, ValueError) as error:
+            return error
 
     def _read_features(self, key: bytes, out: Tensor, *, sound: Callable[[], object] = lambda: None) -> None:
         """Write an image's features into `out`; `sound` raises where the image itself is broken, and so has none.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.augment import Augmentation, jitter_colours, mean_grey
@@ -93,18 +94,24 @@ class ImageTransform:
         return views[choose_grids(widths, heights, image_size=self.image_size, grids=self.tiles)]
 
     def __call__(
-        self, data: bytes, *, seed: str | int | None = None, out: UInt8[Tensor, "v 3 H W"] | None = None
+        self,
+        data: bytes,
+        *,
+        seed: str | int | None = None,
+        out: UInt8[Tensor, "v 3 H W"] | None = None,
+        image: Image.Image | None = None,
     ) -> UInt8[Tensor, "v 3 H W"]:
         """The views of an encoded image, global view first.
 
         Args:
             seed: what augmentation is drawn from; None for none.
             out: where to write them.
+            image: what `open_image` made of the data, where that has been called.
 
         Raises:
             ValueError: the file is broken or too large, or `out` is not as many views as the image has.
         """
-        image = open_image(data)
+        image = image or open_image(data)
         width, height = upright_size(image)
         rows, columns = self.grid(width, height)
         views, side = self.num_views(width, height), self.image_size
