@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.remote import find_shards, is_remote
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -21,7 +22,8 @@ class Source:
 
     Args:
         name: as it stands in logs, metrics and error messages.
-        path: the folder of the shards.
+        path: the folder of the shards or its URL (`s3://`, `gs://`, `hf://`, `https://`), a brace pattern or a list of
+            shards; see `fastvlm/data/remote.py`.
         types: keep only samples of these question types (`meta.type` or one of `meta.types`).
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
@@ -33,7 +35,7 @@ class Source:
         self,
         name: str,
         *,
-        path: str | Path,
+        path: str | Path | Sequence[str],
         types: Sequence[str] | None = None,
         max_samples: int | None = None,
         images: bool = True,
@@ -41,12 +43,13 @@ class Source:
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
-        self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
+        self.name, self.max_samples, self.rebuild_index = name, max_samples, rebuild_index
+        self.path = Path(path) if isinstance(path, str) and not (is_remote(path) or "{" in path) else path
         self.images = images
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(find_shards(self.path, split))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
