@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
 from fastvlm.data.conversation import encode_record, without_images
 from fastvlm.data.plan import Plan
+from fastvlm.data.prefetch import Prefetcher, has_remote
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.transforms import decode_image, decode_label_map
 from fastvlm.data.validation import ValidationPlan
@@ -62,6 +64,7 @@ class PlannedDataset(Dataset):
         self.max_skipped_share, self.cache_bytes = max_skipped_share, cache_bytes
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
+        self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
         self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list[Tensor], list[Tensor], dict]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
@@ -71,6 +74,7 @@ class PlannedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         number, micro = divmod(index, self.accumulate)
+        self._look_ahead(number)
         step = self.plan.step(number)
         rows, skipped = [], []
         for planned in step.rows[self.rank :: self.world_size][micro :: self.accumulate]:
@@ -90,6 +94,17 @@ class PlannedDataset(Dataset):
             step=number,
             skipped=skipped,
         )
+
+    def _look_ahead(self, step: int) -> None:
+        if not any(has_remote(source.index) for source in self.plan.sources):
+            return
+        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not follow a fork
+            ranks = {"rank": self.rank, "world_size": self.world_size}
+            self._prefetcher = (os.getpid(), Prefetcher(self.plan, cache=self._reader.cache, **ranks))
+        self._prefetcher[1].move_to(step)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_prefetcher": None}
 
     def read(self, source: int, row: int) -> Sample:
         """A sample as the model takes it.

@@ -209,15 +209,16 @@ def give_up(error: Exception, *, url: str, failures: int) -> None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """HTTP status in an error of aiohttp, Hugging Face, Google or botocore."""
+    """HTTP status in an error of aiohttp, Hugging Face, botocore or gcsfs."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    values = [getattr(error, "status", None), getattr(response, "status_code", response), getattr(error, "code", None)]
-    for value in values:
+    # aiohttp's `code` is its own and says 400 for a body that was cut.
+    code = getattr(error, "code", None) if type(error).__module__.startswith("gcsfs") else None
+    for value in (getattr(error, "status", None), getattr(response, "status_code", response), code):
         if isinstance(value, int) and 100 <= value < 600:
             return value
-    return status_of(error.__cause__) if error.__cause__ is not None else None
+    return None
 
 
 def is_permanent(error: Exception) -> bool:
@@ -339,7 +340,11 @@ def read_small(url: str) -> bytes:
     """
 
     def read() -> bytes:
+        size = _info(url).get("size")
         with open_at(url, 0) as (_, file):
-            return b"".join(iter(lambda: file.read(BLOCK), b""))
+            data = b"".join(iter(lambda: file.read(BLOCK), b""))
+        if size is not None and len(data) != size:
+            raise ConnectionError(f"ended at byte {len(data)} of {size}")
+        return data
 
     return retry(read, url=url)
