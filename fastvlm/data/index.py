@@ -44,6 +44,7 @@ PLANNED = ("num_images", "text_tokens", "answer_tokens", "type", "fault")  # col
 KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 NOTED_SAMPLES = 100_000
+SAY_EVERY = 5  # seconds
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -173,6 +174,10 @@ def cached_sidecar(shard: Path | RemoteShard, fingerprint: str) -> Path:
     return cache_folder() / "index" / f"{digest}-{fingerprint}-{shard.name}.idx.parquet"
 
 
+def unwritable(error: OSError) -> str:
+    return f"{cache_folder()}: {error.strerror or error}; indexes of remote shards are kept there: set FASTVLM_CACHE"
+
+
 @dataclass
 class Sidecar:
     """An open index of one shard: what a plan needs of it; the rest stays in its file until it is asked for."""
@@ -196,16 +201,19 @@ def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar |
                 data = read_small(beside(shard.url, f"{shard.name}.idx.parquet"))
             except Unavailable:
                 return None, "missing"
-            beside_it = kept.with_name(f".{kept.name}.{os.getpid()}")
-            beside_it.parent.mkdir(parents=True, exist_ok=True)
+            fetched = kept.with_name(f".{kept.name}.{os.getpid()}")
             try:
-                beside_it.write_bytes(data)
-                found, reason = read_sidecar(beside_it, shard, fingerprint)
+                fetched.parent.mkdir(parents=True, exist_ok=True)
+                fetched.write_bytes(data)
+                found, reason = read_sidecar(fetched, shard, fingerprint)
                 if found is not None:
-                    os.replace(beside_it, kept)
+                    os.replace(fetched, kept)
                     found.path = kept
+            except OSError as error:
+                raise ValueError(unwritable(error)) from None
             finally:
-                beside_it.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    fetched.unlink(missing_ok=True)
         return found, reason
     found, reason = read_sidecar(sidecar(shard), shard, fingerprint)
     if found is None and kept.exists():
@@ -261,6 +269,8 @@ def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
         raise ValueError(f"{error}; its index cannot be built (a sidecar beside it would do)") from None
     try:
         build_index(cache.path(shard), tokenizer, out=cached_sidecar(shard, tokenizer.fingerprint))
+    except OSError as error:
+        raise ValueError(unwritable(error)) from None
     finally:
         os.close(fd)
 
@@ -278,7 +288,7 @@ def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, lab
             done = pool.imap(work, shards)
         for count, _ in enumerate(done, start=1):
             now = time.monotonic()
-            if now - said > 5 or (count == len(shards) and now - started > 5):
+            if now - said > SAY_EVERY or (count == len(shards) and now - started > SAY_EVERY):
                 print(f"{label}: index of {count} of {len(shards)} shards built", file=sys.stderr, flush=True)
                 said = now
 

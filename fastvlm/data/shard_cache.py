@@ -75,7 +75,7 @@ class ShardCache:
             Unavailable: the shard cannot be had.
         """
         while True:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, NotADirectoryError):
                 fd = os.open(self.path(shard), os.O_RDONLY)
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if os.fstat(fd).st_nlink:  # else it was evicted between the two

@@ -131,10 +131,10 @@ class FaultServer:
         return name
 
     def send(self, handler: BaseHTTPRequestHandler, name: str, data: bytes) -> None:
-        handler.wfile.write(data)
-        handler.wfile.flush()
         with self._lock:
             self.sent[name] += len(data)
+        handler.wfile.write(data)
+        handler.wfile.flush()
 
 
 class HubServer(FaultServer):
