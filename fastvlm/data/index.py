@@ -40,7 +40,6 @@ from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 1
-PLANNED = ("num_images", "text_tokens", "answer_tokens", "type", "fault")  # columns that every plan reads
 KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 NOTED_SAMPLES = 100_000
@@ -180,11 +179,11 @@ def unwritable(error: OSError) -> str:
 
 @dataclass
 class Sidecar:
-    """An open index of one shard: what a plan needs of it; the rest stays in its file until it is asked for."""
+    """The index of one shard, found to fit; its columns stay in its file until they are asked for."""
 
     path: Path
     header: dict
-    table: pa.Table  # PLANNED columns
+    num_samples: int
 
 
 def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
@@ -225,12 +224,11 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
     if not path.exists():
         return None, "missing"
     try:
-        file = pq.ParquetFile(path, read_dictionary=["type", "fault"])
+        file = pq.ParquetFile(path)
         schema = file.schema_arrow
         header = json.loads(schema.metadata[b"fastvlm"])
         if header.get("format") != FORMAT or schema.names != SCHEMA.names:
             return None, f"of format {header.get('format')}, this version writes {FORMAT}"
-        table = file.read(columns=list(PLANNED), use_threads=False)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         return None, f"unreadable ({str(error).splitlines()[0]})"
     if header["tokenizer"] != fingerprint:
@@ -250,7 +248,7 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         header["shard_mtime_ns"] = stat.st_mtime_ns
         with contextlib.suppress(OSError):  # a read-only folder: the checksums are read again next time
             write_sidecar(path, pq.read_table(path), header)
-    return Sidecar(path, header, table), ""
+    return Sidecar(path, header, file.metadata.num_rows), ""
 
 
 def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
@@ -462,7 +460,7 @@ def load_index(
                     f"index of {where[i]} is {found[i][1]} right after it was built; is the shard being written?"
                 )
     opened = [sidecar for sidecar, _ in found]
-    headers, counts = [o.header for o in opened], [len(o.table) for o in opened]
+    headers, counts = [o.header for o in opened], [o.num_samples for o in opened]
     for place, header, count in zip(where, headers, counts):
         if header["broken"]:
             warnings.warn(
@@ -471,7 +469,7 @@ def load_index(
                 stacklevel=2,
             )
     state = json.dumps([[h["checksum"] for h in headers], fingerprint, counts])
-    column = lambda name: np.concatenate([o.table[name].to_numpy() for o in opened])
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = SourceIndex(
         folder=folder,
         split=split,
@@ -479,12 +477,8 @@ def load_index(
         files=[s if isinstance(s, RemoteShard) else str(s) for s in shards],
         sidecars=[o.path for o in opened],
         checksums=[h["checksum"] for h in headers],
-        start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        num_images=column("num_images"),
-        text_tokens=column("text_tokens"),
-        answer_tokens=column("answer_tokens"),
-        types=joined([o.table["type"] for o in opened]),
-        faults=joined([o.table["fault"] for o in opened]),
+        start=start,
+        **read_planned([o.path for o in opened], start),
         checksum=hashlib.sha256(state.encode()).hexdigest()[:16],
         broken={place: h["broken"] for place, h in zip(where, headers) if h["broken"]},
     )
@@ -492,26 +486,76 @@ def load_index(
     return index
 
 
+def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:
+    """The columns that a plan needs, filled shard by shard, so that hundreds of tables never stand beside them."""
+    numbers = {name: np.empty(start[-1], dtype=np.int32) for name in ("num_images", "text_tokens", "answer_tokens")}
+    codes = {name: np.empty(start[-1], dtype=np.int32) for name in ("type", "fault")}
+    words: dict[str, dict[str, int]] = {name: {} for name in codes}
+
+    def read(path: Path) -> pa.Table:
+        file = pq.ParquetFile(path, read_dictionary=list(codes))
+        return file.read(columns=[*numbers, *codes], use_threads=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(0, len(sidecars), 16):  # no more tables ahead than these
+            for k, table in enumerate(pool.map(read, sidecars[first : first + 16]), start=first):
+                for name, out in numbers.items():
+                    out[start[k] : start[k + 1]] = table[name].to_numpy()
+                for name, out in codes.items():
+                    at = start[k]
+                    for chunk in table[name].chunks:
+                        known = words[name]
+                        place = np.array(
+                            [known.setdefault(w, len(known)) for w in chunk.dictionary.to_pylist()], np.int32
+                        )
+                        out[at : at + len(chunk)] = place[chunk.indices.to_numpy()]
+                        at += len(chunk)
+    small = lambda name: codes[name].astype(np.min_scalar_type(-max(1, len(words[name]))))
+    coded = {
+        name: pa.DictionaryArray.from_arrays(small(name), pa.array(list(words[name]), pa.string())) for name in codes
+    }
+    return numbers | {"types": coded["type"], "faults": coded["fault"]}
+
+
 def check_keys(index: SourceIndex) -> None:
     """Refuse two samples with one key.
 
-    With millions of samples this takes seconds and a GiB, so that a large index found sound is noted in the cache
-    folder under its checksum (which covers the tars' headers, and so the keys).
+    With millions of samples this takes seconds, so that a large index found sound is noted in the cache folder under
+    its checksum (which covers the tars' headers, and so the keys).
     """
     note = cache_folder() / "index" / f"unique-{index.checksum}"
     if not index.num_samples or (index.num_samples > NOTED_SAMPLES and note.exists()):
         return
-    keys = index.column("key")
-    if pc.count_distinct(keys).as_py() != len(keys):
-        counts = pc.value_counts(keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise ValueError(
-            f"{index.folder}: key {twice!r} stands twice in split {index.split}; give every sample its own key"
-        )
+    hashes = np.empty(index.num_samples, dtype=np.uint64)
+    for k, path in enumerate(index.sidecars):
+        keys = merged(pq.ParquetFile(path).read(columns=["key"], use_threads=False)["key"])
+        hashes[index.start[k] : index.start[k + 1]] = hash_keys(keys)
+    ordered = np.sort(hashes)
+    if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+        names: set[str] = set()
+        for row in np.flatnonzero(np.isin(hashes, twice)).tolist():
+            if (key := index.key(row)) in names:
+                raise ValueError(
+                    f"{index.folder}: key {key!r} stands twice in split {index.split}; give every sample its own key"
+                )
+            names.add(key)
     if index.num_samples > NOTED_SAMPLES:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
+
+
+def hash_keys(keys: pa.Array) -> np.ndarray:
+    """A 64-bit hash of every string: uint64. Multilinear: the sum of (byte + 1) times a random word for its place."""
+    offsets = np.frombuffer(keys.buffers()[1], np.int32)[keys.offset : keys.offset + len(keys) + 1]
+    if not len(keys) or offsets[0] == offsets[-1]:
+        return np.zeros(len(keys), np.uint64)
+    text = np.frombuffer(keys.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].astype(np.uint64) + np.uint64(1)
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    words = np.random.PCG64(0).random_raw(int(lengths.max()))
+    text *= words[np.arange(len(text)) - np.repeat(starts, lengths)]
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(text)])  # modulo 2^64, so differences are exact
+    return sums[starts + lengths] - sums[starts]
 
 
 @contextlib.contextmanager
@@ -528,12 +572,6 @@ def one_builder(name: str) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
-
-
-def joined(columns: Sequence[pa.ChunkedArray]) -> pa.Array:
-    """One dictionary array of many."""
-    chunks = [chunk for column in columns for chunk in column.chunks]
-    return merged(pa.chunked_array(chunks).unify_dictionaries()) if chunks else pa.array([], pa.string())
 
 
 def merged(column: pa.ChunkedArray) -> pa.Array:
@@ -561,8 +599,12 @@ def main() -> None:
                 opened, reason = open_sidecar(shard, tokenizer.fingerprint)
                 if opened is None:
                     raise ValueError(f"index of {shard} is {reason} right after it was built")
-                tokens, faults = pc.sum(opened.table["text_tokens"]), pc.sum(pc.not_equal(opened.table["fault"], ""))
-                print(f"{opened.path}: {len(opened.table)} samples, {tokens} text tokens, {faults or 0} unreadable")
+                table = pq.read_table(opened.path, columns=["text_tokens", "fault"])
+                faults = sum(fault != "" for fault in table["fault"].to_pylist())
+                print(
+                    f"{opened.path}: {len(table)} samples, {pc.sum(table['text_tokens'])} text tokens, "
+                    f"{faults} unreadable"
+                )
         if not count:
             raise ValueError(f"{args.folder}: no shards {args.split}-*.tar")
         if Path(args.folder).is_dir():
