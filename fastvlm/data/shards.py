@@ -65,7 +65,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     """
     try:
         record = json.loads(members["json"]) if "json" in members else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}.json is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{key}.json is not an object")
