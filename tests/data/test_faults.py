@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import tarfile
 import threading
 import time
@@ -313,6 +314,38 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line_and_the_same_c
     assert "Traceback" not in done.stderr
     again = cli("train.py", *arguments)
     assert "going on from step=" in again.stdout
+
+
+def test_what_a_run_skips_is_counted_and_named_in_mlflow_and_the_report(cli, embedded, tmp_path):
+    folder = tmp_path / "captions"
+    shutil.copytree(embedded / "embedded/captions", folder)
+    shard = folder / "train-00000.tar"
+    spans, _ = scan_shard(shard)
+    data, broken, mute = bytearray(shard.read_bytes()), spans[1], spans[2]
+    name, offset, size = next(m for m in broken.members if m[0] == "0.png")
+    data[offset + size // 2 : offset + size] = bytes(size - size // 2)  # the header of the picture is whole
+    name, offset, size = next(m for m in mute.members if m[0] == "json")
+    data[offset : offset + size] = b"x" * size
+    shard.write_bytes(data)
+    arguments = [a for a in TINY if a != "logger=none"]
+    arguments += ["logger=mlflow", "pipeline=align", "stages.align.steps=40", "name=faulty", "stages.align.epochs=null"]
+    arguments += [
+        f"stages.align.mixture.sources.captions.path={folder}",
+        "mixture@stages.align.mixture=embedded_captions",
+    ]
+    done = cli("train.py", *arguments)
+    assert f"captions: 1 samples left out, unreadable ({mute.key})" in done.stdout
+    assert f"skipped captions/{broken.key}: broken image" in done.stderr + done.stdout
+    page = (tmp_path / "runs/faulty/report.html").read_text()
+    assert mute.key in page and broken.key in page and "could not be read" in page and "left out: unreadable" in page
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = [r for r in client.search_runs(experiments) if r.info.run_name == "align"]
+    assert run.data.metrics["train/skipped"] >= 1
+    assert run.data.metrics["data/left_out/captions"] == 1
+    assert {"left_out.json", "skipped.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
 def test_a_sound_source_warns_of_nothing(sources, tokenizer):
