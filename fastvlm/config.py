@@ -60,6 +60,8 @@ class StageConfig:
     max_tokens: int = 256  # positions of a row
     max_images: int = 16  # images of a row
     packing: bool = True
+    pack_window: int = 1000  # samples packed together
+    sort_window: int = 0  # without packing: samples of like length share a step within windows of so many; 0 for not
     optimizer: Any = field(
         default_factory=lambda: {
             "_target_": "torch.optim.AdamW",
@@ -74,6 +76,17 @@ class StageConfig:
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
+    max_skipped_share: float = 0.01  # of the samples read; more that cannot be read stop the run
+
+
+@dataclass
+class DataConfig:
+    """How every stage reads; nothing here decides what is learned, but for `replan`."""
+
+    on_change: str = "refuse"  # data changed under an interrupted stage: refuse, replan (go on), restart
+    max_skipped_share: float = 0.01  # so many of the samples read may be unreadable
+    cache_mb: int = 256  # of encoded samples kept in memory, in each loader process
+    longest_first: bool = False  # try the longest batch after the first step: it does not fit, or it never fails
 
 
 @dataclass
@@ -98,6 +111,7 @@ class TrainConfig:
     llm: Any = MISSING
     stages: dict[str, StageConfig] = field(default_factory=dict)
     task: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
     hardware: Any = MISSING
     logger: Any = MISSING
     log_every: int = 20
@@ -183,6 +197,8 @@ def check(config: DictConfig) -> None:
                 wrong += [f"{where}.{key}.{missing} must be given" for missing in OmegaConf.missing_keys(stage[key])]
         if stage.decay not in ("cosine", "linear", "constant"):
             wrong.append(f"{where}.decay={stage.decay} is none of cosine, linear, constant")
+    if "data" in config and config.data.on_change not in ("refuse", "replan", "restart"):
+        wrong.append(f"data.on_change={config.data.on_change} is none of refuse, replan, restart")
     if "stages" in config and not config.stages:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
     if wrong:

@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from fastvlm.build import build_model, build_tokenizer, instantiate, seed_of
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
+from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
 from fastvlm.hardware import Hardware
 
 # What only tells where and how fast: never part of a stage's or a run's identity.
@@ -33,6 +36,7 @@ INCIDENTAL = (
     "checkpoint_every",
     "num_samples",
     "image_size",
+    "data",
 )
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
@@ -113,6 +117,8 @@ class Pipeline:
         if path.exists() and not self.config.overwrite:
             theirs = OmegaConf.to_container(OmegaConf.load(path))
             differ = [d for d in differences(theirs, self.resolved) if d.split(".")[0].split(":")[0] not in INCIDENTAL]
+            if self.config.data.on_change == "replan":
+                differ = [d for d in differ if not re.match(r"stages\.\w+\.mixture\.", d)]
             if differ:
                 raise ValueError(
                     f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
@@ -217,6 +223,12 @@ class Pipeline:
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
+            max_skipped_share=stage.max_skipped_share,
+            pack_window=stage.pack_window,
+            sort_window=stage.sort_window,
+            plan_cache=self.runs / "plans",
+            max_skipped_share=self.config.data.max_skipped_share,
+            cache_bytes=self.config.data.cache_mb << 20,
         )
 
     def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:
@@ -237,12 +249,17 @@ class Pipeline:
         }
         key = hash_of(identity)
         folder = self.runs / "stages" / f"{name}-{key[:12]}"
+        if (stopped := self.stopped(name, identity)) and stopped != folder:
+            self.go_on_from(stopped, data, identity)
+            key = hash_of(identity)
+            folder = self.runs / "stages" / f"{name}-{key[:12]}"
         with only_one(folder):
             manifest = read_manifest(folder / "handoff")
             found = manifest is not None
             if found:
                 say(f"\n{name}: finished before ({folder.name})")
             else:
+                self.link(name, folder)
                 self.train(name, config, data, folder, key, identity, tracking, run_id)
                 manifest = read_manifest(folder / "handoff")
         for part in manifest["components"]:
@@ -250,12 +267,7 @@ class Pipeline:
                 self.model.parts[part], part, folder / "handoff", manifest, tokenizer=self.tokenizer.fingerprint
             )
             self.lineage[part], self.folders[part] = key, folder / "handoff"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            links = self.run_dir / "stages"
-            links.mkdir(exist_ok=True)
-            link = links / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
+        self.link(name, folder)
         return {
             "name": name,
             "dir": folder,
@@ -264,6 +276,62 @@ class Pipeline:
             "metrics": manifest["metrics"],
         }
 
+    def link(self, name: str, folder: Path) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            links = self.run_dir / "stages"
+            links.mkdir(parents=True, exist_ok=True)
+            beside = links / f".{name}.{os.getpid()}"
+            beside.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
+            beside.replace(links / name)
+
+    def stopped(self, name: str, identity: dict) -> Path | None:
+        """Where this run's stage stands, when nothing but its data differs from what is asked for now: interrupted, or
+        finished with data that were planned anew on the way."""
+        folder = (self.run_dir / "stages" / name).resolve()
+        try:
+            theirs = json.loads((folder / "identity.json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = {k: v for k, v in json.loads(json.dumps(identity, default=str)).items() if k != "data"}
+        return folder if {k: v for k, v in theirs.items() if k != "data"} == same else None
+
+    def go_on_from(self, stopped: Path, data, identity: dict) -> None:
+        """Data changed under an interrupted stage: refuse, begin anew, or plan the rest from what has been seen.
+
+        Raises:
+            ValueError: with `data.on_change=refuse`, naming what changed.
+        """
+        name, checkpoint, before = identity["stage"], newest_checkpoint(stopped), read_description(stopped)
+        if before is None:
+            return
+        if before["base"] == data.plan.base and before["after"]:  # planned anew by an earlier run of this command
+            data.replan(Seen.load(stopped))
+            identity["data"] = data.plan.fingerprint
+            return
+        if checkpoint is None or not (stopped / "order.npz").exists():
+            return
+        step, changed = int(checkpoint.stem.split("=")[1]), "; ".join(changes(before, data.plan))
+        choice = self.config.data.on_change
+        if choice == "refuse":
+            raise ValueError(
+                f"stage {name} stopped at step {step} and its data have changed since: {changed}. "
+                "data.on_change=replan goes on with the new data from the samples already seen, "
+                "data.on_change=restart begins the stage anew"
+            )
+        if choice == "restart":
+            say(f"\n{name}: begins anew, its data have changed: {changed}")
+            return
+        data.replan(seen_before(stopped, step))
+        identity["data"] = data.plan.fingerprint
+        say(f"\n{name}: planned anew from step {step}: {changed}")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            folder = self.runs / "stages" / f"{name}-{hash_of(identity)[:12]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            if (stopped / "metrics.jsonl").exists():
+                shutil.copyfile(stopped / "metrics.jsonl", folder / "metrics.jsonl")
+            shutil.copyfile(checkpoint, folder / f".{checkpoint.name}")
+            os.replace(folder / f".{checkpoint.name}", folder / checkpoint.name)
+
     def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
@@ -271,6 +339,7 @@ class Pipeline:
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
         from fastvlm.callbacks.provenance import Provenance
+        from fastvlm.callbacks.rehearsal import LongestFirst
         from fastvlm.callbacks.samples import Samples
 
         quiet_lightning()
@@ -345,6 +414,8 @@ class Pipeline:
         if self.config.num_samples and "llm" in config.parts:
             records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
+        if self.config.data.longest_first:
+            callbacks.insert(1, LongestFirst(data.plan))
         trainer = L.Trainer(
             **self.hardware.trainer(),
             default_root_dir=str(folder),
@@ -379,6 +450,9 @@ class Pipeline:
         )
         for line in data.plan.notes():
             say(f"  {line}")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not resume_of(folder, data.plan):
+            write_order(data.plan, folder)
+            write_json(folder / "identity.json", identity)
         status = "FAILED"
         try:
             trainer.fit(
@@ -396,8 +470,8 @@ class Pipeline:
         say("\n".join("  " + line for line in freezing.table().splitlines()))
         if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
-            for old in folder.glob("step=*.ckpt"):
-                old.unlink()
+            for old in (*folder.glob("step=*.ckpt"), folder / "order.npz"):
+                old.unlink(missing_ok=True)
 
     def generator(self, stage: DictConfig):
         from fastvlm.inference.engine import Engine
@@ -451,12 +525,24 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
     for source in sources:
         index = source.load("val", tokenizer)
-        rows = source.select(index)
+        rows, _ = source.select(index)
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
-            found.append((raw.record, [decode_image(data, image_size) for data in raw.images]))
+            images = [decode_image(data, image_size) for data in raw.images if source.images]
+            found.append((source.edit(raw.record), images))
     return found[:num]
+
+
+def resume_of(folder: Path, plan) -> bool:
+    """Whether the order of this very plan is kept there already."""
+    before = read_description(folder)
+    after = plan.after and plan.after.digest
+    return (
+        before is not None
+        and (before["base"], before["after"]) == (plan.base, after)
+        and (folder / "order.npz").exists()
+    )
 
 
 def validation_interval(every: int | None, steps: int) -> int:
@@ -482,7 +568,8 @@ def quiet_lightning() -> None:
     import logging
     import warnings
 
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.plan import Plan
+from fastvlm.data.replan import Seen
 from fastvlm.data.source import Mixture
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
@@ -58,7 +60,7 @@ class MixtureDataModule(L.LightningDataModule):
         seed: of the order.
         num_workers: loader processes a rank; the batches are the same for any number.
         val_samples: of all sources together, balanced; 0 for no validation.
-        pack_window, sort_window: see `Plan`.
+        pack_window, sort_window, plan_cache: see `Plan` (`cache`).
         max_skipped_share, cache_bytes: see `PlannedDataset`.
 
     Raises:
@@ -85,6 +87,7 @@ class MixtureDataModule(L.LightningDataModule):
         val_samples: int = 256,
         pack_window: int = 1000,
         sort_window: int = 0,
+        plan_cache: str | Path | None = None,
         max_skipped_share: float = 0.01,
         cache_bytes: int = 256 << 20,
     ):
@@ -101,13 +104,19 @@ class MixtureDataModule(L.LightningDataModule):
             "batch_size": batch_size,
         }
         self._length = {"num_steps": num_steps, "epochs": epochs}
-        self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window}
+        self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window, "cache": plan_cache}
         self._reading = {
             "tokenizer": tokenizer,
             "image_size": image_size,
             "max_skipped_share": max_skipped_share,
             "cache_bytes": cache_bytes,
         }
+
+    def replan(self, after: Seen) -> None:
+        """Plan anew, from what an interrupted stage has seen."""
+        self._order["after"] = after
+        self.plan = None
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the indexes (building what is missing) and make the plan."""

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.conversation import encode_record
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
 from fastvlm.data.shards import ShardReader
@@ -119,8 +119,7 @@ class PlannedDataset(Dataset):
             return Sample(key, name, ids.tolist(), labels.tolist(), list(images), list(maps), meta)
         raw = self.plan.sources[source].index.read(row, self._reader)
         budget = {"tokens_per_image": self.plan.tokens_per_image, "max_tokens": self.plan.max_tokens}
-        blind = self.plan.sources[source].blind
-        encoded = encode_record(without_images(raw.record) if blind else raw.record, self.tokenizer, **budget)
+        encoded = encode_record(self.plan.sources[source].source.edit(raw.record), self.tokenizer, **budget)
         images = [decode_image(data, self.image_size) for data in raw.images[: encoded.num_images]]
         maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
         meta = raw.record.get("meta") or {}

@@ -39,7 +39,7 @@ from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
 from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 NOTED_SAMPLES = 100_000
@@ -57,6 +57,7 @@ SCHEMA = pa.schema(
         ("text_tokens", pa.int32()),  # without image slots
         ("answer_tokens", pa.int32()),  # learned tokens
         ("type", pa.string()),
+        ("numbers", pa.map_(pa.string(), pa.float64())),  # of the record's meta: ratings, similarity, ...
         ("crc32", pa.uint32()),  # of the span
         ("fault", pa.string()),  # why the sample cannot be read; "" for a sound one
     ]
@@ -97,8 +98,17 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
         "text_tokens": len(encoded.input_ids) - encoded.num_images,
         "answer_tokens": sum(label != IGNORE_INDEX for label in encoded.labels),
         "type": str(kind),
+        "numbers": sorted(numbers_of(meta).items()),
         "fault": "",
     }
+
+
+def numbers_of(meta: dict) -> dict[str, float]:
+    """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
+    lowest = {name: [r for r in turns if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    numbers = {name: min(turns) for name, turns in lowest.items() if turns}
+    numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
+    return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> Path:
@@ -130,7 +140,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
             row |= describe_sample(parse_sample(span.key, members), tokenizer)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             nothing = {"num_images": 0, "image_width": [], "image_height": [], "text_tokens": 0, "answer_tokens": 0}
-            row |= nothing | {"type": "", "fault": f"{span.key}: {error}"[:300]}
+            row |= nothing | {"type": "", "numbers": [], "fault": f"{span.key}: {error}"[:300]}
         rows.append(row)
     reader.close()
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -346,6 +356,16 @@ class SourceIndex:
         return np.repeat(np.arange(len(self.shards), dtype=np.int32), np.diff(self.start))
 
     @cached_property
+    def size(self) -> np.ndarray:
+        """int64, bytes of every sample's span."""
+        return self.column("size").to_numpy()
+
+    @cached_property
+    def crc32(self) -> np.ndarray:
+        """uint32, of every sample's span."""
+        return self.column("crc32").to_numpy()
+
+    @cached_property
     def keys(self) -> pa.Array:
         return self.column("key")
 
@@ -357,6 +377,10 @@ class SourceIndex:
     @cached_property
     def image_height(self) -> pa.Array:
         return self.column("image_height")
+
+    @cached_property
+    def numbers(self) -> pa.MapArray:
+        return self.column("numbers")
 
     def column(self, name: str) -> pa.Array:
         """A column of all sidecars, read from them now."""
@@ -389,6 +413,26 @@ class SourceIndex:
         rows = self._locate(int(self.start[k]))[2] if self.start[k] < self.start[k + 1] else None
         return replace(file, spans=None if rows is None else (rows.offset, rows.size, rows.crc32))
 
+    def number(self, name: str) -> np.ndarray:
+        """A number of every sample, by name: float64, NaN where a sample has none.
+
+        `text_tokens`, `answer_tokens` and `num_images` are the index's own; `width` and `height` those of the smallest
+        image; others come from the records' meta.
+        """
+        if name in ("text_tokens", "answer_tokens", "num_images"):
+            return getattr(self, name).astype(np.float64)
+        out = np.full(self.num_samples, np.nan)
+        if name in ("width", "height"):
+            lists = self.image_width if name == "width" else self.image_height
+            values, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy()
+            some = np.flatnonzero(np.diff(offsets))
+            out[some] = np.minimum.reduceat(values, offsets[some]) if len(some) else []
+            return out
+        there = np.flatnonzero(pc.equal(self.numbers.keys, name).to_numpy(zero_copy_only=False))
+        rows = np.searchsorted(self.numbers.offsets.to_numpy(), there, side="right") - 1
+        out[rows] = self.numbers.items.to_numpy(zero_copy_only=False)[there]
+        return out
+
     def read(self, row: int, reader: ShardReader) -> RawSample:
         """Read a sample at its offset.
 
@@ -411,7 +455,7 @@ class SourceIndex:
         return parse_sample(key, members)
 
     def __getstate__(self) -> dict:
-        lazy = ("_rows", "shard", "keys", "image_width", "image_height")
+        lazy = ("_rows", "shard", "size", "crc32", "keys", "image_width", "image_height", "numbers")
         return {name: value for name, value in self.__dict__.items() if name not in lazy}
 
     def __setstate__(self, state: dict) -> None:

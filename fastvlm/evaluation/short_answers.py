@@ -160,11 +160,11 @@ class ShortAnswers:
         majorities: dict[str, str] = {}
         for name, source in self.sources.items():
             index = source.load(self.split, tokenizer)
-            rows = source.select(index)
+            rows, _ = source.select(index)
             questions += read_questions(index, source=name, limit=self.limit, image_size=image_size, rows=rows)
             if source.has_split("train"):
                 index = source.load("train", tokenizer)
-                majorities |= count_majorities(index, source=name, rows=source.select(index))
+                majorities |= count_majorities(index, source=name, rows=source.select(index)[0])
         result = evaluate_answers(
             engine,
             questions,

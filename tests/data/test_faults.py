@@ -112,7 +112,8 @@ def test_what_no_index_can_read_is_left_out_of_the_plan_by_name(tmp_path, tokeni
         writer.write("role", {"messages": [{"role": "robot", "content": "x"}]})
         writer.write("mute", {"messages": [{"role": "user", "content": "which digit"}]})
     plan = plan_of(tmp_path, tokenizer)
-    assert plan.sources[0].excluded == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
+    left_out = {why: e["keys"] for source in plan.report()["sources"].values() for why, e in source["excluded"].items()}
+    assert left_out == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
     assert plan.report()["sources"]["x"]["samples"] == 1
 
 
@@ -328,7 +329,13 @@ def test_what_a_run_skips_is_counted_and_named_in_mlflow_and_the_report(cli, emb
     data[offset : offset + size] = b"x" * size
     shard.write_bytes(data)
     arguments = [a for a in TINY if a != "logger=none"]
-    arguments += ["logger=mlflow", "pipeline=align", "stages.align.steps=40", "name=faulty", "stages.align.epochs=null"]
+    arguments += [
+        "logger=mlflow",
+        "pipeline=align",
+        "stages.align.steps=40",
+        "name=faulty",
+        "stages.align.max_skipped_share=0.1",
+    ]
     arguments += [
         f"stages.align.mixture.sources.captions.path={folder}",
         "mixture@stages.align.mixture=embedded_captions",
