@@ -30,7 +30,7 @@ class Sample:
     source: str
     input_ids: list[int]
     labels: list[int]
-    images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), in the order of their slots
+    images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), or their features (N, D); slot order
     label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
     meta: dict = field(default_factory=dict)
 
@@ -55,10 +55,11 @@ class Batch:
     label_maps: Tensor | None = None  # uint8 (I, C, h, w)
     step: int = 0  # position in the plan: optimiser step
     skipped: tuple[str, ...] = ()  # keys that were planned here and could not be read
+    features: Tensor | None = None  # (I, N, D): the encoder's cached output in place of pixel_values, which is empty
 
     @property
     def num_images(self) -> int:
-        return self.pixel_values.shape[0]
+        return (self.pixel_values if self.features is None else self.features).shape[0]
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,7 @@ def collate(
     step: int = 0,
     skipped: Sequence[str] = (),
     pixel_values: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
 ) -> Batch:
     """Lay samples one behind the other in their rows and pad rows to the longest.
 
@@ -32,6 +33,7 @@ def collate(
 
     Args:
         pixel_values: the samples' views in order, where they have been written into one tensor already.
+        features: cached features of the views in order; the batch then holds no pixels.
 
     Raises:
         ValueError: label maps of different sizes in one batch.
@@ -53,6 +55,8 @@ def collate(
             source_ids[b, start:end] = number[sample.source]
             start = end
     samples = [sample for row in rows for sample in row]
+    if features is not None:
+        pixel_values = empty_views(0, image_size)
     if pixel_values is None:
         images = [image for sample in samples for image in sample.images]
         pixel_values = empty_views(len(images), image_size)
@@ -71,6 +75,7 @@ def collate(
         label_maps=stack_label_maps(samples),
         step=step,
         skipped=tuple(skipped),
+        features=features,
     )
 
 

@@ -106,3 +106,21 @@ def without_images(record: dict) -> dict:
     if "document" in record:
         return {**record, "document": words(record["document"])}
     return {**record, "messages": [{**m, "content": words(m["content"])} for m in record["messages"]]}
+
+
+def with_system(record: dict, text: str) -> dict:
+    """The same conversation under a system prompt; one it brings itself stays behind it.
+
+    Raises:
+        ValueError: a document, which has no roles.
+    """
+    if "messages" not in record:
+        raise ValueError("a system prompt needs a conversation, and this record is a document")
+    return {**record, "messages": [{"role": "system", "content": text}, *record["messages"]]}
+
+
+def count_system_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """Tokens that `with_system` adds to any conversation."""
+    empty = {"messages": []}
+    count = lambda record: len(encode_record(record, tokenizer, tokens_per_image=0).input_ids)
+    return count(with_system(empty, text)) - count(empty)

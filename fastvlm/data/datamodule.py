@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.feature_pass import fill
+from fastvlm.data.features import FeatureStore
 from fastvlm.data.plan import Plan
+from fastvlm.data.replan import Seen
 from fastvlm.data.source import Mixture
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
@@ -95,7 +99,7 @@ class MixtureDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.mixture, self.tokenizer, self.num_workers = mixture, tokenizer, num_workers
-        self.accumulate, self.val_samples = accumulate, val_samples
+        self.accumulate, self.val_samples, self.image_size = accumulate, val_samples, image_size
         self.plan: Plan | None = None
         self.val_plan: ValidationPlan | None = None
         self._budget = {
@@ -116,6 +120,12 @@ class MixtureDataModule(L.LightningDataModule):
             "cache_bytes": cache_bytes,
         }
 
+    def replan(self, after: Seen) -> None:
+        """Plan anew, from what an interrupted stage has seen."""
+        self._order["after"] = after
+        self.plan = None
+        self.setup()
+
     def setup(self, stage: str | None = None) -> None:
         """Open the indexes (building what is missing) and make the plan."""
         if self.plan is None:
@@ -126,6 +136,36 @@ class MixtureDataModule(L.LightningDataModule):
             and any(s.has_split("val") for s in self.mixture.sources.values())
         ):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
+
+    def write_features(
+        self, encode: Callable[[Tensor], Tensor], *, description: dict, shape: tuple[int, int], dtype, **options
+    ) -> dict:
+        """Fill the feature store of an encoder and let the loaders read it in place of images.
+
+        Args:
+            encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU.
+            description: what the features depend on, beside the image and how this module transforms it.
+            options: of `feature_pass.fill`.
+
+        Returns:
+            The pass's record.
+
+        Raises:
+            ValueError: training images are augmented; from `fill`.
+        """
+        transform = self._reading["transform"] or ImageTransform(image_size=self.image_size)
+        if transform.augment is not None:
+            raise ValueError(
+                f"{options['where']}=true, but augmentation ({', '.join(transform.augment.kinds)}) makes another image "
+                "of it in every step; take image.augment out of the stage, or set it false"
+            )
+        settings = {key: getattr(transform, key) for key in ("image_size", "fit", "tiles", "padding")}
+        store = FeatureStore(description | {"image": settings}, shape=shape, dtype=dtype)
+        plans = [p for p in (self.plan, self.val_plan) if p is not None]
+        about = fill(store, plans, encode=encode, transform=transform, num_workers=self.num_workers, **options)
+        store.refresh()
+        self._reading["features"] = store
+        return about
 
     def train_dataloader(self) -> PlanLoader:
         options = {"accumulate": self.accumulate, "augment_seed": self._order["seed"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import Encoded, encode_record, without_images
+from fastvlm.data.conversation import Encoded, encode_record
 from fastvlm.data.decode import open_image
+from fastvlm.data.features import FeatureStore, image_key
 from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import RawSample, ShardReader
@@ -50,6 +52,7 @@ class PlannedDataset(Dataset):
         accumulate: micro-batches a step; micro-batch a takes rows `a, a + accumulate, ...` of the rank's.
         max_skipped_share: of the samples this worker has read (at least 100) so many may be unreadable.
         cache_bytes: for encoded samples, in each worker.
+        features: read these in place of images; the sample cache then holds their keys, not the features themselves.
 
     Raises:
         ValueError: rows do not divide among ranks and micro-batches; tiles, crops or mirrors of images with dense label
@@ -69,6 +72,7 @@ class PlannedDataset(Dataset):
         accumulate: int = 1,
         max_skipped_share: float = 0.01,
         cache_bytes: int = 256 << 20,
+        features: FeatureStore | None = None,
     ):
         if plan.batch_size % (world_size * accumulate):
             raise ValueError(
@@ -82,9 +86,10 @@ class PlannedDataset(Dataset):
         self._transforms = transforms_of(plan, transform, training=augment_seed is not None)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.max_skipped_share, self.cache_bytes = max_skipped_share, cache_bytes
+        self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
-        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list[Tensor], list[Tensor], dict]] = {}
+        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
 
@@ -98,7 +103,7 @@ class PlannedDataset(Dataset):
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
         views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
         # Decoded where they stay: a worker hands this very memory over.
-        pixels = empty_views(sum(map(sum, views)), self.image_size, shared=get_worker_info() is not None)
+        room = self._room(sum(map(sum, views)), shared=get_worker_info() is not None)
         # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
         # the next sample from cold ones takes three times as long.
         opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
@@ -108,7 +113,7 @@ class PlannedDataset(Dataset):
             for (source, number_in_index), count in zip(planned, counts):
                 ready = next(opened)
                 try:
-                    out = pixels[filled : filled + count]
+                    out = room[filled : filled + count]
                     row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
                     filled += count
                 except (OSError, ValueError) as error:
@@ -122,8 +127,14 @@ class PlannedDataset(Dataset):
             num_answer_tokens=step.num_answer_tokens,
             step=number,
             skipped=skipped,
-            pixel_values=pixels[:filled],
+            **{"pixel_values" if self.features is None else "features": room[:filled]},
         )
+
+    def _room(self, count: int, *, shared: bool = False) -> Tensor:
+        """Where that many views, or their features, are written."""
+        if self.features is None:
+            return empty_views(count, self.image_size, shared=shared)
+        return self.features.empty(count, shared=shared)
 
     def read(
         self,
@@ -148,29 +159,42 @@ class PlannedDataset(Dataset):
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
             key, ids, labels, images, maps, meta = kept
-            if out is not None:
-                for view, image in zip(out, images, strict=True):
-                    view.copy_(image)
-                images = list(out)
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(images), list(maps), meta)
+            if out is None:
+                out = self._room(sum(count for _, count in images))
+            start = 0
+            for image, count in images:
+                if self.features is None:
+                    out[start : start + count].copy_(image)
+                else:
+                    self._read_features(image, out[start : start + count])
+                start += count
+            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta)
         opened = opened or self._try_open(source, row)
         if isinstance(opened, Exception):
             raise opened
         raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
         if out is None:
-            out = empty_views(sum(opened.views), self.image_size)
-        start = 0
-        for i, (image, count) in enumerate(zip(opened.images, opened.views)):
-            seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
-            transform(raw.images[i], seed=seed, out=out[start : start + count], image=image)
+            out = self._room(sum(opened.views))
+        start, own = 0, []
+        for i, (data, count) in enumerate(zip(raw.images, opened.views)):
+            place = out[start : start + count]
+            if self.features is None:
+                seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
+                transform(data, seed=seed, out=place, image=opened.images[i])
+                own.append((place, count))
+            else:
+                own.append((image_key(data), count))
+                self._read_features(own[-1][0], place, sound=lambda data=data: transform(data))
             start += count
         images = list(out[:start])
         maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
         meta = raw.record.get("meta") or {}
-        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*images, *maps)) + 1000
+        kept_images = images if self.features is None else []
+        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
         if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
             ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
-            own = [image.clone() for image in images]  # else the whole batch that they lie in would stay
+            if self.features is None:  # else the whole batch that they lie in would stay
+                own = [(place.clone(), count) for place, count in own]
             self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
         return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
@@ -179,20 +203,35 @@ class PlannedDataset(Dataset):
         """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
         if (source, row) in self._cache:
             return None
+        measured = self.plan.sources[source]
         try:
-            raw = self.plan.sources[source].index.read(row, self._reader)
-            blind = self.plan.sources[source].blind
-            views = [] if blind else views_of(self.plan.sources[source].index, row, self._transforms[source])
+            raw = measured.index.read(row, self._reader)
+            views = views_of(measured.index, row, self._transforms[source]) if measured.source.images else []
             encoded = encode_record(
-                without_images(raw.record) if blind else raw.record,
+                measured.source.edit(raw.record),
                 self.tokenizer,
                 tokens_per_image=[v * self.plan.tokens_per_image for v in views],
                 max_tokens=self.plan.max_tokens,
             )
             views = views[: encoded.num_images]
-            return _Opened(raw, encoded, views, [open_image(data) for data, _ in zip(raw.images, views)])
+            images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
+            return _Opened(raw, encoded, views, images)
         except (OSError, ValueError) as error:
             return error
+
+    def _read_features(self, key: bytes, out: Tensor, *, sound: Callable[[], object] = lambda: None) -> None:
+        """Write an image's features into `out`; `sound` raises where the image itself is broken, and so has none.
+
+        Raises:
+            ValueError: from `sound`.
+            RuntimeError: they were not written. No sample may be left out for it: all were there before the first step.
+        """
+        try:
+            self.features.read(key, out=out)
+        except (KeyError, OSError) as error:
+            sound()
+            lost = f"{self.features.folder} has lost features ({error}); the same command writes them again"
+            raise RuntimeError(lost) from None
 
     def _skip(self, source: int, row: int, error: Exception) -> str:
         key = f"{self._names[source]}/{self.plan.sources[source].index.key(row)}"

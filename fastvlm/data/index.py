@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from braceexpand import braceexpand
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.decode import measure_image
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 3
@@ -33,7 +34,7 @@ MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the sample's span in the tar, bytes
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
@@ -90,7 +91,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
 
 def numbers_of(meta: dict) -> dict[str, float]:
     """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
-    lowest = {name: [r for r in turns if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
     numbers = {name: min(turns) for name, turns in lowest.items() if turns}
     numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
     return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
@@ -256,17 +257,37 @@ class SourceIndex:
         return parse_sample(key, members)
 
 
-def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild: bool = True) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, building what is missing or stale.
+def list_shards(folder: str | Path, split: str, names: str | None = None) -> list[Path]:
+    """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
+
+    Raises:
+        ValueError: a shard of a range is missing.
+    """
+    folder = Path(folder)
+    if names is None or split != "train":
+        return find_shards(folder, split)
+    shards: set[Path] = set()
+    for name in braceexpand(names):
+        found = list(folder.glob(name))
+        if not found and not any(c in name for c in "*?["):
+            raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
+        shards.update(found)
+    return sorted(shards)
+
+
+def load_index(
+    folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild: bool = True, names: str | None = None
+) -> SourceIndex:
+    """Open the index of `<folder>/<split>-*.tar`, or of the shards `names` names, building what is missing or stale.
 
     Raises:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob(f"{split}-*.tar"))
+    shards = list_shards(folder, split, names)
     if not shards:
         raise ValueError(
-            f"{folder}: no shards {split}-*.tar; write them with `python data/prepare.py`, "
+            f"{folder}: no shards {names or f'{split}-*.tar'}; write them with `python data/prepare.py`, "
             "or point the source's path at them"
         )
     fingerprint = tokenizer.fingerprint
@@ -275,9 +296,10 @@ def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild:
         table, header, reason = open_sidecar(shard, fingerprint)
         if table is None:
             if not rebuild:
+                which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
                 raise ValueError(
                     f"{sidecar(shard)} is {reason}; rebuild it with `python -m fastvlm.data.index {folder} "
-                    f"--split {split} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+                    f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
                 )
             build_index(shard, tokenizer)
             table, header, reason = open_sidecar(shard, fingerprint)
@@ -338,11 +360,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the index of a source's shards.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
+    parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--template", default="chatml")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
-    shards = sorted(args.folder.glob(f"{args.split}-*.tar"))
+    shards = list_shards(args.folder, "train" if args.shards else args.split, args.shards)
     if not shards:
         raise SystemExit(f"{args.folder}: no shards {args.split}-*.tar")
     for shard in shards:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.conversation import count_system_tokens, encode_record
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
@@ -24,6 +25,7 @@ class Measured:
     """A source as a plan sees it; columns are int32, one entry a row of the index."""
 
     name: str  # its key in the mixture
+    source: Source
     index: SourceIndex
     rows: np.ndarray  # int64: rows that are planned, ascending
     length: np.ndarray  # positions a sample takes, image slots and truncation included
@@ -33,7 +35,6 @@ class Measured:
     excluded: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> rows
     repeat: Fraction = Fraction(1)
     max_epochs: Fraction | None = None
-    blind: bool = False  # images are left out of the records
     augment: tuple[str, ...] = ()  # kinds of augmentation its questions allow
 
     @property
@@ -74,6 +75,13 @@ def measure_source(
     if not source.images:
         images[:] = 0
     length = index.text_tokens + images * np.int32(tokens_per_image)
+    if source.system is not None and index.num_samples:
+        length += count_system_tokens(source.system, tokenizer)
+        if holds_documents(index):
+            raise ValueError(
+                f"source {name}: system={source.system!r} needs conversations and {source.path} holds "
+                "documents; set system=null"
+            )
     reasons = np.zeros(index.num_samples, dtype=np.int8)
     reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = UNREADABLE
     reasons[(reasons == 0) & (answer == 0)] = MUTE
@@ -86,10 +94,9 @@ def measure_source(
         except (OSError, ValueError):
             reasons[row] = UNREADABLE
             continue
-        record = record if source.images else without_images(record)
         views = views_of(index, row, transform) if source.images else []
         slots = [tokens_per_image * v for v in views]
-        encoded = encode_record(record, tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
         length[row], images[row] = len(encoded.input_ids), sum(views[: encoded.num_images])
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
         num_truncated += 1
@@ -108,9 +115,16 @@ def measure_source(
         )
     exact = lambda value: None if value is None else Fraction(str(value))
     limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
-    return Measured(
-        name, index, kept, length, answer, images, num_truncated, excluded, blind=not source.images, **limits
-    )
+    return Measured(name, source, index, kept, length, answer, images, num_truncated, excluded, **limits)
+
+
+def holds_documents(index: SourceIndex) -> bool:
+    """Whether the first sample that can be read is a document."""
+    reader = ShardReader()
+    for row in range(min(100, index.num_samples)):
+        with suppress(OSError, ValueError):
+            return "document" in index.read(row, reader).record
+    return False
 
 
 def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:

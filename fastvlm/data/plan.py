@@ -21,6 +21,7 @@ import numpy as np
 
 from fastvlm.data.lengths import Measured, measure_source
 from fastvlm.data.packing import balance, group_by_length, pack_window
+from fastvlm.data.replan import Seen
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
 from fastvlm.data.transforms import ImageTransform
@@ -72,6 +73,8 @@ class Plan:
         seed: of the order.
         num_steps: length of the stage; None for `epochs`.
         epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
+        after: what an interrupted stage had seen of other data (`replan.py`): the plan begins with that step, and the
+            first pass over a source leaves out what came in the pass before.
         transform: says how many views an image of the index has; None: one.
         cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
 
@@ -95,6 +98,7 @@ class Plan:
         seed: int = 0,
         num_steps: int | None = None,
         epochs: float | int | None = None,
+        after: Seen | None = None,
         transform: ImageTransform | None = None,
         cache: str | Path | None = None,
     ):
@@ -125,7 +129,11 @@ class Plan:
         held = [int(s.costs(self.unit)[s.rows].sum()) * s.repeat for s in self.sources]
         self.weights = mixture.shares or [h / sum(held) for h in held]
         self.epoch_samples = sum(int(len(s.rows) * s.repeat) for s in self.sources)
-        self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
+        self.base = self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
+        self.after, self._times = after, None
+        if after is not None:
+            self.fingerprint = hashlib.sha256(f"{self.base} after {after.digest}".encode()).hexdigest()[:16]
+            self._times = [after.times(s.name, s.index) for s in self.sources]
 
         self._cache = None if cache is None else Path(cache) / self.fingerprint
         self._seconds = 0.0  # spent on planning windows
@@ -141,7 +149,7 @@ class Plan:
         self._used_up = False  # every source is: there is no further sample
         self._restore()
         if num_steps is None:
-            wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)))
+            wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)) - self._num_served())
             while (self._num_samples < wanted or not self._num_steps) and not self._used_up:
                 self._plan_window()
             while self._order().end[self._num_steps * batch_size] < wanted and not self._used_up:
@@ -157,6 +165,9 @@ class Plan:
         for pieces in (self._source, self._row, self._place, self._size):
             pieces.clear()
         self._num_samples, self._num_rows, self._joined, self._used_up = 0, 0, None, False
+        if self.after is not None:  # steps that are over stand as empty rows
+            self._num_rows = self.after.step * self.batch_size
+            self._size.append(np.zeros(self._num_rows, dtype=np.int32))
         self._passes = [self._iterate_passes(s) for s in self.sources]
         self._queues: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sources]  # rows not yet planned
         self._schedule = FairSchedule(self.weights, [self._iterate_costs(s) for s in self.sources])
@@ -199,7 +210,8 @@ class Plan:
                 s.name: [
                     s.index.checksum,
                     hashlib.sha256(s.rows.tobytes()).hexdigest(),
-                    s.blind,
+                    s.source.images,
+                    s.source.system,
                     str(s.repeat),
                     str(s.max_epochs),
                 ]
@@ -218,17 +230,32 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
+    def _num_served(self, source: Measured | None = None) -> int:
+        """Samples that came before the plan begins, of one source or of all."""
+        if self._times is None:
+            return 0
+        chosen = [t for s, t in zip(self.sources, self._times) if source is None or s is source]
+        return int(sum(t[t > 0].sum() for t in chosen))
+
     def _iterate_passes(self, source: Measured):
         options = {"seed": self.seed, "window_shards": self.mixture.window_shards}
-        return (pass_order(source, number=p, **options) for p in count())
+        first = count()
+        if self._times is not None:
+            times = self._times[self.sources.index(source)]
+            known = times[source.rows][times[source.rows] >= 0]
+            came = times > (known.min() if len(known) else 0)  # in the pass that was interrupted
+            rows = pass_order(source, number=next(first), **options)
+            yield rows[~came[rows]]
+        yield from (pass_order(source, number=p, **options) for p in first)
 
     def _iterate_costs(self, source: Measured):
         """Costs in the order of the passes: the same passes again, so that schedule and rows need no shared cursor."""
+        left = None if source.num_served is None else max(0, source.num_served - self._num_served(source))
         if self.unit == "samples":
-            return repeat(1) if source.num_served is None else repeat(1, source.num_served)
+            return repeat(1) if left is None else repeat(1, left)
         costs = source.costs(self.unit)
         pieces = (rows[i : i + 65_536] for rows in self._iterate_passes(source) for i in range(0, len(rows), 65_536))
-        return islice(chain.from_iterable(costs[rows].tolist() for rows in pieces), source.num_served)
+        return islice(chain.from_iterable(costs[rows].tolist() for rows in pieces), left)
 
     def _plan_window(self) -> None:
         """Schedule and pack one more window."""
@@ -419,6 +446,19 @@ class Plan:
         """Over the planned steps: the share of the token and of the image budget that is used (`filled_tokens`,
         `filled_images`), samples a row, and `padding`: the share of positions that are padding when every row is as
         long as the longest of its step."""
+        tokens, images = self.row_sizes()
+        skipped = 0 if self.after is None else self.after.step
+        tokens, images = tokens[skipped:], images[skipped:]
+        samples = int(self._order().end[self.num_steps * self.batch_size])
+        return {
+            "filled_tokens": float(tokens.sum() / (tokens.size * self.max_tokens)),
+            "filled_images": float(images.sum() / (images.size * self.max_images)),
+            "samples_per_row": float(samples / tokens.size),
+            "padding": float(1 - tokens.sum() / (tokens.max(axis=1) * self.batch_size).sum()),
+        }
+
+    def row_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and images of every row: two int64 (steps, rows of a step)."""
         self.extend()
         order, rows = self._order(), self.num_steps * self.batch_size
         place = order.place[: order.end[rows]]
@@ -427,15 +467,9 @@ class Plan:
         for i, source in enumerate(self.sources):
             here = sources == i
             lengths[here], images[here] = source.length[rows_of[here]], source.images[rows_of[here]]
-        total = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.diff(total[order.end[: rows + 1]]).reshape(self.num_steps, self.batch_size)
-        padded = (tokens.max(axis=1) * self.batch_size).sum()
-        return {
-            "filled_tokens": float(tokens.sum() / (rows * self.max_tokens)),
-            "filled_images": float(images.sum() / (rows * self.max_images)),
-            "samples_per_row": float(len(place) / rows),
-            "padding": float(1 - tokens.sum() / padded),
-        }
+        totals = (np.concatenate([[0], np.cumsum(column)]) for column in (lengths, images))
+        tokens, images = (np.diff(t[order.end[: rows + 1]]).reshape(self.num_steps, -1) for t in totals)
+        return tokens, images
 
     def report(self, prefixes: tuple[int, ...] = (100, 1000, 10000)) -> dict:
         """What the plan will do, in plain numbers: ready for JSON.

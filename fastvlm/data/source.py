@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.augment import check_kinds
-from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.conversation import with_system, without_images
+from fastvlm.data.index import SourceIndex, list_shards, load_index
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -34,7 +35,10 @@ class Source:
             shares of a mixture without weights.
         max_epochs: passes over the train split at most; when they are used up the other sources go on in their own
             proportions. None for as many as the weights ask.
+        system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
+        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
+            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
         augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
             the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
@@ -50,7 +54,9 @@ class Source:
         max_samples: int | None = None,
         repeat: float | int = 1,
         max_epochs: float | int | None = None,
+        system: str | None = None,
         images: bool = True,
+        shards: str | None = None,
         augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
@@ -66,11 +72,12 @@ class Source:
                 raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.images, self.augment = images, check_kinds(augment, key=f"source {name}: augment")
+        self.system, self.images, self.shards = system, images, shards
+        self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(list_shards(self.path, split, self.shards))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
@@ -78,7 +85,17 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
+
+    def edit(self, record: dict) -> dict:
+        """A record as this source gives it to the model: with its system prompt, or without its images.
+
+        Raises:
+            ValueError: a system prompt on a document.
+        """
+        if self.system is not None:
+            record = with_system(record, self.system)
+        return record if self.images else without_images(record)
 
     def select(self, index: SourceIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.

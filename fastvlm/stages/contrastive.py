@@ -43,7 +43,7 @@ class ContrastiveStage(Stage):
                 f"{rows} rows; "
                 "set packing=false and image.tiles=null and choose a mixture of captions"
             )
-        image = self.image_projection(self.model.encode_patches(batch.pixel_values).mean(1))
+        image = self.image_projection(self.model.patches(batch).mean(1))
         # The caption alone: image slots are masked out like padding, else the text tower could look.
         text_mask = (batch.segment_ids > 0) & (batch.input_ids != self.model.image_token_id)
         ids = batch.input_ids.masked_fill(~text_mask, 0)

@@ -341,3 +341,19 @@ def test_filters_keep_what_lies_within_and_the_report_names_the_rest(tokenizer, 
         kept({"page_id": {"min": 1}})
     with pytest.raises(ValueError, match="filters.relevance=.* takes min, max and missing"):
         kept({"relevance": {"least": 3}})
+
+
+def test_a_system_prompt_stands_before_every_conversation_and_in_the_planned_lengths(sources, tokenizer):
+    styled = Source("chat", path=sources["chat"], system="a small digit")
+    plan = plan_of(sources, tokenizer, mixture=Mixture({"chat": styled}, weights={"chat": 1}, unit="tokens"))
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    plain = plan_of(sources, tokenizer, mixture=mix(sources, kinds=("chat",), weights=(1,)))
+    for row in plan.sources[0].rows[:20].tolist():
+        sample = dataset.read(0, row)
+        assert tokenizer.hf.decode(sample.input_ids).startswith("<|system|>a small digit<|user|>")
+        assert len(sample.input_ids) == plan.sources[0].length[row]
+        assert plan.sources[0].answer[row] == plain.sources[0].answer[row]
+    assert plan.fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match="source text: system='x' needs conversations and .* holds documents"):
+        document = Source("text", path=sources["text"], system="x")
+        plan_of(sources, tokenizer, mixture=Mixture({"text": document}, weights={"text": 1}, unit="tokens"))
