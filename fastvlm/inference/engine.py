@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvlm.data.conversation import encode_record
 from fastvlm.inference.answer import Answer
 from fastvlm.inference.sampling import choose_tokens
+from fastvlm.models.slots import empty_slots, take_out
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -226,8 +227,8 @@ class Engine:
             Generation(
                 text=answer.text(),
                 token_ids=answer.token_ids,
-                num_prompt_tokens=len(prompt),
-                num_image_tokens=len(images) * self.tokens_per_image,
+                num_prompt_tokens=len(prompt) - len(images) * self.tokens_per_image + self._num_tokens(images),
+                num_image_tokens=self._num_tokens(images),
                 image_seconds=image_seconds,
                 prefill_seconds=prefill_seconds,
                 decode_seconds=decode_seconds,
@@ -247,9 +248,12 @@ class Engine:
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         embeds = self.model.llm.embed(input_ids)
         embeds = splice(embeds, input_ids, torch.cat(list(visual)), image_token_id=self.tokenizer.image_id)
+        if self.model.drops_tokens:
+            empty = empty_slots(embeds, input_ids == self.tokenizer.image_id)
+            embeds, mask = take_out(empty, embeds, mask)
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return embeds, mask, position_ids
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
@@ -258,6 +262,10 @@ class Engine:
         logits[:, self.tokenizer.image_id] = -torch.inf
         logits[:, len(self.tokenizer) :] = -torch.inf
         return logits
+
+    def _num_tokens(self, images: Float[Tensor, "_ M D"]) -> int:
+        """Visual tokens the language model reads of one record's images."""
+        return int((images != 0).any(dim=-1).sum()) if self.model.drops_tokens else len(images) * self.tokens_per_image
 
     def _no_images(self) -> Float[Tensor, "0 M D"]:
         return torch.zeros(0, self.tokens_per_image, self.model.llm.dim, device=self.device)

@@ -38,5 +38,6 @@ class GridPositions(nn.Module):
 
 def linear_weights(old: int, new: int) -> Float[Tensor, "new old"]:
     """Matrix of antialiased linear interpolation: one product has the same gradient on every device and run."""
-    cells = torch.eye(old).view(1, old, old, 1)
-    return F.interpolate(cells, size=(new, 1), mode="bilinear", antialias=True)[0, :, :, 0].T
+    # Not one column each: torch 2.15 on the CPU interpolates maps of width 1 wrongly.
+    cells = torch.eye(old).view(1, 1, old, old)
+    return F.interpolate(cells, size=(new, old), mode="bilinear", antialias=True)[0, 0]

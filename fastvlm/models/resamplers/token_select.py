@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fastvlm.models.resamplers.counts import check_at_most, check_positive
+from fastvlm.models.resamplers.counts import check_at_most, check_positive, side_of
 from fastvlm.models.resamplers.positions import GridPositions
 
 GRADIENTS = ("straight_through", "soft")
@@ -78,6 +78,8 @@ class TokenSelectResampler(nn.Module):
         return self.min_tokens is not None
 
     def num_tokens_out(self, num_patches: int) -> int:
+        if self.positions is not None:
+            side_of(num_patches)
         return check_at_most(self.num_tokens, num_patches)
 
     def scores(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I N"]:
