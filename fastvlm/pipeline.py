@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +18,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, instantiate, seed_of
+from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
+from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
 from fastvlm.hardware import Hardware
 
 # What only tells where and how fast: never part of a stage's or a run's identity.
@@ -33,17 +36,22 @@ INCIDENTAL = (
     "checkpoint_every",
     "num_samples",
     "image_size",
+    "data",
 )
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
 
 
+# The code that decides what an encoder says of an image.
+ENCODING = ("models/encoders", "models/vlm.py", "data/transforms.py", "data/decode.py", "data/tiling.py")
+
+
 @cache
-def code_hash() -> str:
+def code_hash(code: tuple[str, ...] = CODE) -> str:
     """Hash of the source that determines what a stage learns; documents and reports may change freely."""
     package = ROOT / "fastvlm"
     files = sorted(
-        f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
     )
     digest = hashlib.sha256()
     for file in files:
@@ -113,6 +121,9 @@ class Pipeline:
         if path.exists() and not self.config.overwrite:
             theirs = OmegaConf.to_container(OmegaConf.load(path))
             differ = [d for d in differences(theirs, self.resolved) if d.split(".")[0].split(":")[0] not in INCIDENTAL]
+            if self.config.data.on_change == "replan":
+                differ = [d for d in differ if not re.match(r"stages\.\w+\.mixture\.", d)]
+            differ = [d for d in differ if ".cache_features:" not in d]
             if differ:
                 raise ValueError(
                     f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
@@ -210,6 +221,7 @@ class Pipeline:
             batch_size=stage.batch_size,
             max_tokens=stage.max_tokens,
             max_images=stage.max_images,
+            transform=build_transform(stage),
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
@@ -217,6 +229,11 @@ class Pipeline:
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
+            pack_window=stage.pack_window,
+            sort_window=stage.sort_window,
+            plan_cache=self.runs / "plans",
+            max_skipped_share=self.config.data.max_skipped_share,
+            cache_bytes=self.config.data.cache_mb << 20,
         )
 
     def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:
@@ -225,6 +242,7 @@ class Pipeline:
         data = self.data(name, config)
         data.setup("fit")
         stage_config = OmegaConf.to_container(config, resolve=True)
+        stage_config.pop("cache_features")  # the same function, computed earlier
         stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
         identity = {
             "stage": name,
@@ -235,14 +253,21 @@ class Pipeline:
             "seed": self.config.seed,
             "code": code_hash(),
         }
+        if data.plan.num_images and build_transform(config).augment:
+            identity["augment"] = {source.name: source.augment for source in data.plan.sources}
         key = hash_of(identity)
         folder = self.runs / "stages" / f"{name}-{key[:12]}"
+        if (stopped := self.stopped(name, identity)) and stopped != folder:
+            self.go_on_from(stopped, data, identity)
+            key = hash_of(identity)
+            folder = self.runs / "stages" / f"{name}-{key[:12]}"
         with only_one(folder):
             manifest = read_manifest(folder / "handoff")
             found = manifest is not None
             if found:
                 say(f"\n{name}: finished before ({folder.name})")
             else:
+                self.link(name, folder)
                 self.train(name, config, data, folder, key, identity, tracking, run_id)
                 manifest = read_manifest(folder / "handoff")
         for part in manifest["components"]:
@@ -250,12 +275,7 @@ class Pipeline:
                 self.model.parts[part], part, folder / "handoff", manifest, tokenizer=self.tokenizer.fingerprint
             )
             self.lineage[part], self.folders[part] = key, folder / "handoff"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            links = self.run_dir / "stages"
-            links.mkdir(exist_ok=True)
-            link = links / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
+        self.link(name, folder)
         return {
             "name": name,
             "dir": folder,
@@ -264,13 +284,71 @@ class Pipeline:
             "metrics": manifest["metrics"],
         }
 
+    def link(self, name: str, folder: Path) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            links = self.run_dir / "stages"
+            links.mkdir(parents=True, exist_ok=True)
+            beside = links / f".{name}.{os.getpid()}"
+            beside.symlink_to(os.path.relpath(folder, links), target_is_directory=True)
+            beside.replace(links / name)
+
+    def stopped(self, name: str, identity: dict) -> Path | None:
+        """Where this run's stage stands, when nothing but its data differs from what is asked for now: interrupted, or
+        finished with data that were planned anew on the way."""
+        folder = (self.run_dir / "stages" / name).resolve()
+        try:
+            theirs = json.loads((folder / "identity.json").read_text())
+        except (OSError, ValueError):
+            return None
+        same = {k: v for k, v in json.loads(json.dumps(identity, default=str)).items() if k != "data"}
+        return folder if {k: v for k, v in theirs.items() if k != "data"} == same else None
+
+    def go_on_from(self, stopped: Path, data, identity: dict) -> None:
+        """Data changed under an interrupted stage: refuse, begin anew, or plan the rest from what has been seen.
+
+        Raises:
+            ValueError: with `data.on_change=refuse`, naming what changed.
+        """
+        name, checkpoint, before = identity["stage"], newest_checkpoint(stopped), read_description(stopped)
+        if before is None:
+            return
+        if before["base"] == data.plan.base and before["after"]:  # planned anew by an earlier run of this command
+            data.replan(Seen.load(stopped))
+            identity["data"] = data.plan.fingerprint
+            return
+        if checkpoint is None or not (stopped / "order.npz").exists():
+            return
+        step, changed = int(checkpoint.stem.split("=")[1]), "; ".join(changes(before, data.plan))
+        choice = self.config.data.on_change
+        if choice == "refuse":
+            raise ValueError(
+                f"stage {name} stopped at step {step} and its data have changed since: {changed}. "
+                "data.on_change=replan goes on with the new data from the samples already seen, "
+                "data.on_change=restart begins the stage anew"
+            )
+        if choice == "restart":
+            say(f"\n{name}: begins anew, its data have changed: {changed}")
+            return
+        data.replan(seen_before(stopped, step))
+        identity["data"] = data.plan.fingerprint
+        say(f"\n{name}: planned anew from step {step}: {changed}")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            folder = self.runs / "stages" / f"{name}-{hash_of(identity)[:12]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            if (stopped / "metrics.jsonl").exists():
+                shutil.copyfile(stopped / "metrics.jsonl", folder / "metrics.jsonl")
+            shutil.copyfile(checkpoint, folder / f".{checkpoint.name}")
+            os.replace(folder / f".{checkpoint.name}", folder / checkpoint.name)
+
     def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
         from fastvlm.callbacks.provenance import Provenance
+        from fastvlm.callbacks.rehearsal import LongestFirst
         from fastvlm.callbacks.samples import Samples
 
         quiet_lightning()
@@ -338,13 +416,22 @@ class Pipeline:
             freezing,
             metrics,
             Progress(),
-            Provenance(config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}),
+            Provenance(
+                config={"stage": name, **identity["config"], "cache_features": config.cache_features},
+                seeds={"seed": self.config.seed},
+            ),
             checkpoints,
             handoff,
         ]
+        if config.cache_features:
+            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
+            callbacks.insert(1, cached)
         if self.config.num_samples and "llm" in config.parts:
-            records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
+            records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
+        if self.config.data.longest_first:
+            callbacks.insert(1, LongestFirst(data.plan))
         trainer = L.Trainer(
             **self.hardware.trainer(),
             default_root_dir=str(folder),
@@ -379,6 +466,9 @@ class Pipeline:
         )
         for line in data.plan.notes():
             say(f"  {line}")
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not resume_of(folder, data.plan):
+            write_order(data.plan, folder)
+            write_json(folder / "identity.json", identity)
         status = "FAILED"
         try:
             trainer.fit(
@@ -396,14 +486,15 @@ class Pipeline:
         say("\n".join("  " + line for line in freezing.table().splitlines()))
         if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
-            for old in folder.glob("step=*.ckpt"):
-                old.unlink()
+            for old in (*folder.glob("step=*.ckpt"), folder / "order.npz"):
+                old.unlink(missing_ok=True)
 
     def generator(self, stage: DictConfig):
         from fastvlm.inference.engine import Engine
 
         def generate(model, records, images):
-            engine = Engine(model, self.tokenizer, image_size=stage.image_size, device=self.hardware.device)
+            size, transform = stage.image_size, build_transform(stage)
+            engine = Engine(model, self.tokenizer, image_size=size, transform=transform, device=self.hardware.device)
             return [g.text for g in engine.generate(records, images)]
 
         return generate
@@ -420,8 +511,9 @@ class Pipeline:
             return results
         say("\nevaluating on held-out samples")
         begun, task = time.time(), self.task
-        size = list(self.config.stages.values())[-1].image_size
-        outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
+        last = list(self.config.stages.values())[-1]
+        images = {"image_size": last.image_size, "transform": build_transform(last)}
+        outcome = task.run(self.model, self.tokenizer, **images, device=self.hardware.device, out=self.run_dir)
         results |= outcome
         results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
         # Before: the language model as the last text-only stage left it.
@@ -442,21 +534,32 @@ def build_task(config: DictConfig):
     return instantiate(config, key="task")
 
 
-def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[tuple[dict, list]]:
-    """Validation samples of a mixture's sources in turn, with their images as the model sees them."""
+def held_out_records(mixture, tokenizer, num: int, *, transform) -> list[tuple[dict, list]]:
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images."""
     from fastvlm.data.shards import ShardReader
-    from fastvlm.data.transforms import decode_image
 
     reader, found = ShardReader(), []
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
     for source in sources:
         index = source.load("val", tokenizer)
-        rows = source.select(index)
+        rows, _ = source.select(index)
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
-            found.append((raw.record, [decode_image(data, image_size) for data in raw.images]))
+            images = [transform(data) for data in raw.images] if source.images else []
+            found.append((source.edit(raw.record), images))
     return found[:num]
+
+
+def resume_of(folder: Path, plan) -> bool:
+    """Whether the order of this very plan is kept there already."""
+    before = read_description(folder)
+    after = plan.after and plan.after.digest
+    return (
+        before is not None
+        and (before["base"], before["after"]) == (plan.base, after)
+        and (folder / "order.npz").exists()
+    )
 
 
 def validation_interval(every: int | None, steps: int) -> int:

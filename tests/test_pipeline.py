@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastvlm.pipeline import newest_checkpoint
 from tests.conftest import ROOT, TINY
 
 CHAIN = [*TINY, "stages.encoder.steps=4", "stages.base.steps=4", "stages.align.steps=4", "stages.dense.steps=4"]
@@ -61,6 +63,15 @@ def test_frozen_parts_come_out_of_a_stage_bit_for_bit(cli, tmp_path):
     assert not (stage / "handoff" / "encoder.safetensors").exists()
 
 
+def kill_at_step_8(arguments: list[str], runs: Path, env: dict) -> None:
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+
+
 def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tmp_path):
     # The encoder learns, so that BatchNorm statistics and the position in the plan must both come back.
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=killed"]
@@ -70,12 +81,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
 
     runs = tmp_path / "killed"
     env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+    kill_at_step_8(arguments, runs, env)
     (stage,) = (runs / "stages").iterdir()
     assert not (stage / "handoff" / "manifest.json").exists()
 
@@ -88,6 +94,53 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
     # Every step stands once in the metrics.
     steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(cli, embedded, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(embedded, data)
+    monkeypatch.setenv("FASTVLM_DATA", str(data))
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=changed"]
+    arguments += ["stages.dense.batch_size=4", "mixture@stages.dense.mixture=embedded_45_45_10"]
+    runs = tmp_path / "runs"
+    kill_at_step_8(arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
+    (stopped,) = (runs / "stages").iterdir()
+    step = newest_checkpoint(stopped).stem.split("=")[1]
+
+    captions = data / "embedded" / "captions"
+    rewrite_without_first_sample(captions)
+    refused = run_here(arguments, data, runs)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"stage dense stopped at step {step} and its data have changed since: shards of captions" in refused.stderr
+    assert newest_checkpoint(stopped).exists()
+
+    arguments.append("data.on_change=replan")
+    done = run_here(arguments, data, runs)
+    assert f"dense: planned anew from step {step}: shards of captions" in done.stdout, done.stderr
+    assert f"going on from step={step}.ckpt" in done.stdout and "report:" in done.stdout
+    assert "dense: finished before" in run_here(arguments, data, runs).stdout
+    stage = (runs / "changed" / "stages" / "dense").resolve()
+    steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 24 and stage != stopped
+
+
+def rewrite_without_first_sample(folder: Path) -> None:
+    from fastvlm.data.shards import ShardReader, ShardWriter, parse_sample, scan_shard
+
+    samples, reader = [], ShardReader()
+    for shard in sorted(folder.glob("train-*.tar")):
+        for span in scan_shard(shard)[0]:
+            members = {suffix: reader.read(str(shard), offset, size) for suffix, offset, size in span.members}
+            samples.append(parse_sample(span.key, members))
+    with ShardWriter(folder, "train") as writer:
+        for sample in samples[1:]:
+            writer.write(sample.key, sample.record, sample.images)
+
+
+def run_here(arguments: list[str], data: Path, runs: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"FASTVLM_DATA": str(data), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
 @pytest.mark.xdist_group("ranks")

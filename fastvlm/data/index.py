@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import warnings
@@ -23,26 +22,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from braceexpand import braceexpand
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.decode import measure_image
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 1
+FORMAT = 3
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the sample's span in the tar, bytes
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
-        ("image_width", pa.list_(pa.int32())),
+        ("image_width", pa.list_(pa.int32())),  # as one sees it, EXIF orientation applied
         ("image_height", pa.list_(pa.int32())),
         ("text_tokens", pa.int32()),  # without image slots
         ("answer_tokens", pa.int32()),  # learned tokens
         ("type", pa.string()),
+        ("numbers", pa.map_(pa.string(), pa.float64())),  # of the record's meta: ratings, similarity, ...
         ("crc32", pa.uint32()),  # of the span
         ("fault", pa.string()),  # why the sample cannot be read; "" for a sound one
     ]
@@ -69,8 +70,8 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
     sizes = []
     for i, image in enumerate(raw.images):
         try:
-            sizes.append(Image.open(io.BytesIO(image)).size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            sizes.append(measure_image(image))
+        except ValueError as error:
             raise ValueError(f"image {i} cannot be opened: {error}") from None
     # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
     encoded = encode_record(raw.record, tokenizer, tokens_per_image=1)
@@ -83,8 +84,17 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
         "text_tokens": len(encoded.input_ids) - encoded.num_images,
         "answer_tokens": sum(label != IGNORE_INDEX for label in encoded.labels),
         "type": str(kind),
+        "numbers": sorted(numbers_of(meta).items()),
         "fault": "",
     }
+
+
+def numbers_of(meta: dict) -> dict[str, float]:
+    """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
+    lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    numbers = {name: min(turns) for name, turns in lowest.items() if turns}
+    numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
+    return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
 def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
@@ -112,7 +122,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
             row |= describe_sample(parse_sample(span.key, members), tokenizer)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             nothing = {"num_images": 0, "image_width": [], "image_height": [], "text_tokens": 0, "answer_tokens": 0}
-            row |= nothing | {"type": "", "fault": f"{span.key}: {error}"[:300]}
+            row |= nothing | {"type": "", "numbers": [], "fault": f"{span.key}: {error}"[:300]}
         rows.append(row)
     reader.close()
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -189,6 +199,7 @@ class SourceIndex:
     crc32: np.ndarray  # uint32
     keys: pa.Array
     types: pa.Array
+    numbers: pa.MapArray
     faults: pa.Array
     image_width: pa.Array
     image_height: pa.Array
@@ -206,6 +217,26 @@ class SourceIndex:
 
     def key(self, row: int) -> str:
         return self.keys[int(row)].as_py()
+
+    def number(self, name: str) -> np.ndarray:
+        """A number of every sample, by name: float64, NaN where a sample has none.
+
+        `text_tokens`, `answer_tokens` and `num_images` are the index's own; `width` and `height` those of the smallest
+        image; others come from the records' meta.
+        """
+        if name in ("text_tokens", "answer_tokens", "num_images"):
+            return getattr(self, name).astype(np.float64)
+        out = np.full(self.num_samples, np.nan)
+        if name in ("width", "height"):
+            lists = self.image_width if name == "width" else self.image_height
+            values, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy()
+            some = np.flatnonzero(np.diff(offsets))
+            out[some] = np.minimum.reduceat(values, offsets[some]) if len(some) else []
+            return out
+        there = np.flatnonzero(pc.equal(self.numbers.keys, name).to_numpy(zero_copy_only=False))
+        rows = np.searchsorted(self.numbers.offsets.to_numpy(), there, side="right") - 1
+        out[rows] = self.numbers.items.to_numpy(zero_copy_only=False)[there]
+        return out
 
     def read(self, row: int, reader: ShardReader) -> RawSample:
         """Read a sample at its offset.
@@ -226,17 +257,37 @@ class SourceIndex:
         return parse_sample(key, members)
 
 
-def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild: bool = True) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, building what is missing or stale.
+def list_shards(folder: str | Path, split: str, names: str | None = None) -> list[Path]:
+    """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
+
+    Raises:
+        ValueError: a shard of a range is missing.
+    """
+    folder = Path(folder)
+    if names is None or split != "train":
+        return find_shards(folder, split)
+    shards: set[Path] = set()
+    for name in braceexpand(names):
+        found = list(folder.glob(name))
+        if not found and not any(c in name for c in "*?["):
+            raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
+        shards.update(found)
+    return sorted(shards)
+
+
+def load_index(
+    folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild: bool = True, names: str | None = None
+) -> SourceIndex:
+    """Open the index of `<folder>/<split>-*.tar`, or of the shards `names` names, building what is missing or stale.
 
     Raises:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
     """
     folder = Path(folder)
-    shards = sorted(folder.glob(f"{split}-*.tar"))
+    shards = list_shards(folder, split, names)
     if not shards:
         raise ValueError(
-            f"{folder}: no shards {split}-*.tar; write them with `python data/prepare.py`, "
+            f"{folder}: no shards {names or f'{split}-*.tar'}; write them with `python data/prepare.py`, "
             "or point the source's path at them"
         )
     fingerprint = tokenizer.fingerprint
@@ -245,9 +296,10 @@ def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild:
         table, header, reason = open_sidecar(shard, fingerprint)
         if table is None:
             if not rebuild:
+                which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
                 raise ValueError(
                     f"{sidecar(shard)} is {reason}; rebuild it with `python -m fastvlm.data.index {folder} "
-                    f"--split {split} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+                    f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
                 )
             build_index(shard, tokenizer)
             table, header, reason = open_sidecar(shard, fingerprint)
@@ -284,6 +336,7 @@ def load_index(folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild:
         crc32=column("crc32", np.uint32),
         keys=keys,
         types=merged(table["type"]),
+        numbers=merged(table["numbers"]),
         faults=merged(table["fault"]),
         image_width=merged(table["image_width"]),
         image_height=merged(table["image_height"]),
@@ -307,11 +360,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the index of a source's shards.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
+    parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--template", default="chatml")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
-    shards = sorted(args.folder.glob(f"{args.split}-*.tar"))
+    shards = list_shards(args.folder, "train" if args.shards else args.split, args.shards)
     if not shards:
         raise SystemExit(f"{args.folder}: no shards {args.split}-*.tar")
     for shard in shards:

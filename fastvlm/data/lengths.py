@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.conversation import count_system_tokens, encode_record
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
@@ -22,14 +25,22 @@ class Measured:
     """A source as a plan sees it; columns are int32, one entry a row of the index."""
 
     name: str  # its key in the mixture
+    source: Source
     index: SourceIndex
     rows: np.ndarray  # int64: rows that are planned, ascending
     length: np.ndarray  # positions a sample takes, image slots and truncation included
     answer: np.ndarray  # learned tokens left
-    images: np.ndarray
+    images: np.ndarray  # views: an image that is cut into tiles counts each of them
     num_truncated: int = 0
-    excluded: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys
-    blind: bool = False  # images are left out of the records
+    excluded: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> rows
+    repeat: Fraction = Fraction(1)
+    max_epochs: Fraction | None = None
+    augment: tuple[str, ...] = ()  # kinds of augmentation its questions allow
+
+    @property
+    def num_served(self) -> int | None:
+        """Samples that `max_epochs` allows; None for no bound."""
+        return None if self.max_epochs is None else max(1, int(self.max_epochs * len(self.rows)))
 
     def costs(self, unit: str) -> np.ndarray:
         """Cost of every row in a mixture's unit."""
@@ -46,18 +57,31 @@ def measure_source(
     tokens_per_image: int,
     max_tokens: int,
     max_images: int,
+    transform: ImageTransform | None = None,
 ) -> Measured:
     """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
+
+    Args:
+        tokens_per_image: slots a view takes.
+        max_images: most views of a row.
+        transform: says how many views an image has; None: one.
 
     Raises:
         ValueError: no shards, or no sample is left.
     """
     index = source.load(split, tokenizer)
-    rows = source.select(index)
-    answer, images = index.answer_tokens.copy(), index.num_images.copy()
+    rows, left_out = source.select(index)
+    answer, images = index.answer_tokens.copy(), count_views(index, transform)
     if not source.images:
         images[:] = 0
     length = index.text_tokens + images * np.int32(tokens_per_image)
+    if source.system is not None and index.num_samples:
+        length += count_system_tokens(source.system, tokenizer)
+        if holds_documents(index):
+            raise ValueError(
+                f"source {name}: system={source.system!r} needs conversations and {source.path} holds "
+                "documents; set system=null"
+            )
     reasons = np.zeros(index.num_samples, dtype=np.int8)
     reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = UNREADABLE
     reasons[(reasons == 0) & (answer == 0)] = MUTE
@@ -70,9 +94,10 @@ def measure_source(
         except (OSError, ValueError):
             reasons[row] = UNREADABLE
             continue
-        record = record if source.images else without_images(record)
-        encoded = encode_record(record, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens)
-        length[row], images[row] = len(encoded.input_ids), encoded.num_images
+        views = views_of(index, row, transform) if source.images else []
+        slots = [tokens_per_image * v for v in views]
+        encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        length[row], images[row] = len(encoded.input_ids), sum(views[: encoded.num_images])
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
         num_truncated += 1
         if answer[row] == 0:
@@ -80,13 +105,41 @@ def measure_source(
     reader.close()
     reasons[(reasons == 0) & (images > max_images)] = CROWDED
     kept = rows[reasons[rows] == 0]
-    excluded: dict[str, list[str]] = {}
-    for row in rows[reasons[rows] > 0].tolist():
-        excluded.setdefault(REASONS[reasons[row]], []).append(index.key(row))
+    excluded = {why: gone for why, gone in left_out.items() if len(gone)}
+    excluded |= {REASONS[r]: rows[reasons[rows] == r] for r in np.unique(reasons[rows]).tolist() if r}
     if not len(kept):
-        why = ", ".join(f"{len(keys)} {reason}" for reason, keys in excluded.items()) or "its shards are empty"
+        why = ", ".join(f"{len(gone)} {reason}" for reason, gone in excluded.items()) or "its shards are empty"
         raise ValueError(
-            f"source {name} ({source.path}, split {split}): no sample is left of {len(rows)} ({why}); "
+            f"source {name} ({source.path}, split {split}): no sample is left of {index.num_samples} ({why}); "
             f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
         )
-    return Measured(name, index, kept, length, answer, images, num_truncated, excluded, blind=not source.images)
+    exact = lambda value: None if value is None else Fraction(str(value))
+    limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
+    return Measured(name, source, index, kept, length, answer, images, num_truncated, excluded, **limits)
+
+
+def holds_documents(index: SourceIndex) -> bool:
+    """Whether the first sample that can be read is a document."""
+    reader = ShardReader()
+    for row in range(min(100, index.num_samples)):
+        with suppress(OSError, ValueError):
+            return "document" in index.read(row, reader).record
+    return False
+
+
+def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:
+    """Views of every image of a sample."""
+    if transform is None or transform.tiles is None:
+        return [1] * int(index.num_images[row])
+    sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
+    return [transform.num_views(width, height) for width, height in sizes]
+
+
+def count_views(index: SourceIndex, transform: ImageTransform | None) -> np.ndarray:
+    """Views of all images of every sample together: int32."""
+    if transform is None or transform.tiles is None:
+        return index.num_images.copy()
+    widths, heights = (column.flatten().to_numpy() for column in (index.image_width, index.image_height))
+    before = np.concatenate([[0], np.cumsum(transform.count_views(widths, heights), dtype=np.int64)])
+    end = np.concatenate([[0], np.cumsum(index.num_images, dtype=np.int64)])
+    return (before[end[1:]] - before[end[:-1]]).astype(np.int32)

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import time
 from dataclasses import dataclass
-from itertools import chain, count, repeat
+from fractions import Fraction
+from itertools import chain, count, islice, repeat
+from pathlib import Path
 
 import numpy as np
 
 from fastvlm.data.lengths import Measured, measure_source
 from fastvlm.data.packing import balance, group_by_length, pack_window
+from fastvlm.data.replan import Seen
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import Tokenizer
 
-VERSION = 1  # of the order: another number, another order for the same data
+KEEP_AFTER = 2.0  # seconds of planning that are worth a place in the cache
+VERSION = 2  # of the order: another number, another order for the same data
 
 
 @dataclass
@@ -47,24 +55,28 @@ def pass_order(source: Measured, *, seed: int, number: int, window_shards: int) 
 class Plan:
     """Which samples stand in which row of which optimiser step.
 
-    An epoch is as many samples as all sources hold together; sources go through passes of their own at the pace of
-    their weights, and a pass goes on over the end of an epoch, so that every sample of a source is seen once before
-    any is seen again.
+    An epoch is as many samples as all sources hold together (each times its `repeat`); sources go through passes of
+    their own at the pace of their weights, and a pass goes on over the end of an epoch, so that every sample of a
+    source is seen once before any is seen again.
 
     Args:
         mixture: sources, weights, unit.
         tokenizer: under which lengths are counted.
         split: train, val or test.
-        tokens_per_image: slots an image takes.
+        tokens_per_image: slots a view of an image takes.
         batch_size: rows of an optimiser step, over all ranks and micro-batches.
         max_tokens: longest row; longer samples are truncated at their end.
-        max_images: most images of a row.
+        max_images: most views of a row; an image without tiles is one.
         packing: several samples a row; else a row is one sample.
         pack_window: samples that are packed together.
         sort_window: without packing, group samples of like length within windows of this many samples; 0 for not.
         seed: of the order.
         num_steps: length of the stage; None for `epochs`.
         epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
+        after: what an interrupted stage had seen of other data (`replan.py`): the plan begins with that step, and the
+            first pass over a source leaves out what came in the pass before.
+        transform: says how many views an image of the index has; None: one.
+        cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
 
     Raises:
         ValueError: a source without usable samples, or a parameter out of range.
@@ -86,6 +98,9 @@ class Plan:
         seed: int = 0,
         num_steps: int | None = None,
         epochs: float | int | None = None,
+        after: Seen | None = None,
+        transform: ImageTransform | None = None,
+        cache: str | Path | None = None,
     ):
         limits = {
             "batch_size": batch_size,
@@ -105,39 +120,102 @@ class Plan:
         self._window = pack_window if packing else -(-(sort_window or 1024) // batch_size) * batch_size
         self._sorted = not packing and sort_window > 0
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
+        fits["transform"] = transform
+        self.tiles = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
         self.sources = [
             measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in mixture.sources.items()
         ]
-        self.names, self.weights = mixture.names, mixture.shares
-        self.epoch_samples = sum(len(s.rows) for s in self.sources)
-        self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
+        self.names = mixture.names
+        held = [int(s.costs(self.unit)[s.rows].sum()) * s.repeat for s in self.sources]
+        self.weights = mixture.shares or [h / sum(held) for h in held]
+        self.epoch_samples = sum(int(len(s.rows) * s.repeat) for s in self.sources)
+        self.base = self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
+        self.after, self._times = after, None
+        if after is not None:
+            self.fingerprint = hashlib.sha256(f"{self.base} after {after.digest}".encode()).hexdigest()[:16]
+            self._times = [after.times(s.name, s.index) for s in self.sources]
 
-        self._passes = [self._iterate_passes(s) for s in self.sources]
-        self._queues: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sources]  # rows not yet planned
-        self._schedule = FairSchedule(self.weights, [self._iterate_costs(s) for s in self.sources])
-        # The order so far, in pieces of one window each; `_join` makes one piece of them.
+        self._cache = None if cache is None else Path(cache) / self.fingerprint
+        self._seconds = 0.0  # spent on planning windows
+        # The order so far, in pieces of one window each; `_order` makes one piece of them.
         self._source: list[np.ndarray] = []  # int16, in order of arrival (as scheduled)
         self._row: list[np.ndarray] = []  # int32, likewise
         self._place: list[np.ndarray] = []  # int32: arrival numbers in the order in which rows hold them
         self._size: list[np.ndarray] = []  # int32: samples of each row
         self._num_samples, self._num_rows = 0, 0
         self._joined: _Order | None = None
+        self._schedule: FairSchedule | None = None
+        self._segments: list[tuple[int, list[Fraction]]] = []  # (first sample, weights of the sources not used up)
+        self._used_up = False  # every source is: there is no further sample
+        self._restore()
         if num_steps is None:
-            wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)))
-            while self._num_samples < wanted or not self._num_steps:
+            wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)) - self._num_served())
+            while (self._num_samples < wanted or not self._num_steps) and not self._used_up:
                 self._plan_window()
-            while self._order().end[self._num_steps * batch_size] < wanted:
+            while self._order().end[self._num_steps * batch_size] < wanted and not self._used_up:
                 self._plan_window()
             ends = self._order().end[batch_size::batch_size]
-            num_steps = int(np.searchsorted(ends, wanted)) + 1
+            num_steps = min(int(np.searchsorted(ends, wanted)) + 1, len(ends))
         self.num_steps = num_steps
+        if all(s.max_epochs is not None for s in self.sources):
+            self.extend()
+
+    def _begin(self) -> None:
+        """From the first window; what `_restore` found was too short."""
+        for pieces in (self._source, self._row, self._place, self._size):
+            pieces.clear()
+        self._num_samples, self._num_rows, self._joined, self._used_up = 0, 0, None, False
+        if self.after is not None:  # steps that are over stand as empty rows
+            self._num_rows = self.after.step * self.batch_size
+            self._size.append(np.zeros(self._num_rows, dtype=np.int32))
+        self._passes = [self._iterate_passes(s) for s in self.sources]
+        self._queues: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sources]  # rows not yet planned
+        self._schedule = FairSchedule(self.weights, [self._iterate_costs(s) for s in self.sources])
+
+    def _restore(self) -> None:
+        """Take an order that was kept, memory-mapped; a broken one is planned again."""
+        if self._cache is None or not self._cache.is_dir():
+            return
+        try:
+            kept = [np.load(self._cache / f"{name}.npy", mmap_mode="r") for name in ("source", "row", "place", "size")]
+            state = json.loads((self._cache / "segments.json").read_text())
+        except (OSError, ValueError):
+            return
+        if len(kept[0]) == len(kept[1]) == len(kept[2]) == int(kept[3].sum(dtype=np.int64)):
+            self._segments = [(first, [Fraction(w) for w in weights]) for first, weights in state["segments"]]
+            self._used_up = state["used_up"]
+            self._source, self._row, self._place, self._size = ([column] for column in kept)
+            self._num_samples, self._num_rows = len(kept[0]), len(kept[3])
+
+    def _keep(self) -> None:
+        """Write the order so that the next start needs no planning; folders appear whole, by rename."""
+        order, beside = self._order(), self._cache.with_name(f".{self._cache.name}.{os.getpid()}")
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            for name, column in (("source", order.source), ("row", order.row), ("place", order.place)):
+                np.save(beside / f"{name}.npy", column)
+            np.save(beside / "size.npy", self._size[0])
+            segments = [[first, [str(w) for w in weights]] for first, weights in self._segments]
+            (beside / "segments.json").write_text(json.dumps({"segments": segments, "used_up": self._used_up}))
+            shutil.rmtree(self._cache, ignore_errors=True)
+            os.rename(beside, self._cache)
+        except OSError:  # a full disk, or another run that was first: the order is in memory all the same
+            shutil.rmtree(beside, ignore_errors=True)
 
     def _hash(self, split: str, tokenizer: Tokenizer, pack_window: int, sort_window: int) -> str:
         """Everything the order depends on. The number of steps is not in it: a longer plan begins as a shorter one."""
         state = {
             "version": VERSION,
             "sources": {
-                s.name: [s.index.checksum, hashlib.sha256(s.rows.tobytes()).hexdigest(), s.blind] for s in self.sources
+                s.name: [
+                    s.index.checksum,
+                    hashlib.sha256(s.rows.tobytes()).hexdigest(),
+                    s.source.images,
+                    s.source.system,
+                    str(s.repeat),
+                    str(s.max_epochs),
+                ]
+                for s in self.sources
             },
             "weights": [str(w) for w in self.weights],
             "names": self.names,
@@ -147,24 +225,45 @@ class Plan:
             "tokenizer": tokenizer.fingerprint,
             "budget": [self.tokens_per_image, self.batch_size, self.max_tokens, self.max_images],
             "packing": [self.packing, pack_window, sort_window],
+            **({"tiles": self.tiles} if self.tiles else {}),
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
+    def _num_served(self, source: Measured | None = None) -> int:
+        """Samples that came before the plan begins, of one source or of all."""
+        if self._times is None:
+            return 0
+        chosen = [t for s, t in zip(self.sources, self._times) if source is None or s is source]
+        return int(sum(t[t > 0].sum() for t in chosen))
+
     def _iterate_passes(self, source: Measured):
         options = {"seed": self.seed, "window_shards": self.mixture.window_shards}
-        return (pass_order(source, number=p, **options) for p in count())
+        first = count()
+        if self._times is not None:
+            times = self._times[self.sources.index(source)]
+            known = times[source.rows][times[source.rows] >= 0]
+            came = times > (known.min() if len(known) else 0)  # in the pass that was interrupted
+            rows = pass_order(source, number=next(first), **options)
+            yield rows[~came[rows]]
+        yield from (pass_order(source, number=p, **options) for p in first)
 
     def _iterate_costs(self, source: Measured):
         """Costs in the order of the passes: the same passes again, so that schedule and rows need no shared cursor."""
+        left = None if source.num_served is None else max(0, source.num_served - self._num_served(source))
         if self.unit == "samples":
-            return repeat(1)
+            return repeat(1) if left is None else repeat(1, left)
         costs = source.costs(self.unit)
-        return chain.from_iterable(costs[rows].tolist() for rows in self._iterate_passes(source))
+        pieces = (rows[i : i + 65_536] for rows in self._iterate_passes(source) for i in range(0, len(rows), 65_536))
+        return islice(chain.from_iterable(costs[rows].tolist() for rows in pieces), left)
 
     def _plan_window(self) -> None:
         """Schedule and pack one more window."""
+        begun = time.process_time()
+        if self._schedule is None:
+            self._begin()
         sources = self._schedule.take(self._window)
+        self._segments, self._used_up = self._schedule.segments, len(sources) < self._window
         rows = np.empty(len(sources), dtype=np.int32)
         lengths, images, costs = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
         for i, source in enumerate(self.sources):
@@ -182,9 +281,13 @@ class Plan:
         else:
             packs = [[i] for i in range(len(sources))]
         if self.packing or self._sorted:
-            packs = balance(packs, sources=sources, costs=costs, weights=self.weights)
+            served = np.bincount(sources, weights=costs, minlength=len(self.sources)).astype(np.int64).tolist()
+            shares = [Fraction(cost, max(1, sum(served))) for cost in served]
+            packs = balance(packs, sources=sources, costs=costs, weights=shares)
         place = np.fromiter(chain.from_iterable(packs), dtype=np.int32, count=len(sources))
         sizes = np.array([len(p) for p in packs] if self.packing else [1] * len(sources), dtype=np.int32)
+        if self._used_up:  # the last step is filled with empty rows
+            sizes = np.pad(sizes, (0, -(self._num_rows + len(sizes)) % self.batch_size))
         self._source.append(sources)
         self._row.append(rows)
         self._place.append(place + np.int32(self._num_samples))
@@ -192,10 +295,11 @@ class Plan:
         self._num_samples += len(sources)
         self._num_rows += len(sizes)
         self._joined = None
+        self._seconds += time.process_time() - begun
 
     @property
     def num_images(self) -> int:
-        """Images of all planned sources together; 0 when there is nothing to look at."""
+        """Views of all planned sources together; 0 when there is nothing to look at."""
         return sum(int(s.images[s.rows].sum()) for s in self.sources)
 
     def notes(self) -> list[str]:
@@ -204,12 +308,25 @@ class Plan:
         for s in self.sources:
             for shard, where in s.index.broken.items():
                 lines.append(f"{s.name}: {shard} {where}; the samples before are used, write the shard again")
-            for reason, keys in s.excluded.items():
-                more = ", ..." if len(keys) > 3 else ""
-                lines.append(f"{s.name}: {len(keys)} samples left out, {reason} ({', '.join(keys[:3])}{more})")
+            for reason, gone in s.excluded.items():
+                keys = ", ".join(
+                    [*(s.index.key(row) for row in gone[:3].tolist()), *(["..."] if len(gone) > 3 else [])]
+                )
+                lines.append(f"{s.name}: {len(gone)} samples left out, {reason} ({keys})")
             if s.num_truncated:
                 lines.append(f"{s.name}: {s.num_truncated} samples cut to max_tokens={self.max_tokens}")
+        for first, weights in self.segments()[1:]:
+            gone = ", ".join(name for name, w in zip(self.names, weights) if not w)
+            shares = ", ".join(f"{name} {float(w):.1%}" for name, w in zip(self.names, weights) if w)
+            lines.append(f"{gone} used up (max_epochs) after {first} samples; from there on the shares are {shares}")
         return lines
+
+    def segments(self) -> list[tuple[int, list[Fraction]]]:
+        """(first sample, weights) of each stretch of the planned steps, as `max_epochs` uses sources up; in order of
+        arrival."""
+        self.extend()
+        planned = int(self._order().end[self.num_steps * self.batch_size])
+        return [(first, weights) for first, weights in self._segments if first < planned]
 
     @property
     def _num_steps(self) -> int:
@@ -218,13 +335,21 @@ class Plan:
     def extend(self, num_steps: int | None = None) -> None:
         """Plan up to this many steps now (all of them unless told), so that forked workers share the result."""
         while self._num_steps < (num_steps or self.num_steps):
+            if self._used_up:
+                raise ValueError(
+                    f"steps={self.num_steps}: every source has max_epochs, and together they last {self._num_steps} "
+                    "steps; ask for fewer steps, or raise a source's max_epochs"
+                )
             self._plan_window()
+        if num_steps is None and self._cache is not None and self._seconds > KEEP_AFTER:
+            self._seconds = 0.0
+            self._keep()
 
     def __getstate__(self) -> dict:
         """For loader processes that are spawned and not forked: the finished order, without what makes more of it."""
         self.extend()
         self._order()
-        return self.__dict__ | {"_passes": None, "_queues": None, "_schedule": None}
+        return self.__dict__ | {"_passes": None, "_queues": None, "_schedule": None, "_cache": None}
 
     def _order(self) -> _Order:
         if self._joined is None:
@@ -260,7 +385,7 @@ class Plan:
         return epoch, step - int(np.searchsorted(starts, epoch * self.epoch_samples))
 
     def _arrivals(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        while self._num_samples < n:
+        while self._num_samples < n and not self._used_up:
             self._plan_window()
         order = self._order()
         return order.source[:n], order.row[:n]
@@ -274,7 +399,7 @@ class Plan:
         if unit not in UNITS:
             raise ValueError(f"unit={unit} is not one of {', '.join(UNITS)}")
         sources, rows = self._arrivals(n)
-        costs = np.empty(n, dtype=np.int64)
+        costs = np.empty(len(sources), dtype=np.int64)
         for i, source in enumerate(self.sources):
             costs[sources == i] = source.costs(unit)[rows[sources == i]]
         return sources, costs
@@ -289,8 +414,18 @@ class Plan:
         """Largest distance of every source from its share over all prefixes of n samples, in largest samples' worth."""
         sources, costs = self.costs(n, self.unit)
         worth = max(int(s.costs(self.unit)[s.rows].max()) for s in self.sources)
-        errors = (np.abs(prefix_error(sources, costs, i, w)).max() for i, w in enumerate(self.weights))
-        return {s.name: float(e) / worth for s, e in zip(self.sources, errors)}
+        errors = self._errors(sources, costs)
+        return {s.name: float(np.abs(e).max()) / worth for s, e in zip(self.sources, errors)}
+
+    def _errors(self, sources: np.ndarray, costs: np.ndarray):
+        """`prefix_error` of every source in turn; sources that are used up begin the count anew."""
+        firsts = [first for first, _ in self._segments if first < len(sources)]
+        for i in range(len(self.sources)):
+            pieces = [
+                prefix_error(sources[a:b], costs[a:b], i, weights[i])
+                for a, b, (_, weights) in zip(firsts, [*firsts[1:], len(sources)], self._segments)
+            ]
+            yield np.concatenate(pieces)
 
     def largest_step_error(self) -> float:
         """As `largest_error`, but as the optimiser sees it: over the ends of steps, in the order of the rows.
@@ -304,13 +439,26 @@ class Plan:
         sources, costs = sources[place], costs[place]
         worth = max(int(s.costs(self.unit)[s.rows].max()) for s in self.sources)
         ends = order.end[self.batch_size : rows + 1 : self.batch_size] - 1
-        errors = (np.abs(prefix_error(sources, costs, i, w)[ends]).max() for i, w in enumerate(self.weights))
-        return float(max(errors)) / worth
+        ends = ends[ends >= 0]
+        return float(max(np.abs(e[ends]).max() for e in self._errors(sources, costs))) / worth
 
     def packing_efficiency(self) -> dict[str, float]:
         """Over the planned steps: the share of the token and of the image budget that is used (`filled_tokens`,
         `filled_images`), samples a row, and `padding`: the share of positions that are padding when every row is as
         long as the longest of its step."""
+        tokens, images = self.row_sizes()
+        skipped = 0 if self.after is None else self.after.step
+        tokens, images = tokens[skipped:], images[skipped:]
+        samples = int(self._order().end[self.num_steps * self.batch_size])
+        return {
+            "filled_tokens": float(tokens.sum() / (tokens.size * self.max_tokens)),
+            "filled_images": float(images.sum() / (images.size * self.max_images)),
+            "samples_per_row": float(samples / tokens.size),
+            "padding": float(1 - tokens.sum() / (tokens.max(axis=1) * self.batch_size).sum()),
+        }
+
+    def row_sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and images of every row: two int64 (steps, rows of a step)."""
         self.extend()
         order, rows = self._order(), self.num_steps * self.batch_size
         place = order.place[: order.end[rows]]
@@ -319,14 +467,9 @@ class Plan:
         for i, source in enumerate(self.sources):
             here = sources == i
             lengths[here], images[here] = source.length[rows_of[here]], source.images[rows_of[here]]
-        tokens = np.add.reduceat(lengths, order.end[:rows]).reshape(self.num_steps, self.batch_size)
-        padded = (tokens.max(axis=1) * self.batch_size).sum()
-        return {
-            "filled_tokens": float(tokens.sum() / (rows * self.max_tokens)),
-            "filled_images": float(images.sum() / (rows * self.max_images)),
-            "samples_per_row": float(len(place) / rows),
-            "padding": float(1 - tokens.sum() / padded),
-        }
+        totals = (np.concatenate([[0], np.cumsum(column)]) for column in (lengths, images))
+        tokens, images = (np.diff(t[order.end[: rows + 1]]).reshape(self.num_steps, -1) for t in totals)
+        return tokens, images
 
     def report(self, prefixes: tuple[int, ...] = (100, 1000, 10000)) -> dict:
         """What the plan will do, in plain numbers: ready for JSON.
@@ -350,7 +493,10 @@ class Plan:
                 "planned": int(seen[i]),
                 "epochs": float(seen[i] / len(source.rows)),
                 "truncated": source.num_truncated,
-                "excluded": {r: {"count": len(k), "keys": k[:10]} for r, k in source.excluded.items()},
+                "excluded": {
+                    reason: {"count": len(gone), "keys": [source.index.key(row) for row in gone[:10].tolist()]}
+                    for reason, gone in source.excluded.items()
+                },
                 "broken_shards": source.index.broken,
             }
         return {
@@ -361,6 +507,7 @@ class Plan:
             "epochs": planned / self.epoch_samples,
             "packing": self.packing_efficiency(),
             "largest_step_error": self.largest_step_error(),
+            "segments": [[first, [float(w) for w in weights]] for first, weights in self.segments()],
             "sources": per_source,
         }
 

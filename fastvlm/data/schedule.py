@@ -17,52 +17,76 @@ import numpy as np
 
 
 class FairSchedule:
-    """An endless sequence of source numbers.
+    """A sequence of source numbers, endless where the sources are.
 
-    Every source i has an endless queue of samples with positive integer costs. With V the cost served so far, a
-    source's next sample has the virtual start S = served_i / w_i and finish F = S + cost / w_i. Among the samples
-    with S <= V (a fluid scheduler would have begun them) the smallest F is next, the lower number at a tie. Then, after
-    every sample,
+    Every source i has a queue of samples with positive integer costs. With V the cost served so far, a source's next
+    sample has the virtual start S = served_i / w_i and finish F = S + cost / w_i. Among the samples with S <= V (a
+    fluid scheduler would have begun them) the smallest F is next, the lower number at a tie. Then, after every sample,
 
         -L < served_i - w_i * V <= (1 - w_i) * L_i
 
     where L_i is the largest cost in queue i and L the largest of all: no source is ever further from its share than one
-    sample. All numbers are integers, so the order is the same on every machine.
+    sample. When a queue runs dry the others begin anew in their own proportions, and the bound holds from there on. All
+    numbers are integers, so the order is the same on every machine.
 
     Args:
         weights: fractions that sum to 1.
-        costs: one endless iterable of positive integers a source.
+        costs: one iterable of positive integers a source.
     """
 
     def __init__(self, weights: Sequence[Fraction], costs: Sequence[Iterable[int]]):
         assert sum(weights) == 1 and len(weights) == len(costs)
-        # Times are scaled by the common multiple of the weights' numerators, so that all of them are integers.
-        self._unit = math.lcm(*(w.numerator for w in weights))
-        self._per_cost = [int(self._unit / w) for w in weights]
+        self._weights = list(weights)
         self._costs = [iter(c) for c in costs]
-        self._next = [next(c) for c in self._costs]
+        self._next = [next(c, 0) for c in self._costs]  # 0: the queue is dry
+        self._served = 0  # samples
+        self.segments: list[tuple[int, list[Fraction]]] = []  # (first sample, weights of the queues that are not dry)
+        self._begin()
+
+    def _begin(self) -> None:
+        """From here on, over the queues that are not dry."""
+        left = [w if cost else Fraction(0) for w, cost in zip(self._weights, self._next)]
+        total = sum(left)
+        if not total:
+            return
+        weights = [w / total for w in left]
+        self.segments.append((self._served, weights))
+        # Times are scaled by the common multiple of the weights' numerators, so that all of them are integers.
+        self._unit = math.lcm(*(w.numerator for w in weights if w))
+        self._per_cost = [int(self._unit / w) if w else 0 for w in weights]
         self._now = 0  # V, scaled
         self._pending: list[tuple[int, int, int]] = []  # (S, F, source) with S > V
-        self._eligible = [(c * q, i) for i, (c, q) in enumerate(zip(self._next, self._per_cost))]  # (F, source)
+        self._eligible = [(c * q, i) for i, (c, q) in enumerate(zip(self._next, self._per_cost)) if q]  # (F, source)
         heapq.heapify(self._eligible)
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` source numbers: int16."""
-        out = [0] * count
+        """The next `count` source numbers: int16; fewer when every queue is dry."""
+        out: list[int] = []
+        while len(out) < count and any(self._next):
+            self._take(count, out)
+        return np.array(out, dtype=np.int16)
+
+    def _take(self, count: int, out: list[int]) -> None:
+        """Append to `out` until it holds `count` or a queue runs dry."""
         pending, eligible, upcoming, costs = self._pending, self._eligible, self._next, self._costs
         push, pop, unit, per_cost, now = heapq.heappush, heapq.heappop, self._unit, self._per_cost, self._now
-        for k in range(count):
+        before = len(out)
+        while len(out) < count:
             while pending and pending[0][0] <= now:
                 _, finish, source = pop(pending)
                 push(eligible, (finish, source))
             # Never empty: were every S > V, the sources together would have been served more than V.
             finish, source = pop(eligible)
-            out[k] = source
+            out.append(source)
             now += upcoming[source] * unit
-            cost = upcoming[source] = next(costs[source])
+            cost = upcoming[source] = next(costs[source], 0)
+            if not cost:
+                self._served += len(out) - before
+                self._begin()
+                return
             push(pending, (finish, finish + cost * per_cost[source], source))
         self._now = now
-        return np.array(out, dtype=np.int16)
+        self._served += len(out) - before
 
 
 def prefix_error(sources: np.ndarray, costs: np.ndarray, source: int, weight: Fraction) -> np.ndarray:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.index import SourceIndex, load_index
+from fastvlm.data.augment import check_kinds
+from fastvlm.data.conversation import with_system, without_images
+from fastvlm.data.index import SourceIndex, list_shards, load_index
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -23,9 +25,22 @@ class Source:
         name: as it stands in logs, metrics and error messages.
         path: the folder of the shards.
         types: keep only samples of these question types (`meta.type` or one of `meta.types`).
+        filters: number -> `{min, max, missing}`: keep samples whose number lies within. Numbers are `text_tokens`,
+            `answer_tokens`, `num_images`, `width` and `height` (of the smallest image, pixels) and whatever the
+            records' meta holds: ratings (the lowest of a conversation), similarity. A sample without the number is left
+            out, or kept with `missing: keep`. What is left out is counted in the plan's report.
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
+        repeat: how often an epoch counts the source; what it changes is the length of a stage given in epochs, and the
+            shares of a mixture without weights.
+        max_epochs: passes over the train split at most; when they are used up the other sources go on in their own
+            proportions. None for as many as the weights ask.
+        system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
+        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
+            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
+        augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
+            the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -35,18 +50,34 @@ class Source:
         *,
         path: str | Path,
         types: Sequence[str] | None = None,
+        filters: Mapping[str, Mapping[str, float | int | str]] | None = None,
         max_samples: int | None = None,
+        repeat: float | int = 1,
+        max_epochs: float | int | None = None,
+        system: str | None = None,
         images: bool = True,
+        shards: str | None = None,
+        augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
+        for key, value in (("repeat", repeat), ("max_epochs", max_epochs)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"source {name}: {key}={value} must be above 0")
+        for number, bounds in (filters or {}).items():
+            if not bounds or set(bounds) - {"min", "max", "missing"}:
+                raise ValueError(f"source {name}: filters.{number}={bounds} takes min, max and missing")
+            if bounds.get("missing", "drop") not in ("keep", "drop"):
+                raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
+        self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
-        self.images = images
+        self.system, self.images, self.shards = system, images, shards
+        self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return any(self.path.glob(f"{split}-*.tar"))
+        return bool(list_shards(self.path, split, self.shards))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
@@ -54,15 +85,25 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
 
-    def select(self, index: SourceIndex) -> np.ndarray:
-        """Rows of the index that belong to this source: int64, ascending.
+    def edit(self, record: dict) -> dict:
+        """A record as this source gives it to the model: with its system prompt, or without its images.
 
         Raises:
-            ValueError: none of `types` occurs.
+            ValueError: a system prompt on a document.
         """
-        rows = np.arange(index.num_samples)
+        if self.system is not None:
+            record = with_system(record, self.system)
+        return record if self.images else without_images(record)
+
+    def select(self, index: SourceIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.
+
+        Raises:
+            ValueError: none of `types` occurs, or no sample has a number that `filters` names.
+        """
+        rows, left_out = np.arange(index.num_samples), {}
         if self.types is not None:
             kinds = index.types.to_pylist()
             wanted = set(self.types)
@@ -72,9 +113,20 @@ class Source:
                 raise ValueError(
                     f"source {self.name}: no sample in {self.path} is of types={list(self.types)}; it has {there}"
                 )
+        for name, bounds in self.filters.items():
+            number = index.number(name)[rows]
+            if len(rows) and np.isnan(number).all():
+                there = ", ".join(sorted(pc.unique(index.numbers.keys).to_pylist()))
+                raise ValueError(
+                    f"source {self.name}: no sample in {self.path} has the number filters.{name}; there are "
+                    f"text_tokens, answer_tokens, num_images, width, height{', ' if there else ''}{there}"
+                )
+            keep = (number >= bounds.get("min", -np.inf)) & (number <= bounds.get("max", np.inf))
+            keep |= np.isnan(number) & (bounds.get("missing", "drop") == "keep")
+            left_out[f"filtered by {name}"], rows = rows[~keep], rows[keep]
         if self.max_samples is not None and index.split == "train" and len(rows) > self.max_samples:
             rows = np.sort(rows[shuffled(len(rows), "subset", self.name)[: self.max_samples]])
-        return rows
+        return rows, left_out
 
 
 class Mixture:
@@ -82,7 +134,8 @@ class Mixture:
 
     Args:
         sources: by name; the names are the keys of `weights`.
-        weights: any non-negative numbers, one a source; they are normalised. A source of weight 0 is left out.
+        weights: any non-negative numbers, one a source; they are normalised. A source of weight 0 is left out. None
+            for as much of each source as it holds (times its `repeat`), in the unit: every sample once an epoch.
         unit: what the shares are counted in: samples, tokens (text and image slots) or answer_tokens (learned ones).
         window_shards: shards open at once; samples are shuffled within this window, shards beyond it.
 
@@ -94,20 +147,20 @@ class Mixture:
         self,
         sources: Mapping[str, Source],
         *,
-        weights: Mapping[str, float | int],
+        weights: Mapping[str, float | int] | None,
         unit: str,
         window_shards: int = 4,
     ):
         names = [str(name) for name in sources]
         if not names:
             raise ValueError("mixture.sources is empty; name at least one source")
-        for name in weights:
+        for name in weights or ():
             if name not in names:
                 nearest = difflib.get_close_matches(str(name), names, n=1) or names[:1]
                 raise ValueError(
                     f"mixture.weights.{name}: no such source; did you mean {nearest[0]}? (sources: {', '.join(names)})"
                 )
-        for name in names:
+        for name in names if weights is not None else ():
             if name not in weights:
                 raise ValueError(f"mixture.weights has no {name}; give it a weight (0 leaves the source out)")
             if not weights[name] >= 0 or weights[name] == float("inf"):
@@ -117,6 +170,12 @@ class Mixture:
             raise ValueError(f"mixture.unit={unit} is not one of {', '.join(UNITS)}; did you mean {nearest[0]}?")
         if window_shards < 1:
             raise ValueError(f"mixture.window_shards={window_shards} must be 1 or more")
+        self.unit, self.window_shards = unit, window_shards
+        self.shares: list[Fraction] | None = None
+        self.weights: dict[str, float] | None = None
+        if weights is None:
+            self.sources = {name: sources[name] for name in names}
+            return
         exact = {name: Fraction(str(weights[name])).limit_denominator(10**9) for name in names if weights[name] > 0}
         if not exact:
             raise ValueError(f"mixture.weights are all 0; give one of {', '.join(names)} a positive weight")
@@ -124,7 +183,6 @@ class Mixture:
         total = sum(exact.values())
         self.shares = [weight / total for weight in exact.values()]  # fractions that sum to exactly 1
         self.weights = {name: float(share) for name, share in zip(exact, self.shares)}
-        self.unit, self.window_shards = unit, window_shards
 
     @property
     def names(self) -> tuple[str, ...]:

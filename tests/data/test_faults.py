@@ -99,7 +99,8 @@ def test_what_no_index_can_read_is_left_out_of_the_plan_by_name(tmp_path, tokeni
         writer.write("role", {"messages": [{"role": "robot", "content": "x"}]})
         writer.write("mute", {"messages": [{"role": "user", "content": "which digit"}]})
     plan = plan_of(tmp_path, tokenizer)
-    assert plan.sources[0].excluded == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
+    left_out = {why: e["keys"] for source in plan.report()["sources"].values() for why, e in source["excluded"].items()}
+    assert left_out == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
     assert plan.report()["sources"]["x"]["samples"] == 1
 
 

@@ -15,6 +15,7 @@ from fastvlm.data.conversation import encode_record
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.plan import Plan
 from fastvlm.data.schedule import prefix_error
+from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import UNITS, Mixture, Source
 from fastvlm.tokens import IGNORE_INDEX
 
@@ -73,6 +74,22 @@ def test_the_plan_is_a_function_of_its_arguments_alone(sources, tokenizer):
     ]
     assert len({p.fingerprint for p in (first, *others)}) == 7
     assert all(steps_of(p) != steps_of(first) for p in others)
+
+
+def test_a_kept_order_is_found_again_and_one_that_is_broken_or_too_short_is_planned_anew(
+    sources, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fastvlm.data.plan.KEEP_AFTER", 0.0)
+    fresh = steps_of(plan_of(sources, tokenizer, num_steps=40))
+    plan_of(sources, tokenizer, cache=tmp_path, num_steps=40).extend()
+    again = plan_of(sources, tokenizer, cache=tmp_path, num_steps=40)
+    monkeypatch.setattr(again, "_plan_window", None)  # nothing is planned
+    assert steps_of(again) == fresh
+    longer = plan_of(sources, tokenizer, cache=tmp_path, num_steps=400)
+    assert steps_of(longer)[:40] == fresh and longer.num_steps == 400
+    (kept,) = tmp_path.iterdir()
+    (kept / "row.npy").write_bytes((kept / "row.npy").read_bytes()[:-20])
+    assert steps_of(plan_of(sources, tokenizer, cache=tmp_path, num_steps=40)) == fresh
 
 
 def test_the_order_is_the_same_on_every_machine_and_in_every_version(sources, tokenizer):
@@ -164,7 +181,7 @@ def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sourc
             assert (row in source.rows) == (learned > 0 and encoded.num_images <= 2)
             if row in source.rows:
                 assert (len(encoded.input_ids), learned) == (source.length[row], source.answer[row])
-    assert found["chat"].excluded["answer truncated away"]
+    assert len(found["chat"].excluded["answer truncated away"])
     left = plan.report()["sources"]["chat"]
     assert left["samples"] + sum(e["count"] for e in left["excluded"].values()) == 70
     assert any("left out" in line for line in plan.notes())
@@ -194,11 +211,11 @@ def test_a_subset_is_part_of_a_larger_one_and_types_select(tmp_path, sources, to
     rows = []
     for count in (10, 30, None):
         source = Source("caption", path=sources["caption"], max_samples=count)
-        rows.append(set(source.select(source.load("train", tokenizer)).tolist()))
+        rows.append(set(source.select(source.load("train", tokenizer))[0].tolist()))
     assert [len(r) for r in rows] == [10, 30, 90]
     assert rows[0] < rows[1] < rows[2]
     chat = Source("chat", path=sources["chat"], types=["name"])
-    assert len(chat.select(chat.load("train", tokenizer))) == 70
+    assert len(chat.select(chat.load("train", tokenizer))[0]) == 70
     with pytest.raises(ValueError, match=r"no sample .* is of types=\['colour'\]; it has \['name'\]"):
         wrong = Source("chat", path=sources["chat"], types=["colour"])
         wrong.select(wrong.load("train", tokenizer))
@@ -255,3 +272,88 @@ def test_two_sources_whose_keys_differ_only_by_name_have_orders_of_their_own(tmp
     order, rows = plan._arrivals(60)
     assert rows[order == 0].tolist() != rows[order == 1].tolist()
     assert np.array_equal(np.sort(rows[order == 0]), np.sort(rows[order == 1]))
+
+
+def test_a_source_with_max_epochs_is_served_so_often_and_the_others_go_on_in_their_proportions(sources, tokenizer):
+    once = {k: Source(k, path=sources[k], max_epochs=1 if k == "text" else None) for k in KINDS}
+    mixture = Mixture(once, weights={"caption": 20, "pages": 20, "chat": 20, "text": 40}, unit="samples")
+    plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=None, epochs=3, packing=False)
+    order, _ = plan.costs(int(plan._order().end[plan.num_steps * 4]), "samples")
+    text = KINDS.index("text")
+    held = len(plan.sources[text].rows)
+    last = int(np.flatnonzero(order == text)[-1])
+    assert np.count_nonzero(order == text) == held
+    served = [row for source, row in plan.first_samples(len(order)) if source == text]
+    assert sorted(served) == plan.sources[text].rows.tolist()  # every sample once
+    counts = np.bincount(order[last + 1 :], minlength=4)
+    assert counts[text] == 0 and max(abs(counts[:3] - counts.sum() / 3)) <= 1
+    assert max(plan.largest_error(len(order)).values()) <= 1 + 1e-9
+    (note,) = (line for line in plan.notes() if "used up" in line)
+    assert note.startswith(f"text used up (max_epochs) after {last + 1} samples") and "caption 33.3%" in note
+    assert plan.report()["segments"][1] == [last + 1, pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])]
+
+
+def test_a_mixture_that_is_used_up_serves_every_sample_and_refuses_more_steps(sources, tokenizer):
+    once = {k: Source(k, path=sources[k], max_epochs=1) for k in KINDS}
+    mixture = Mixture(once, weights=dict.fromkeys(KINDS, 1), unit="tokens")
+    plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=None, epochs=2)
+    seen = [pair for step in steps_of(plan) for row in step.rows for pair in row]
+    assert sorted(seen) == sorted((i, row) for i, s in enumerate(plan.sources) for row in s.rows.tolist())
+    assert all(len(step.rows) == 4 for step in steps_of(plan))  # the last is filled with empty rows
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    assert sum(len(dataset[i].keys) for i in range(len(dataset))) == len(seen)
+    assert plan.report()["packing"]["padding"] < 1
+    with pytest.raises(ValueError, match=r"steps=9999: .* together they last \d+ steps"):
+        plan_of(sources, tokenizer, mixture=mixture, num_steps=9999)
+
+
+def test_without_weights_an_epoch_holds_every_sample_as_often_as_its_source_is_repeated(sources, tokenizer):
+    twice = {k: Source(k, path=sources[k], repeat=2 if k == "chat" else 1) for k in KINDS}
+    plan = plan_of(sources, tokenizer, mixture=Mixture(twice, weights=None, unit="samples"), num_steps=None, epochs=1)
+    seen = Counter(plan.first_samples(plan.epoch_samples))
+    held = {(i, row): 2 if s.name == "chat" else 1 for i, s in enumerate(plan.sources) for row in s.rows.tolist()}
+    assert seen == held
+
+
+def test_filters_keep_what_lies_within_and_the_report_names_the_rest(tokenizer, tmp_path):
+    with ShardWriter(tmp_path, "train") as writer:
+        for i in range(10):
+            record, images = make_record("caption", i)
+            turns = {"relevance": [i % 5 + 1, None, 5]} if i != 9 else {}
+            writer.write(f"c{i}", record | {"meta": {"ratings": turns, "similarity": i / 10, "page_id": 7}}, images)
+    kept = lambda filters: plan_of(
+        {},
+        tokenizer,
+        num_steps=1,
+        mixture=Mixture({"c": Source("c", path=tmp_path, filters=filters)}, weights={"c": 1}, unit="samples"),
+    ).sources[0]
+    keys = lambda source: [source.index.key(row) for row in source.rows.tolist()]
+    assert keys(kept({"relevance": {"min": 3}})) == ["c2", "c3", "c4", "c7", "c8"]
+    assert keys(kept({"relevance": {"min": 3, "missing": "keep"}})) == ["c2", "c3", "c4", "c7", "c8", "c9"]
+    assert keys(kept({"similarity": {"min": 0.25, "max": 0.5}})) == ["c3", "c4", "c5"]
+    assert keys(kept({"num_images": {"min": 1}, "width": {"max": 8}})) == [f"c{i}" for i in range(10)]
+    both = kept({"relevance": {"min": 3}, "similarity": {"max": 0.3}})
+    assert {why: len(gone) for why, gone in both.excluded.items()} == {
+        "filtered by relevance": 5,
+        "filtered by similarity": 3,
+    }
+    with pytest.raises(ValueError, match="no sample .* has the number filters.page_id; there are .* similarity"):
+        kept({"page_id": {"min": 1}})
+    with pytest.raises(ValueError, match="filters.relevance=.* takes min, max and missing"):
+        kept({"relevance": {"least": 3}})
+
+
+def test_a_system_prompt_stands_before_every_conversation_and_in_the_planned_lengths(sources, tokenizer):
+    styled = Source("chat", path=sources["chat"], system="a small digit")
+    plan = plan_of(sources, tokenizer, mixture=Mixture({"chat": styled}, weights={"chat": 1}, unit="tokens"))
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    plain = plan_of(sources, tokenizer, mixture=mix(sources, kinds=("chat",), weights=(1,)))
+    for row in plan.sources[0].rows[:20].tolist():
+        sample = dataset.read(0, row)
+        assert tokenizer.hf.decode(sample.input_ids).startswith("<|system|>a small digit<|user|>")
+        assert len(sample.input_ids) == plan.sources[0].length[row]
+        assert plan.sources[0].answer[row] == plain.sources[0].answer[row]
+    assert plan.fingerprint != plain.fingerprint
+    with pytest.raises(ValueError, match="source text: system='x' needs conversations and .* holds documents"):
+        document = Source("text", path=sources["text"], system="x")
+        plan_of(sources, tokenizer, mixture=Mixture({"text": document}, weights={"text": 1}, unit="tokens"))

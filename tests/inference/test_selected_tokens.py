@@ -53,18 +53,19 @@ def test_the_likelihood_of_an_answer_does_not_see_the_empty_slots(engine):
             record["messages"].append({"role": "assistant", "content": "the digit"})
     visual = [engine.encode_images(given) for given in images]
     options = {"tokens_per_image": TOKENS_PER_IMAGE}
-    ours = answer_nll(engine.model, engine.tokenizer, records, visual, **options)
+    ours = answer_nll(engine.model, engine.tokenizer, records, visual, tokens_per_view=TOKENS_PER_IMAGE)
     for record, tokens, (nats, count) in zip(records, visual, ours):
         encoded = encode_record(record, engine.tokenizer, **options)
-        kept = (tokens != 0).any(-1).flatten().tolist()
-        flags = iter(kept)
+        tokens = torch.cat([torch.zeros(0, engine.model.llm.dim), *tokens])
+        kept = (tokens != 0).any(-1)
+        flags = iter(kept.tolist())
         stays = [i != engine.tokenizer.image_id or next(flags) for i in encoded.input_ids]
         ids = [i for i, s in zip(encoded.input_ids, stays) if s]
         labels = [label for label, s in zip(encoded.labels, stays) if s]
         row = torch.tensor([ids])
         with torch.no_grad():
             embeds = engine.model.llm.embed(row)
-            embeds[row == engine.tokenizer.image_id] = tokens[(tokens != 0).any(-1)]
+            embeds[row == engine.tokenizer.image_id] = tokens[kept]
             hidden = engine.model.llm.hidden(embeds, torch.arange(len(ids))[None], torch.ones_like(row))
             losses = engine.model.llm.head(hidden)[0, :-1].log_softmax(-1)
         at = torch.tensor(labels[1:]) != -100
@@ -74,5 +75,5 @@ def test_the_likelihood_of_an_answer_does_not_see_the_empty_slots(engine):
 
 
 def test_text_alone_is_untouched(engine):
-    (scores,) = token_nll(engine.model, engine.tokenizer, [([9, 8, 7, 6], [-100, 8, 7, 6])], [torch.zeros(0, 0, 0)])
+    (scores,) = token_nll(engine.model, engine.tokenizer, [([9, 8, 7, 6], [-100, 8, 7, 6])], [[]])
     assert len(scores) == 3 and scores.isfinite().all()

@@ -1,0 +1,146 @@
+"""Data that changed under an interrupted stage: what changed, and what the stage has seen already.
+
+A plan is a function of its sources, so another shard or weight makes another plan, whose step 300 has nothing to do
+with the first one's. What an interrupted stage needs to go on with new data is kept in its folder: the order of its
+plan (`order.npz`), the content of every sample by checksum, and in `plan.json` what the plan was made of. Samples are
+recognised by their bytes, wherever they lie now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastvlm.data.index import SourceIndex
+
+
+@dataclass
+class Seen:
+    """What a stage has seen in `step` steps: by source, the content of its samples and how often each came."""
+
+    step: int
+    sources: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (uint64 content, ascending; int64 times)
+
+    @property
+    def digest(self) -> str:
+        digest = hashlib.sha256(str(self.step).encode())
+        for name, (content, times) in sorted(self.sources.items()):
+            digest.update(name.encode() + content.tobytes() + times.tobytes())
+        return digest.hexdigest()[:16]
+
+    def times(self, name: str, index: SourceIndex) -> np.ndarray:
+        """How often each row of a source has come: int64, -1 for a sample that was not there before."""
+        times = np.full(index.num_samples, -1, dtype=np.int64)
+        content, counts = self.sources.get(name, (np.empty(0, np.uint64), np.empty(0, np.int64)))
+        if len(content):
+            ours = content_of(index)
+            at = np.minimum(np.searchsorted(content, ours), len(content) - 1)
+            times[content[at] == ours] = counts[at[content[at] == ours]]
+        return times
+
+    def save(self, folder: Path) -> None:
+        columns = {f"{kind}/{name}": a for name, pair in self.sources.items() for kind, a in zip(("c", "n"), pair)}
+        write_arrays(folder / "seen.npz", step=np.array(self.step), **columns)
+
+    @classmethod
+    def load(cls, folder: Path) -> Seen:
+        with np.load(folder / "seen.npz") as file:
+            names = [key[2:] for key in file.files if key.startswith("c/")]
+            return cls(int(file["step"]), {name: (file[f"c/{name}"], file[f"n/{name}"]) for name in names})
+
+
+def content_of(index: SourceIndex) -> np.ndarray:
+    """CRC-32 and length of every sample's bytes in one number: uint64."""
+    return (index.crc32.astype(np.uint64) << np.uint64(32)) | (index.size.astype(np.uint64) & np.uint64(0xFFFFFFFF))
+
+
+def describe(plan) -> dict:
+    """What a plan was made of, for `changes`."""
+    return {
+        "base": plan.base,
+        "unit": plan.unit,
+        "sources": {
+            s.name: {
+                "weight": float(weight),
+                "path": str(s.source.path),
+                "samples": len(s.rows),
+                "content": s.index.checksum,
+                "rows": hashlib.sha256(content_of(s.index)[s.rows].tobytes()).hexdigest()[:16],
+            }
+            for s, weight in zip(plan.sources, plan.weights)
+        },
+    }
+
+
+def write_order(plan, folder: Path) -> None:
+    """Keep what an interrupted stage would need (rank 0, at its start); `plan.json` comes last."""
+    plan.extend()
+    order = plan._order()
+    rows = plan.num_steps * plan.batch_size
+    contents = {f"content/{s.name}": content_of(s.index) for s in plan.sources}
+    end = order.end[: rows + 1]
+    columns = {"source": order.source, "row": order.row, "place": order.place[: end[-1]], "end": end}
+    write_arrays(folder / "order.npz", batch_size=np.array(plan.batch_size), **columns, **contents)
+    if plan.after is not None:
+        plan.after.save(folder)
+    state = describe(plan) | {"after": plan.after and plan.after.digest}
+    beside = folder / f".plan.json.{os.getpid()}"
+    beside.write_text(json.dumps(state, indent=1))
+    beside.replace(folder / "plan.json")
+
+
+def read_description(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "plan.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def seen_before(folder: Path, step: int) -> Seen:
+    """What the stage in `folder` had seen when it stood before `step`, earlier plans of the same stage included."""
+    earlier = Seen.load(folder) if (folder / "seen.npz").exists() else Seen(0, {})
+    sources = dict(earlier.sources)
+    with np.load(folder / "order.npz") as file:
+        end = file["end"]
+        done = file["place"][: end[min(step * int(file["batch_size"]), len(end) - 1)]]
+        source, row = file["source"][done], file["row"][done]
+        names = [key.removeprefix("content/") for key in file.files if key.startswith("content/")]
+        for i, name in enumerate(names):
+            content = file[f"content/{name}"]
+            times = np.bincount(row[source == i], minlength=len(content))
+            # Samples that have not come yet are in it too, with 0: a pass is not over before they have.
+            old, counts = sources.get(name, (np.empty(0, np.uint64), np.empty(0, np.int64)))
+            both, inverse = np.unique(np.concatenate([content, old]), return_inverse=True)
+            total = np.bincount(inverse, weights=np.concatenate([times, counts]), minlength=len(both))
+            sources[name] = (both, total.astype(np.int64))
+    return Seen(step, sources)
+
+
+def changes(before: dict, plan) -> list[str]:
+    """What differs between a plan's description and a plan, one short line each."""
+    now, lines = describe(plan), []
+    if before["unit"] != now["unit"]:
+        lines.append(f"unit {before['unit']} -> {now['unit']}")
+    old, new = before["sources"], now["sources"]
+    lines += [f"source {name} is gone" for name in old if name not in new]
+    lines += [f"source {name} is new" for name in new if name not in old]
+    for name in (n for n in new if n in old):
+        a, b = old[name], new[name]
+        if abs(a["weight"] - b["weight"]) > 1e-12:
+            lines.append(f"share of {name} {a['weight']:.4g} -> {b['weight']:.4g}")
+        if a["content"] != b["content"]:
+            lines.append(f"shards of {name} ({b['path']}) changed: {a['samples']} -> {b['samples']} samples")
+        elif a["rows"] != b["rows"]:
+            lines.append(f"other samples of {name} are chosen: {a['samples']} -> {b['samples']}")
+    return lines or ["the plan's own options"]
+
+
+def write_arrays(path: Path, **columns: np.ndarray) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    np.savez(beside, **columns)
+    os.replace(beside, path)
