@@ -405,6 +405,11 @@ class SourceIndex:
         _, i, rows = self._locate(int(row))
         return rows.keys[i].as_py()
 
+    @property
+    def suffixes(self) -> list[str]:
+        """Suffixes of the first shard's members; the shards of a source are alike."""
+        return self._locate(0)[2].suffixes if self.num_samples else []
+
     def file(self, k: int) -> str | RemoteShard:
         """Shard k as a ShardReader takes it; a remote one with what its samples' checksums should be."""
         file = self.files[k]
