@@ -76,7 +76,6 @@ class StageConfig:
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
-    max_skipped_share: float = 0.01  # of the samples read; more that cannot be read stop the run
 
 
 @dataclass

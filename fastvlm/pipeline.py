@@ -223,7 +223,6 @@ class Pipeline:
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
-            max_skipped_share=stage.max_skipped_share,
             pack_window=stage.pack_window,
             sort_window=stage.sort_window,
             plan_cache=self.runs / "plans",

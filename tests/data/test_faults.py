@@ -334,7 +334,7 @@ def test_what_a_run_skips_is_counted_and_named_in_mlflow_and_the_report(cli, emb
         "pipeline=align",
         "stages.align.steps=40",
         "name=faulty",
-        "stages.align.max_skipped_share=0.1",
+        "data.max_skipped_share=0.1",
     ]
     arguments += [
         f"stages.align.mixture.sources.captions.path={folder}",
