@@ -9,7 +9,7 @@ from fastvlm.config import command
 
 
 def evaluate(config):
-    from fastvlm.build import ensure_embedded, instantiate, load_run
+    from fastvlm.build import build_transform, ensure_embedded, instantiate, load_run
     from fastvlm.callbacks.handoff import write_json
     from fastvlm.pipeline import build_task
 
@@ -19,7 +19,8 @@ def evaluate(config):
     model, tokenizer, run = load_run(config.checkpoint, device=hardware.device)
     task = build_task(config.task)
     out = Path(config.out or Path(config.checkpoint) / "eval")
-    results = task.run(model, tokenizer, image_size=run.image_size, device=hardware.device, out=out)
+    images = {"image_size": run.image_size, "transform": build_transform(run)}
+    results = task.run(model, tokenizer, **images, device=hardware.device, out=out)
     results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
     write_json(out / "results.json", results)
     print(task.render(results))

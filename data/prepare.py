@@ -1,11 +1,20 @@
 """Make the shards of a data set: run its recipe once, whole or not at all.
 
     python data/prepare.py source=embedded            # about half a minute on two cores, no download
+    python data/prepare.py source=llava_instruct path=llava/llava_v1_5_mix665k.json images=llava/images workers=8
     python data/prepare.py --help                      # every recipe and its keys
 
-A recipe is a module `data/recipes/<source>.py` (or package) with `prepare(path, *, ...) -> dict`; its keyword arguments
-are the keys of the command line. It writes into a temporary folder that takes the final name when it is complete. A
-folder that is already complete for the same recipe is left alone; of two runs at once the second waits for the first.
+A recipe is a module `data/recipes/<source>.py` (or package); its keyword arguments are the keys of the command line. It
+writes into a temporary folder that takes the final name when it is complete. A folder that is already complete for the
+same command is left alone; of two runs at once the second waits for the first. A recipe with `parts` and `convert`
+(data/recipes/record.py) is run in a pool of processes, and a run that was killed goes on where it stopped. These take
+
+    path=...        the data set: a file, a folder, or for parquet a hub id
+    out=...         the folder to write; $FASTVLM_DATA/shards/<source> unless told
+    splits=...      train,val,test; all the data set has unless told
+    val=0.01        hold out this share of train by a hash of the image, where the data set has no val
+    workers=2       processes; they change the time and nothing else
+    tokenizer=...   folder or hub id the index counts tokens with (the embedded one unless told), template=chatml
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ sys.path[:] = [
 
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
+import hashlib  # noqa: E402
 import importlib  # noqa: E402
 import inspect  # noqa: E402
 import json  # noqa: E402
@@ -34,8 +44,10 @@ ROOT = Path(HERE).parent
 
 
 def list_recipes() -> list[str]:
-    """Names of the modules of `data/recipes`."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "data" / "recipes")]))
+    """Names of the recipes among the modules of `data/recipes`: those with `prepare` or `SPLITS`."""
+    names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "data" / "recipes")]))
+    modules = {name: importlib.import_module(f"data.recipes.{name}") for name in names}
+    return [name for name, module in modules.items() if hasattr(module, "prepare") or hasattr(module, "SPLITS")]
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -54,13 +66,25 @@ def load_recipe(source: str):
     return importlib.import_module(f"data.recipes.{source}")
 
 
+def list_keys(recipe) -> dict[str, inspect.Parameter]:
+    """The keys of a recipe on the command line, but for source and out."""
+    if hasattr(recipe, "prepare"):
+        parameters = inspect.signature(recipe.prepare).parameters
+        return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(recipe.parts).parameters
+    own = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n != "split"}
+    common = inspect.signature(prepare_parts).parameters
+    held_out = "val" in recipe.SPLITS
+    return {"path": common["path"]} | own | {n: common[n] for n in COMMON_KEYS if not (n == "val" and held_out)}
+
+
 def parse_arguments(recipe, given: dict[str, str]) -> dict:
-    """Turn `key=value` into the recipe's keyword arguments, by the type of each default.
+    """Turn `key=value` into the recipe's keyword arguments, by the type of each default; lists are set off by commas.
 
     Raises:
         ValueError: an unknown key, a missing one, or a value of another type.
     """
-    keys = {n: p for n, p in inspect.signature(recipe.prepare).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    keys = list_keys(recipe)
     values = {}
     for key, text in given.items():
         if key not in keys:
@@ -68,7 +92,10 @@ def parse_arguments(recipe, given: dict[str, str]) -> dict:
         default = keys[key].default
         kind = type(default) if default not in (None, inspect.Parameter.empty) else str
         try:
-            values[key] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
+            if kind is tuple:
+                values[key] = tuple(word for word in text.split(",") if word)
+            else:
+                values[key] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
         except ValueError:
             raise ValueError(f"{key}={text} is not of type {kind.__name__}; the default is {default}") from None
     missing = [n for n, p in keys.items() if p.default is inspect.Parameter.empty and n not in values]
@@ -117,45 +144,152 @@ def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
         What DONE.json holds: recipe, hash, seconds, and what the recipe reports; `skipped` when it was there.
     """
     recipe = load_recipe(source)
-    folder = Path(os.environ.get("FASTVLM_DATA") or Path(__file__).resolve().parent)
-    path = Path(out or folder / getattr(recipe, "DEFAULT_PATH", f"shards/{source}")).absolute()
+    path = Path(out or data_folder() / getattr(recipe, "DEFAULT_PATH", f"shards/{source}")).absolute()
+    if not hasattr(recipe, "prepare"):
+        return prepare_parts(recipe, path, source=source, **arguments)
     known = inspect.signature(recipe.recipe_hash).parameters if hasattr(recipe, "recipe_hash") else {}
     wanted = recipe.recipe_hash(**{k: v for k, v in arguments.items() if k in known}) if known else ""
     with locked(path):
         done = read_done(path)
         if done and done.get("hash") == wanted:
             return done | {"path": str(path), "skipped": True}
-        if path.exists() and not done and any(path.iterdir()):
-            raise ValueError(f"out={path} holds other files and no DONE.json; name an empty folder or move them away")
-        started = time.time()
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # of runs that were killed: the lock is ours
-            shutil.rmtree(left)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        part.mkdir(parents=True)
-        try:
-            report = recipe.prepare(part, **arguments)
-            done = {"source": source, "hash": wanted, "seconds": round(time.time() - started, 1), **report}
-            (part / "DONE.json").write_text(json.dumps(done, indent=1) + "\n")
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-                os.rename(path, old)
-                os.rename(part, path)
-                shutil.rmtree(old)
-            else:
-                os.rename(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return done | {"path": str(path), "skipped": False}
+        build = lambda part: {"source": source, "hash": wanted} | timed(recipe.prepare, part, **arguments)
+        return publish(path, done, build) | {"path": str(path), "skipped": False}
+
+
+COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template")
+
+
+def prepare_parts(
+    recipe,
+    out: Path,
+    *,
+    source: str,
+    path: str,
+    splits: tuple = (),
+    val: float = 0.0,
+    workers: int = 2,
+    tokenizer: str = "",
+    template: str = "",
+    **options,
+) -> dict:
+    """Build a data set by a recipe that has `parts` and `convert`; see `data/recipes/assembly.py`."""
+    path = os.path.expanduser(path)
+    path = os.path.abspath(path) if os.path.exists(path) else path
+    if not 0 <= val < 1:
+        raise ValueError(f"val={val:g} must be a share of 0 or more and below 1, such as 0.01")
+    if val and "val" in recipe.SPLITS:
+        raise ValueError(f"val={val:g}: {source} has a val split of its own; leave val=... out")
+    known = [*recipe.SPLITS, *(["val"] if val else [])]
+    for split in splits:
+        if split not in known:
+            hint = "; hold one out with val=0.01" if split == "val" else ""
+            if split in getattr(recipe, "REFUSED", {}):
+                hint = f"; {recipe.REFUSED[split]}"
+            raise ValueError(f"splits={','.join(splits)}: {source} has no split {split}, it has {known}{hint}")
+    splits = [split for split in known if split in (splits or known)]
+    keys = list_keys(recipe)
+    unknown = [key for key in options if key not in keys]
+    if unknown:
+        raise ValueError(f"{unknown[0]}=...: {source} has no such key{suggest(unknown[0], list(keys))}")
+    rows = options.pop("rows", None) or getattr(keys.get("rows"), "default", 0)
+    if "rows" in keys and rows < 1:
+        raise ValueError(f"rows={rows} must be 1 or more")
+    state = json.dumps([source, path, splits, val, rows, options], sort_keys=True, default=str)
+    wanted = hashlib.sha256(state.encode()).hexdigest()[:16]
+    work = out.with_name(f".{out.name}.work")
+    with locked(out):
+        done = read_done(out)
+        if done and done.get("hash") == wanted:
+            shutil.rmtree(work, ignore_errors=True)
+            if tokenizer and [tokenizer, template or "chatml"] != done["tokenizer"]:
+                from data.recipes.assembly import reindex
+
+                done["tokenizer"] = [tokenizer, template or "chatml"]
+                reindex(out, tuple(done["tokenizer"]), workers)
+                write_done(out, done)
+            return done | {"path": str(out), "skipped": True}
+        if not os.path.exists(path) and not getattr(recipe, "HUB", False):
+            raise ValueError(f"path={path} does not exist")
+        chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
+
+        def build(part: Path) -> dict:
+            from data.recipes.assembly import assemble
+
+            settings = {"source": source, "path": path, "splits": splits, "options": options, "workers": workers}
+            settings |= {"tokenizer": chosen, "val": val, "rows": rows}
+            report = timed(assemble, recipe, part, work, **settings)
+            shown = {"path": path, "splits": splits, "val": val, "rows": rows, **options}
+            return {"source": source, "hash": wanted, "options": shown, "tokenizer": list(chosen)} | report
+
+        done = publish(out, done, build)
+        shutil.rmtree(work, ignore_errors=True)
+        return done | {"path": str(out), "skipped": False}
+
+
+def embedded_tokenizer(template: str) -> tuple[str, str]:
+    """The embedded tokenizer, built if it is missing."""
+    folder = data_folder() / "embedded"
+    if not (folder / "tokenizer").exists():
+        prepare("embedded", out=folder)
+    return str(folder / "tokenizer"), template or "roles"
+
+
+def data_folder() -> Path:
+    return Path(os.environ.get("FASTVLM_DATA") or Path(__file__).resolve().parent)
+
+
+def timed(build, *arguments, **settings) -> dict:
+    started = time.time()
+    report = build(*arguments, **settings)
+    return {"seconds": round(time.time() - started, 1), **report}
+
+
+def write_done(path: Path, done: dict) -> None:
+    part = path / f".DONE.json.{os.getpid()}"
+    part.write_text(json.dumps(done, indent=1) + "\n")
+    os.replace(part, path / "DONE.json")
+
+
+def publish(path: Path, done: dict, build) -> dict:
+    """Let `build` fill a temporary folder that then takes the name `path`; `done` is what stands there now.
+
+    Raises:
+        ValueError: the folder holds files of somebody else.
+    """
+    if path.exists() and not done and any(path.iterdir()):
+        raise ValueError(f"out={path} holds other files and no DONE.json; name an empty folder or move them away")
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of runs that were killed: the lock is ours
+        shutil.rmtree(left)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True)
+    try:
+        done = build(part)
+        write_done(part, done)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+            os.rename(path, old)
+            os.rename(part, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return done
+
+
+def show_default(value) -> str:
+    if value is inspect.Parameter.empty:
+        return "..."
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def describe_recipes() -> str:
-    lines = [__doc__.strip(), "", "Recipes and their keys (every one also takes out=..., the folder):"]
+    lines = [__doc__.strip(), "", "Recipes and their own keys:"]
     for name in list_recipes():
         recipe = load_recipe(name)
-        keys = inspect.signature(recipe.prepare).parameters.values()
-        shown = [
-            k.name + ("=..." if k.default is k.empty else f"={k.default}") for k in keys if k.kind is k.KEYWORD_ONLY
-        ]
+        keys = [k for n, k in list_keys(recipe).items() if hasattr(recipe, "prepare") or n not in COMMON_KEYS[1:]]
+        shown = [f"{k.name}={show_default(k.default)}" for k in keys]
         lines.append(f"  source={name}  {' '.join(shown)}")
         lines.append(f"      {(recipe.__doc__ or '').strip().splitlines()[0]}")
     return "\n".join(lines)
@@ -177,8 +311,15 @@ def main(words: list[str]) -> int:
     except ValueError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     total = sum(n for splits in done.get("counts", {}).values() for n in splits.values())
     state = "is complete already" if done["skipped"] else f"built in {done['seconds']} s"
+    if "dropped" in done and not done["skipped"]:
+        from data.recipes.assembly import format_table
+
+        print(format_table(done))
     print(f"{done['path']}: {state}, {total} records")
     return 0
 

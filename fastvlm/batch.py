@@ -3,7 +3,10 @@
 Shape letters, everywhere in this project:
     B rows of a batch     N patches of an image        D width (D_v vision, D_t text)
     S positions of a row  M visual tokens of an image  V vocabulary
-    I images of a batch   T text tokens                H W pixels
+    I views of a batch    T text tokens                H W pixels
+
+An image is one view, or with tiles several: a global view and the tiles of a grid, row by row. Its slots are M for each
+view, one view behind the other.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from fastvlm.tokens import IGNORE_INDEX
 
 @dataclass
 class Sample:
-    """One conversation or document, encoded, its image slots already M tokens wide.
+    """One conversation or document, encoded, its image slots already M tokens wide for each view.
 
     `labels[t]` is the token itself where it is learned and IGNORE_INDEX elsewhere; the loss shifts by one.
     """
@@ -27,7 +30,7 @@ class Sample:
     source: str
     input_ids: list[int]
     labels: list[int]
-    images: list[Tensor] = field(default_factory=list)  # uint8 (3, H, W), in the order of their slots
+    images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), or their features (N, D); slot order
     label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
     meta: dict = field(default_factory=dict)
 
@@ -45,17 +48,18 @@ class Batch:
     position_ids: Tensor  # int64 (B, S)
     segment_ids: Tensor  # int64 (B, S)
     source_ids: Tensor  # int64 (B, S): index into `sources`, -1 on padding
-    pixel_values: Tensor  # uint8 (I, 3, H, W), row by row, left to right; I may be 0
+    pixel_values: Tensor  # uint8 (I, 3, H, W), channels last in memory, row by row, left to right; I may be 0
     num_answer_tokens: int  # learned tokens of this optimiser step over all ranks and accumulated micro-batches
     sources: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     label_maps: Tensor | None = None  # uint8 (I, C, h, w)
     step: int = 0  # position in the plan: optimiser step
     skipped: tuple[str, ...] = ()  # keys that were planned here and could not be read
+    features: Tensor | None = None  # (I, N, D): the encoder's cached output in place of pixel_values, which is empty
 
     @property
     def num_images(self) -> int:
-        return self.pixel_values.shape[0]
+        return (self.pixel_values if self.features is None else self.features).shape[0]
 
     @property
     def num_tokens(self) -> int:

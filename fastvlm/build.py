@@ -72,6 +72,16 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:4], "big")
 
 
+def build_transform(config: DictConfig):
+    """The image transform of a stage, or of a run that `load_run` opened: of its last stage."""
+    from fastvlm.data.augment import Augmentation
+    from fastvlm.data.transforms import ImageTransform
+
+    options = OmegaConf.to_container(config.image, resolve=True) if config.get("image") is not None else {}
+    augment = options.pop("augment", None)
+    return ImageTransform(image_size=config.image_size, augment=Augmentation(**augment) if augment else None, **options)
+
+
 def build_tokenizer(config: DictConfig) -> Tokenizer:
     ensure_embedded(config)
     return instantiate(config.tokenizer, key="tokenizer")
@@ -134,5 +144,6 @@ def load_run(run: str | Path, *, device: str = "cpu"):
         if manifest is None:
             raise ValueError(f"{folder}: the handoff that {run} names is gone; run the same train command again")
         load_component(model.parts[name], name, folder, manifest, tokenizer=tokenizer.fingerprint)
-    config.image_size = list(config.stages.values())[-1].image_size
+    last = list(config.stages.values())[-1]
+    config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config

@@ -42,6 +42,25 @@ class LastLayers:
 
 
 @dataclass
+class AugmentConfig:
+    """What may happen to a training image; a source says which of it its answers bear (`Source(augment=...)`)."""
+
+    crop: list[float] | None = None  # smallest and largest share of the area that is kept, such as [0.8, 1.0]
+    jitter: float = 0.0  # of brightness, contrast and saturation, such as 0.2
+    mirror: bool = False
+
+
+@dataclass
+class ImageConfig:
+    """From an image file to the views a model takes: see `ImageTransform`."""
+
+    fit: str = "pad"  # or crop, squash
+    tiles: Any = None  # grids [[rows, columns], ...] to choose from by an image's size; each tile is a view
+    padding: list[int] = field(default_factory=lambda: [124, 116, 104])  # bytes; ImageNet's mean
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
 class StageConfig:
     """One training phase. conf/stage/<name>.yaml fills it; every key can be set from the command line."""
 
@@ -55,10 +74,11 @@ class StageConfig:
     last_layers: Any = None  # a LastLayers, or null
     steps: int | None = None  # optimiser steps; or epochs
     epochs: float | None = None  # passes over as many samples as the mixture holds
-    image_size: int = 64
+    image_size: int = 64  # side of a view, pixels
+    image: ImageConfig = field(default_factory=ImageConfig)
     batch_size: int = 32  # rows (packs, or samples where packing is off) of one optimiser step, over all ranks
     max_tokens: int = 256  # positions of a row
-    max_images: int = 16  # images of a row
+    max_images: int = 16  # views of a row: an image without tiles is one, else its global view and its tiles
     packing: bool = True
     pack_window: int = 1000  # samples packed together
     sort_window: int = 0  # without packing: samples of like length share a step within windows of so many; 0 for not
@@ -76,6 +96,7 @@ class StageConfig:
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
+    cache_features: bool = False  # a frozen encoder's outputs are written once and read in place of images
 
 
 @dataclass
@@ -137,9 +158,8 @@ def run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    changed = [
-        o for o in hydra.overrides.task if not re.match(r"\+*(name|hardware|logger|overwrite|pipeline|paths)\b", o)
-    ]
+    silent = r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b"
+    changed = [o for o in hydra.overrides.task if not re.match(silent, o)]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:
@@ -182,6 +202,14 @@ def check(config: DictConfig) -> None:
         for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
             if stage.get(key) is not None and stage[key] <= 0:
                 wrong.append(f"{where}.{key}={stage[key]} must be above 0")
+        if stage.get("cache_features") and "encoder" not in stage.parts:
+            wrong.append(f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone")
+        try:
+            from fastvlm.build import build_transform
+
+            build_transform(stage)
+        except ValueError as error:
+            wrong.append(f"{where}.{error}")
         if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:
             wrong.append(f"{where}.parts: {', '.join(unknown)} is none of encoder, resampler, projector, llm")
         # OmegaConf cannot merge into an optional dataclass that is null, so these two are checked here.

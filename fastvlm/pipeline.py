@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, instantiate, seed_of
+from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
@@ -42,12 +42,16 @@ INCIDENTAL = (
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
 
 
+# The code that decides what an encoder says of an image.
+ENCODING = ("models/encoders", "models/vlm.py", "data/transforms.py", "data/decode.py", "data/tiling.py")
+
+
 @cache
-def code_hash() -> str:
+def code_hash(code: tuple[str, ...] = CODE) -> str:
     """Hash of the source that determines what a stage learns; documents and reports may change freely."""
     package = ROOT / "fastvlm"
     files = sorted(
-        f for entry in CODE for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
     )
     digest = hashlib.sha256()
     for file in files:
@@ -119,6 +123,7 @@ class Pipeline:
             differ = [d for d in differences(theirs, self.resolved) if d.split(".")[0].split(":")[0] not in INCIDENTAL]
             if self.config.data.on_change == "replan":
                 differ = [d for d in differ if not re.match(r"stages\.\w+\.mixture\.", d)]
+            differ = [d for d in differ if ".cache_features:" not in d]
             if differ:
                 raise ValueError(
                     f"{self.run_dir} holds another configuration ({'; '.join(differ[:3])}"
@@ -216,6 +221,7 @@ class Pipeline:
             batch_size=stage.batch_size,
             max_tokens=stage.max_tokens,
             max_images=stage.max_images,
+            transform=build_transform(stage),
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
@@ -236,6 +242,7 @@ class Pipeline:
         data = self.data(name, config)
         data.setup("fit")
         stage_config = OmegaConf.to_container(config, resolve=True)
+        stage_config.pop("cache_features")  # the same function, computed earlier
         stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
         identity = {
             "stage": name,
@@ -246,6 +253,8 @@ class Pipeline:
             "seed": self.config.seed,
             "code": code_hash(),
         }
+        if data.plan.num_images and build_transform(config).augment:
+            identity["augment"] = {source.name: source.augment for source in data.plan.sources}
         key = hash_of(identity)
         folder = self.runs / "stages" / f"{name}-{key[:12]}"
         if (stopped := self.stopped(name, identity)) and stopped != folder:
@@ -335,6 +344,7 @@ class Pipeline:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
         from fastvlm.callbacks.provenance import Provenance
@@ -406,12 +416,19 @@ class Pipeline:
             freezing,
             metrics,
             Progress(),
-            Provenance(config={"stage": name, **identity["config"]}, seeds={"seed": self.config.seed}),
+            Provenance(
+                config={"stage": name, **identity["config"], "cache_features": config.cache_features},
+                seeds={"seed": self.config.seed},
+            ),
             checkpoints,
             handoff,
         ]
+        if config.cache_features:
+            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
+            callbacks.insert(1, cached)
         if self.config.num_samples and "llm" in config.parts:
-            records = partial(held_out_records, data.mixture, self.tokenizer, image_size=config.image_size)
+            records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         if self.config.data.longest_first:
             callbacks.insert(1, LongestFirst(data.plan))
@@ -476,7 +493,8 @@ class Pipeline:
         from fastvlm.inference.engine import Engine
 
         def generate(model, records, images):
-            engine = Engine(model, self.tokenizer, image_size=stage.image_size, device=self.hardware.device)
+            size, transform = stage.image_size, build_transform(stage)
+            engine = Engine(model, self.tokenizer, image_size=size, transform=transform, device=self.hardware.device)
             return [g.text for g in engine.generate(records, images)]
 
         return generate
@@ -493,8 +511,9 @@ class Pipeline:
             return results
         say("\nevaluating on held-out samples")
         begun, task = time.time(), self.task
-        size = list(self.config.stages.values())[-1].image_size
-        outcome = task.run(self.model, self.tokenizer, image_size=size, device=self.hardware.device, out=self.run_dir)
+        last = list(self.config.stages.values())[-1]
+        images = {"image_size": last.image_size, "transform": build_transform(last)}
+        outcome = task.run(self.model, self.tokenizer, **images, device=self.hardware.device, out=self.run_dir)
         results |= outcome
         results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
         # Before: the language model as the last text-only stage left it.
@@ -515,10 +534,9 @@ def build_task(config: DictConfig):
     return instantiate(config, key="task")
 
 
-def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[tuple[dict, list]]:
-    """Validation samples of a mixture's sources in turn, with their images as the model sees them."""
+def held_out_records(mixture, tokenizer, num: int, *, transform) -> list[tuple[dict, list]]:
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images."""
     from fastvlm.data.shards import ShardReader
-    from fastvlm.data.transforms import decode_image
 
     reader, found = ShardReader(), []
     sources = [s for s in mixture.sources.values() if s.has_split("val")]
@@ -528,7 +546,7 @@ def held_out_records(mixture, tokenizer, num: int, *, image_size: int) -> list[t
         # Spread over the split, whose questions stand type by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
             raw = index.read(int(row), reader)
-            images = [decode_image(data, image_size) for data in raw.images if source.images]
+            images = [transform(data) for data in raw.images] if source.images else []
             found.append((source.edit(raw.record), images))
     return found[:num]
 

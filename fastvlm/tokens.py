@@ -113,6 +113,7 @@ class Tokenizer:
         # The Rust tokenizer's own switch for "special tokens in the text are text".
         self._fast = self.hf.backend_tokenizer
         self._special = {t.content: i for i, t in self.hf.added_tokens_decoder.items() if t.special}
+        self._pieces: dict[str, list[int]] = {}  # of the template: a handful, and every turn has them
         self.image_id = self._special[IMAGE_TOKEN]
         self.end_id = self._special[self.template.end]
         self.document_end_id = self._special[self.template.document_end]
@@ -140,8 +141,10 @@ class Tokenizer:
             return []
         if text in self._special:
             return [self._special[text]]
-        self._fast.encode_special_tokens = False
-        return self._fast.encode(text, add_special_tokens=False).ids
+        if text not in self._pieces:
+            self._fast.encode_special_tokens = False
+            self._pieces[text] = self._fast.encode(text, add_special_tokens=False).ids
+        return list(self._pieces[text])
 
     def decode(self, ids: list[int]) -> str:
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

@@ -6,21 +6,19 @@ import lightning as L
 import numpy as np
 import torch
 
-from fastvlm.data.plan import Plan
-
 
 class LongestFirst(L.Callback):
     """After the first optimiser step, when its state is in memory too, the largest batches of the plan go forward and
     backward once. No weight, statistic or gradient is different afterwards, and every step draws its own randomness.
 
     Args:
-        plan: the stage's order.
+        plan: the stage's order, a `fastvlm.data.plan.Plan`.
 
     Raises:
         ValueError: a batch does not fit into memory; the message names it and the keys that make it smaller.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan):
         self.plan, self.done = plan, False
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
@@ -51,7 +49,7 @@ class LongestFirst(L.Callback):
             ) from None
 
 
-def longest_steps(plan: Plan) -> list[int]:
+def longest_steps(plan) -> list[int]:
     """The steps with the most positions (padding included) and with the most images."""
     tokens, images = plan.row_sizes()
     return sorted({int(np.argmax(tokens.max(axis=1))), int(np.argmax(images.sum(axis=1)))})

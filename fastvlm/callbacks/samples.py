@@ -60,8 +60,9 @@ def same_answer(prediction: str, reference: str) -> bool:
 
 
 def to_picture(image: Any) -> Image.Image:
-    """A uint8 (3, H, W) tensor or a PIL image, as PIL."""
+    """A uint8 (3, H, W) tensor, the first view of a (v, 3, H, W) one, or a PIL image, as PIL."""
     if isinstance(image, Tensor):
+        image = image[0] if image.ndim == 4 else image
         return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
     return image.convert("RGB")
 
@@ -133,7 +134,8 @@ class Samples(Callback):
         generate: `(model, prompts, images) -> answers`, where a prompt is a record without its reference and images
             are, per record, its list of images as given.
         records: function of `num` that returns pairs (record, its images), called once at the first validation; None
-            is the data module's `held_out`. An image is a uint8 (3, H, W) tensor or a PIL image.
+            is the data module's `held_out`. An image is a uint8 (3, H, W) or (v, 3, H, W) tensor or a
+            PIL image.
         folder: of the stage; None is `trainer.default_root_dir`.
 
     Raises:

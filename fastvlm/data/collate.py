@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastvlm.batch import Batch, Sample
+from fastvlm.data.transforms import empty_views
 from fastvlm.tokens import IGNORE_INDEX
 
 NO_LABEL = 255  # in a label map: a cell, or a whole image, without dense labels
@@ -22,11 +23,17 @@ def collate(
     num_answer_tokens: int,
     step: int = 0,
     skipped: Sequence[str] = (),
+    pixel_values: torch.Tensor | None = None,
+    features: torch.Tensor | None = None,
 ) -> Batch:
     """Lay samples one behind the other in their rows and pad rows to the longest.
 
     A row may be empty (all its samples could not be read): it is padding from end to end. Images without a label map
     in a batch that has some get one of NO_LABEL.
+
+    Args:
+        pixel_values: the samples' views in order, where they have been written into one tensor already.
+        features: cached features of the views in order; the batch then holds no pixels.
 
     Raises:
         ValueError: label maps of different sizes in one batch.
@@ -48,20 +55,27 @@ def collate(
             source_ids[b, start:end] = number[sample.source]
             start = end
     samples = [sample for row in rows for sample in row]
-    images = [image for sample in samples for image in sample.images]
+    if features is not None:
+        pixel_values = empty_views(0, image_size)
+    if pixel_values is None:
+        images = [image for sample in samples for image in sample.images]
+        pixel_values = empty_views(len(images), image_size)
+        for i, image in enumerate(images):
+            pixel_values[i] = image
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         segment_ids=torch.from_numpy(segment_ids),
         source_ids=torch.from_numpy(source_ids),
-        pixel_values=torch.stack(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+        pixel_values=pixel_values,
         num_answer_tokens=num_answer_tokens,
         sources=tuple(sources),
         keys=tuple(sample.key for sample in samples),
         label_maps=stack_label_maps(samples),
         step=step,
         skipped=tuple(skipped),
+        features=features,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
@@ -9,7 +10,7 @@ from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
 
 @dataclass
 class Encoded:
-    """Ids and labels with every image slot `tokens_per_image` wide."""
+    """Ids and labels with every image as wide as its slots."""
 
     input_ids: list[int]
     labels: list[int]
@@ -18,23 +19,28 @@ class Encoded:
 
 
 def encode_record(
-    record: dict, tokenizer: Tokenizer, *, tokens_per_image: int, max_tokens: int | None = None, prompt: bool = False
+    record: dict,
+    tokenizer: Tokenizer,
+    *,
+    tokens_per_image: int | Sequence[int],
+    max_tokens: int | None = None,
+    prompt: bool = False,
 ) -> Encoded:
     """Encode a record's `messages` or `document`.
 
     Args:
         record: `{"messages": [{"role", "content"}]}` or `{"document": parts}`; content is a string or a list of
             `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        tokens_per_image: M, how many slots an image takes.
+        tokens_per_image: slots an image takes; a sequence says it of each image in order (views times M).
         max_tokens: cut the end off beyond this length; an image is never cut in the middle (it goes whole).
         prompt: end with the template's opening of an assistant turn (for generation).
 
     Raises:
-        ValueError: neither or both keys, an unknown role or part.
+        ValueError: neither or both keys, an unknown role or part, or slots for another number of images.
     """
     ids: list[int] = []
     labels: list[int] = []
-    num_images = 0
+    spans: list[tuple[int, int]] = []  # first slot of every image, and the place behind its last
     template = tokenizer.template
 
     def add(new: list[int], learned: bool) -> None:
@@ -42,12 +48,14 @@ def encode_record(
         labels.extend(new if learned else [IGNORE_INDEX] * len(new))
 
     def add_parts(content, learned: bool) -> None:
-        nonlocal num_images
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image":
-                add([tokenizer.image_id] * tokens_per_image, False)
-                num_images += 1
+                slots = tokens_per_image
+                if not isinstance(slots, int):
+                    slots = slots[len(spans)] if len(spans) < len(slots) else 0
+                spans.append((len(ids), len(ids) + slots))
+                add([tokenizer.image_id] * slots, False)
             elif kind == "text" and isinstance(part.get("text"), str):
                 add(tokenizer.encode_text(part["text"]), learned)
             else:
@@ -73,21 +81,20 @@ def encode_record(
         if prompt:
             add(tokenizer.encode_template(template.before["assistant"]), False)
 
+    if not isinstance(tokens_per_image, int) and len(tokens_per_image) != len(spans):
+        raise ValueError(f"the record has {len(spans)} image parts and slots for {len(tokens_per_image)} images")
     truncated = 0
     if max_tokens is not None and len(ids) > max_tokens:
-        cut = max_tokens
-        # Never half an image: if the cut falls inside a run of slots, go back to the start of that image.
-        slots_before = sum(i == tokenizer.image_id for i in ids[:cut])
-        if tokens_per_image and slots_before % tokens_per_image:
-            cut -= slots_before % tokens_per_image
+        # Never half an image: if the cut falls inside its slots, go back to where they start.
+        cut = next((first for first, end in spans if first < max_tokens < end), max_tokens)
         truncated = len(ids) - cut
         ids, labels = ids[:cut], labels[:cut]
-        num_images = sum(i == tokenizer.image_id for i in ids) // max(tokens_per_image, 1)
+        spans = [(first, end) for first, end in spans if end <= cut]
     if labels:
         # Nothing comes before the first token, so nothing predicts it; learned, it would be predicted by the last
         # token of the neighbour in the pack.
         labels[0] = IGNORE_INDEX
-    return Encoded(ids, labels, num_images, truncated)
+    return Encoded(ids, labels, len(spans), truncated)
 
 
 def without_images(record: dict) -> dict:

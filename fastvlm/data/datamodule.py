@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.feature_pass import fill
+from fastvlm.data.features import FeatureStore
 from fastvlm.data.plan import Plan
 from fastvlm.data.replan import Seen
 from fastvlm.data.source import Mixture
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -51,9 +55,10 @@ class MixtureDataModule(L.LightningDataModule):
         mixture: sources and shares.
         tokenizer: shared with the model.
         image_size: side of the square images, pixels.
-        tokens_per_image: slots an image takes: `VLM.num_visual_tokens(image_size)`.
+        tokens_per_image: slots a view takes: `VLM.num_visual_tokens(image_size)`.
         batch_size: rows of an optimiser step, over all ranks and micro-batches.
-        max_tokens, max_images: budget of a row.
+        max_tokens, max_images: budget of a row; an image without tiles is one of max_images, else each of its views.
+        transform: from files to views of `image_size`; None pads images to squares. Augmentation is for training only.
         packing: several samples a row.
         num_steps, epochs: length of the stage, one of them; neither for one epoch.
         accumulate: micro-batches a step; the Trainer's `accumulate_grad_batches`.
@@ -79,6 +84,7 @@ class MixtureDataModule(L.LightningDataModule):
         max_tokens: int,
         max_images: int = 8,
         packing: bool = True,
+        transform: ImageTransform | None = None,
         num_steps: int | None = None,
         epochs: float | int | None = None,
         accumulate: int = 1,
@@ -93,7 +99,7 @@ class MixtureDataModule(L.LightningDataModule):
     ):
         super().__init__()
         self.mixture, self.tokenizer, self.num_workers = mixture, tokenizer, num_workers
-        self.accumulate, self.val_samples = accumulate, val_samples
+        self.accumulate, self.val_samples, self.image_size = accumulate, val_samples, image_size
         self.plan: Plan | None = None
         self.val_plan: ValidationPlan | None = None
         self._budget = {
@@ -102,12 +108,14 @@ class MixtureDataModule(L.LightningDataModule):
             "max_images": max_images,
             "packing": packing,
             "batch_size": batch_size,
+            "transform": transform,
         }
         self._length = {"num_steps": num_steps, "epochs": epochs}
         self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window, "cache": plan_cache}
         self._reading = {
             "tokenizer": tokenizer,
             "image_size": image_size,
+            "transform": transform,
             "max_skipped_share": max_skipped_share,
             "cache_bytes": cache_bytes,
         }
@@ -129,8 +137,39 @@ class MixtureDataModule(L.LightningDataModule):
         ):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
 
+    def write_features(
+        self, encode: Callable[[Tensor], Tensor], *, description: dict, shape: tuple[int, int], dtype, **options
+    ) -> dict:
+        """Fill the feature store of an encoder and let the loaders read it in place of images.
+
+        Args:
+            encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU.
+            description: what the features depend on, beside the image and how this module transforms it.
+            options: of `feature_pass.fill`.
+
+        Returns:
+            The pass's record.
+
+        Raises:
+            ValueError: training images are augmented; from `fill`.
+        """
+        transform = self._reading["transform"] or ImageTransform(image_size=self.image_size)
+        if transform.augment is not None:
+            raise ValueError(
+                f"{options['where']}=true, but augmentation ({', '.join(transform.augment.kinds)}) makes another image "
+                "of it in every step; take image.augment out of the stage, or set it false"
+            )
+        settings = {key: getattr(transform, key) for key in ("image_size", "fit", "tiles", "padding")}
+        store = FeatureStore(description | {"image": settings}, shape=shape, dtype=dtype)
+        plans = [p for p in (self.plan, self.val_plan) if p is not None]
+        about = fill(store, plans, encode=encode, transform=transform, num_workers=self.num_workers, **options)
+        store.refresh()
+        self._reading["features"] = store
+        return about
+
     def train_dataloader(self) -> PlanLoader:
-        dataset = PlannedDataset(self.plan, accumulate=self.accumulate, **self._ranks(), **self._reading)
+        options = {"accumulate": self.accumulate, "augment_seed": self._order["seed"]}
+        dataset = PlannedDataset(self.plan, **options, **self._ranks(), **self._reading)
         self.plan.extend()  # before the workers fork: they share the arrays and plan nothing
         return self._loader(dataset, start=self._start())
 

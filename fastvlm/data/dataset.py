@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import encode_record
+from fastvlm.data.conversation import Encoded, encode_record
+from fastvlm.data.decode import open_image
+from fastvlm.data.features import FeatureStore, image_key
+from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
-from fastvlm.data.shards import ShardReader
-from fastvlm.data.transforms import decode_image, decode_label_map
+from fastvlm.data.shards import RawSample, ShardReader
+from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Opened:
+    raw: RawSample
+    encoded: Encoded
+    views: list[int]  # of each image that is not cut off
+    images: list[Image.Image]  # likewise, their headers read
 
 
 class PlannedDataset(Dataset):
@@ -32,14 +46,19 @@ class PlannedDataset(Dataset):
     Args:
         plan: the order; also says `tokens_per_image` and `max_tokens`.
         tokenizer: the one the plan was made with.
-        image_size: side of the square images, pixels.
+        image_size: side of a view, pixels.
+        transform: from a file to its views, of that size and with the tiles that the plan counts; None: padded squares.
+        augment_seed: what augmentation is drawn from, together with step, key and image; None for none. What a source
+            does not allow is left out, and a source whose images are augmented is not kept in memory.
         rank, world_size: this process takes rows `rank, rank + world_size, ...` of a step.
         accumulate: micro-batches a step; micro-batch a takes rows `a, a + accumulate, ...` of the rank's.
         max_skipped_share: of the samples this worker has read (at least 100) so many may be unreadable.
         cache_bytes: for encoded samples, in each worker.
+        features: read these in place of images; the sample cache then holds their keys, not the features themselves.
 
     Raises:
-        ValueError: rows do not divide among ranks and micro-batches; while reading, too many unreadable samples.
+        ValueError: rows do not divide among ranks and micro-batches; tiles, crops or mirrors of images with dense label
+            maps; an augmentation that no source allows; while reading, too many unreadable samples.
     """
 
     def __init__(
@@ -48,11 +67,14 @@ class PlannedDataset(Dataset):
         *,
         tokenizer: Tokenizer,
         image_size: int,
+        transform: ImageTransform | None = None,
+        augment_seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
         max_skipped_share: float = 0.01,
         cache_bytes: int = 256 << 20,
+        features: FeatureStore | None = None,
     ):
         if plan.batch_size % (world_size * accumulate):
             raise ValueError(
@@ -60,12 +82,17 @@ class PlannedDataset(Dataset):
                 f"num_nodes) and data.accumulate={accumulate}; make it a multiple of {world_size * accumulate}"
             )
         self.plan, self.tokenizer, self.image_size = plan, tokenizer, image_size
+        transform = transform or ImageTransform(image_size=image_size)
+        assert transform.image_size == image_size
+        self.augment_seed = augment_seed
+        self._transforms = transforms_of(plan, transform, training=augment_seed is not None)
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.max_skipped_share, self.cache_bytes = max_skipped_share, cache_bytes
+        self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
-        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list[Tensor], list[Tensor], dict]] = {}
+        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
 
@@ -77,11 +104,22 @@ class PlannedDataset(Dataset):
         self._look_ahead(number)
         step = self.plan.step(number)
         rows, skipped = [], []
-        for planned in step.rows[self.rank :: self.world_size][micro :: self.accumulate]:
+        mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
+        views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
+        # Decoded where they stay: a worker hands this very memory over.
+        room = self._room(sum(map(sum, views)), shared=get_worker_info() is not None)
+        # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
+        # the next sample from cold ones takes three times as long.
+        opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
+        filled = 0
+        for planned, counts in zip(mine, views):
             row = []
-            for source, number_in_index in planned:
+            for (source, number_in_index), count in zip(planned, counts):
+                ready = next(opened)
                 try:
-                    row.append(self.read(source, number_in_index))
+                    out = room[filled : filled + count]
+                    row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
+                    filled += count
                 except (OSError, ValueError) as error:
                     skipped.append(self._skip(source, number_in_index, error))
             rows.append(row)
@@ -93,6 +131,7 @@ class PlannedDataset(Dataset):
             num_answer_tokens=step.num_answer_tokens,
             step=number,
             skipped=skipped,
+            **{"pixel_values" if self.features is None else "features": room[:filled]},
         )
 
     def _look_ahead(self, step: int) -> None:
@@ -106,8 +145,27 @@ class PlannedDataset(Dataset):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_prefetcher": None}
 
-    def read(self, source: int, row: int) -> Sample:
+    def _room(self, count: int, *, shared: bool = False) -> Tensor:
+        """Where that many views, or their features, are written."""
+        if self.features is None:
+            return empty_views(count, self.image_size, shared=shared)
+        return self.features.empty(count, shared=shared)
+
+    def read(
+        self,
+        source: int,
+        row: int,
+        *,
+        step: int = 0,
+        out: Tensor | None = None,
+        opened: _Opened | Exception | None = None,
+    ) -> Sample:
         """A sample as the model takes it.
+
+        Args:
+            step: for which it is read: augmentation differs from step to step.
+            out: where its views go; as many as the plan counts.
+            opened: what `_try_open` made of it, where that has been called.
 
         Raises:
             OSError, ValueError: it cannot be read.
@@ -116,19 +174,79 @@ class PlannedDataset(Dataset):
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
             key, ids, labels, images, maps, meta = kept
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(images), list(maps), meta)
-        raw = self.plan.sources[source].index.read(row, self._reader)
-        budget = {"tokens_per_image": self.plan.tokens_per_image, "max_tokens": self.plan.max_tokens}
-        encoded = encode_record(self.plan.sources[source].source.edit(raw.record), self.tokenizer, **budget)
-        images = [decode_image(data, self.image_size) for data in raw.images[: encoded.num_images]]
+            if out is None:
+                out = self._room(sum(count for _, count in images))
+            start = 0
+            for image, count in images:
+                if self.features is None:
+                    out[start : start + count].copy_(image)
+                else:
+                    self._read_features(image, out[start : start + count])
+                start += count
+            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta)
+        opened = opened or self._try_open(source, row)
+        if isinstance(opened, Exception):
+            raise opened
+        raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
+        if out is None:
+            out = self._room(sum(opened.views))
+        start, own = 0, []
+        for i, (data, count) in enumerate(zip(raw.images, opened.views)):
+            place = out[start : start + count]
+            if self.features is None:
+                seed = f"{self.augment_seed}/{step}/{name}/{raw.key}/{i}" if transform.augment else None
+                transform(data, seed=seed, out=place, image=opened.images[i])
+                own.append((place, count))
+            else:
+                own.append((image_key(data), count))
+                self._read_features(own[-1][0], place, sound=lambda data=data: transform(data))
+            start += count
+        images = list(out[:start])
         maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
         meta = raw.record.get("meta") or {}
-        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*images, *maps)) + 1000
-        if self._cached_bytes + size <= self.cache_bytes:
+        kept_images = images if self.features is None else []
+        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
+        if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
             ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
-            self._cache[source, row] = (raw.key, ids, labels, images, maps, meta)
+            if self.features is None:  # else the whole batch that they lie in would stay
+                own = [(place.clone(), count) for place, count in own]
+            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
         return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
+
+    def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
+        """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
+        if (source, row) in self._cache:
+            return None
+        measured = self.plan.sources[source]
+        try:
+            raw = measured.index.read(row, self._reader)
+            views = views_of(measured.index, row, self._transforms[source]) if measured.source.images else []
+            encoded = encode_record(
+                measured.source.edit(raw.record),
+                self.tokenizer,
+                tokens_per_image=[v * self.plan.tokens_per_image for v in views],
+                max_tokens=self.plan.max_tokens,
+            )
+            views = views[: encoded.num_images]
+            images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
+            return _Opened(raw, encoded, views, images)
+        except (OSError, ValueError) as error:
+            return error
+
+    def _read_features(self, key: bytes, out: Tensor, *, sound: Callable[[], object] = lambda: None) -> None:
+        """Write an image's features into `out`; `sound` raises where the image itself is broken, and so has none.
+
+        Raises:
+            ValueError: from `sound`.
+            RuntimeError: they were not written. No sample may be left out for it: all were there before the first step.
+        """
+        try:
+            self.features.read(key, out=out)
+        except (KeyError, OSError) as error:
+            sound()
+            lost = f"{self.features.folder} has lost features ({error}); the same command writes them again"
+            raise RuntimeError(lost) from None
 
     def _skip(self, source: int, row: int, error: Exception) -> str:
         key = f"{self._names[source]}/{self.plan.sources[source].index.key(row)}"
@@ -141,3 +259,28 @@ class PlannedDataset(Dataset):
                 "write these shards again, or raise the share"
             ) from error
         return key
+
+
+def transforms_of(plan: Plan | ValidationPlan, transform: ImageTransform, *, training: bool) -> list[ImageTransform]:
+    """The transform of every source: what its questions allow of the augmentation, and none outside training.
+
+    Raises:
+        ValueError: tiles, crops or mirrors of images with dense label maps; an augmentation that no source allows.
+    """
+    transforms = [transform.restricted(source.augment if training else ()) for source in plan.sources]
+    for source, own in zip(plan.sources, transforms):
+        kinds = [kind for kind in ("crop", "mirror") if own.augment and kind in own.augment.kinds]
+        if any(suffix.endswith(".labels.png") for suffix in source.index.suffixes) and (own.tiles or kinds):
+            what = "tiles" if own.tiles else f"augment.{kinds[0]}"
+            raise ValueError(
+                f"image.{what} would part the images of source {source.name} from their dense label maps; take it out "
+                f"of the stage{'' if own.tiles else f', or {kinds[0]} out of what the source allows (augment)'}"
+            )
+    for kind in transform.augment.kinds if training and transform.augment else ():
+        if not any(kind in source.augment for source in plan.sources):
+            first = plan.sources[0].name
+            raise ValueError(
+                f"image.augment.{kind}: no source of the mixture allows it; where no answer depends on it set "
+                f"mixture.sources.{first}.augment=[{kind}], or take {kind} out of the stage"
+            )
+    return transforms

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -31,15 +30,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from braceexpand import braceexpand
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.remote import RemoteShard, Unavailable, beside, find_shards, is_remote, read_small, write_listing
+from fastvlm.data.decode import measure_image
+from fastvlm.data.remote import RemoteShard, Unavailable, beside, is_remote, locate_shards, read_small, write_listing
 from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 NOTED_SAMPLES = 100_000
@@ -48,11 +48,11 @@ MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the sample's span in the tar, bytes
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
-        ("image_width", pa.list_(pa.int32())),
+        ("image_width", pa.list_(pa.int32())),  # as one sees it, EXIF orientation applied
         ("image_height", pa.list_(pa.int32())),
         ("text_tokens", pa.int32()),  # without image slots
         ("answer_tokens", pa.int32()),  # learned tokens
@@ -84,8 +84,8 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
     sizes = []
     for i, image in enumerate(raw.images):
         try:
-            sizes.append(Image.open(io.BytesIO(image)).size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            sizes.append(measure_image(image))
+        except ValueError as error:
             raise ValueError(f"image {i} cannot be opened: {error}") from None
     # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
     encoded = encode_record(raw.record, tokenizer, tokens_per_image=1)
@@ -105,7 +105,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
 
 def numbers_of(meta: dict) -> dict[str, float]:
     """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
-    lowest = {name: [r for r in turns if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
     numbers = {name: min(turns) for name, turns in lowest.items() if turns}
     numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
     return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
@@ -152,6 +152,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
         "checksum": checksum(*columns),
         "tokenizer": tokenizer.fingerprint,
         "broken": broken,
+        "suffixes": sorted({suffix for span in spans for suffix, _, _ in span.members}),
     }
     if out is not None:
         return write_sidecar(out, table, header)
@@ -334,6 +335,7 @@ class SourceIndex:
     files: list[str | RemoteShard]  # what a ShardReader takes
     sidecars: list[Path]
     checksums: list[str]  # of the shards
+    suffixes: list[str]  # of all members
     start: np.ndarray  # int64 (shards + 1): shard k has rows start[k] .. start[k + 1]
     num_images: np.ndarray
     text_tokens: np.ndarray
@@ -462,21 +464,48 @@ class SourceIndex:
         self.__dict__ |= state | {"_rows": OrderedDict()}
 
 
+def list_shards(folder: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
+    """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
+    Of shards that are named or lie elsewhere, see `locate_shards`.
+
+    Raises:
+        ValueError: a shard of a range is missing; a folder elsewhere cannot be listed.
+    """
+    plain = isinstance(folder, Path) or not (isinstance(folder, (list, tuple)) or is_remote(folder) or "{" in folder)
+    if not plain or str(folder).endswith(".tar"):
+        return locate_shards(folder, split, names if split == "train" else None)
+    folder = Path(folder)
+    if names is None or split != "train":
+        return find_shards(folder, split)
+    shards: set[Path] = set()
+    for name in braceexpand(names):
+        found = list(folder.glob(name))
+        if not found and not any(c in name for c in "*?["):
+            raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
+        shards.update(found)
+    return sorted(shards)
+
+
 def load_index(
-    folder: str | Path | Sequence[str], split: str, tokenizer: Tokenizer, *, rebuild: bool = True
+    folder: str | Path | Sequence[str],
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    rebuild: bool = True,
+    names: str | None = None,
 ) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, or of the shards a pattern or list names, wherever they lie.
+    """Open the index of `<folder>/<split>-*.tar`, of those that `names` names, or of shards that lie elsewhere.
 
     What is missing or stale is built.
 
     Raises:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
     """
-    shards = find_shards(folder, split)
+    shards = list_shards(folder, split, names)
     folder = folder if isinstance(folder, (list, tuple)) or is_remote(folder) else Path(folder)
     if not shards:
         raise ValueError(
-            f"{folder}: no shards {split}-*.tar; write them with `python data/prepare.py`, "
+            f"{folder}: no shards {names or f'{split}-*.tar'}; write them with `python data/prepare.py`, "
             "or point the source's path at them"
         )
     fingerprint = tokenizer.fingerprint
@@ -486,10 +515,11 @@ def load_index(
         found = list(pool.map(look, shards))
     missing = [i for i, (opened, _) in enumerate(found) if opened is None]
     if missing and not rebuild:
+        which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
         raise ValueError(
             f"{where[missing[0]]}.idx.parquet is {found[missing[0]][1]}; rebuild it with `python -m fastvlm.data.index "
             f"{folder if not isinstance(folder, (list, tuple)) else where[missing[0]]} "
-            f"--split {split} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+            f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
         )
     if missing:
         with one_builder(where[0]):
@@ -521,6 +551,7 @@ def load_index(
         files=[s if isinstance(s, RemoteShard) else str(s) for s in shards],
         sidecars=[o.path for o in opened],
         checksums=[h["checksum"] for h in headers],
+        suffixes=sorted({suffix for o in opened for suffix in suffixes_of(o)}),
         start=start,
         **read_planned([o.path for o in opened], start),
         checksum=hashlib.sha256(state.encode()).hexdigest()[:16],
@@ -528,6 +559,12 @@ def load_index(
     )
     check_keys(index)
     return index
+
+
+def suffixes_of(opened: Sidecar) -> list[str]:
+    if "suffixes" in opened.header:
+        return opened.header["suffixes"]
+    return ShardRows(opened.path, checksum=opened.header["checksum"]).suffixes
 
 
 def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:
@@ -628,15 +665,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build the index of a source's shards.")
     parser.add_argument("folder", help="folder, URL or brace pattern of the shards")
     parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
+    parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--template", default="chatml")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
     splits = ("train", "val", "test") if args.split == "*" else (args.split,)
+    splits = ("train",) if args.shards else splits
     try:
         count = 0
         for split in splits:
-            shards = find_shards(args.folder, split)
+            shards = list_shards(args.folder, split, args.shards)
             count += len(shards)
             build_all(shards, tokenizer, label=f"{args.folder}, {split}")
             for shard in shards:

@@ -13,6 +13,7 @@ from fastvlm.data.conversation import count_system_tokens, encode_record
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
@@ -29,11 +30,12 @@ class Measured:
     rows: np.ndarray  # int64: rows that are planned, ascending
     length: np.ndarray  # positions a sample takes, image slots and truncation included
     answer: np.ndarray  # learned tokens left
-    images: np.ndarray
+    images: np.ndarray  # views: an image that is cut into tiles counts each of them
     num_truncated: int = 0
     excluded: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> rows
     repeat: Fraction = Fraction(1)
     max_epochs: Fraction | None = None
+    augment: tuple[str, ...] = ()  # kinds of augmentation its questions allow
 
     @property
     def num_served(self) -> int | None:
@@ -55,15 +57,21 @@ def measure_source(
     tokens_per_image: int,
     max_tokens: int,
     max_images: int,
+    transform: ImageTransform | None = None,
 ) -> Measured:
     """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
+
+    Args:
+        tokens_per_image: slots a view takes.
+        max_images: most views of a row.
+        transform: says how many views an image has; None: one.
 
     Raises:
         ValueError: no shards, or no sample is left.
     """
     index = source.load(split, tokenizer)
     rows, left_out = source.select(index)
-    answer, images = index.answer_tokens.copy(), index.num_images.copy()
+    answer, images = index.answer_tokens.copy(), count_views(index, transform)
     if not source.images:
         images[:] = 0
     length = index.text_tokens + images * np.int32(tokens_per_image)
@@ -86,10 +94,10 @@ def measure_source(
         except (OSError, ValueError):
             reasons[row] = UNREADABLE
             continue
-        encoded = encode_record(
-            source.edit(record), tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens
-        )
-        length[row], images[row] = len(encoded.input_ids), encoded.num_images
+        views = views_of(index, row, transform) if source.images else []
+        slots = [tokens_per_image * v for v in views]
+        encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        length[row], images[row] = len(encoded.input_ids), sum(views[: encoded.num_images])
         answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
         num_truncated += 1
         if answer[row] == 0:
@@ -106,7 +114,7 @@ def measure_source(
             f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
         )
     exact = lambda value: None if value is None else Fraction(str(value))
-    limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs)}
+    limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
     return Measured(name, source, index, kept, length, answer, images, num_truncated, excluded, **limits)
 
 
@@ -117,3 +125,21 @@ def holds_documents(index: SourceIndex) -> bool:
         with suppress(OSError, ValueError):
             return "document" in index.read(row, reader).record
     return False
+
+
+def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:
+    """Views of every image of a sample."""
+    if transform is None or transform.tiles is None:
+        return [1] * int(index.num_images[row])
+    sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
+    return [transform.num_views(width, height) for width, height in sizes]
+
+
+def count_views(index: SourceIndex, transform: ImageTransform | None) -> np.ndarray:
+    """Views of all images of every sample together: int32."""
+    if transform is None or transform.tiles is None:
+        return index.num_images.copy()
+    widths, heights = (column.flatten().to_numpy() for column in (index.image_width, index.image_height))
+    before = np.concatenate([[0], np.cumsum(transform.count_views(widths, heights), dtype=np.int64)])
+    end = np.concatenate([[0], np.cumsum(index.num_images, dtype=np.int64)])
+    return (before[end[1:]] - before[end[:-1]]).astype(np.int32)

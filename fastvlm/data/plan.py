@@ -24,6 +24,7 @@ from fastvlm.data.packing import balance, group_by_length, pack_window
 from fastvlm.data.replan import Seen
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import Tokenizer
 
 KEEP_AFTER = 2.0  # seconds of planning that are worth a place in the cache
@@ -62,10 +63,10 @@ class Plan:
         mixture: sources, weights, unit.
         tokenizer: under which lengths are counted.
         split: train, val or test.
-        tokens_per_image: slots an image takes.
+        tokens_per_image: slots a view of an image takes.
         batch_size: rows of an optimiser step, over all ranks and micro-batches.
         max_tokens: longest row; longer samples are truncated at their end.
-        max_images: most images of a row.
+        max_images: most views of a row; an image without tiles is one.
         packing: several samples a row; else a row is one sample.
         pack_window: samples that are packed together.
         sort_window: without packing, group samples of like length within windows of this many samples; 0 for not.
@@ -74,6 +75,7 @@ class Plan:
         epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
         after: what an interrupted stage had seen of other data (`replan.py`): the plan begins with that step, and the
             first pass over a source leaves out what came in the pass before.
+        transform: says how many views an image of the index has; None: one.
         cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
 
     Raises:
@@ -97,6 +99,7 @@ class Plan:
         num_steps: int | None = None,
         epochs: float | int | None = None,
         after: Seen | None = None,
+        transform: ImageTransform | None = None,
         cache: str | Path | None = None,
     ):
         limits = {
@@ -117,6 +120,8 @@ class Plan:
         self._window = pack_window if packing else -(-(sort_window or 1024) // batch_size) * batch_size
         self._sorted = not packing and sort_window > 0
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
+        fits["transform"] = transform
+        self.tiles = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
         self.sources = [
             measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in mixture.sources.items()
         ]
@@ -220,6 +225,7 @@ class Plan:
             "tokenizer": tokenizer.fingerprint,
             "budget": [self.tokens_per_image, self.batch_size, self.max_tokens, self.max_images],
             "packing": [self.packing, pack_window, sort_window],
+            **({"tiles": self.tiles} if self.tiles else {}),
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
@@ -293,7 +299,7 @@ class Plan:
 
     @property
     def num_images(self) -> int:
-        """Images of all planned sources together; 0 when there is nothing to look at."""
+        """Views of all planned sources together; 0 when there is nothing to look at."""
         return sum(int(s.images[s.rows].sum()) for s in self.sources)
 
     def notes(self) -> list[str]:

@@ -7,6 +7,7 @@ as documents of one image and its caption. Format: https://github.com/webdataset
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
+STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -39,6 +41,11 @@ class RawSample:
     record: dict
     images: list[bytes] = field(default_factory=list)
     label_maps: list[bytes] = field(default_factory=list)
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in order."""
+    return sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
 
 
 @dataclass
@@ -72,11 +79,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     images = sorted((int(m[1] or 0), suffix) for suffix in members if (m := IMAGE.fullmatch(suffix)))
     maps = sorted((int(m[1]), suffix) for suffix in members if (m := LABEL_MAP.fullmatch(suffix)))
     if "messages" not in record and "document" not in record:
-        if "txt" not in members:
-            raise ValueError(f"{key} has neither a json with `messages` or `document` nor a txt")
-        parts = [{"type": "image"}] * len(images)
-        text = members["txt"].decode("utf-8", errors="replace").strip()
-        record = {"document": [*parts, {"type": "text", "text": text}]}
+        record = read_caption(key, members, record, len(images))
     try:
         expected = count_images(record)
     except (AttributeError, TypeError, KeyError):
@@ -86,6 +89,109 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     if maps and len(maps) != len(images):
         raise ValueError(f"{key}: {len(images)} images and {len(maps)} label maps")
     return RawSample(key, record, [members[s] for _, s in images], [members[s] for _, s in maps])
+
+
+NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's words
+
+
+def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: int) -> dict:
+    """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
+
+    Raises:
+        ValueError: neither txt nor json holds a caption.
+    """
+    text = members["txt"].decode("utf-8", errors="replace") if "txt" in members else fields.get("caption")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{key} has no `messages`, no `document` and no caption in txt or json")
+    parts = [*[{"type": "image"}] * num_images, {"type": "text", "text": text.strip()}]
+    left_out = ("caption", "exif", "status", "error_message")
+    meta = {name: value for name, value in fields.items() if name not in left_out and value is not None}
+    if (level := NSFW_LEVELS.get(meta.get("NSFW"))) is not None:
+        meta["nsfw_level"] = level  # filters compare numbers
+    return {"document": parts} | ({"meta": meta} if meta else {})
+
+
+class Shard:
+    """Write one tar: whole under its name when closed, or not there at all. The same samples give the same bytes.
+
+    Args:
+        path: its final name; the folder must be there.
+        keys: those written before, where several shards share them.
+    """
+
+    def __init__(self, path: str | Path, *, keys: set[str] | None = None):
+        self.path, self.num_samples = Path(path), 0
+        self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self._keys = set() if keys is None else keys
+        # GNU and not pax: a pax header may hold floats of the clock, and every reader knows both.
+        self._tar = tarfile.open(self.part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tar.offset
+
+    def write(
+        self,
+        key: str,
+        record: dict,
+        images: Sequence[bytes] = (),
+        label_maps: Sequence[bytes] | None = None,
+        image_ext: str | Sequence[str] = "png",
+    ) -> None:
+        """Append a sample; `images` are encoded files, one for each image part of the record, `image_ext` their kind
+        or the kind of each.
+
+        Raises:
+            ValueError: a key that is not `[a-z0-9_-]+` or was written before, or counts that do not agree.
+        """
+        where = self.path.parent
+        if not KEY.fullmatch(key):
+            raise ValueError(f"{where}: key {key!r} must match [a-z0-9_-]+")
+        if key in self._keys:
+            raise ValueError(f"{where}: key {key!r} was written before; keys are unique within a source")
+        if ("messages" in record) == ("document" in record):
+            raise ValueError(f"{where}: {key} needs exactly one of `messages` and `document`")
+        if count_images(record) != len(images):
+            raise ValueError(f"{where}: {key} has {count_images(record)} image parts and {len(images)} images")
+        if label_maps is not None and len(label_maps) != len(images):
+            raise ValueError(f"{where}: {key} has {len(images)} images and {len(label_maps)} label maps")
+        extensions = [image_ext] * len(images) if isinstance(image_ext, str) else image_ext
+        self._add(f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
+        for i, (image, extension) in enumerate(zip(images, extensions, strict=True)):
+            self._add(f"{key}.{i}.{extension}", image)
+            if label_maps is not None:
+                self._add(f"{key}.{i}.labels.png", label_maps[i])
+        self._keys.add(key)
+        self.num_samples += 1
+
+    def _add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty, so bytes repeat
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def finish(self) -> None:
+        """Write the end of the archive; the file keeps its temporary name."""
+        self._tar.close()
+
+    def publish(self, path: str | Path | None = None) -> None:
+        os.replace(self.part, path or self.path)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the last buffer fails once more
+            self._tar.fileobj.close()
+        self.part.unlink(missing_ok=True)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, kind, *rest) -> None:
+        try:
+            if kind is None and self.part.exists():  # not published or discarded by hand
+                self.finish()
+                self.publish()
+        finally:
+            if self.part.exists():
+                self.discard()
 
 
 class ShardWriter:
@@ -105,10 +211,8 @@ class ShardWriter:
         self.folder, self.split, self.max_samples, self.max_bytes = Path(folder), split, max_samples, max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.num_samples = 0
-        self._in_shard = 0
         self._keys: set[str] = set()
-        self._parts: list[Path] = []
-        self._tar: tarfile.TarFile | None = None
+        self._shards: list[Shard] = []
 
     def write(
         self,
@@ -116,58 +220,27 @@ class ShardWriter:
         record: dict,
         images: Sequence[bytes] = (),
         label_maps: Sequence[bytes] | None = None,
-        image_ext: str = "png",
+        image_ext: str | Sequence[str] = "png",
     ) -> None:
-        """Append a sample; `images` are encoded files, one for each image part of the record.
-
-        Raises:
-            ValueError: a key that is not `[a-z0-9_-]+` or was written before, or counts that do not agree.
-        """
-        if not KEY.fullmatch(key):
-            raise ValueError(f"{self.folder}: key {key!r} must match [a-z0-9_-]+")
-        if key in self._keys:
-            raise ValueError(f"{self.folder}: key {key!r} was written before; keys are unique within a source")
-        if ("messages" in record) == ("document" in record):
-            raise ValueError(f"{self.folder}: {key} needs exactly one of `messages` and `document`")
-        if count_images(record) != len(images):
-            raise ValueError(f"{self.folder}: {key} has {count_images(record)} image parts and {len(images)} images")
-        if label_maps is not None and len(label_maps) != len(images):
-            raise ValueError(f"{self.folder}: {key} has {len(images)} images and {len(label_maps)} label maps")
-        if self._tar is not None and (self._in_shard >= self.max_samples or self._tar.offset >= self.max_bytes):
-            self._finish_shard()
-        if self._tar is None:
-            part = self.folder / f".{self.split}-{len(self._parts):05d}.tar.{os.getpid()}"
-            self._parts.append(part)
-            # GNU and not pax: a pax header may hold floats of the clock, and every reader knows both.
-            self._tar = tarfile.open(part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-            self._in_shard = 0
-        self._add(f"{key}.json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode())
-        for i, image in enumerate(images):
-            self._add(f"{key}.{i}.{image_ext}", image)
-            if label_maps is not None:
-                self._add(f"{key}.{i}.labels.png", label_maps[i])
-        self._keys.add(key)
-        self._in_shard += 1
+        """Append a sample, in a new shard where the last is full; see `Shard.write`."""
+        shard = self._shards[-1] if self._shards else None
+        if shard is None or shard.num_samples >= self.max_samples or shard.num_bytes >= self.max_bytes:
+            if shard is not None:
+                shard.finish()
+            shard = Shard(self.folder / f"{self.split}-{len(self._shards):05d}.tar", keys=self._keys)
+            self._shards.append(shard)
+        shard.write(key, record, images, label_maps, image_ext)
         self.num_samples += 1
-
-    def _add(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty, so bytes repeat
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-
-    def _finish_shard(self) -> None:
-        self._tar.close()
-        self._tar = None
 
     def close(self) -> None:
         """Publish the shards under their final names."""
-        if self._tar is not None:
-            self._finish_shard()
+        if self._shards:
+            self._shards[-1].finish()
         for old in self.folder.glob(f"{self.split}-*.tar*"):
             old.unlink()
-        for i, part in enumerate(self._parts):
-            os.replace(part, self.folder / f"{self.split}-{i:05d}.tar")
-        self._parts = []
+        for shard in self._shards:
+            shard.publish()
+        self._shards = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -175,10 +248,8 @@ class ShardWriter:
     def __exit__(self, kind, *rest) -> None:
         if kind is None:
             return self.close()
-        if self._tar is not None:
-            self._tar.close()
-        for part in self._parts:
-            part.unlink(missing_ok=True)
+        for shard in self._shards:
+            shard.discard()
 
 
 def scan_shard(path: str | Path) -> tuple[list[Span], str]:
@@ -188,6 +259,10 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
         The whole samples in order, and what broke the tar ("" for a sound one). After a break the sample being read is
         not provably whole and is left out.
     """
+    if str(path).endswith(STORES):
+        from fastvlm.data.stores import scan_store
+
+        return scan_store(path)
     size = os.path.getsize(path)
     spans: list[Span] = []
     start, broken, end = 0, "", 0
@@ -251,6 +326,13 @@ class ShardReader:
             OSError: the file is missing, or cannot be had.
             ValueError: it is shorter than that.
         """
+        if isinstance(file, str) and file.endswith(STORES):
+            from fastvlm.data.stores import read_span
+
+            data = read_span(file, offset)
+            if len(data) != size:
+                raise ValueError(f"{file}: record {offset} has {len(data)} bytes, the index expects {size}")
+            return data
         name = file if isinstance(file, str) else file.url
         fd = self._files.get(name)
         if fd is None:

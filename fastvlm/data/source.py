@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import with_system, without_images
-from fastvlm.data.index import SourceIndex, load_index
-from fastvlm.data.remote import find_shards, is_remote
+from fastvlm.data.index import SourceIndex, list_shards, load_index
+from fastvlm.data.remote import is_remote
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -38,6 +39,10 @@ class Source:
             proportions. None for as many as the weights ask.
         system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
+        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
+            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
+        augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
+            the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
     """
 
@@ -53,6 +58,8 @@ class Source:
         max_epochs: float | int | None = None,
         system: str | None = None,
         images: bool = True,
+        shards: str | None = None,
+        augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
         if max_samples is not None and max_samples < 1:
@@ -68,11 +75,12 @@ class Source:
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
         self.name, self.max_samples, self.rebuild_index = name, max_samples, rebuild_index
         self.path = Path(path) if isinstance(path, str) and not (is_remote(path) or "{" in path) else path
-        self.system, self.images = system, images
+        self.system, self.images, self.shards = system, images, shards
+        self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)
 
     def has_split(self, split: str) -> bool:
-        return bool(find_shards(self.path, split))
+        return bool(list_shards(self.path, split, self.shards))
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.
@@ -80,7 +88,7 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index)
+        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
 
     def edit(self, record: dict) -> dict:
         """A record as this source gives it to the model: with its system prompt, or without its images.

@@ -8,6 +8,7 @@ from fastvlm.data.lengths import measure_source
 from fastvlm.data.packing import pack_window
 from fastvlm.data.plan import Step
 from fastvlm.data.source import Mixture
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import Tokenizer
 
 
@@ -38,9 +39,11 @@ class ValidationPlan:
         max_tokens: int,
         max_images: int = 8,
         packing: bool = True,
+        transform: ImageTransform | None = None,
     ):
         self.tokens_per_image, self.max_tokens, self.batch_size = tokens_per_image, max_tokens, batch_size
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
+        fits["transform"] = transform
         self.names = mixture.names  # as in the training plan, so that source numbers agree
         there = {name: s for name, s in mixture.sources.items() if s.has_split(split)}
         if not there:

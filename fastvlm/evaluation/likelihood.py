@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,8 +21,9 @@ def token_nll(
     model: VLM,
     tokenizer: Tokenizer,
     rows: Sequence[tuple[list[int], list[int]]],
-    visual: Sequence[Float[Tensor, "_ M D"]],
+    visual: Sequence[Sequence[Float[Tensor, "_ D"]]],
     *,
+    tokens_per_view: int = 1,
     batch_size: int = 64,
 ) -> list[Float[Tensor, "_"]]:
     """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order.
@@ -29,7 +31,8 @@ def token_nll(
     Args:
         rows: (input_ids, labels) of one sample each, as `encode_record` makes them; the first token has nothing before
             it and is never scored.
-        visual: visual tokens of each row's images.
+        visual: visual tokens of each of a row's images, its views one behind the other.
+        tokens_per_view: M; every image has a whole number of views.
 
     Raises:
         ValueError: rows and visual differ in number, or a row is longer than the model can be.
@@ -55,8 +58,9 @@ def token_nll(
             segment_ids[i, : len(ids)] = 1
         input_ids, segment_ids = input_ids.to(device), segment_ids.to(device)
         embeds = model.llm.embed(input_ids)  # (B, S, D)
-        if images := [visual[row] for row in chosen if len(visual[row])]:
-            embeds = splice(embeds, input_ids, torch.cat(images), image_token_id=tokenizer.image_id)
+        if images := [image for row in chosen for image in visual[row]]:
+            views = rearrange(torch.cat(images), "(i m) d -> i m d", m=tokens_per_view)
+            embeds = splice(embeds, input_ids, views, image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
         hidden = model.llm.hidden(embeds, position_ids, segment_ids)
         # Only where the next token is learned: the head is the widest product of a small model.
@@ -73,15 +77,16 @@ def answer_nll(
     model: VLM,
     tokenizer: Tokenizer,
     records: Sequence[dict],
-    visual: Sequence[Float[Tensor, "_ M D"]],
+    visual: Sequence[Sequence[Float[Tensor, "_ D"]]],
     *,
-    tokens_per_image: int,
+    tokens_per_view: int,
     batch_size: int = 64,
 ) -> list[tuple[float, int]]:
     """(nats, tokens) of each record's learned words, given what stands before them: answers with their end token."""
-    encoded = [encode_record(record, tokenizer, tokens_per_image=tokens_per_image) for record in records]
+    slots = [[len(image) for image in images] for images in visual]
+    encoded = [encode_record(record, tokenizer, tokens_per_image=s) for record, s in zip(records, slots, strict=True)]
     rows = [(e.input_ids, e.labels) for e in encoded]
-    scores = token_nll(model, tokenizer, rows, visual, batch_size=batch_size)
+    scores = token_nll(model, tokenizer, rows, visual, tokens_per_view=tokens_per_view, batch_size=batch_size)
     return [(float(score.sum()), len(score)) for score in scores]
 
 
@@ -120,7 +125,7 @@ def text_perplexity(
         rows += text_windows(ids, window=window)
         unscored = tokenizer.hf.decode(ids[:1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         num_bytes += len(text.encode()) - len(unscored.encode())
-    scores = token_nll(model, tokenizer, rows, [torch.zeros(0, 0, 0)] * len(rows), batch_size=batch_size)
+    scores = token_nll(model, tokenizer, rows, [[]] * len(rows), batch_size=batch_size)
     nats, num_tokens = sum(float(score.sum()) for score in scores), sum(map(len, scores))
     if not num_tokens:
         raise ValueError(f"{len(texts)} texts hold no token to score")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
-from fastvlm.data.transforms import decode_image
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import majority_answer, normalise_answer
 
 
@@ -25,7 +25,7 @@ class Question:
     type: str
     messages: list[dict]  # up to the assistant's turn
     answer: str
-    images: list[Tensor] = field(default_factory=list)  # uint8 (3, H, W)
+    images: list[Tensor] = field(default_factory=list)  # uint8 (v, 3, H, W), the whole image first
     image_ids: tuple[str, ...] = ()  # digests of the files: equal files are encoded once and never swapped
 
     @property
@@ -52,13 +52,13 @@ def plain_text(content: str | list[dict]) -> str:
 
 
 def read_questions(
-    index: SourceIndex, *, source: str, limit: int | None, image_size: int, rows: np.ndarray | None = None
+    index: SourceIndex, *, source: str, limit: int | None, transform: ImageTransform, rows: np.ndarray | None = None
 ) -> list[Question]:
     """The first `limit` questions of every type, in the order of the index (None: all).
 
     Args:
         source: name of the source, and the type of questions that name none.
-        image_size: side of the square the images become (pixels).
+        transform: from a file to its views.
         rows: only these rows of the index.
 
     Raises:
@@ -88,7 +88,7 @@ def read_questions(
                 type=kind,
                 messages=messages[:-1],
                 answer=plain_text(messages[-1]["content"]),
-                images=[decode_image(image, image_size=image_size) for image in raw.images],
+                images=[transform(image) for image in raw.images],
                 image_ids=tuple(hashlib.sha256(image).hexdigest() for image in raw.images),
             )
         )

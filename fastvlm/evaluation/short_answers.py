@@ -14,6 +14,7 @@ from fastvlm.data.conversation import without_images
 from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.likelihood import answer_nll, text_perplexity
 from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.questions import (
@@ -62,7 +63,7 @@ def evaluate_answers(
     visual = _encode_once(engine, questions)
     seen = {
         "real": visual,
-        "removed": [tokens[:0] for tokens in visual],
+        "removed": [[] for _ in visual],
         "swapped": [visual[partner] if partner is not None else None for partner in partners],
     }
     asked = {
@@ -90,7 +91,7 @@ def evaluate_answers(
                 engine.tokenizer,
                 [questions[i].answered for i in chosen],
                 shown,
-                tokens_per_image=engine.tokens_per_image,
+                tokens_per_view=engine.tokens_per_image,
                 batch_size=batch_size,
             )
             for i, (nats, num_tokens) in zip(chosen, nll):
@@ -142,26 +143,28 @@ class ShortAnswers:
         tokenizer: Tokenizer,
         *,
         image_size: int,
+        transform: ImageTransform | None = None,
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
         """Evaluate; the result can be written as JSON.
 
         Args:
-            image_size: side of the square images (pixels), as the last stage saw them.
+            image_size: side of a view (pixels), as the last stage saw them.
+            transform: from a file to its views, as the last stage saw them; None pads to squares.
             out: folder that gets `predictions/short_answers.jsonl` (a line a question) and `short_answers.md`.
 
         Returns:
             `metrics`, `table` and `predictions` as `evaluate_answers` has them, and `text_perplexity`: {"after": ...}.
             With `out` also `examples`, the predictions that have their picture saved beside them.
         """
-        engine = Engine(model, tokenizer, image_size=image_size, device=device)
+        engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
         questions: list[Question] = []
         majorities: dict[str, str] = {}
         for name, source in self.sources.items():
             index = source.load(self.split, tokenizer)
             rows, _ = source.select(index)
-            questions += read_questions(index, source=name, limit=self.limit, image_size=image_size, rows=rows)
+            questions += read_questions(index, source=name, limit=self.limit, transform=engine.transform, rows=rows)
             if source.has_split("train"):
                 index = source.load("train", tokenizer)
                 majorities |= count_majorities(index, source=name, rows=source.select(index)[0])
@@ -214,7 +217,7 @@ def save_examples(predictions: list[dict], questions: Sequence[Question], *, fol
             continue
         # A key is unique within its source only.
         path = Path("predictions") / f"{question.source}-{question.key}.png"
-        Image.fromarray(question.images[0].permute(1, 2, 0).numpy()).save(folder / path)
+        Image.fromarray(question.images[0][0].permute(1, 2, 0).numpy()).save(folder / path)
         chosen[key] = prediction | {"image": path.as_posix()}
     return [chosen[key] for key in sorted(chosen)]
 
@@ -235,19 +238,18 @@ def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
     return texts
 
 
-def _encode_once(engine: Engine, questions: Sequence[Question]) -> list[Tensor]:
-    """Visual tokens (images, M, D) of every question; an image several questions ask about is encoded once."""
+def _encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
+    """Visual tokens (T, D) of every question's images; an image several questions ask about is encoded once."""
     images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}
-    position = {name: i for i, name in enumerate(images)}
-    encoded = engine.encode_images(list(images.values()))
-    return [encoded[[position[name] for name in q.image_ids]] for q in questions]
+    encoded = dict(zip(images, engine.encode_images(list(images.values()))))
+    return [[encoded[name] for name in q.image_ids] for q in questions]
 
 
 def _answer_all(
-    engine: Engine, prompts: Sequence[dict], visual: Sequence[Tensor], *, batch_size: int, max_new_tokens: int
+    engine: Engine, prompts: Sequence[dict], visual: Sequence[Sequence[Tensor]], *, batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, int]]:
     """(text, tokens) of the greedy answer to every prompt; prompts of like length share a batch."""
-    lengths = [len(engine.encode_prompt(p, num_images=len(v))) for p, v in zip(prompts, visual)]
+    lengths = [len(engine.encode_prompt(p, slots=[len(image) for image in v])) for p, v in zip(prompts, visual)]
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: list[tuple[str, int]] = [("", 0)] * len(prompts)
     for start in range(0, len(prompts), batch_size):

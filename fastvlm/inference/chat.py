@@ -114,7 +114,7 @@ class Conversation:
 
     def attach(self, path: str) -> None:
         """An image for the next message."""
-        self.waiting.append(to_pixels(read_image(path), image_size=self.engine.image_size))
+        self.waiting.append(self.engine.transform(read_image(path)))
 
     def say(self, text: str) -> None:
         """Answer a message; the turn counts only once it is answered."""
@@ -155,13 +155,6 @@ def converse(conversation: Conversation) -> None:
             print("\n[stopped]")
         except ValueError as error:
             print(f"{error} (/clear forgets the conversation)", file=sys.stderr)
-
-
-def to_pixels(data: bytes, *, image_size: int) -> Tensor:
-    """An image file as the model saw images in training: uint8 (3, image_size, image_size)."""
-    from fastvlm.data.transforms import decode_image
-
-    return decode_image(data, image_size=image_size)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -207,11 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
 
-    from fastvlm.build import load_run
+    from fastvlm.build import build_transform, load_run
     from fastvlm.inference.engine import Engine
 
     model, tokenizer, config = load_run(run)
-    engine = Engine(model, tokenizer, image_size=config.image_size, device=args.device)
+    transform = build_transform(config)
+    engine = Engine(model, tokenizer, image_size=config.image_size, transform=transform, device=args.device)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -221,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": args.seed,
     }
     streamed = sys.stdout.isatty()
-    images = [to_pixels(data, image_size=engine.image_size) for data in files]
+    images = [engine.transform(data) for data in files]
     if content is not None:
         record = {"messages": [{"role": "user", "content": content}]}
         answer(engine, record, images, streamed=streamed, options=options)

@@ -7,10 +7,13 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
+from fastvlm.data.shards import count_images
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference.answer import Answer
 from fastvlm.inference.sampling import choose_tokens
 from fastvlm.models.splice import splice
@@ -41,15 +44,19 @@ class Generation:
 class Engine:
     """Answers conversations and continues documents with a VLM.
 
+    An image is one view (3, H, W) or several (v, 3, H, W), as `transform` makes them of a file; its visual tokens are
+    (T, D) with T = v * M.
+
     One call is one batch: rows may differ in length and in their number of images. Rows are padded on the left and
     every row counts its positions from 0, so an answer does not depend on the rows beside it; sampling draws from a
     generator of the row's own.
 
     Args:
         model: in eval mode; its precision and weights are used as they are.
-        image_size: side of the square images (pixels), as the last stage saw them.
+        image_size: side of a view (pixels), as the last stage saw them.
+        transform: from a file to its views, as the last stage saw them; None pads to squares.
         max_new_tokens: default bound of an answer.
-        image_batch: images encoded at once.
+        image_batch: views encoded at once.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         image_size: int,
+        transform: ImageTransform | None = None,
         max_new_tokens: int = 32,
         device: str | torch.device = "cpu",
         image_batch: int = 64,
@@ -65,6 +73,7 @@ class Engine:
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.transform = (transform or ImageTransform(image_size=image_size)).restricted(())
         self.max_new_tokens = max_new_tokens
         self.image_batch = image_batch
         self.device = torch.device(device)
@@ -72,38 +81,46 @@ class Engine:
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[UInt8[Tensor, "3 H W"]]) -> Float[Tensor, "I M D"]:
-        """Visual tokens of images of the engine's size, in chunks of `image_batch`.
+    def encode_images(self, images: Sequence[UInt8[Tensor, "... 3 H W"]]) -> list[Float[Tensor, "_ D"]]:
+        """Visual tokens of every image, of all its views one behind the other; in chunks of `image_batch` views.
 
         Raises:
             ValueError: an image of another shape or type.
         """
         shape = (3, self.image_size, self.image_size)
         for image in images:
-            if tuple(image.shape) != shape or image.dtype != torch.uint8:
+            if tuple(image.shape[-3:]) != shape or image.ndim > 4 or image.dtype != torch.uint8:
                 raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, the engine takes uint8 {shape}")
+        views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
         chunks = [
-            self.model.encode_images(torch.stack(list(images[i : i + self.image_batch])).to(self.device))
-            for i in range(0, len(images), self.image_batch)
+            self.model.encode_images(torch.stack(views[i : i + self.image_batch]).to(self.device))
+            for i in range(0, len(views), self.image_batch)
         ]
-        return torch.cat(chunks) if chunks else self._no_images()
+        if not chunks:
+            return []
+        counts = [self.tokens_per_image * (len(image) if image.ndim == 4 else 1) for image in images]
+        return list(rearrange(torch.cat(chunks), "i m d -> (i m) d").split(counts))
 
-    def encode_prompt(self, record: dict, *, num_images: int, max_new_tokens: int | None = None) -> list[int]:
+    def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
 
+        Args:
+            slots: visual tokens of each image.
+
         Raises:
-            ValueError: slots and images differ in number; the prompt and its answer are longer than the model can be.
+            ValueError: image parts and images differ in number; the prompt and its answer are longer than the model
+                can be.
         """
-        encoded = encode_record(record, self.tokenizer, tokens_per_image=self.tokens_per_image, prompt=True)
-        if encoded.num_images != num_images:
-            raise ValueError(f"the prompt has {encoded.num_images} image slots, but {num_images} images were given")
+        if (parts := count_images(record)) != len(slots):
+            raise ValueError(f"the prompt has {parts} image slots, but {len(slots)} images were given")
+        encoded = encode_record(record, self.tokenizer, tokens_per_image=slots, prompt=True)
         if not encoded.input_ids:
             raise ValueError("the prompt is empty: there is no token to go on from")
         length, limit = len(encoded.input_ids), self.model.llm.max_positions
         new = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit is not None and length + new > limit:
             raise ValueError(
-                f"the prompt has {length} tokens ({num_images * self.tokens_per_image} of images) and the answer may "
+                f"the prompt has {length} tokens ({sum(slots)} of images) and the answer may "
                 f"take {new}, but the model ends at {limit}: shorten the prompt, use fewer images "
                 f"or lower max_new_tokens"
             )
@@ -112,7 +129,7 @@ class Engine:
     def generate(
         self,
         records: Sequence[dict],
-        images: Sequence[Sequence[UInt8[Tensor, "3 H W"]]],
+        images: Sequence[Sequence[UInt8[Tensor, "... 3 H W"]]],
         *,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -133,10 +150,10 @@ class Engine:
         if len(records) != len(images):
             raise ValueError(f"{len(records)} records came with {len(images)} lists of images")
         start = self._now()
-        visual = self.encode_images([image for row in images for image in row])
+        visual = iter(self.encode_images([image for row in images for image in row]))
         return self.generate_from_visual(
             records,
-            list(visual.split([len(row) for row in images])) if images else [],
+            [[next(visual) for _ in row] for row in images],
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -149,7 +166,7 @@ class Engine:
     def generate_from_visual(
         self,
         records: Sequence[dict],
-        visual: Sequence[Float[Tensor, "_ M D"]],
+        visual: Sequence[Sequence[Float[Tensor, "_ D"]]],
         *,
         image_seconds: float = 0.0,
         **options,
@@ -158,7 +175,7 @@ class Engine:
         return _returned(self._run(records, visual, image_seconds=image_seconds, **options))
 
     def stream(
-        self, record: dict, images: Sequence[UInt8[Tensor, "3 H W"]], **options
+        self, record: dict, images: Sequence[UInt8[Tensor, "... 3 H W"]], **options
     ) -> Generator[str, None, Generation]:
         """Pieces of the answer as they come; joined they are the text of `generate([record], [images])`.
 
@@ -185,7 +202,7 @@ class Engine:
     def _run(
         self,
         records: Sequence[dict],
-        visual: Sequence[Tensor],
+        visual: Sequence[Sequence[Tensor]],
         *,
         image_seconds: float,
         temperature: float = 0.0,
@@ -198,7 +215,7 @@ class Engine:
         """Decode step by step, handing out the unfinished answers after each token."""
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         prompts = [
-            self.encode_prompt(record, num_images=len(images), max_new_tokens=limit)
+            self.encode_prompt(record, slots=[len(image) for image in images], max_new_tokens=limit)
             for record, images in zip(records, visual, strict=True)
         ]
         answers = [Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit) for _ in prompts]
@@ -227,7 +244,7 @@ class Engine:
                 text=answer.text(),
                 token_ids=answer.token_ids,
                 num_prompt_tokens=len(prompt),
-                num_image_tokens=len(images) * self.tokens_per_image,
+                num_image_tokens=sum(map(len, images)),
                 image_seconds=image_seconds,
                 prefill_seconds=prefill_seconds,
                 decode_seconds=decode_seconds,
@@ -237,7 +254,7 @@ class Engine:
         ]
 
     def _prefill_inputs(
-        self, prompts: list[list[int]], visual: Sequence[Tensor]
+        self, prompts: list[list[int]], visual: Sequence[Sequence[Tensor]]
     ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"], Int[Tensor, "B S"]]:
         """Embeddings padded on the left, their mask (1 where a token stands), positions from 0 in every row."""
         longest = max(map(len, prompts))
@@ -249,7 +266,10 @@ class Engine:
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         embeds = self.model.llm.embed(input_ids)
-        embeds = splice(embeds, input_ids, torch.cat(list(visual)), image_token_id=self.tokenizer.image_id)
+        images = [image for row in visual for image in row]
+        if images:
+            views = rearrange(torch.cat(images), "(i m) d -> i m d", m=self.tokens_per_image)
+            embeds = splice(embeds, input_ids, views, image_token_id=self.tokenizer.image_id)
         return embeds, mask, position_ids
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
@@ -258,9 +278,6 @@ class Engine:
         logits[:, self.tokenizer.image_id] = -torch.inf
         logits[:, len(self.tokenizer) :] = -torch.inf
         return logits
-
-    def _no_images(self) -> Float[Tensor, "0 M D"]:
-        return torch.zeros(0, self.tokens_per_image, self.model.llm.dim, device=self.device)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

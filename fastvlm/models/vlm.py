@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,7 +18,7 @@ from fastvlm.models.splice import splice
 
 class VLM(nn.Module):
     """
-    pixel_values (I, 3, H, W) -> encoder -> patches (I, N, D_v) -> resampler -> visual tokens (I, M, D_v)
+    pixel_values (I, 3, H, W) -> encoder -> patches (I, N, D_v; or cached) -> resampler -> visual tokens (I, M, D_v)
         -> projector -> (I, M, D_t) -> splice at every image slot of input_ids (B, S) -> llm -> logits (B, S, V)
 
     Args:
@@ -59,17 +60,26 @@ class VLM(nn.Module):
         return run(self.encoder, self.normalise(pixel_values))
 
     def encode_images(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I M D"]:
-        return run(self.projector, run(self.resampler, self.encode_patches(pixel_values)))
+        return self.project(self.encode_patches(pixel_values))
+
+    def patches(self, batch: Batch) -> Float[Tensor, "I N D"]:
+        """The encoder's output for a batch's images: computed, or as it was cached."""
+        if batch.features is None:
+            return self.encode_patches(batch.pixel_values)
+        return batch.features.to(next(self.projector.parameters()).dtype)
+
+    def project(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
+        return run(self.projector, run(self.resampler, patches))
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
         """What the language model reads: text embeddings with the images' visual tokens in their slots."""
         text = self.llm.embed(batch.input_ids)
         if batch.num_images:
-            visual = self.encode_images(batch.pixel_values)
+            visual = self.project(self.patches(batch))
         else:
             visual = text.new_zeros(0, 1, text.shape[-1])
             if self._must_touch_vision():
-                text = text + self._zero_from_blank_image(batch.pixel_values)
+                text = text + self._zero_from_blank_image(batch)
         return splice(text, batch.input_ids, visual, image_token_id=self.image_token_id)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
@@ -85,11 +95,13 @@ class VLM(nn.Module):
         learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in path)
         return learns or any(isinstance(p, DTensor) for p in path)
 
-    def _zero_from_blank_image(self, pixel_values: Tensor) -> Float[Tensor, ""]:
+    def _zero_from_blank_image(self, batch: Batch) -> Float[Tensor, ""]:
         """0, with every trainable vision parameter in its graph. Norm statistics do not see the blank image."""
-        blank = pixel_values.new_zeros(1, *pixel_values.shape[1:])  # even no images have a size
+        blank = lambda images: images.new_zeros(1, *images.shape[1:])  # even no images have a size
+        features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
-            return self.encode_images(blank).sum() * 0.0
+            patches = self.patches(replace(batch, pixel_values=blank(batch.pixel_values), features=features))
+            return self.project(patches).sum() * 0.0
 
 
 def run(part: nn.Module, x: Tensor) -> Tensor:

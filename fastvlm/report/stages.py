@@ -94,6 +94,12 @@ def stage_section(stage: StageRecord) -> str:
         html += none(f"Stage {stage.name} left no metrics.jsonl.")
     else:
         html += _charts(stage) + "<h4>Shares of the sources</h4>" + _shares(stage)
+    if features := read_json(stage.folder / "features.json"):
+        html += (
+            f'<p class="soft">The frozen encoder ran before the first step: {features.get("images", 0):,} planned '
+            f"images, {features.get('written', 0):,} written in {duration(features.get('seconds'))}, all read from the "
+            f"feature cache <code>{escape(str(features.get('key'))[:12])}</code>.</p>"
+        )
     html += "<h4>What learnt, what stayed</h4>" + freezing_table(stage)
     if stage.sheets:
         picture = embed_image(stage.sheets[-1], most=1240)

@@ -41,9 +41,9 @@ class ContrastiveStage(Stage):
             raise ValueError(
                 f"stage {self.name} needs one image and one caption a row, but has {batch.num_images} images in "
                 f"{rows} rows; "
-                "set packing=false and choose a mixture of captions"
+                "set packing=false and image.tiles=null and choose a mixture of captions"
             )
-        image = self.image_projection(self.model.encode_patches(batch.pixel_values).mean(1))
+        image = self.image_projection(self.model.patches(batch).mean(1))
         # The caption alone: image slots are masked out like padding, else the text tower could look.
         text_mask = (batch.segment_ids > 0) & (batch.input_ids != self.model.image_token_id)
         ids = batch.input_ids.masked_fill(~text_mask, 0)

@@ -39,7 +39,7 @@ class DenseLabelStage(Stage):
                 f"stage {self.name} needs label maps with {len(self.num_classes)} channels beside its images; "
                 "choose a mixture that has them, such as embedded_cells"
             )
-        patches = self.model.encode_patches(batch.pixel_values)  # (I, N, D_v)
+        patches = self.model.patches(batch)  # (I, N, D_v)
         height, width = self.model.encoder.grid(batch.pixel_values.shape[-1])
         logits = rearrange(self.head(patches), "i (h w) c -> i c h w", h=height, w=width).float()
         if logits.shape[-2:] != maps.shape[-2:]:

@@ -47,7 +47,10 @@ def test_img2dataset_triples_are_documents_of_an_image_and_its_caption(tmp_path)
     with webdataset.TarWriter(str(shard)) as writer:
         writer.write({"__key__": "000000012", "jpg": jpg, "txt": "a grey seven\n", "json": {"url": "x", "width": 8}})
     (sample,) = read_all(shard)
-    assert sample.record == {"document": [{"type": "image"}, {"type": "text", "text": "a grey seven"}]}
+    assert sample.record == {
+        "document": [{"type": "image"}, {"type": "text", "text": "a grey seven"}],
+        "meta": {"url": "x", "width": 8},
+    }
     assert sample.images == [jpg]
 
 

@@ -18,8 +18,8 @@ def nll_in_float64(model, tokenizer, ids, visual=None):
     double = model.llm.double()
     row = torch.tensor([ids])
     embeds = double.embed(row)
-    if visual is not None:
-        embeds = splice(embeds, row, visual.double(), image_token_id=tokenizer.image_id)
+    if visual:
+        embeds = splice(embeds, row, torch.stack(visual).double(), image_token_id=tokenizer.image_id)
     with torch.no_grad():
         hidden = double.hidden(embeds, torch.arange(len(ids))[None], torch.ones_like(row))
         log_probabilities = double.head(hidden)[0].log_softmax(-1)
@@ -64,8 +64,8 @@ def test_answer_nll_counts_the_answers_tokens_and_equals_float64(tiny_model, tin
         pixels = [draw_image(10 * i + k) for k in range(i % 3)]
         with torch.no_grad():
             one = torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32, dtype=torch.uint8)
-            visual.append(tiny_model.encode_images(one) if pixels else torch.zeros(0, TOKENS_PER_IMAGE, 32))
-    scores = answer_nll(tiny_model, tiny_tokenizer, records, visual, tokens_per_image=TOKENS_PER_IMAGE, batch_size=3)
+            visual.append(list(tiny_model.encode_images(one)) if pixels else [])
+    scores = answer_nll(tiny_model, tiny_tokenizer, records, visual, tokens_per_view=TOKENS_PER_IMAGE, batch_size=3)
     for record, tokens, (nats, count) in zip(records, visual, scores):
         encoded = encode_record(record, tiny_tokenizer, tokens_per_image=TOKENS_PER_IMAGE)
         learned = [label != -100 for label in encoded.labels[1:]]

@@ -12,11 +12,13 @@ from tiny_vlm import IMAGE_SIZE, draw_png
 from fastvlm.data.conversation import without_images
 from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.questions import Question, read_questions, swap_partners
 from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers, save_examples
 from fastvlm.inference.engine import Engine
 
+TRANSFORM = ImageTransform(image_size=IMAGE_SIZE)
 PHRASES = {"count": "what number stands here", "nth": "which digit is above", "blind": "what is three"}
 ANSWERS = {"count": ("one", "two"), "nth": ("7", "3", "9"), "blind": ("three",)}
 
@@ -72,7 +74,7 @@ def result(folder, text_folder, tiny_model, tiny_tokenizer, tmp_path_factory):
 def questions_of(folder, tokenizer, **options):
     source = Source("questions", path=folder)
     return read_questions(
-        source.load("test", tokenizer), source="questions", limit=None, image_size=IMAGE_SIZE, **options
+        source.load("test", tokenizer), source="questions", limit=None, transform=TRANSFORM, **options
     )
 
 
@@ -182,7 +184,7 @@ def test_taking_images_out_leaves_the_words_and_the_record_as_they_were():
 def test_a_limit_takes_the_first_of_every_type(folder, tiny_tokenizer):
     source = Source("questions", path=folder)
     index = source.load("test", tiny_tokenizer)
-    keys = [q.key for q in read_questions(index, source="q", limit=2, image_size=IMAGE_SIZE)]
+    keys = [q.key for q in read_questions(index, source="q", limit=2, transform=TRANSFORM)]
     assert sorted(keys) == [f"test-{kind}-{i:03d}" for kind in sorted(PHRASES) for i in range(2)]
 
 
@@ -209,7 +211,7 @@ def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
 def test_an_example_is_saved_with_its_own_picture_where_two_sources_use_one_key(tmp_path):
     (tmp_path / "predictions").mkdir()
     questions = [
-        Question("test-1", source, kind, [], "4", images=[torch.full((3, 4, 4), shade, dtype=torch.uint8)])
+        Question("test-1", source, kind, [], "4", images=[torch.full((1, 3, 4, 4), shade, dtype=torch.uint8)])
         for source, kind, shade in (("short_qa", "max", 10), ("reading", "read", 200))
     ]
     predictions = [{"key": q.key, "type": q.type, "correct": True} for q in questions]

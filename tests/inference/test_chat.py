@@ -81,7 +81,7 @@ def test_one_question_prints_the_engines_answer_and_its_cost(load_tiny_run, engi
     chat.main([f"run={tmp_path}", "--image", picture, "--prompt", "what digit", "--max-new-tokens", "9"])
     printed, cost = capsys.readouterr().out.rsplit("\n", 2)[:2]
     content = [{"type": "image"}, {"type": "text", "text": "what digit"}]
-    image = chat.to_pixels(Path(picture).read_bytes(), image_size=IMAGE_SIZE)
+    image = engine.transform(Path(picture).read_bytes())
     expected = engine.generate([{"messages": [{"role": "user", "content": content}]}], [[image]], max_new_tokens=9)[0]
     assert printed == expected.text
     assert f"1 image: {TOKENS_PER_IMAGE} tokens, " in cost and f"prompt: {expected.num_prompt_tokens} tokens, " in cost

@@ -79,7 +79,7 @@ def test_cached_decoding_equals_greedy_decoding_by_the_full_forward(engine):
 
 def test_left_padding_does_not_change_the_hidden_states(engine):
     records, images = draw_prompts(8, seed=2)
-    prompts = [engine.encode_prompt(r, num_images=len(i)) for r, i in zip(records, images)]
+    prompts = [engine.encode_prompt(r, slots=[TOKENS_PER_IMAGE] * len(i)) for r, i in zip(records, images)]
     visual = [engine.encode_images(i) for i in images]
     with torch.inference_mode():
         embeds, mask, positions = engine._prefill_inputs(prompts, visual)
@@ -193,4 +193,4 @@ def test_mistakes_are_named_in_one_line(engine, tiny_tokenizer):
 
 def test_no_records_give_no_answers(engine):
     assert engine.generate([], []) == []
-    assert engine.encode_images([]).shape == (0, TOKENS_PER_IMAGE, 32)
+    assert engine.encode_images([]) == []

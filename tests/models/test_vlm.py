@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from small_parts import IMAGE_ID, make_batch, random_ids, small_vlm
@@ -97,6 +99,35 @@ def test_the_touch_changes_no_logit():
     batch = make_batch([[a, b]])
     model.llm.eval()
     torch.testing.assert_close(model(batch), logits_of(model, batch), rtol=0, atol=0)
+
+
+def cached(model, batch):
+    """The same batch as the feature cache gives it."""
+    with torch.no_grad():
+        features = model.eval().encode_patches(batch.pixel_values)
+    return replace(batch, pixel_values=batch.pixel_values[:0], features=features)
+
+
+def test_cached_patches_give_the_logits_of_the_images(monkeypatch):
+    model = small_vlm()
+    batch = make_batch([[a + IMAGE + b, c], [IMAGE + d]], images=2)
+    stored, expected = cached(model, batch), logits_of(model, batch)
+    monkeypatch.setattr(model.encoder, "forward", lambda images: pytest.fail("the encoder ran"))
+    assert stored.num_images == 2
+    torch.testing.assert_close(logits_of(model, stored), expected, rtol=0, atol=0)
+    half = replace(stored, features=stored.features.bfloat16())
+    torch.testing.assert_close(logits_of(model, half), expected, rtol=0.05, atol=0.05)
+
+
+def test_a_cached_batch_without_images_touches_what_learns_and_runs_no_encoder(monkeypatch):
+    model = small_vlm().train()
+    model.encoder.requires_grad_(False)
+    batch = make_batch([[a, b]])
+    batch = replace(batch, features=torch.empty(0, 4, model.encoder.out_dim))
+    monkeypatch.setattr(model.encoder, "forward", lambda images: pytest.fail("the encoder ran"))
+    model(batch).sum().backward()
+    vision = [*model.resampler.parameters(), *model.projector.parameters()]
+    assert all(p.grad is not None and not p.grad.any() for p in vision)
 
 
 def test_a_frozen_vision_path_costs_nothing(monkeypatch):

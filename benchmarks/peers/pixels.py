@@ -1,0 +1,71 @@
+"""From an encoded image to the tensor a peer is given: three ways. All fit it into a square of 336 pixels and pad."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+SIZE = 336
+PADDING = (124, 116, 104)
+FILL = torch.tensor(PADDING, dtype=torch.uint8)[:, None, None].expand(3, SIZE, SIZE)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP
+
+
+def decode_only(data: bytes) -> Tensor:
+    """The yardstick: libjpeg-turbo at full scale and nothing else; uint8 (3, h, w)."""
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def fit(width: int, height: int) -> tuple[int, int]:
+    scale = SIZE / max(width, height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def best(data: bytes) -> Tensor:
+    """torchvision's libjpeg-turbo and antialiased bilinear resize on uint8: uint8 (3, 336, 336)."""
+    image = decode_only(data)
+    width, height = fit(image.shape[2], image.shape[1])
+    image = F.resize_image(image, [height, width], antialias=True)
+    if width == height:
+        return image
+    square, left, top = FILL.clone(), (SIZE - width) // 2, (SIZE - height) // 2
+    square[:, top : top + height, left : left + width] = image
+    return square
+
+
+_normalise = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=MEAN, std=STD)])
+
+
+def usual(data: bytes) -> Tensor:
+    """PIL, bilinear resize, float32, normalised: float32 (3, 336, 336)."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width, height = fit(*image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if width != height:
+        square = Image.new("RGB", (SIZE, SIZE), PADDING)
+        square.paste(image, ((SIZE - width) // 2, (SIZE - height) // 2))
+        image = square
+    return _normalise(image)
+
+
+def ours(data: bytes) -> Tensor:
+    """fastvlm's own transform, to tell the decoder's part from the loader's: uint8 (3, 336, 336)."""
+    from fastvlm.data.transforms import decode_image
+
+    return decode_image(data, SIZE)
+
+
+def collate(samples: list[tuple[Tensor, bytes]]) -> tuple[Tensor, list[bytes]]:
+    """As torch does by default: in a worker the batch is stacked in shared memory at once."""
+    tensors, texts = zip(*samples)
+    return default_collate(list(tensors)), list(texts)
+
+
+NAMED = {"decode_only": decode_only, "best": best, "usual": usual, "ours": ours}

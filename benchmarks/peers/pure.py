@@ -1,0 +1,21 @@
+"""The yardstick: every image decoded once in one process by libjpeg-turbo, from memory, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks import made
+
+PACKAGE = ""
+
+
+def batches(folder: Path, *, pixels, workers: int, batch_size: int):
+    files = [image for _, _, image in made.samples(folder)]
+    for start in range(0, len(files), batch_size):
+        yield [pixels(data) for data in files[start : start + batch_size]]
+
+
+def images(batch) -> torch.Tensor:
+    return torch.empty(len(batch), 3, 0, 0, dtype=torch.uint8)

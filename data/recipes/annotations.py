@@ -1,0 +1,142 @@
+"""Annotation files of VQA data sets: JSON lists, the two files of the VQA format, and the images they name."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from data.recipes.questions import BAD_ROW, NO_ANNOTATION, NO_QUESTION, SHORT, Question, plain_id, to_answers
+from data.recipes.record import Dropped
+
+
+def read_json(path: str | Path):
+    """Raises:
+    ValueError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; unpack the annotations there") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+
+
+def list_rows(path: str | Path, key: str | None = None) -> list[dict]:
+    """The list of rows of a JSON file, which stands under `key` where one is given.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    content = read_json(path)
+    rows = content.get(key) if key and isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        place = f" under {key!r}" if key else ""
+        raise ValueError(f"{path} holds no list of rows{place}; is it the file of another data set?")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise ValueError(
+                f"{path}: row {number} is of type {kind}, not an object; is it the file of another data set?"
+            )
+    return rows
+
+
+def find_file(folder: str | Path, *names: str) -> Path:
+    """The first of these files in a folder or in a folder of that one.
+
+    Raises:
+        ValueError: none of them is there.
+    """
+    if (found := look_for(folder, *names)) is None:
+        raise ValueError(f"path={folder}: no {names[0]} there or one folder down; unpack the annotations into it")
+    return found
+
+
+def look_for(folder: str | Path, *names: str) -> Path | None:
+    folder = Path(folder)
+    for name in names:
+        for found in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if found.is_file():
+                return found
+    return None
+
+
+def first_there(folder: str | Path, *names: str) -> str:
+    """Path of the first of these images that exists; of the first of all where none does."""
+    paths = [Path(folder).expanduser() / name for name in names]
+    return str(next((path for path in paths if path.is_file()), paths[0]))
+
+
+def read_vqa(
+    questions: Path,
+    annotations: Path,
+    *,
+    image: Callable[[dict], str],
+    answer_key: str = "answer",
+    type_key: str = "answer_type",
+    describe: Callable[[dict], dict] = lambda annotation: {},
+    prompt: str = SHORT,
+) -> list[Question | Dropped]:
+    """Join the two files of the VQA format by question id. Layout: https://visualqa.org/download.html.
+
+    Args:
+        image: row of a question -> path of its image.
+        type_key: what of an annotation is the question's type.
+        answer_key: which form of an annotator's answer is learned; `answer` is the one that is scored.
+        describe: annotation -> what `meta` keeps of it.
+    """
+    found: dict[str, list[dict]] = {}
+    for annotation in list_rows(annotations, "annotations"):
+        found.setdefault(plain_id(annotation.get("question_id")), []).append(annotation)
+    out: list[Question | Dropped] = []
+    asked: Counter[str] = Counter()
+    one = functools.lru_cache(None)(str)  # the same few thousand words ten times a question: one object each
+    for row in list_rows(questions, "questions"):
+        if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
+            out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
+            continue
+        try:
+            file = image(row)
+        except (TypeError, ValueError):  # COCO's ids are numbers, VizWiz's and TextVQA's are not
+            out.append(Dropped(plain_id(row["question_id"]), BAD_ROW))
+            continue
+        word = plain_id(row["question_id"])
+        theirs = found.get(word, [])
+        if not theirs:
+            out.append(Dropped(word, NO_ANNOTATION))
+            continue
+        # An id that stands twice: the k-th question goes with the k-th annotation.
+        annotation = theirs[min(asked[word], len(theirs) - 1)]
+        asked[word] += 1
+        given = annotation.get("answers") or []
+        answers = [one(a) for a in to_answers(given)]
+        said = None
+        if answer_key != "answer":
+            said = [
+                one(a) for a in to_answers([g.get(answer_key, g.get("answer")) for g in given if isinstance(g, dict)])
+            ]
+        kind = str(annotation.get(type_key) or "")
+        out.append(
+            Question(
+                row["question_id"],
+                file,
+                row["image_id"],
+                row["question"],
+                answers,
+                one(kind),
+                said=said,
+                prompt=prompt,
+                meta=describe(annotation),
+            )
+        )
+    out += [Dropped(word, NO_QUESTION) for word in found if word not in asked]
+    return out
+
+
+def image_bytes(value: object) -> bytes | None:
+    """The file in an image cell of parquet, `{"bytes", "path"}` or the bytes alone."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    return data if isinstance(data, bytes) and data else None

@@ -1,0 +1,308 @@
+"""From a recipe's parts to a finished folder: cut, do the parts in a pool, check, name, report.
+
+Work in progress stands in `.<name>.work` beside the folder, survives a kill, and is taken up by the next run of the
+same command; with other options, other code or changed files it is thrown away.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from data.recipes.record import Part
+from data.recipes.writing import Job, do_part, load_tokenizer, write_text
+
+ROWS = 2000
+EXAMPLES = 3
+REPEATED = "id of an earlier sample: kept, its key has the row's number"
+LINE_SECONDS = 10
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def assemble(
+    recipe,
+    folder: Path,
+    work: Path,
+    *,
+    source: str,
+    path: str,
+    splits: list[str],
+    options: dict,
+    workers: int,
+    tokenizer: tuple[str, str],
+    val: float,
+    rows: int,
+) -> dict:
+    """Write every split of a data set into `folder`, an empty one.
+
+    Args:
+        work: where parts are kept until all are done.
+        options: the recipe's own.
+        tokenizer: path and template of the index.
+        val: share to hold out of train where the data set has no val; 0 for none.
+        rows: rows a shard.
+
+    Returns:
+        counts, dropped and notes by split, for DONE.json.
+
+    Raises:
+        ValueError: the user's mistakes, in one line.
+    """
+    load_tokenizer(*tokenizer)  # before the fork: each worker would import it for itself
+    jobs = cut(recipe, work, source, path, splits, options, tokenizer, val, rows)
+    stamp = make_stamp(jobs)
+    mark = work / "stamp.txt"
+    if work.exists() and not (mark.exists() and mark.read_text() == stamp):
+        print(f"{work}: of other options, files or code; starting anew", file=sys.stderr)
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    for left in work.glob(".*"):  # of a run that was killed
+        left.unlink()
+    if not mark.exists():
+        write_text(mark, stamp)
+    reports: list[dict | None] = [None] * len(jobs)
+    try:
+        run(jobs, reports, workers)
+        return publish(jobs, reports, folder, source=source, path=path, tokenizer=tokenizer, val=val)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        state = f"{sum(r is not None for r in reports)} of {len(jobs)} shards are whole and stay in {work}"
+        words = os.strerror(error.errno).lower()
+        raise ValueError(f"{words} while writing; {state}: make room and run the same command again") from None
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker process was killed (out of memory?); what is done stays: "
+            "run the same command again, with fewer workers or rows"
+        ) from None
+
+
+def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> list[Job]:
+    jobs = []
+    takes_rows = "rows" in inspect.signature(recipe.parts).parameters
+    where = Path(os.path.abspath(path)) if os.path.exists(path) else Path(path)
+    for split in splits:
+        held_out = bool(val) and split == "val"
+        # A held-out shard reads as many rows as fill it.
+        extra = {"rows": max(1, round(rows / val)) if held_out else rows} if takes_rows else {}
+        parts: list[Part] = recipe.parts(where, split="train" if held_out else split, **options, **extra)
+        if not parts:
+            raise ValueError(f"{path}: split {split} has no rows; leave it out with splits=...")
+        share = val if split in ("train", "val") else 0.0
+        jobs += [Job(source, split, i, part, work, tokenizer, share) for i, part in enumerate(parts)]
+    return jobs
+
+
+def make_stamp(jobs: list[Job]) -> str:
+    """Changes with everything the shards' bytes depend on: parts, options, input files and the recipes' code."""
+    state = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in [*sorted(here.glob("*.py")), here.parents[1] / "fastvlm/data/shards.py"]:
+        state.update(file.read_bytes())
+    files = {}
+    for job in jobs:
+        part = job.part
+        if part.path not in files:
+            files[part.path] = None
+            if os.path.isfile(part.path):
+                stat = os.stat(part.path)
+                files[part.path] = [stat.st_size, stat.st_mtime_ns]
+        line = [job.source, job.split, job.val, part.path, files[part.path], part.start, part.stop, part.options]
+        state.update(json.dumps(line, default=str, sort_keys=True).encode())
+    return state.hexdigest()
+
+
+def run(jobs: list[Job], reports: list[dict | None], workers: int) -> None:
+    """Do the parts, in processes where workers > 1; fills `reports` in the jobs' order."""
+    again = 0
+    with show_progress(len(jobs)) as advance:
+        for i, report in finished(jobs, workers):
+            reports[i] = report
+            again += report["again"]
+            advance(report["kept"], len(report["dropped"]))
+    if again:
+        print(f"{again} of {len(jobs)} shards were there from a run before, and sound", file=sys.stderr)
+
+
+def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
+    if workers <= 1:
+        for i, job in enumerate(jobs):
+            yield i, do_part(job)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Forked where there is fork: a fresh interpreter would import for longer than a small part takes. Not behind the
+    # hub's clients, whose connections and threads do not survive a fork.
+    hub = any(job.part.options.get("kind") == "hub" for job in jobs)
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and not hub else "spawn"
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=multiprocessing.get_context(method),
+        initializer=start_worker,
+        initargs=(os.getpid(),),
+    )
+    waiting: dict[Future, int] = {}
+    queue = iter(enumerate(jobs))
+    try:
+        while True:
+            # A few at a time: after a fault nothing more is begun.
+            while len(waiting) < 2 * workers and (job := next(queue, None)) is not None:
+                waiting[pool.submit(do_part, job[1])] = job[0]
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker(parent: int) -> None:
+    """A worker ends with its parent, however that ends; the parent alone answers Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class show_progress:  # noqa: N801  used as a function
+    """A Rich bar on a terminal, a line every few seconds anywhere else; both on standard error."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.kept, self.dropped, self.shown = total, 0, 0, 0, time.monotonic()
+        self.bar = None
+
+    def __enter__(self):
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total)
+        return self.advance
+
+    def advance(self, kept: int, dropped: int) -> None:
+        self.done, self.kept, self.dropped = self.done + 1, self.kept + kept, self.dropped + dropped
+        text = f"{self.kept} kept, {self.dropped} dropped"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=text)
+        elif time.monotonic() - self.shown > LINE_SECONDS:
+            self.shown = time.monotonic()
+            print(f"shards {self.done}/{self.total}: {text}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dict:
+    """Give the shards their final names in `folder`, check the whole, write the lists; returns what DONE.json holds."""
+    from fastvlm.data.index import load_index, sidecar
+
+    splits = list(dict.fromkeys(job.split for job in jobs))
+    shards: dict[str, list] = {split: [] for split in splits}
+    dropped: dict[str, dict] = {split: {} for split in splits}
+    notes: dict[str, dict] = {split: {} for split in splits}
+    lines = []
+    for job, report in zip(jobs, reports):
+        if report["kept"]:
+            # Numbered without gaps, so that `train-{00000..00012}.tar` names them all.
+            name = f"{job.split}-{len(shards[job.split]):05d}.tar"
+            place(job.shard, folder / name)
+            place(sidecar(job.shard), sidecar(folder / name))
+            entry = {"name": name, "size": report["bytes"], "samples": report["kept"], "sha256": report["sha256"]}
+            shards[job.split].append(entry)
+        for id, reason in report["dropped"]:
+            lines.append(json.dumps({"split": job.split, "id": id, "reason": reason}) + "\n")
+            row = dropped[job.split].setdefault(reason, {"count": 0, "examples": []})
+            row["count"] += 1
+            if len(row["examples"]) < EXAMPLES:
+                row["examples"].append(id)
+        for note, count in report["notes"].items():
+            notes[job.split][note] = notes[job.split].get(note, 0) + count
+    for split in splits:
+        if repeated := count_repeated([r["ids"] for job, r in zip(jobs, reports) if job.split == split]):
+            notes[split][REPEATED] = repeated
+    counts = {split: sum(entry["samples"] for entry in shards[split]) for split in splits}
+    for split in splits:
+        if not counts[split]:
+            why = "; ".join(f"{row['count']} {reason}" for reason, row in dropped[split].items())
+            if val and split == "val":
+                raise ValueError(f"val={val:g} holds out no sample of {path}; give a larger share")
+            raise ValueError(f"{path}: no sample of split {split} is usable ({why or 'no rows'})")
+        index = load_index(folder, split, load_tokenizer(*tokenizer), rebuild=False)
+        if index.num_samples != counts[split] or index.broken:
+            raise ValueError(f"{folder}: split {split} holds {index.num_samples} samples, {counts[split]} were written")
+    write_text(folder / "dropped.jsonl", "".join(lines))
+    write_text(folder / "shards.json", json.dumps(shards, indent=1) + "\n")
+    return {
+        "counts": {source: counts},
+        "dropped": dropped,
+        "notes": notes,
+        "shards": {s: len(shards[s]) for s in splits},
+    }
+
+
+def count_repeated(ids: list[str]) -> int:
+    """Samples whose original id an earlier one has too; ids stand as 16 hex digits each."""
+    import numpy as np
+
+    values = np.frombuffer(bytes.fromhex("".join(ids)), dtype=">u8")
+    return len(values) - len(np.unique(values))
+
+
+def place(old: Path, new: Path) -> None:
+    """Link, so that a kill before the end loses nothing; move where the file system has no links."""
+    try:
+        os.link(old, new)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        os.replace(old, new)
+
+
+def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
+    """Build the indexes of finished shards for another tokenizer."""
+    from fastvlm.data.index import build_index, open_sidecar
+
+    loaded = load_tokenizer(*tokenizer)
+    stale = [shard for shard in sorted(folder.glob("*.tar")) if open_sidecar(shard, loaded.fingerprint)[0] is None]
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context(method)) as pool:
+        list(pool.map(build_index, stale, [loaded] * len(stale)))
+
+
+def format_table(done: dict) -> str:
+    """What was kept, dropped and mended, by split, as text."""
+    counts = next(iter(done["counts"].values()))
+    lines = [f"{'split':<8}{'kept':>10}{'dropped':>10}{'shards':>8}"]
+    for split, kept in counts.items():
+        lost = sum(row["count"] for row in done["dropped"][split].values())
+        lines.append(f"{split:<8}{kept:>10}{lost:>10}{done['shards'][split]:>8}")
+    for split, reasons in done["dropped"].items():
+        for reason, row in sorted(reasons.items(), key=lambda item: -item[1]["count"]):
+            lines.append(f"  {split} dropped {row['count']}: {reason} (for example {', '.join(row['examples'])})")
+    for split, notes in done["notes"].items():
+        lines += [f"  {split} noted {count}: {note}" for note, count in sorted(notes.items())]
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""Documents of images with several captions each; the two COCO recipes share it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from data.recipes.record import Dropped, Record, make_key
+
+NO_CAPTION = "image without a caption"
+BAD_CAPTION = "caption is empty or not a string"
+CHOICES = ("each", "first", "all")
+
+
+def check_choice(captions: str) -> None:
+    if captions not in CHOICES:
+        raise ValueError(f"captions={captions} is not one of {', '.join(CHOICES)}")
+
+
+@functools.lru_cache(maxsize=2)
+def load_json(path: str) -> dict:
+    """A JSON object with `images`, parsed once a process.
+
+    Raises:
+        ValueError: no such file, no JSON, another layout.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; leave its split out with splits=train") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); a cut download?") from None
+    if not isinstance(value, dict) or not isinstance(value.get("images"), list):
+        raise ValueError(f"{path}: no list `images` in it; is it the right file?")
+    for number, row in enumerate(value["images"]):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: images, row {number} is of type {type(row).__name__}, not an object")
+    if not value["images"]:
+        raise ValueError(f"{path}: `images` is empty")
+    return value
+
+
+def make_records(
+    id: object, image: Path, captions: Sequence[tuple[object, object]], *, source: str, split: str, choice: str
+) -> Iterator[Record | Dropped]:
+    """Documents of one image.
+
+    Args:
+        captions: (id, text) pairs in the data set's order.
+        choice: for train: a document a caption (each), the first alone, or one with all of them, a line each. val and
+            test have one document an image, of the first caption, and all captions in `meta.answers`.
+    """
+    good = []
+    for caption_id, text in captions:
+        if isinstance(text, str) and text.strip():
+            good.append((caption_id, text.strip()))
+        else:
+            yield Dropped(str(caption_id), BAD_CAPTION)
+    if not captions:
+        yield Dropped(str(id), NO_CAPTION)
+    if not good:
+        return
+    texts = [text for _, text in good]
+    meta = {"image_id": id}
+    if split != "train":
+        meta |= {"question_id": id, "answers": texts}
+    if split != "train" or choice == "first":
+        chosen = [(id, texts[0])]
+    else:
+        chosen = good if choice == "each" else [(id, "\n".join(texts))]
+    for number, (caption_id, text) in enumerate(chosen):
+        document = [{"type": "image"}, {"type": "text", "text": text}]
+        record = {"document": document, "id": caption_id, "source": source, "meta": meta}
+        yield Record(make_key(id, number), record, [image])

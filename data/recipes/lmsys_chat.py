@@ -1,0 +1,71 @@
+"""LMSYS-Chat-1M: conversations people had with language models, from parquet or JSON lines; gated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.questions import check_choice
+from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.rows import cut_rows, read_rows
+
+SPLITS = {"train": "train"}  # val=0.001 holds some out
+HUB = True
+OTHER_LANGUAGE = "another language"
+FLAGGED = "flagged by moderation"
+REDACTED = "names redacted"
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    languages: str = "English",
+    flagged: str = "drop",
+    redacted: str = "keep",
+    rows: int = 5000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of parquet, a JSON or JSON-lines file, or the hub id once its licence is accepted there.
+        languages: those to keep, as the data set spells them, with commas between; all keeps every one.
+        flagged: drop or keep conversations in which the moderation flagged a turn.
+        redacted: drop or keep conversations in which names were replaced by NAME_1 and so on.
+    """
+    check_choice("flagged", flagged, "drop", "keep")
+    check_choice("redacted", redacted, "keep", "drop")
+    wanted = [word.strip() for word in str(languages).split(",") if word.strip()]
+    options = {"languages": wanted, "flagged": flagged, "redacted": redacted}
+    return cut_rows(Path(path), split=split, rows=rows, needs=("conversation",), options=options, hub="")
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    options = part.options
+    for numbers, row in read_rows(part):
+        name = str(row.get("conversation_id") or f"{Path(part.path).stem}-{numbers[-1]}")
+        try:
+            yield convert_chat(row, numbers, name, options)
+        except Unusable as error:
+            yield Dropped(name, str(error))
+
+
+def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record:
+    """Raises:
+    Unusable: what the options leave out, and broken turns.
+    """
+    language = row.get("language")
+    if options["languages"] != ["all"] and language not in options["languages"]:
+        raise Unusable(OTHER_LANGUAGE)
+    moderation = row.get("openai_moderation") or []
+    if options["flagged"] == "drop" and any(m.get("flagged") for m in moderation if isinstance(m, dict)):
+        raise Unusable(FLAGGED)
+    if options["redacted"] == "drop" and row.get("redacted"):
+        raise Unusable(REDACTED)
+    turns = make_turns(row.get("conversation"), role="role", text="content")
+    # As parts, a text stays as it is: `<image>` in what somebody typed is no image.
+    as_parts = [(role, [{"type": "text", "text": text}] if isinstance(text, str) else text) for role, text in turns]
+    messages, notes = make_messages(as_parts, num_images=0)
+    meta = {key: row[key] for key in ("model", "language", "redacted") if row.get(key) is not None}
+    meta["turns"] = sum(message["role"] == "user" for message in messages)
+    record = {"messages": messages, "id": row.get("conversation_id"), "source": "lmsys_chat", "meta": meta}
+    return Record(make_key(name, *numbers), record, [], notes)

@@ -1,0 +1,98 @@
+"""OBELICS: web pages as texts and images in turn, from parquet; images fetched beforehand or in the parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.documents import NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
+from data.recipes.questions import check_choice
+from data.recipes.record import Dropped, Part, Record, make_key
+from data.recipes.rows import cut_rows, read_rows
+
+SPLITS = {"train": "train"}  # val=0.001 holds some out
+HUB = True
+UNEQUAL = "another number of images than of texts"
+BOTH = "a place holds both an image and a text"
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    names: str = "sha256",
+    min_images: int = 1,
+    rows: int = 1000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of parquet, or a hub id. `images` holds URLs, or the files where the data set was built with them.
+        images: folder of the images fetched for the URLs; an image that is not there is left out of its document.
+        names: how they are named: sha256, of the URL, or filename, the metadata's `formatted_filename`; with any
+            suffix, all in one folder or each in a folder of its name's first two letters.
+        min_images: documents with fewer images left are dropped.
+    """
+    check_choice("names", names, "sha256", "filename")
+    options = {"images": images, "names": names, "min_images": min_images}
+    needs = ("images", "texts", "metadata")
+    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub="default")
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    for numbers, row in read_rows(part):
+        general = read_json_text(row.get("general_metadata")) or {}
+        url = general.get("url") if isinstance(general, dict) else None
+        name = url or f"{Path(part.path).stem}-{numbers[-1]}"
+        yield convert_page(row, numbers, name, part.options)
+
+
+def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record | Dropped:
+    cells, texts = row["images"] or [], row["texts"] or []
+    if len(cells) != len(texts):
+        return Dropped(name, UNEQUAL)
+    if any(cell is not None and text is not None for cell, text in zip(cells, texts)):
+        return Dropped(name, BOTH)
+    notes = read_json_text(row.get("metadata")) or []
+    notes = notes if len(notes) == len(cells) else [None] * len(cells)
+    parts, files, left_out = [], [], []
+    for cell, text, note in zip(cells, texts, notes):
+        if text is not None:
+            parts.append({"type": "text", "text": text})
+        elif cell is not None:
+            file, why = check_image(find_file(cell, note or {}, options))
+            if file is None:
+                left_out.append(why)
+                continue
+            parts.append({"type": "image"})
+            files.append(file)
+    parts = join_texts(parts, separator="\n\n")
+    if not any(part["type"] == "text" for part in parts):
+        return Dropped(name, NO_TEXT)
+    if len(files) < options["min_images"]:
+        return Dropped(name, NO_IMAGE_LEFT if left_out else "fewer images than min_images")
+    record = {"document": parts, "id": name, "source": "obelics"}
+    record["meta"] = {"missing_images": len(left_out)}
+    # URLs make poor keys, and two pages may share one: the row's number alone is the key.
+    return Record(make_key("page", *numbers), record, files, left_out)
+
+
+def find_file(cell: object, note: dict, options: dict) -> bytes | Path | None:
+    """The image of a place: the bytes in the parquet, or the file fetched for its URL."""
+    if isinstance(cell, dict):
+        return cell.get("bytes") or None
+    if isinstance(cell, bytes):
+        return cell or None
+    if not options["images"]:
+        raise ValueError("images=... is missing: this parquet holds URLs; name the folder of the fetched images")
+    name = url_name(cell) if options["names"] == "sha256" else str(note.get("formatted_filename") or "")
+    return find_image(options["images"], name)
+
+
+def read_json_text(text: object) -> object:
+    """A column that holds JSON as a string."""
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        return None

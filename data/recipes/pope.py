@@ -1,0 +1,69 @@
+"""POPE: is there this object in the photograph? Yes or no, in three categories of absent objects; evaluation only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.annotations import find_file, first_there
+from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, to_answers
+from data.recipes.record import Dropped, Part, Record
+
+SPLITS = {"test": "coco"}
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+def parts(
+    path: Path, *, split: str, images: str = "", dataset: str = "coco", prompt: str = "first", rows: int = 2000
+) -> list[Part]:
+    """
+    Args:
+        path: folder of `<dataset>_pope_<category>.json`, JSON lines; all three categories are read.
+        images: folder of COCO's `val2014/`, or of its files; `path` unless told.
+        dataset: first word of the files' names.
+        prompt: as in vqav2.
+    """
+    check_split(split, SPLITS)
+    common = {"split": split, "images": images or str(path), "answers": "majority", "grouped": False, "prompt": prompt}
+    made = []
+    for category in CATEGORIES:
+        file = find_file(path, f"{dataset}_pope_{category}.json", f"{dataset}_pope_{category}.jsonl")
+        made += cut_parts(read, file, rows=rows, options=common | {"category": category})
+    return made
+
+
+def read(path: str, options: dict) -> list[Question | Dropped]:
+    category = options["category"]
+    out: list[Question | Dropped] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); download it again") from None
+        if not isinstance(row, dict) or any(row.get(key) is None for key in ("question_id", "image", "text", "label")):
+            out.append(Dropped(f"line {number}", BAD_ROW))
+            continue
+        image = str(row["image"])
+        out.append(
+            Question(
+                row["question_id"],
+                first_there(options["images"], f"val2014/{image}", image),
+                image,
+                row["text"],
+                to_answers(row["label"]),
+                category,
+                meta={"category": category},
+            )
+        )
+    return out
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    # Each file counts its questions from 1: the category keeps their keys apart.
+    for made in convert_part(read, part, source="pope"):
+        if isinstance(made, Record):
+            made.key = f"{part.options['category']}-{made.key}"
+        yield made

@@ -1,0 +1,247 @@
+"""Questions about images with one or many reference answers: what the recipes of VQA data sets share.
+
+A recipe reads its layout into a list of `Question` (or `Dropped`); here they become conversations. Training asks all
+questions of an image in one conversation; evaluation splits hold one question a record, with all its references.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
+from data.recipes.rows import cut_rows, read_rows
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+NO_ANNOTATION = "question without an annotation"
+NO_QUESTION = "annotation without a question"
+BAD_ROW = "row lacks a key"
+REPEATED = "question id repeats"
+
+NO_TEST_ANSWERS = "its answers are not public, and evaluation reads a reference from every record"
+CHOICES = {"answers": ("majority", "all_distinct"), "prompt": ("first", "every", "none")}
+
+
+@dataclass(slots=True)
+class Question:
+    """One question as its annotation has it."""
+
+    id: object  # as in the original: int, float or str, 0 included
+    image: str | bytes  # the image's path, or the file itself
+    image_id: object
+    text: str
+    answers: list[str]  # all references, as evaluation scores them
+    type: str = ""
+    said: list[str] | None = None  # answers to learn, where they are not `answers`
+    prompt: str = SHORT  # the line under the question that says how to answer
+    meta: dict = field(default_factory=dict)
+    repeats: bool = False  # an earlier row of the file has the same id
+
+
+def plain_id(value: object) -> str:
+    """An id as a word, the same whether a tool kept it as 42, 42.0 or "42"."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def to_answers(value: object) -> list[str]:
+    """Reference answers of the forms that occur: a text, a number, a list of them or of `{"answer": ...}`."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [v.get("answer") if isinstance(v, dict) else v for v in values]
+    return [plain_id(v) if isinstance(v, float) else str(v) for v in values if v is not None]
+
+
+def count_answers(answers: list[str]) -> list[str]:
+    """Distinct answers that are not empty, the most frequent first, of equally frequent ones the first given."""
+    return [answer for answer, _ in Counter(a.strip() for a in answers if a.strip()).most_common()]
+
+
+def check_choice(key: str, value: str, *allowed: str) -> None:
+    """Raises:
+    ValueError: the value is not one of those allowed.
+    """
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}={value} is not one of {', '.join(allowed)}{hint}")
+
+
+def check_split(split: str, splits: dict, *, refused: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raises:
+    ValueError: the data set has no such split, or one without answers.
+    """
+    if split not in splits:
+        raise ValueError(
+            f"split={split}: {refused.get(split, 'this data set has no such split')}; take {' or '.join(splits)}"
+        )
+
+
+def group_questions(questions: list[Question | Dropped], *, grouped: bool) -> list[list[Question] | Dropped]:
+    """Questions of one image together, in the order in which the images first occur; else each alone."""
+    groups: dict[object, list[Question] | Dropped] = {}
+    seen: set[str] = set()
+    for number, question in enumerate(questions):
+        if isinstance(question, Dropped):
+            groups["row", number] = question
+            continue
+        word = plain_id(question.id)
+        question.repeats = word in seen
+        seen.add(word)
+        image = question.image
+        name = ("row", number) if not grouped else hashlib.sha256(image).digest() if type(image) is bytes else image
+        groups.setdefault(name, []).append(question)
+    return list(groups.values())
+
+
+# The groups of the file read last: parts of one file follow each other, and forked workers inherit what `parts` read.
+_last: dict[tuple, list] = {}
+
+
+def load_groups(read: Callable, path: str, options: dict) -> list[list[Question] | Dropped]:
+    name = (read.__module__, path, json.dumps(options, sort_keys=True))
+    if name not in _last:
+        groups = group_questions(read(path, options), grouped=options["grouped"] and options["split"] == "train")
+        _last.clear()
+        _last[name] = groups
+    return _last[name]
+
+
+def cut_parts(read: Callable, path: Path | str, *, rows: int, options: dict) -> list[Part]:
+    """Parts of `rows` conversations. `read(path, options)` gives the questions of a file, all at once."""
+    for key, allowed in CHOICES.items():
+        check_choice(key, options[key], *allowed)
+    options = options | {"state": describe_files(Path(path))}
+    count = len(load_groups(read, str(path), options))
+    return [Part(str(path), i, min(i + rows, count), options) for i in range(0, count, rows)]
+
+
+def describe_files(path: Path) -> list[list]:
+    """Sizes and times of the annotations: a part of other annotations is another part."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def convert_part(read: Callable, part: Part, *, source: str) -> Iterator[Record | Dropped]:
+    """The conversations of a part made by `cut_parts`."""
+    groups = load_groups(read, part.path, part.options)
+    for number in range(part.start, part.stop):
+        yield from converse(groups[number], number, source=source, options=part.options)
+
+
+def is_table(path: Path | str) -> bool:
+    """Whether the rows lie in parquet files, or on the hub, rather than in JSON beside a folder of images."""
+    path = Path(path)
+    return path.suffix == ".parquet" or not path.exists() or next(path.rglob("*.parquet"), None) is not None
+
+
+def cut_table(
+    path: Path | str, *, split: str, rows: int, needs: tuple[str, ...], options: dict, hub: str
+) -> list[Part]:
+    """Parts of parquet files, or of a hub data set, whose rows hold one question and its image."""
+    for key, allowed in CHOICES.items():
+        check_choice(key, options[key], *allowed)
+    # `split` says where the rows come from; ours says what becomes of them.
+    options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
+    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub=hub)
+
+
+def convert_rows(
+    read_row: Callable[[dict, int, dict], Question | Dropped], part: Part, *, source: str
+) -> Iterator[Record | Dropped]:
+    """The conversations of a part made by `cut_table`. Questions of one image are grouped within the part."""
+    options = part.options | {"split": part.options["becomes"]}
+    rows = ((numbers, read_row(row, numbers[-1], options)) for numbers, row in read_rows(part))
+    if not options["grouped"] or options["split"] != "train":
+        for numbers, question in rows:
+            group = question if isinstance(question, Dropped) else [question]
+            yield from converse(group, *numbers, source=source, options=options)
+        return
+    images: dict[bytes, bytes] = {}
+    read, first = [], {}
+    for numbers, question in rows:
+        if isinstance(question, Question):
+            # Every question of a page brings the page: one copy of it is kept.
+            question.image = images.setdefault(hashlib.sha256(question.image).digest(), question.image)
+        read.append(question)
+        first[id(question)] = numbers
+    for group in group_questions(read, grouped=True):
+        numbers = () if isinstance(group, Dropped) else first[id(group[0])]
+        yield from converse(group, *numbers, source=source, options=options)
+
+
+def converse(group: list[Question] | Dropped, *numbers: int, source: str, options: dict) -> Iterator[Record | Dropped]:
+    """The record, or records, of the questions of one image.
+
+    In training the answer is the most frequent one; with `answers=all_distinct` the k-th record of a group asks those
+    questions again that have a k-th answer, so that no conversation contradicts itself.
+    """
+    if isinstance(group, Dropped):
+        yield group
+        return
+    usable = []
+    for question in group:
+        reason = ""
+        if not isinstance(question.text, str) or not question.text.strip():
+            reason = EMPTY
+        elif not (learned := count_answers(question.answers if question.said is None else question.said)):
+            reason = NO_ANSWER
+        elif isinstance(question.image, str) and not Path(question.image).is_file():
+            reason = IMAGE_MISSING
+        if reason:
+            yield Dropped(plain_id(question.id), reason)
+        else:
+            usable.append((question, learned))
+    if not usable:
+        return
+    image = usable[0][0].image
+    images = [image if isinstance(image, bytes) else Path(image)]
+    if options["split"] != "train":
+        for question, learned in usable:
+            meta = describe_question(question) | {"answers": question.answers}
+            messages = make_dialogue([(question, learned[0])], prompt=options["prompt"])
+            record = {"messages": messages, "id": question.id, "source": source, "meta": meta}
+            yield Record(make_key(plain_id(question.id), *numbers), record, images)
+        return
+    rounds = max(len(learned) for _, learned in usable) if options["answers"] == "all_distinct" else 1
+    for k in range(rounds):
+        turns = [(question, learned[k]) for question, learned in usable if k < len(learned)]
+        questions = [question for question, _ in turns]
+        if options["grouped"]:
+            name = questions[0].image_id
+            meta = {"question_ids": [q.id for q in questions], "types": [q.type or source for q in questions]}
+            meta |= {"image_id": name, "turns": len(turns)}
+        else:
+            name, meta = questions[0].id, describe_question(questions[0])
+        # Ids of whole records are compared by the framework; those of questions within one only we see.
+        notes = [REPEATED for q in questions if q.repeats] if options["grouped"] and not k else []
+        record = {"messages": make_dialogue(turns, prompt=options["prompt"]), "id": name, "source": source}
+        key = make_key(plain_id(name), *numbers, *([k] if options["answers"] == "all_distinct" else []))
+        yield Record(key, record | {"meta": meta}, images, notes)
+
+
+def describe_question(question: Question) -> dict:
+    meta = {"question_id": question.id, "image_id": question.image_id, "type": question.type, "turns": 1}
+    return {key: value for key, value in meta.items() if key != "type" or value} | question.meta
+
+
+def make_dialogue(turns: list[tuple[Question, str]], *, prompt: str) -> list[dict]:
+    """Messages of an image, its questions and their answers.
+
+    The line that asks for a short answer stands under the first question only, as in LLaVA-1.5's mix, under each with
+    `every`, and nowhere with `none`.
+    """
+    messages: list[dict] = []
+    for i, (question, answer) in enumerate(turns):
+        text = question.text.strip()
+        if question.prompt and (prompt == "every" or (prompt == "first" and i == 0)):
+            text = f"{text}\n{question.prompt}"
+        content: str | list[dict] = text if i else [{"type": "image"}, {"type": "text", "text": text}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": answer})
+    return messages

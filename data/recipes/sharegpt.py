@@ -1,0 +1,15 @@
+"""ShareGPT text: a JSON list of conversations of human, gpt and system, with function_call and observation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.recipes.conversations import convert, cut_conversations
+from data.recipes.record import Part
+
+__all__ = ["SPLITS", "convert", "parts"]
+SPLITS = {"train": "train"}
+
+
+def parts(path: Path, *, split: str, rows: int = 5000) -> list[Part]:
+    return cut_conversations(path, source="sharegpt", rows=rows)

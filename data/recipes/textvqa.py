@@ -1,0 +1,91 @@
+"""TextVQA 0.5.1: questions about text in OpenImages photographs, ten answers each; one JSON file a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
+from data.recipes.questions import (
+    BAD_ROW,
+    NO_TEST_ANSWERS,
+    SHORT,
+    Question,
+    check_split,
+    convert_part,
+    cut_parts,
+    plain_id,
+    to_answers,
+)
+from data.recipes.record import Dropped, Part, Record
+
+SPLITS = {"train": "train", "val": "val"}
+REFUSED = {"test": NO_TEST_ANSWERS}
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    ocr: bool = False,
+    answers: str = "majority",
+    grouped: bool = True,
+    prompt: str = "first",
+    rows: int = 2000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of `TextVQA_0.5.1_<split>.json`, with `TextVQA_Rosetta_OCR_v0.2_<split>.json` beside it where the
+            recognised text is wanted; or of OpenFlamingo's copy in VQA format, `<split>_questions_vqa_format.json` and
+            `<split>_annotations_vqa_format.json`.
+        images: folder of `train_images/`, which holds val's too, or of its files; `path` unless told.
+        ocr: say the recognised text under the question, as LLaVA does. A score with it is another score: say so.
+            `meta.ocr_tokens` of evaluation splits holds it where the files do.
+        Others as in vqav2.
+    """
+    check_split(split, SPLITS, refused=REFUSED)
+    options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
+    return cut_parts(read, path, rows=rows, options=options | {"ocr": ocr})
+
+
+def read(path: str, options: dict) -> list[Question | Dropped]:
+    split = options["split"]
+    image = lambda row: first_there(options["images"], f"train_images/{row['image_id']}.jpg", f"{row['image_id']}.jpg")
+    original = look_for(path, f"TextVQA_0.5.1_{split}.json")
+    if original is None and (questions := look_for(path, f"{split}_questions_vqa_format.json")):
+        if options["ocr"]:
+            raise ValueError(f"ocr=true: {questions} has no recognised text; take TextVQA_0.5.1_{split}.json")
+        return read_vqa(questions, find_file(path, f"{split}_annotations_vqa_format.json"), image=image)
+    tokens = {}
+    if recognised := look_for(path, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"):
+        tokens = {row.get("image_id"): row.get("ocr_tokens") for row in list_rows(recognised, "data")}
+    out: list[Question | Dropped] = []
+    original = original or find_file(path, f"TextVQA_0.5.1_{split}.json")
+    for row in list_rows(original, "data"):
+        if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
+            out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
+            continue
+        seen = row.get("ocr_tokens", tokens.get(row["image_id"]))
+        if options["ocr"] and seen is None:
+            raise ValueError(
+                f"ocr=true: {original} has no ocr_tokens for image {row['image_id']} and no "
+                f"TextVQA_Rosetta_OCR_v0.2_{split}.json lies beside it; download that file"
+            )
+        meta = {"image_classes": row.get("image_classes"), "ocr_tokens": seen}
+        out.append(
+            Question(
+                row["question_id"],
+                image(row),
+                row["image_id"],
+                row["question"],
+                to_answers(row.get("answers") or []),
+                prompt=f"Reference OCR token: {', '.join(map(str, seen))}\n{SHORT}" if options["ocr"] else SHORT,
+                meta={key: value for key, value in meta.items() if value is not None},
+            )
+        )
+    return out
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    return convert_part(read, part, source="textvqa")

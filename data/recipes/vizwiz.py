@@ -1,0 +1,89 @@
+"""VizWiz-VQA: questions blind people asked about their photographs, ten answers each, some "unanswerable"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
+from data.recipes.questions import (
+    BAD_ROW,
+    NO_TEST_ANSWERS,
+    SHORT,
+    Question,
+    check_choice,
+    check_split,
+    convert_part,
+    count_answers,
+    cut_parts,
+    to_answers,
+)
+from data.recipes.record import Dropped, Part, Record
+
+SPLITS = {"train": "train", "val": "val"}
+REFUSED = {"test": NO_TEST_ANSWERS}
+UNANSWERABLE = "unanswerable (unanswerable=drop)"
+INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    unanswerable: str = "keep",
+    answers: str = "majority",
+    grouped: bool = True,
+    prompt: str = "first",
+    rows: int = 2000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of VizWiz's own `<split>.json`, or of OpenFlamingo's copy in VQA format,
+            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`.
+        images: folder of `train/` and `val/`, or of their files; `path` unless told.
+        unanswerable: what becomes of questions most annotators called unanswerable: keep, drop (training only), or
+            prompt, which keeps them and says under every question what to answer then.
+        Others as in vqav2.
+    """
+    check_split(split, SPLITS, refused=REFUSED)
+    check_choice("unanswerable", unanswerable, "keep", "drop", "prompt")
+    options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
+    return cut_parts(read, path, rows=rows, options=options | {"unanswerable": unanswerable})
+
+
+def read(path: str, options: dict) -> list[Question | Dropped]:
+    split = options["split"]
+    image = lambda name: first_there(options["images"], f"{split}/{name}", name)
+    line = f"{INSUFFICIENT}\n{SHORT}" if options["unanswerable"] == "prompt" else SHORT
+    own = look_for(path, f"{split}.json")
+    if own is None and (questions := look_for(path, f"{split}_questions_vqa_format.json")):
+        annotations = find_file(path, f"{split}_annotations_vqa_format.json")
+        out = read_vqa(questions, annotations, image=lambda row: image(row["image_id"]), prompt=line)
+    else:
+        out = read_own(own or find_file(path, f"{split}.json"), image, line)
+    if options["unanswerable"] != "drop" or split != "train":
+        return out
+    silent = lambda q: isinstance(q, Question) and count_answers(q.answers)[:1] == ["unanswerable"]
+    return [Dropped(str(q.id), UNANSWERABLE) if silent(q) else q for q in out]
+
+
+def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
+    out: list[Question | Dropped] = []
+    for row in list_rows(file):
+        name = row.get("image")
+        if not isinstance(name, str) or row.get("question") is None:
+            out.append(Dropped(str(name), BAD_ROW))
+            continue
+        kind, answerable = row.get("answer_type"), row.get("answerable")
+        answers = to_answers(row.get("answers") or [])
+        # One question an image, without an id of its own: the file's name is what VizWiz's result files carry.
+        question = Question(name, image(name), name, row["question"], answers, str(kind or ""), prompt=line)
+        if answerable is not None:
+            question.meta["answerable"] = answerable
+        out.append(question)
+    return out
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    return convert_part(read, part, source="vizwiz")

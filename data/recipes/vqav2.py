@@ -1,0 +1,56 @@
+"""VQAv2: questions about COCO photographs, ten answers each, from the two JSON files of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.recipes.annotations import find_file, first_there, read_vqa
+from data.recipes.questions import NO_TEST_ANSWERS, Question, check_split, convert_part, cut_parts, plain_id
+from data.recipes.record import Dropped, Part, Record
+
+SPLITS = {"train": "train2014", "val": "val2014"}
+REFUSED = {"test": NO_TEST_ANSWERS}
+
+
+def parts(
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    answers: str = "majority",
+    grouped: bool = True,
+    prompt: str = "first",
+    rows: int = 2000,
+) -> list[Part]:
+    """
+    Args:
+        path: folder of `v2_OpenEnded_mscoco_<split>_questions.json` and `v2_mscoco_<split>_annotations.json`.
+        images: folder of `train2014/` and `val2014/`, or of their files; `path` unless told.
+        answers: majority, or all_distinct for a training record a distinct answer.
+        grouped: training asks all questions of an image in one conversation.
+        prompt: which questions carry the line that asks for a short answer: first, every or none.
+    """
+    check_split(split, SPLITS, refused=REFUSED)
+    options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
+    return cut_parts(read, path, rows=rows, options=options)
+
+
+def read(path: str, options: dict) -> list[Question | Dropped]:
+    name = SPLITS[options["split"]]
+    return read_vqa(
+        find_file(path, f"v2_OpenEnded_mscoco_{name}_questions.json"),
+        find_file(path, f"v2_mscoco_{name}_annotations.json"),
+        image=lambda row: coco_2014(options["images"], name, row["image_id"]),
+        describe=lambda annotation: {"question_type": annotation.get("question_type")},
+    )
+
+
+def coco_2014(folder: str, split: str, image_id: object) -> str:
+    """COCO's 2014 names carry the split: `val2014/COCO_val2014_000000000042.jpg`."""
+    name = f"COCO_{split}_{int(plain_id(image_id)):012d}.jpg"
+    return first_there(folder, f"{split}/{name}", name)
+
+
+def convert(part: Part) -> Iterator[Record | Dropped]:
+    return convert_part(read, part, source="vqav2")

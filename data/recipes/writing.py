@@ -1,0 +1,256 @@
+"""One part becomes one shard, its index and a report of what was kept and dropped; what a worker process does.
+
+A shard appears under its name when it is whole, and its report after it; a part whose report names the bytes that are
+there is done and is not done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import importlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.recipes.record import IMAGE_MISSING, Dropped, Part, Record
+
+UNREADABLE = "image unreadable"
+TOO_LARGE = "image too large"
+BOTH_SIDES = "images of both train and val"
+NOT_UNICODE = "text is not Unicode"
+TRANSCODED = "image of another format: stored as png"
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass
+class Job:
+    """What a worker is told: picklable, and all that the shard's bytes depend on."""
+
+    source: str
+    split: str
+    number: int
+    part: Part
+    folder: Path
+    tokenizer: tuple[str, str]  # path, template
+    val: float = 0.0  # share of the train split's images that are held out as val
+
+    @property
+    def shard(self) -> Path:
+        return self.folder / f"{self.split}-{self.number:06d}.tar"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / f"{self.split}-{self.number:06d}.json"
+
+
+@functools.cache
+def load_tokenizer(path: str, template: str):
+    from fastvlm.tokens import Tokenizer
+
+    return Tokenizer(path, template=template)
+
+
+def read_report(job: Job) -> dict | None:
+    """The report of a part that is done, its shard verified; None where it must be done."""
+    try:
+        report = json.loads(job.report.read_text())
+        if report["kept"] and digest(job.shard) != report["sha256"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return report
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def do_part(job: Job) -> dict:
+    """Write, index and check the shard of a part, unless it is there.
+
+    Returns:
+        The report: kept, bytes, sha256, dropped (list of [id, reason]), notes (note -> count), ids (16 hex digits
+        of each original id's hash), again (was there).
+
+    Raises:
+        ValueError: the rows cannot be read, or what was written is not what was meant.
+        OSError: no space, no permission; nothing of this part is left behind.
+    """
+    report = read_report(job)
+    again = report is not None
+    if report is None:
+        report = write_part(job)
+        # The report last: it says that all before it is there.
+        write_text(job.report, json.dumps(report, ensure_ascii=True) + "\n")
+    if report["kept"]:
+        index_part(job, report["kept"])
+    return report | {"again": again}
+
+
+def write_part(job: Job) -> dict:
+    from fastvlm.data.shards import Shard
+
+    dropped: list[list[str]] = []
+    notes: dict[str, int] = {}
+    ids: list[str] = []
+    # The held-out side reads the same rows: faults of rows are counted on the train side alone.
+    counts_faults = not (job.val and job.split == "val")
+    with Shard(job.shard) as shard:
+        for item in convert(job):
+            if isinstance(item, Dropped):
+                if counts_faults:
+                    dropped.append([str(item.id), item.reason])
+                continue
+            original = item.record.get("id")
+            id = item.key if original in (None, "") else str(original)
+            if job.val:
+                side = choose_side(item, job.val)
+                if side == BOTH_SIDES and counts_faults:
+                    dropped.append([id, side])
+                if side != job.split:
+                    continue
+            try:
+                images, extensions, noted = check_images(item.images)
+                json.dumps(item.record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                dropped.append([id, NOT_UNICODE])
+                continue
+            except Fault as fault:
+                dropped.append([id, str(fault)])
+                continue
+            shard.write(item.key, item.record, images, image_ext=extensions)
+            if original not in (None, ""):
+                ids.append(hashlib.sha256(repr(original).encode()).hexdigest()[:16])
+            for note in (*item.notes, *noted):
+                notes[note] = notes.get(note, 0) + 1
+        kept, size = shard.num_samples, 0
+        shard.finish()
+        if kept:
+            size = os.path.getsize(shard.part)
+            with open(shard.part, "rb") as file:
+                os.fsync(file.fileno())
+            shard.publish()
+        else:
+            job.shard.unlink(missing_ok=True)
+        shard.discard()
+    return {
+        "kept": kept,
+        "bytes": size,
+        "sha256": digest(job.shard) if kept else "",
+        "dropped": dropped,
+        "notes": notes,
+        "ids": "".join(ids),
+    }
+
+
+def convert(job: Job) -> Iterator[Record | Dropped]:
+    """The recipe's records; a fault it did not foresee names the file and the rows."""
+    recipe = importlib.import_module(f"data.recipes.{job.source}")
+    try:
+        yield from recipe.convert(job.part)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        where = f"{job.part.path}: rows {job.part.start}..{job.part.stop}"
+        raise ValueError(f"{where} are not of the layout of {job.source} ({type(error).__name__}: {error})") from error
+
+
+class Fault(Exception):
+    """Why a record is dropped."""
+
+
+def check_images(images: list[bytes | Path]) -> tuple[list[bytes], list[str], list[str]]:
+    """Encoded files, their extensions and notes; every header is read.
+
+    Raises:
+        Fault: a missing, unreadable or enormous image.
+    """
+    from PIL import Image
+
+    files, extensions, notes = [], [], []
+    for image in images:
+        if isinstance(image, Path):
+            try:
+                image = image.read_bytes()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # ValueError: a null byte
+                raise Fault(IMAGE_MISSING) from None
+            except OSError as error:
+                if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                    raise Fault(IMAGE_MISSING) from None
+                raise
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                opened = Image.open(io.BytesIO(image))
+                extension = EXTENSIONS.get(opened.format)
+                if extension is None:
+                    out = io.BytesIO()
+                    opened.convert("RGB").save(out, "png")
+                    image, extension = out.getvalue(), "png"
+                    notes.append(TRANSCODED)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise Fault(TOO_LARGE) from None
+        except (OSError, ValueError, SyntaxError, EOFError):
+            raise Fault(UNREADABLE) from None
+        files.append(image)
+        extensions.append(extension)
+    return files, extensions, notes
+
+
+def choose_side(item: Record, val: float) -> str:
+    """train or val by a hash of the images (of the id, for text), so that one image never stands in both.
+
+    A file counts as the same image by its last two names, bytes by their content.
+    """
+    names = ["/".join(i.parts[-2:]) if isinstance(i, Path) else hashlib.sha256(i).hexdigest() for i in item.images]
+    words = names or [str(item.record.get("id") or item.key)]
+    points = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") / 2**64 for word in words]
+    sides = {"val" if point < val else "train" for point in points}
+    return sides.pop() if len(sides) == 1 else BOTH_SIDES
+
+
+def index_part(job: Job, kept: int) -> None:
+    """Index the shard unless that is done, and compare what lies on the disk with what was written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from fastvlm.data.index import FORMAT, build_index, sidecar
+
+    def read() -> tuple[pa.Table | None, dict]:
+        try:
+            table = pq.read_table(sidecar(job.shard), columns=["fault"])
+            return table, json.loads(table.schema.metadata[b"fastvlm"])
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            return None, {}
+
+    tokenizer = load_tokenizer(*job.tokenizer)
+    stat = job.shard.stat()
+    wanted = [FORMAT, tokenizer.fingerprint, stat.st_size, stat.st_mtime_ns]
+    table, header = read()
+    if [header.get(k) for k in ("format", "tokenizer", "shard_size", "shard_mtime_ns")] != wanted:
+        made = build_index(job.shard, tokenizer)
+        if made != sidecar(job.shard):  # it was put elsewhere, for here is no room: the shard did fit
+            raise OSError(errno.ENOSPC, "no room for its index", str(job.shard))
+        table, header = read()
+        if table is None:
+            raise ValueError(f"{job.shard}: its index cannot be read right after it was built")
+    faults = [fault for fault in table["fault"].to_pylist() if fault]
+    if header["broken"] or faults or len(table) != kept:
+        what = header["broken"] or (faults or [f"{len(table)} samples where {kept} were written"])[0]
+        job.report.unlink(missing_ok=True)
+        raise ValueError(f"{job.shard} is not as it was written: {what}; run the same command again")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""From an encoded image to upright RGB bytes: limits first, then the fastest decoder that gives the same picture.
+
+The header is read before any pixel, so an image that would unpack to gigabytes costs nothing. A JPEG goes through
+torchvision's libjpeg-turbo, or through Pillow's where less than its full size is wanted: only Pillow can leave out the
+upper frequencies (a factor of 2, 4 or 8). All other formats go through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
+MAX_BYTES = 64 << 20  # of the file
+# Not all that Pillow knows: EPS would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+ORIENTATION = 0x0112  # EXIF tag
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, MemoryError)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an encoded image without decoding it.
+
+    Raises:
+        ValueError: not an image of FORMATS, or one of more than MAX_PIXELS or MAX_BYTES.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"image file of {len(data)} bytes, more than {MAX_BYTES}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        raise ValueError(f"not an image: {error}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    return image
+
+
+def read_orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where the file says nothing that can be read."""
+    # Pillow turns a TIFF itself; and asked for what a PNG does not have in front, it would decode all of it.
+    if image.format == "TIFF" or not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}:
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except BROKEN:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as one sees it, EXIF orientation applied."""
+    return image.size[::-1] if read_orientation(image) >= 5 else image.size
+
+
+def measure_image(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image as one sees it; only the header is read.
+
+    Raises:
+        ValueError: see `open_image`.
+    """
+    return upright_size(open_image(data))
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")  # MPO: what some telephones write, several JPEGs in one file
+
+
+def decode_pixels(image: Image.Image, data: bytes, *, reduce: int = 1) -> UInt8[Tensor, "3 h w"]:
+    """Pixels of an image that `open_image` opened: on white where transparent, upright, the first frame of several.
+
+    Args:
+        data: its file.
+        reduce: 1, or for a JPEG 2, 4 or 8: its size is divided by this, rounded up.
+
+    Raises:
+        ValueError: the file is broken.
+    """
+    orientation = read_orientation(image)
+    width, height = image.size
+    try:
+        if is_jpeg(image) and reduce == 1 and image.mode in ("L", "RGB"):
+            # A bytearray, because torch warns of memory that it cannot write to.
+            pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        else:
+            if reduce > 1:
+                image.draft(None, (width // reduce, height // reduce))
+            pixels = rearrange(torch.from_numpy(np.array(to_rgb(image))), "h w c -> c h w")
+    except BROKEN as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"broken image: {reason}") from None
+    if tuple(pixels.shape) != (3, -(-height // reduce), -(-width // reduce)):
+        raise ValueError(f"broken image: {width} x {height} pixels in its header and others in its data")
+    return turn(pixels, orientation)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them to 8, and the picture would be white
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def turn(pixels: UInt8[Tensor, "3 a b"], orientation: int) -> UInt8[Tensor, "3 c d"]:
+    """Undo how the camera was held (EXIF 2.32, tag 0x0112)."""
+    if orientation >= 5:
+        pixels = pixels.mT
+    flips = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}.get(orientation)
+    return pixels.flip(flips) if flips else pixels

@@ -1,0 +1,251 @@
+"""The pass over a plan's images that fills a feature store, before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
+from fastvlm.data.lengths import views_of
+from fastvlm.data.plan import Plan
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.data.validation import ValidationPlan
+
+ROWS = 64  # samples a worker hashes at a time
+
+
+Sample = tuple[int, int, list[int]]  # source number, row of its index, views of each image
+
+
+def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> list[Sample]:
+    """Every sample of a plan that shows images, with the images that truncation leaves, in the shards' order."""
+    shift = 40  # rows of one source stay far below 2**40
+    steps = (
+        np.fromiter((source << shift | row for pairs in plan.step(i).rows for source, row in pairs), np.int64)
+        for i in range(plan.num_steps)
+    )
+    codes = np.unique(np.concatenate([np.empty(0, np.int64), *steps]))
+    samples = []
+    for code in codes.tolist():
+        source, row = code >> shift, code & (1 << shift) - 1
+        left, views = int(plan.sources[source].images[row]), []
+        for count in views_of(plan.sources[source].index, row, transform) if left else ():
+            if left <= 0:
+                break
+            views.append(count)
+            left -= count
+        if views:
+            samples.append((source, row, views))
+    return samples
+
+
+def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[Sample]]) -> str:
+    """Name of a set of images: the indexes' checksums and the rows."""
+    digest = hashlib.sha256()
+    for plan, chosen in zip(plans, samples):
+        digest.update(json.dumps([s.index.checksum for s in plan.sources]).encode())
+        digest.update(json.dumps(chosen).encode())
+    return digest.hexdigest()[:32]
+
+
+class _Keys(Dataset):
+    """Item i: [(sample number, image number, key), ...] of some samples. What cannot be read is left to training, which
+    skips it, counts it and says why."""
+
+    def __init__(self, plans: list, samples: list[tuple[int, int, int, list[int]]]):
+        self.plans, self.samples, self.reader = plans, samples, ShardReader()
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // ROWS)
+
+    def __getitem__(self, i: int) -> list[tuple[int, int, bytes]]:
+        found = []
+        for number in range(i * ROWS, min((i + 1) * ROWS, len(self.samples))):
+            plan, source, row, views = self.samples[number]
+            with contextlib.suppress(OSError, ValueError):
+                raw = self.plans[plan].sources[source].index.read(row, self.reader)
+                found += [(number, k, image_key(data)) for k, data in enumerate(raw.images[: len(views)])]
+        return found
+
+
+class _Views(Dataset):
+    """Item i: keys, numbers of views and views (V, 3, H, W) of a batch of images; and how many could not be decoded."""
+
+    def __init__(self, plans: list, jobs: list[tuple[int, int, int, int]], transform: ImageTransform, batch_size: int):
+        self.plans, self.jobs, self.transform, self.batch_size = plans, jobs, transform, batch_size
+        self.reader = ShardReader()
+
+    def __len__(self) -> int:
+        return -(-len(self.jobs) // self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[list[bytes], list[int], Tensor | None, int]:
+        keys, counts, views = [], [], []
+        jobs = self.jobs[i * self.batch_size : (i + 1) * self.batch_size]
+        for plan, source, row, k in jobs:
+            with contextlib.suppress(OSError, ValueError):
+                data = self.plans[plan].sources[source].index.read(row, self.reader).images[k]
+                seen = self.transform(data)
+                # The key of these very bytes, and not of what an earlier pass has read here.
+                keys.append(image_key(data))
+                counts.append(len(seen))
+                views.append(seen)
+        return keys, counts, torch.cat(views) if views else None, len(jobs) - len(keys)
+
+
+def fill(
+    store: FeatureStore,
+    plans: Sequence[Plan | ValidationPlan],
+    *,
+    encode: Callable[[Tensor], Tensor],
+    transform: ImageTransform,
+    batch_size: int,
+    where: str,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[object], list] = lambda value: [value],
+    num_workers: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Write what the store lacks of the plans' images; every rank writes a share.
+
+    Safe to kill at any time and to run twice at once: the second run waits, and finds what the first has written.
+
+    Args:
+        encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU in the store's dtype.
+        transform: encoded image -> its views; without augmentation.
+        batch_size: images `encode` takes at once.
+        where: the configuration's key, for messages.
+        gather: what every rank passes, as all ranks see it; a barrier too.
+        num_workers: loader processes of this rank.
+
+    Returns:
+        What was found and written, for the stage's record.
+
+    Raises:
+        ValueError: the disk has not enough room, or writing fails.
+    """
+    begun = time.monotonic()
+    plans = list(plans)
+    chosen = [planned_samples(plan, transform) for plan in plans]
+    name = plan_key(plans, chosen)
+    samples = [(p, *sample) for p, found in enumerate(chosen) for sample in found]
+    about = {"key": store.key, "folder": str(store.folder), "shape": list(store.shape), "dtype": str(store.dtype)}
+    store.refresh()
+    total = sum(len(views) for *_, views in samples)
+    if all(gather(store.has_plan(name))):
+        about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
+        say(f"features: all {total:,} images are in {store.folder}; no image is decoded")
+        return about | {"seconds": time.monotonic() - begun}
+    lock = None
+    try:
+        while True:  # and not a wait in the kernel: the other ranks' collectives must not time out
+            lock = store.try_lock() if rank == 0 else None
+            if gather(rank != 0 or lock is not None)[0]:
+                break
+            if time.monotonic() - begun < 2:
+                say(f"features: waiting for another run that is writing {store.folder}")
+            time.sleep(1)
+        if rank == 0:
+            store.prepare()
+        gather(None)
+        store.refresh()
+        # A generator of its own: the pass leaves the run's random numbers as they are.
+        loader = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
+        loader |= {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
+        mine = samples[rank::world_size]
+        keys = [
+            (number * world_size + rank, k, key)
+            for found in DataLoader(_Keys(plans, mine), **loader)
+            for number, k, key in found
+        ]
+        first: dict[bytes, tuple[int, int]] = {}
+        for number, k, key in sorted(item for part in gather(keys) for item in part):
+            first.setdefault(key, (number, k))
+        known = store.keys()
+        missing = [at for key, at in first.items() if key not in known]
+        num_views = sum(samples[number][3][k] for number, k in missing)
+        size = num_views * store.view_bytes
+        (n, d), dtype = store.shape, str(store.dtype).removeprefix("torch.")
+        say(
+            f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
+            f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
+        )
+        free = gather(shutil.disk_usage(store.folder).free)[0]
+        if size * 1.01 + (64 << 20) > free:
+            raise ValueError(
+                f"{where}=true would write {size / 1e9:.2f} GB to {store.folder}, where {free / 1e9:.2f} GB are free; "
+                f"free some, set FASTVLM_CACHE to another disk, or {where}=false"
+            )
+        jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
+        writer, unreadable, done = FeatureWriter(store), 0, 0
+        line = ProgressLine(len(jobs), share=world_size, say=say)
+        for keys, counts, views, failed in DataLoader(_Views(plans, jobs, transform, batch_size), **loader):
+            unreadable, done = unreadable + failed, done + len(keys) + failed
+            if keys:
+                writer.write(keys, counts, encode(views))
+            line.show(done)
+        writer.close()
+        written = gather((writer.num_bytes, unreadable, done - unreadable))
+        store.refresh()
+        lost = sum(key not in store for key in first)
+        if any(gather(lost != sum(u for _, u, _ in written))):
+            raise ValueError(
+                f"{where}=true: {store.folder} does not hold what all ranks wrote; "
+                "FASTVLM_CACHE must be one folder for all of them"
+            )
+        about |= {
+            "images": total,
+            "distinct": len(first),
+            "written": sum(w for _, _, w in written),
+            "bytes": sum(b for b, _, _ in written),
+            "unreadable": sum(u for _, u, _ in written),
+            "seconds": time.monotonic() - begun,
+        }
+        if rank == 0:
+            store.note_plan(name, keys=set(first), about=about)
+        say(
+            f"features: {about['written']:,} written in {about['seconds']:.1f} s"
+            + (f"; {about['unreadable']:,} cannot be decoded and will be skipped" if about["unreadable"] else "")
+        )
+        return about
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def as_it_is(item):
+    return item
+
+
+class ProgressLine:
+    """How far a rank is, on one line of a terminal or every half minute anywhere else."""
+
+    def __init__(self, total: int, *, share: int, say: Callable[[str], None]):
+        self.total, self.share, self.say = total, share, say
+        self.begun = self.shown = time.monotonic()
+
+    def show(self, done: int) -> None:
+        now, terminal = time.monotonic(), sys.stdout.isatty()
+        if now - self.shown < (0.5 if terminal else 30) and not (terminal and done == self.total):
+            return
+        self.shown = now
+        rate = done / (now - self.begun)
+        left = int((self.total - done) / rate) if rate else 0
+        of = f"{self.total:,}" + (f" of this rank, {self.share} ranks" if self.share > 1 else "")
+        text = f"features: {done:,}/{of}  {rate * self.share:.0f} images/s  {left // 60}:{left % 60:02d} left"
+        if terminal:
+            print(f"\r{text:<78}", end="\n" if done == self.total else "", flush=True)
+        else:
+            self.say(text)

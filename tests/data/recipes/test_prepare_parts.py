@@ -1,0 +1,268 @@
+"""The pool behind the recipes: the same bytes however it is run, killed or cut short, and plain words for a mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import instruct_layouts as layouts
+import pytest
+from instruct_layouts import Run, run_command, shard_bytes, told_tokenizer
+from PIL import Image
+
+from data.prepare import main, prepare
+from fastvlm.data.index import load_index
+
+ROWS = 240
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory) -> Path:
+    """LLaVA rows enough for thirty shards; every image stands in two rows."""
+    folder = tmp_path_factory.mktemp("big")
+    rows = []
+    for i in range(ROWS):
+        name = f"coco/train2017/{i // 2:012d}.jpg"
+        if i % 2 == 0:
+            layouts.put(folder / name, layouts.draw_jpg(i, (96, 64)))
+        rows.append({"id": str(i), "image": name, "conversations": layouts.turns("<image>\nQ?", f"A {i} " * 20)})
+    rows[17]["image"] = "coco/train2017/gone.jpg"
+    layouts.put_json(folder / "llava_v1_5_mix665k.json", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(big, tokenizer) -> list[str]:
+    told = told_tokenizer(tokenizer)
+    return ["source=llava_instruct", f"path={big}", "rows=8", *(f"{k}={v}" for k, v in told.items())]
+
+
+@pytest.fixture(scope="session")
+def whole(words, tmp_path_factory) -> dict[str, bytes]:
+    """The shards of one undisturbed run by one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main([*words, f"out={out}", "workers=1"]) == 0
+    return shard_bytes(out)
+
+
+def left_over(out: Path) -> list[str]:
+    """Names beside the folder that a run has left."""
+    return sorted(p.name for p in out.parent.iterdir() if p.name.startswith("."))
+
+
+def test_two_workers_write_the_bytes_of_one_and_all_of_it_can_be_read(words, whole, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    done = run_command(*words, f"out={out}", "workers=2")
+    assert done.returncode == 0, done.stderr
+    assert shard_bytes(out) == whole and len(whole) == ROWS // 8
+    index = load_index(out, "train", tokenizer, rebuild=False)
+    assert index.num_samples == ROWS - 1 and not any(index.faults.to_pylist())
+    listed = json.loads((out / "shards.json").read_text())["train"]
+    assert {row["name"]: row["size"] for row in listed} == {name: len(data) for name, data in whole.items()}
+    assert sum(row["samples"] for row in listed) == ROWS - 1
+    assert "train dropped 1: image missing (for example 17)" in done.stdout
+    assert json.loads((out / "DONE.json").read_text())["dropped"]["train"]["image missing"]["count"] == 1
+    assert (out / "dropped.jsonl").read_text() == '{"split": "train", "id": "17", "reason": "image missing"}\n'
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(words, whole, tmp_path, workers, capsys):
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    run = Run(*words, f"out={out}", f"workers={workers}", log=tmp_path / "log")
+    while len(list(work.glob("train-*.json"))) < 3:
+        assert run.alive, "it ended before it could be killed"
+        time.sleep(0.002)
+    run.kill()
+    assert not out.exists()
+    reports = sorted(work.glob("train-*.json"))
+    # One done shard is damaged after the kill: it must be written again, and only it.
+    shard = reports[0].with_suffix(".tar")
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    assert main([*words, f"out={out}", "workers=2"]) == 0
+    sound = int(capsys.readouterr().err.split(" of 30 shards were there")[0].split("\n")[-1])
+    assert len(reports) - 1 <= sound < ROWS // 8
+    assert shard_bytes(out) == whole
+    assert left_over(out) == []
+
+
+def test_two_runs_at_once_give_one_folder_and_both_succeed(words, whole, tmp_path):
+    out = tmp_path / "out"
+    runs = [Run(*words, f"out={out}", "workers=2", log=tmp_path / f"log{i}") for i in range(2)]
+    ended = [run.wait() for run in runs]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sorted("complete already" in told for _, told in ended) == [False, True]
+    assert shard_bytes(out) == whole and left_over(out) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(words, whole, tmp_path, workers):
+    """The kernel refuses to let a file grow beyond the limit, as a full disk or a quota would."""
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    limit = min(map(len, whole.values())) // 2
+    code, told = Run(*words, f"out={out}", f"workers={workers}", log=tmp_path / "log", limit=limit).wait()
+    assert code == 2 and told.count("\n") == 1, told
+    assert "while writing; 0 of 30 shards are whole" in told and "run the same command again" in told
+    assert not out.exists() and [p.name for p in work.iterdir()] == ["stamp.txt"]
+    assert main([*words, f"out={out}"]) == 0
+    assert shard_bytes(out) == whole and left_over(out) == []
+
+
+def test_a_disk_that_fills_up_keeps_the_whole_shards_and_goes_on_with_more_room(words, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(map(len, whole.values())) // 2
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True).returncode:
+        pytest.skip("a small tmpfs needs the right to mount")
+    try:
+        out, work = disk / "out", disk / ".out.work"
+        code, told = Run(*words, f"out={out}", "workers=2", log=tmp_path / "log").wait()
+        assert code == 2 and told.count("\n") == 1, told
+        assert "no space left on device while writing" in told and not out.exists()
+        shards = {p.name for p in work.glob("*.tar")}
+        assert {p.name.replace(".json", ".tar") for p in work.glob("train-*.json")} <= shards
+        assert all((work / name).read_bytes() in whole.values() for name in shards) and shards
+        subprocess.run(["mount", "-o", f"remount,size={6 * size}", disk], check=True)
+        assert main([*words, f"out={out}"]) == 0
+        assert shard_bytes(out) == whole
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_killed_worker_is_one_line_and_the_run_can_go_on(words, whole, tmp_path):
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    run = Run(*words, f"out={out}", "workers=2", log=tmp_path / "log")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while not list(work.glob("train-*.json")) or not (found := children.read_text().split()):
+        assert run.alive
+        time.sleep(0.002)
+    os.kill(int(found[0]), signal.SIGKILL)
+    code, told = run.wait()
+    assert code == 2 and told.count("\n") == 1 and "a worker process was killed" in told, told
+    assert main([*words, f"out={out}"]) == 0
+    assert shard_bytes(out) == whole
+
+
+def test_half_done_work_of_another_command_is_thrown_away(words, tmp_path, capsys):
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    work.mkdir()
+    (work / "stamp.txt").write_text("of another command")
+    (work / "train-000000.tar").write_text("not ours")
+    assert main([*words, f"out={out}"]) == 0
+    assert "starting anew" in capsys.readouterr().err and not work.exists()
+
+
+@pytest.mark.parametrize("val", [0.1, 0.5])
+def test_no_image_stands_on_both_sides_of_a_held_out_split(big, tokenizer, tmp_path, val):
+    settings = {"path": str(big), "val": val, "rows": 16, **told_tokenizer(tokenizer)}
+    done = prepare("llava_instruct", out=tmp_path / "out", workers=1, **settings)
+    sides = {
+        split: [record["meta"]["image_id"] for _, record, _, _ in layouts.read_split(tmp_path / "out", split)]
+        for split in ("train", "val")
+    }
+    assert not set(sides["train"]) & set(sides["val"])
+    assert len(sides["train"]) + len(sides["val"]) == ROWS - 1
+    assert abs(len(sides["val"]) / ROWS - val) < 0.1
+    assert done["dropped"]["val"] == {} and done["dropped"]["train"]["image missing"]["count"] == 1
+
+
+def test_a_row_whose_images_fall_on_both_sides_is_dropped_and_counted(tokenizer, tmp_path):
+    rows = []
+    for i in range(40):
+        names = [f"{i}.jpg", f"{(i + 1) % 40}.jpg"]
+        layouts.put(tmp_path / f"{i}.jpg", layouts.draw_jpg(i))
+        rows.append({"id": i, "image": names, "conversations": layouts.turns("<image><image>", "A")})
+    layouts.put_json(tmp_path / "rows.json", rows)
+    settings = {"path": str(tmp_path / "rows.json"), "val": 0.4, **told_tokenizer(tokenizer)}
+    done = prepare("llava_instruct", out=tmp_path / "out", workers=1, **settings)
+    counts = done["counts"]["llava_instruct"]
+    mixed = done["dropped"]["train"]["images of both train and val"]["count"]
+    assert counts["train"] + counts["val"] + mixed == 40 and mixed and counts["val"]
+
+
+def test_images_of_other_kinds_are_mended_or_named(tokenizer, tmp_path):
+    def bomb() -> bytes:  # a header of 50,000 x 50,000 pixels
+        file = io.BytesIO()
+        Image.new("1", (1, 1)).save(file, "png")
+        data = bytearray(file.getvalue())
+        data[16:24] = (50000).to_bytes(4, "big") * 2
+        import zlib
+
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+        return bytes(data)
+
+    gif = io.BytesIO()
+    Image.new("RGB", (6, 5), (200, 0, 0)).save(gif, "gif")
+    files = {"a.gif": gif.getvalue(), "b.jpg": b"no image", "c.png": bomb(), "d.png": layouts.draw_jpg(1), "e.jpg": b""}
+    rows = []
+    for name, data in files.items():
+        layouts.put(tmp_path / name, data)
+        rows.append({"id": name, "image": name, "conversations": layouts.turns("<image>\nQ", "A")})
+    rows.append({"id": "surrogate", "conversations": layouts.turns("Q \ud83d", "A")})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = {"path": str(tmp_path / "rows.json"), **told_tokenizer(tokenizer)}
+    done = prepare("llava_instruct", out=tmp_path / "out", workers=1, **settings)
+    samples = {record["id"]: ext for _, record, _, ext in layouts.read_split(tmp_path / "out", "train")}
+    assert samples == {"a.gif": ["0.png"], "d.png": ["0.jpg"]}  # named by what they are
+    assert {reason: row["examples"] for reason, row in done["dropped"]["train"].items()} == {
+        "image unreadable": ["b.jpg", "e.jpg"],
+        "image too large": ["c.png"],
+        "text is not Unicode": ["surrogate"],
+    }
+
+
+def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*words, f"out={out}"]) == 0
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")}
+    told = [word for word in words if not word.startswith(("tokenizer=", "template="))]
+    told += [f"{k}={v}" for k, v in told_tokenizer(other_tokenizer).items()]
+    assert main([*told, f"out={out}"]) == 0 and "complete already" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
+    assert load_index(out, "train", other_tokenizer, rebuild=False).num_samples == ROWS - 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [
+        (["path=/nowhere/x.json"], "path=/nowhere/x.json does not exist"),
+        (["rowss=3"], "did you mean rows?"),
+        (["rows=x"], "rows=x is not of type int"),
+        (["rows=-1"], "rows=-1 must be 1 or more"),
+        (["splits=train,val"], "llava_instruct has no split val, it has ['train']; hold one out with val=0.01"),
+        (["val=1.5"], "val=1.5 must be a share"),
+        (["source=llava_instuct"], "did you mean llava_instruct?"),
+        (["source=coco_captions", "val=0.1"], "this recipe has no key val"),
+        (["tokenizer=/nowhere"], "no tokenizer there"),
+        (["rows"], "is not key=value"),
+    ],
+)
+def test_a_mistake_is_one_line(words, tmp_path, extra, line, capsys):
+    given = dict(word.split("=", 1) for word in [*words, f"out={tmp_path / 'out'}"])
+    if extra[0].startswith("source=coco"):
+        given.pop("rows")
+    given |= dict(word.split("=", 1) for word in extra if "=" in word)
+    assert main([*(f"{k}={v}" for k, v in given.items()), *(w for w in extra if "=" not in w)]) == 2
+    told = capsys.readouterr().err
+    assert line in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_input_is_one_line_with_file_and_row_and_all_dropped_is_refused(tokenizer, tmp_path, capsys):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"id": 1, "conversations": layouts.turns("Q", "A")})
+    path.write_text("\n".join([good] * 5 + ['{"id": 2, "conv'] + [good]))
+    settings = ["source=sharegpt", f"path={path}", f"out={tmp_path / 'out'}", *told]
+    assert main([*settings, "rows=2"]) == 2
+    assert f"{path}: row 5 is not JSON" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    path.write_text(json.dumps({"id": 1, "conversations": []}) + "\n")
+    assert main(settings) == 2
+    assert "no sample of split train is usable (1 no turns)" in capsys.readouterr().err
