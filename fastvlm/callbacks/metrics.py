@@ -207,7 +207,11 @@ class Metrics(Callback):
             counts[f"data/truncated/{source.name}"] = float(source.num_truncated)
             counts[f"data/broken_shards/{source.name}"] = float(len(source.index.broken))
             if source.excluded or source.index.broken:
-                excluded = {why: {"count": len(keys), "keys": keys[:1000]} for why, keys in source.excluded.items()}
+                named = {
+                    why: [source.index.key(row) for row in rows[:1000].tolist()]
+                    for why, rows in source.excluded.items()
+                }
+                excluded = {why: {"count": len(rows), "keys": named[why]} for why, rows in source.excluded.items()}
                 names[source.name] = {"left out": excluded, "broken shards": source.index.broken}
         for logger in trainer.loggers:
             if counts:

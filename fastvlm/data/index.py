@@ -34,12 +34,12 @@ from braceexpand import braceexpand
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.decode import measure_image
-from fastvlm.data.remote import RemoteShard, Unavailable, beside, find_shards, is_remote, read_small, write_listing
+from fastvlm.data.remote import RemoteShard, Unavailable, beside, is_remote, locate_shards, read_small, write_listing
 from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 4
+FORMAT = 3
 KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 NOTED_SAMPLES = 100_000
@@ -152,6 +152,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
         "checksum": checksum(*columns),
         "tokenizer": tokenizer.fingerprint,
         "broken": broken,
+        "suffixes": sorted({suffix for span in spans for suffix, _, _ in span.members}),
     }
     if out is not None:
         return write_sidecar(out, table, header)
@@ -334,6 +335,7 @@ class SourceIndex:
     files: list[str | RemoteShard]  # what a ShardReader takes
     sidecars: list[Path]
     checksums: list[str]  # of the shards
+    suffixes: list[str]  # of all members
     start: np.ndarray  # int64 (shards + 1): shard k has rows start[k] .. start[k + 1]
     num_images: np.ndarray
     text_tokens: np.ndarray
@@ -405,11 +407,6 @@ class SourceIndex:
         _, i, rows = self._locate(int(row))
         return rows.keys[i].as_py()
 
-    @property
-    def suffixes(self) -> list[str]:
-        """Suffixes of the first shard's members; the shards of a source are alike."""
-        return self._locate(0)[2].suffixes if self.num_samples else []
-
     def file(self, k: int) -> str | RemoteShard:
         """Shard k as a ShardReader takes it; a remote one with what its samples' checksums should be."""
         file = self.files[k]
@@ -467,24 +464,24 @@ class SourceIndex:
         self.__dict__ |= state | {"_rows": OrderedDict()}
 
 
-def list_shards(path: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
-    """The shards of a split (`remote.find_shards`); for train, those of the pattern or range `names` in the folder
-    `path` where one is given.
+def list_shards(folder: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
+    """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
+    Of shards that are named or lie elsewhere, see `locate_shards`.
 
     Raises:
-        ValueError: a shard of a range is missing, or a pattern is asked of a remote folder.
+        ValueError: a shard of a range is missing; a folder elsewhere cannot be listed.
     """
+    plain = isinstance(folder, Path) or not (isinstance(folder, (list, tuple)) or is_remote(folder) or "{" in folder)
+    if not plain or str(folder).endswith(".tar"):
+        return locate_shards(folder, split, names if split == "train" else None)
+    folder = Path(folder)
     if names is None or split != "train":
-        return find_shards(path, split)
-    if is_remote(path):
-        if any(c in names for c in "*?["):
-            raise ValueError(f"{path}: shards={names} cannot be listed there; give a range like {{00000..00127}}.tar")
-        return find_shards([f"{path.rstrip('/')}/{names}"], split)
+        return find_shards(folder, split)
     shards: set[Path] = set()
     for name in braceexpand(names):
-        found = list(Path(path).glob(name))
+        found = list(folder.glob(name))
         if not found and not any(c in name for c in "*?["):
-            raise ValueError(f"{Path(path) / name}: no such shard, and shards={names} names it; mend the range")
+            raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
         shards.update(found)
     return sorted(shards)
 
@@ -497,8 +494,9 @@ def load_index(
     rebuild: bool = True,
     names: str | None = None,
 ) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, or of the shards a pattern or list names, wherever they lie; `names`
-    as in `list_shards`. What is missing or stale is built.
+    """Open the index of `<folder>/<split>-*.tar`, of those that `names` names, or of shards that lie elsewhere.
+
+    What is missing or stale is built.
 
     Raises:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
@@ -553,6 +551,7 @@ def load_index(
         files=[s if isinstance(s, RemoteShard) else str(s) for s in shards],
         sidecars=[o.path for o in opened],
         checksums=[h["checksum"] for h in headers],
+        suffixes=sorted({suffix for o in opened for suffix in suffixes_of(o)}),
         start=start,
         **read_planned([o.path for o in opened], start),
         checksum=hashlib.sha256(state.encode()).hexdigest()[:16],
@@ -560,6 +559,12 @@ def load_index(
     )
     check_keys(index)
     return index
+
+
+def suffixes_of(opened: Sidecar) -> list[str]:
+    if "suffixes" in opened.header:
+        return opened.header["suffixes"]
+    return ShardRows(opened.path, checksum=opened.header["checksum"]).suffixes
 
 
 def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ ATTEMPTS = 5  # failures in a row, without a byte gained, before a file is given
 BACKOFF = 0.5  # seconds before the second attempt; doubled for each one after
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 8 << 20  # bytes asked for at a time where each request names its range
-STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 LISTING = "shards.json"
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|pipe:")
 # Names under which filesystems tell a file's content, the surest first, then its time.
@@ -85,10 +85,13 @@ def beside(url: str, name: str) -> str:
     return f"{url.split('?')[0].rsplit('/', 1)[0]}/{name}"
 
 
-def find_shards(path: str | Path | Sequence[str], split: str) -> list[Path | RemoteShard]:
-    """The shards of a split: by name in a folder, in the order given in a list or brace pattern.
+def locate_shards(path: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
+    """The shards of a split: by name in a folder elsewhere, in the order given in a list or brace pattern.
 
     A list or pattern whose names say no split (`00000.tar`, as img2dataset writes them) is all `train`.
+
+    Args:
+        names: of a folder, those that this pattern or range names, in place of `<split>-*.tar`.
 
     Raises:
         ValueError: the path cannot be listed, or a shard it names cannot be seen.
@@ -96,8 +99,11 @@ def find_shards(path: str | Path | Sequence[str], split: str) -> list[Path | Rem
     given = [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
     given = [re.sub(r"^(file|local)://", "", p) for p in given]
     one = given[0] if len(given) == 1 else ""
-    if one and not (isinstance(path, (list, tuple)) or "{" in one or one.endswith(".tar") or one.startswith("pipe:")):
-        return list_folder(one, split) if is_remote(one) else list_local(Path(one), split)
+    is_file = isinstance(path, (list, tuple)) or "{" in one or one.endswith(".tar") or one.startswith("pipe:")
+    if names is not None and "*" not in names:
+        given = [f"{one.rstrip('/')}/{names}"]
+    elif is_remote(one) and not is_file:
+        return list_folder(one, split, names or f"{split}-*.tar")
     import braceexpand
 
     try:
@@ -111,16 +117,12 @@ def find_shards(path: str | Path | Sequence[str], split: str) -> list[Path | Rem
     return describe(found)
 
 
-def list_local(folder: Path, split: str) -> list[Path]:
-    return sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
-
-
-def list_folder(url: str, split: str) -> list[RemoteShard]:
-    """Shards `<url>/<split>-*.tar`, by name."""
+def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
+    """Shards `<url>/<pattern>`, by name; behind HTTP those that the listing has of the split."""
     url = url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         try:
-            found = retry(lambda: _filesystem(url).glob(f"{_inside(url)}/{split}-*.tar", detail=True), url=url)
+            found = retry(lambda: _filesystem(url).glob(f"{_inside(url)}/{pattern}", detail=True), url=url)
         except Unavailable as error:
             raise ValueError(f"{error}; check the address and the credentials") from None
         root = url.split("://")[0] + "://"
@@ -128,7 +130,7 @@ def list_folder(url: str, split: str) -> list[RemoteShard]:
         return sorted(shards, key=lambda shard: shard.name)
     try:
         listing = json.loads(read_small(f"{url}/{LISTING}"))
-        names = sorted(entry["name"] for entry in listing.get(split, ()))
+        names = sorted(entry["name"] for entry in listing.get(split, ()) if fnmatch(entry["name"], pattern))
     except Unavailable as error:
         raise ValueError(
             f"{error}; a folder behind HTTP needs {LISTING} (`python -m fastvlm.data.index` writes it), or give the "

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvlm.data.remote import STORES, RemoteShard, Unavailable, read_range
+from fastvlm.data.remote import RemoteShard, Unavailable, read_range
 from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
+STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -40,6 +41,11 @@ class RawSample:
     record: dict
     images: list[bytes] = field(default_factory=list)
     label_maps: list[bytes] = field(default_factory=list)
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in order."""
+    return sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fastvlm.data import remote
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import build_index, load_index
 from fastvlm.data.plan import Plan
-from fastvlm.data.remote import find_shards, write_listing
+from fastvlm.data.remote import locate_shards, write_listing
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Mixture, Source
 
@@ -80,7 +80,7 @@ def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokeni
         (tmp_path / f"train-{i:05d}.tar").rename(tmp_path / f"{i:05d}.tar")
     index = load_index(f"{tmp_path}/{{00002,00000}}.tar", "train", tokenizer)
     assert [index.key(0), index.key(10)] == ["text-00020", "text-00000"]
-    assert find_shards(f"{tmp_path}/{{00002,00000}}.tar", "val") == []
+    assert locate_shards(f"{tmp_path}/{{00002,00000}}.tar", "val") == []
     with pytest.raises(ValueError, match=r"00007.tar: no such shard"):
         load_index(f"{tmp_path}/{{00002,00007}}.tar", "train", tokenizer)
 
@@ -218,6 +218,21 @@ def test_a_remote_index_of_another_tokenizer_is_not_used(folder, tokenizer, othe
     assert int(ours.text_tokens.sum()) != int(theirs.text_tokens.sum())
 
 
+def test_shards_of_img2dataset_are_named_in_a_folder_or_behind_a_url(tmp_path, tokenizer):
+    write_source(tmp_path, "text", 30, max_samples=10)
+    for i in range(3):
+        (tmp_path / f"train-{i:05d}.tar").rename(tmp_path / f"{i:05d}.tar")
+    with FaultServer(tmp_path) as server:
+        for names in ("{00000..00001}.tar", None):
+            path = server.url if names else f"{server.url}/{{00000..00001}}.tar"
+            source = Source("x", path=path, shards=names)
+            assert source.has_split("train") and source.load("train", tokenizer).num_samples == 20
+            assert (
+                source.load("train", tokenizer).checksum
+                == load_index(tmp_path, "train", tokenizer, names="{00000..00001}.tar").checksum
+            )
+
+
 def test_a_pipe_is_a_shard_too(folder, tokenizer):
     local = plan_of(folder, tokenizer)
     plan = plan_of(f"pipe:cat {folder}/train-{{00000..00002}}.tar", tokenizer)
@@ -266,7 +281,7 @@ def test_an_s3_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokeni
             plan = plan_of(path, tokenizer)
             assert plan.fingerprint == local.fingerprint
             assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
-        shard = find_shards(f"s3://{bucket}/data", "train")[0]
+        shard = locate_shards(f"s3://{bucket}/data", "train")[0]
         assert shard.version and shard.size == (folder / "train-00000.tar").stat().st_size
         assert remote.read_range(shard, 512, 100) == (folder / "train-00000.tar").read_bytes()[512:612]
         with pytest.raises(ValueError, match=r"no shards val-\*.tar"):

@@ -13,17 +13,17 @@ import pytest
 from fault_server import FaultServer
 
 from fastvlm.data import remote
-from fastvlm.data.remote import Unavailable, find_shards
+from fastvlm.data.remote import Unavailable, locate_shards
 from fastvlm.data.shard_cache import NoRoom, ShardCache
 from fastvlm.data.shards import ShardReader
 
 SIZE = 200_000
 FETCH = """
 import sys
-from fastvlm.data.remote import find_shards
+from fastvlm.data.remote import locate_shards
 from fastvlm.data.shard_cache import ShardCache
 cache = ShardCache(sys.argv[1], max_bytes=int(sys.argv[3]))
-for shard in find_shards(sys.argv[2], "train"):
+for shard in locate_shards(sys.argv[2], "train"):
     cache.fetch(shard)
     print(shard.name, flush=True)
 """
@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 
 def shards_of(server, last=5):
-    return find_shards(f"{server.url}/train-{{00000..{last:05d}}}.tar", "train")
+    return locate_shards(f"{server.url}/train-{{00000..{last:05d}}}.tar", "train")
 
 
 def kept(cache):
@@ -154,12 +154,12 @@ def test_a_shard_larger_than_the_cache_evicts_nothing(folder):
 
 READ = """
 import resource, sys
-from fastvlm.data.remote import find_shards
+from fastvlm.data.remote import locate_shards
 from fastvlm.data.shard_cache import ShardCache
 from fastvlm.data.shards import ShardReader
 if sys.argv[3] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-(shard,) = find_shards(sys.argv[1], "train")
+(shard,) = locate_shards(sys.argv[1], "train")
 data = ShardReader(cache=ShardCache(sys.argv[2])).read(shard, 512, 1000)
 sys.stdout.buffer.write(data)
 """
