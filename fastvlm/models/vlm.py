@@ -74,7 +74,7 @@ class VLM(nn.Module):
             return self.encode_patches(batch.pixel_values)
         return batch.features.to(next(self.projector.parameters()).dtype)
 
-    def project(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
+    def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
         """Visual tokens; of a resampler that drops some, their slots are exactly zero."""
         tokens = run(self.resampler, patches)
         visual = run(self.projector, tokens)
