@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,12 +314,13 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             if show_traceback:
                 raise
             refuse(str(error))
-        except RuntimeError as error:  # torch's loader says it so
-            if show_traceback or not re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)):
+        except (RuntimeError, EOFError, OSError) as error:
+            if show_traceback or not loader_died(error):
                 raise
+            what = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
             refuse(
-                f"a loader process was killed ({str(error).splitlines()[0].strip()}); out of memory? "
-                f"the same command goes on from the last checkpoint: {shlex.join(sys.argv)}"
+                f"a loader process was killed ({what}); out of memory? The same command goes on from the last "
+                f"checkpoint: {shlex.join(sys.argv)}"
             )
         except KeyboardInterrupt:
             print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.argv)}", file=sys.stderr)
@@ -337,6 +339,16 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         if isinstance(error, ValueError):  # a sweep whose cells failed
             refuse(str(error))
         raise
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether a process of a DataLoader was killed: torch says so, or what it was handing over ends in the middle."""
+    if isinstance(error, RuntimeError):
+        return re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)) is not None
+    frames = [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__)]
+    in_loader = any(name.endswith("torch/utils/data/dataloader.py") for name in frames)
+    handing = any("/multiprocessing/" in name for name in frames)
+    return in_loader and handing and isinstance(error, (EOFError, ConnectionError, FileNotFoundError))
 
 
 def refuse(message: str) -> NoReturn:

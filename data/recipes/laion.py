@@ -89,7 +89,7 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
     """Index a shard unless that is done; returns kept, dropped (reason -> count, keys), notes and errors.
 
     Raises:
-        ValueError: the folder cannot be written to, or the shard is not whole.
+        ValueError: the shard is not whole.
     """
     import pyarrow.parquet as pq
 

@@ -114,13 +114,16 @@ class FaultServer:
             if fault == "stall":
                 handler.wfile.flush()
                 time.sleep(3)
+            elif fault == "cut":  # aiohttp forgets what it holds when the connection goes, so it is given the time
+                self.send(handler, name, part[: len(part) // 2])
+                time.sleep(0.3)
             elif fault == "slow":
                 step = max(1, len(part) // 10)
                 for i in range(0, len(part), step):
                     time.sleep(0.02)
                     self.send(handler, name, part[i : i + step])
             else:
-                self.send(handler, name, part[: len(part) // 2] if fault == "cut" else part[:length])
+                self.send(handler, name, part[:length])
         except OSError:
             handler.close_connection = True
         if fault in ("cut", "long", "stall"):
