@@ -1,8 +1,8 @@
 """The data engine against a pure JPEG decode and against its peers.
 
-    python benchmarks/data.py                              # ours alone: 6 minutes of one core, 2 of them once
-    python benchmarks/data.py peers=<environment>          # and the peers: ... minutes
-    python benchmarks/data.py parts=shares,packing         # one minute
+    python benchmarks/data.py                        # ours alone: 3 minutes, 2 of them once, to make the data
+    python benchmarks/data.py peers=<environment>    # and the peers: about an hour on two cores, 9 minutes a round
+    python benchmarks/data.py parts=shares,packing   # one minute
 
 The peers live in an environment of their own (`uv venv E; uv pip install -p E/bin/python -r
 benchmarks/requirements-peers.txt`). Keys: peers, parts=speed,shares,packing, only=<names of peers>, images=2000 made,

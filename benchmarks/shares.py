@@ -109,7 +109,7 @@ def realised(sources: np.ndarray, costs: np.ndarray, count: int) -> list[float]:
 
 def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, window: int = 1000, batch_size: int = 8) -> list:
     """Rows of `sft_minimal` (its shares by answer tokens), packed in windows; no image budget."""
-    from fastvlm.data.packing import first_fit_decreasing, pack_window
+    from fastvlm.data.packing import pack_window
 
     made_plan = plan(folder, tokenizer, SFT_MINIMAL, "answer_tokens", packing=False, num_steps=1)
     lengths = made_plan.costs(count, "tokens")[1].tolist()
@@ -141,6 +141,23 @@ def arrival_order(
             tokens_left, images_left = max_tokens, max_images
         rows[-1].append(i)
         tokens_left, images_left = tokens_left - length, images_left - images[i]
+    return rows
+
+
+def first_fit_decreasing(
+    lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int
+) -> list[list[int]]:
+    """The longest first, each into the first row with room; as `pack_window`."""
+    rows: list[list[int]] = []
+    room: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        k = next((k for k, (t, m) in enumerate(room) if t >= lengths[i] and m >= images[i]), len(rows))
+        if k == len(rows):
+            rows.append([])
+            room.append([max_tokens, max_images])
+        rows[k].append(i)
+        room[k][0] -= lengths[i]
+        room[k][1] -= images[i]
     return rows
 
 
