@@ -1,8 +1,11 @@
 """What cached encoder outputs cost and save.
 
-python benchmarks/features.py stores             # safetensors chunks against LMDB; about two minutes, 9 GB of disk
-python benchmarks/features.py stage              # the embedded align stage with and without; about two minutes
-python benchmarks/features.py large              # a ViT-B/16 at 336 px with random weights, a small language model
+    python benchmarks/features.py stores    # safetensors chunks against LMDB; minutes, 4 GB of disk at a time
+    python benchmarks/features.py stage     # the embedded align stage with and without; minutes
+    python benchmarks/features.py large     # a ViT-B/16 at 336 px with random weights, a small language model; minutes
+
+Behind the last two stands what else to override. Runs take turns in one process; ratios by CPU time hold on a busy
+machine too.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_two_ranks_write_shares_and_pass_steps_in_which_one_has_no_image(cli, tm
     # One sample a rank and step, of captions and of text: a rank often has no image while the other has one.
     arguments = [*DENSE, "stages.dense.steps=6", "mixture@stages.dense.mixture=embedded_45_45_10"]
     arguments += ["stages.dense.batch_size=2", "stages.dense.packing=false", "stages.dense.max_tokens=512"]
-    arguments += ["stages.dense.val_samples=8"]
+    arguments += ["stages.dense.val_samples=8", "stages.dense.mixture.weights.text=100"]
     weights, curves = [], []
     for devices, cached in ((1, False), (2, True)):
         options = [f"hardware.devices={devices}", f"stages.dense.cache_features={str(cached).lower()}"]

@@ -8,8 +8,10 @@ of the encoded image file as it was read, so nothing stale can be found. A store
     <hash>.safetensors     chunks: features (V, N, D), keys uint8 (n, 32), views int32 (n): image i has views[i] rows
     plans/<hash>.json      chunks that hold every image of a plan, so that it is not read again to find out
 
-Chunks appear by rename and never change, so readers need no lock. Chunks of safetensors and not LMDB: see
-`benchmarks/features.py stores`.
+Chunks appear by rename and never change, so readers need no lock, ranks write side by side and a network disk will do.
+LMDB lets one process write at a time, must be told its largest size, refuses to be opened twice in a process, and
+takes 1 to 12 % more room. It reads small entries from a disk faster (2.8 times at 18 kB, as fast at 400 kB), which no
+training step notices; written they are at like speed (`benchmarks/features.py stores`).
 
     python -m fastvlm.data.features                  # what is there
     python -m fastvlm.data.features delete=<key>     # first letters of a key, or all
