@@ -184,6 +184,8 @@ def prepare_parts(
     for split in splits:
         if split not in known:
             hint = "; hold one out with val=0.01" if split == "val" else ""
+            if split in getattr(recipe, "REFUSED", {}):
+                hint = f"; {recipe.REFUSED[split]}"
             raise ValueError(f"splits={','.join(splits)}: {source} has no split {split}, it has {known}{hint}")
     splits = [split for split in known if split in (splits or known)]
     keys = list_keys(recipe)

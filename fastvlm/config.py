@@ -313,6 +313,13 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             if show_traceback:
                 raise
             refuse(str(error))
+        except RuntimeError as error:  # torch's loader says it so
+            if show_traceback or not re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)):
+                raise
+            refuse(
+                f"a loader process was killed ({str(error).splitlines()[0].strip()}); out of memory? "
+                f"the same command goes on from the last checkpoint: {shlex.join(sys.argv)}"
+            )
         except KeyboardInterrupt:
             print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.argv)}", file=sys.stderr)
             sys.exit(130)

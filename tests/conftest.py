@@ -27,6 +27,14 @@ TINY = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing is left in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTVLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory) -> Path:
     """A data folder that holds a hundredth of the embedded data set."""

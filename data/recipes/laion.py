@@ -91,19 +91,17 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
     Raises:
         ValueError: the folder cannot be written to, or the shard is not whole.
     """
+    import pyarrow.parquet as pq
+
     from data.recipes.writing import load_tokenizer
     from fastvlm.data.index import build_index, open_sidecar
 
     loaded = load_tokenizer(*tokenizer)
-    table, header, _ = open_sidecar(shard, loaded.fingerprint)
-    if table is None:
-        try:
-            build_index(shard, loaded)
-        except PermissionError:
-            raise ValueError(
-                f"{shard.parent} is read-only, and the index lies beside each shard; copy or link it"
-            ) from None
-        table, header, _ = open_sidecar(shard, loaded.fingerprint)
+    opened, _ = open_sidecar(shard, loaded.fingerprint)
+    if opened is None:
+        build_index(shard, loaded)
+        opened, _ = open_sidecar(shard, loaded.fingerprint)
+    table, header = pq.read_table(opened.path), opened.header
     if header["broken"]:
         raise ValueError(f"{shard}: {header['broken']}; is img2dataset still writing it? Else fetch this shard again")
     dropped: dict[str, tuple[int, list[str]]] = {}

@@ -195,7 +195,37 @@ class Metrics(Callback):
         if trainer.is_global_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             keep_lines(self.path, step=trainer.global_step)
+            self._log_left_out(trainer)
         self._idle_since = None
+
+    def _log_left_out(self, trainer: Trainer) -> None:
+        """What the plan does without, beside the metrics: counts a source, and the names in a file."""
+        plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
+        counts, names = {}, {}
+        for source in getattr(plan, "sources", ()):
+            counts[f"data/left_out/{source.name}"] = float(sum(map(len, source.excluded.values())))
+            counts[f"data/truncated/{source.name}"] = float(source.num_truncated)
+            counts[f"data/broken_shards/{source.name}"] = float(len(source.index.broken))
+            if source.excluded or source.index.broken:
+                named = {
+                    why: [source.index.key(row) for row in rows[:1000].tolist()]
+                    for why, rows in source.excluded.items()
+                }
+                excluded = {why: {"count": len(rows), "keys": named[why]} for why, rows in source.excluded.items()}
+                names[source.name] = {"left out": excluded, "broken shards": source.index.broken}
+        for logger in trainer.loggers:
+            if counts:
+                logger.log_metrics(counts, step=trainer.global_step)
+        self._log_names(trainer, "left_out.json", names)
+
+    def _log_names(self, trainer: Trainer, name: str, names: dict[str, Any]) -> None:
+        if not names:
+            return
+        file = self.path.parent / name
+        file.write_text(json.dumps(names, indent=1) + "\n")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_file"):
+                logger.log_file(file)
 
     # -- every batch ----------------------------------------------------------------------------------------------
 
@@ -266,6 +296,10 @@ class Metrics(Callback):
         if skipped and trainer.is_global_zero:
             log.warning("samples that could not be read (%d): %s", len(skipped), ", ".join(skipped[:10]))
         self._write(trainer, step, metrics, **({"skipped_keys": skipped[:100]} if skipped else {}))
+        if skipped and trainer.is_global_zero:
+            records = [json.loads(line) for line in self.path.read_text().splitlines()]
+            found = {str(r["step"]): r["skipped_keys"] for r in records if "skipped_keys" in r}
+            self._log_names(trainer, "skipped.json", found)
         self._losses, self._window, self._norms, self._skipped = Losses(), None, {}, []
         self._seconds["step"] = self._seconds["wait"] = 0.0
         self._logged_step = step

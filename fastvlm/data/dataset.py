@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from fastvlm.data.decode import open_image
 from fastvlm.data.features import FeatureStore, image_key
 from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
+from fastvlm.data.prefetch import Prefetcher, has_remote
 from fastvlm.data.shards import RawSample, ShardReader
 from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
 from fastvlm.data.validation import ValidationPlan
@@ -89,6 +91,7 @@ class PlannedDataset(Dataset):
         self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
+        self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
         self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
@@ -98,6 +101,7 @@ class PlannedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         number, micro = divmod(index, self.accumulate)
+        self._look_ahead(number)
         step = self.plan.step(number)
         rows, skipped = [], []
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
@@ -129,6 +133,17 @@ class PlannedDataset(Dataset):
             skipped=skipped,
             **{"pixel_values" if self.features is None else "features": room[:filled]},
         )
+
+    def _look_ahead(self, step: int) -> None:
+        if not any(has_remote(source.index) for source in self.plan.sources):
+            return
+        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not follow a fork
+            ranks = {"rank": self.rank, "world_size": self.world_size}
+            self._prefetcher = (os.getpid(), Prefetcher(self.plan, cache=self._reader.cache, **ranks))
+        self._prefetcher[1].move_to(step)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_prefetcher": None}
 
     def _room(self, count: int, *, shared: bool = False) -> Tensor:
         """Where that many views, or their features, are written."""

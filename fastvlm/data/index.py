@@ -9,13 +9,21 @@ fingerprint and the format's version; a sidecar that does not fit is rebuilt, or
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import sys
+import time
 import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +34,16 @@ from braceexpand import braceexpand
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.decode import measure_image
+from fastvlm.data.remote import RemoteShard, Unavailable, beside, is_remote, locate_shards, read_small, write_listing
+from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
 from fastvlm.data.shards import RawSample, ShardReader, find_shards, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 3
+KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
+PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
+NOTED_SAMPLES = 100_000
+SAY_EVERY = 5  # seconds
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -97,11 +111,15 @@ def numbers_of(meta: dict) -> dict[str, float]:
     return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
+def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> Path:
     """Read a shard once and write its sidecar; returns the sidecar's path.
 
     A broken tar is indexed up to the break, with a warning that says where it broke. A sample whose record or image
-    cannot be read keeps its row, with the fault named, and no plan uses it.
+    cannot be read keeps its row, with the fault named, and no plan uses it. Where the folder cannot be written the
+    sidecar goes into the cache folder.
+
+    Args:
+        out: write it there and nowhere else.
     """
     shard = Path(shard)
     stat = shard.stat()
@@ -134,50 +152,173 @@ def build_index(shard: str | Path, tokenizer: Tokenizer) -> Path:
         "checksum": checksum(*columns),
         "tokenizer": tokenizer.fingerprint,
         "broken": broken,
+        "suffixes": sorted({suffix for span in spans for suffix, _, _ in span.members}),
     }
-    write_sidecar(shard, table, header)
-    return sidecar(shard)
+    if out is not None:
+        return write_sidecar(out, table, header)
+    try:
+        return write_sidecar(sidecar(shard), table, header)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        return write_sidecar(cached_sidecar(shard, tokenizer.fingerprint), table, header)
 
 
-def write_sidecar(shard: Path, table: pa.Table, header: dict) -> None:
-    part = sidecar(shard).with_name(f".{sidecar(shard).name}.{os.getpid()}")
-    pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
-    os.replace(part, sidecar(shard))
+def write_sidecar(path: Path, table: pa.Table, header: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    return path
 
 
-def open_sidecar(shard: Path, fingerprint: str) -> tuple[pa.Table | None, dict, str]:
-    """Read a shard's sidecar; returns (table, header, why it does not fit), the reason being "" when it does.
+def cached_sidecar(shard: Path | RemoteShard, fingerprint: str) -> Path:
+    """Where the index of a remote shard, or of one in a folder that cannot be written, is kept."""
+    remote = isinstance(shard, RemoteShard)
+    digest = shard.digest if remote else hashlib.sha256(bytes(shard.absolute())).hexdigest()[:20]
+    return cache_folder() / "index" / f"{digest}-{fingerprint}-{shard.name}.idx.parquet"
+
+
+def unwritable(error: OSError) -> str:
+    return f"{cache_folder()}: {error.strerror or error}; indexes of remote shards are kept there: set FASTVLM_CACHE"
+
+
+@dataclass
+class Sidecar:
+    """The index of one shard, found to fit; its columns stay in its file until they are asked for."""
+
+    path: Path
+    header: dict
+    num_samples: int
+
+
+def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
+    """The sidecar of a shard, beside it or in the cache folder, or why there is none that fits.
 
     Cheap: size and modification time are compared. Only where the time differs (a copy, a checkout) are the spans'
     checksums read once; when they agree, the new time is noted.
     """
-    path = sidecar(shard)
+    kept = cached_sidecar(shard, fingerprint)
+    if isinstance(shard, RemoteShard):
+        found, reason = read_sidecar(kept, shard, fingerprint)
+        if found is None and not shard.url.startswith("pipe:"):
+            try:
+                data = read_small(beside(shard.url, f"{shard.name}.idx.parquet"))
+            except Unavailable:
+                return None, "missing"
+            fetched = kept.with_name(f".{kept.name}.{os.getpid()}")
+            try:
+                fetched.parent.mkdir(parents=True, exist_ok=True)
+                fetched.write_bytes(data)
+                found, reason = read_sidecar(fetched, shard, fingerprint)
+                if found is not None:
+                    os.replace(fetched, kept)
+                    found.path = kept
+            except OSError as error:
+                raise ValueError(unwritable(error)) from None
+            finally:
+                with contextlib.suppress(OSError):
+                    fetched.unlink(missing_ok=True)
+        return found, reason
+    found, reason = read_sidecar(sidecar(shard), shard, fingerprint)
+    if found is None and kept.exists():
+        found, _ = read_sidecar(kept, shard, fingerprint)
+    return found, reason if found is None else ""
+
+
+def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
     if not path.exists():
-        return None, {}, "missing"
+        return None, "missing"
     try:
-        table = pq.read_table(path, memory_map=False)
-        header = json.loads(table.schema.metadata[b"fastvlm"])
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        header = json.loads(schema.metadata[b"fastvlm"])
+        if header.get("format") != FORMAT or schema.names != SCHEMA.names:
+            return None, f"of format {header.get('format')}, this version writes {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        return None, {}, f"unreadable ({str(error).splitlines()[0]})"
-    stat = shard.stat()
-    if header.get("format") != FORMAT or not table.schema.equals(SCHEMA):
-        return None, header, f"of format {header.get('format')}, this version writes {FORMAT}"
+        return None, f"unreadable ({str(error).splitlines()[0]})"
     if header["tokenizer"] != fingerprint:
-        return None, header, f"made with tokenizer {header['tokenizer']}, this one is {fingerprint}"
-    if header["shard_size"] != stat.st_size:
-        return None, header, f"of a shard of {header['shard_size']} bytes, it has {stat.st_size}"
-    if header["shard_mtime_ns"] != stat.st_mtime_ns:
+        return None, f"made with tokenizer {header['tokenizer']}, this one is {fingerprint}"
+    stat = shard.stat() if isinstance(shard, Path) else None
+    size = stat.st_size if stat else shard.size
+    if size is not None and header["shard_size"] != size:
+        return None, f"of a shard of {header['shard_size']} bytes, it has {size}"
+    if stat and header["shard_mtime_ns"] != stat.st_mtime_ns:
         # The headers too: a sample that was appended lies in no span of the old index.
         spans, _ = scan_shard(shard)
         reader = ShardReader()
         offset, size = [span.offset for span in spans], [span.size for span in spans]
         crc32 = [zlib.crc32(reader.read(str(shard), span.offset, span.size)) for span in spans]
         if checksum(offset, size, crc32) != header["checksum"]:
-            return None, header, "of other content (checksum)"
+            return None, "of other content (checksum)"
         header["shard_mtime_ns"] = stat.st_mtime_ns
         with contextlib.suppress(OSError):  # a read-only folder: the checksums are read again next time
-            write_sidecar(shard, table, header)
-    return table, header, ""
+            write_sidecar(path, pq.read_table(path), header)
+    return Sidecar(path, header, file.metadata.num_rows), ""
+
+
+def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
+    """Build a shard's index; a remote shard is brought into the cache for it.
+
+    Raises:
+        ValueError: a remote shard cannot be had.
+    """
+    if isinstance(shard, Path):
+        build_index(shard, tokenizer)
+        return
+    cache = ShardCache()
+    try:
+        fd = cache.open(shard)
+    except OSError as error:
+        raise ValueError(f"{error}; its index cannot be built (a sidecar beside it would do)") from None
+    try:
+        build_index(cache.path(shard), tokenizer, out=cached_sidecar(shard, tokenizer.fingerprint))
+    except OSError as error:
+        raise ValueError(unwritable(error)) from None
+    finally:
+        os.close(fd)
+
+
+def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, label: str) -> None:
+    """Build many indexes, in as many processes as there are cores, with a line now and then that says how many."""
+    sizes = [s.size or 0 if isinstance(s, RemoteShard) else s.stat().st_size for s in shards]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = functools.partial(build_missing, tokenizer=tokenizer)
+    started = said = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        done: Iterable = map(work, shards)
+        if len(shards) > 1 and cores > 1 and sum(sizes) > PARALLEL_BYTES:
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(min(cores, len(shards))))
+            done = pool.imap(work, shards)
+        for count, _ in enumerate(done, start=1):
+            now = time.monotonic()
+            if now - said > SAY_EVERY or (count == len(shards) and now - started > SAY_EVERY):
+                print(f"{label}: index of {count} of {len(shards)} shards built", file=sys.stderr, flush=True)
+                said = now
+
+
+class ShardRows:
+    """All columns of one shard's index, as arrays: what reading its samples needs."""
+
+    def __init__(self, path: Path, *, checksum: str):
+        file = pq.ParquetFile(path, memory_map=True)
+        if json.loads(file.schema_arrow.metadata[b"fastvlm"])["checksum"] != checksum:
+            raise ValueError(f"{path} was written anew while it was in use; start again")
+        table = file.read(columns=["key", "offset", "size", "crc32", "members"], use_threads=False)
+        self.keys = merged(table["key"])
+        self.offset, self.size, self.crc32 = (table[name].to_numpy() for name in ("offset", "size", "crc32"))
+        members = merged(table["members"])
+        flat = members.flatten()
+        suffixes = flat.field("suffix").dictionary_encode()
+        self.suffixes = suffixes.dictionary.to_pylist()
+        self.member_start = members.offsets.to_numpy()
+        self.member_suffix = suffixes.indices.to_numpy()
+        self.member_offset, self.member_size = flat.field("offset").to_numpy(), flat.field("size").to_numpy()
 
 
 @dataclass
@@ -185,38 +326,94 @@ class SourceIndex:
     """The index of one split of a source, over all its shards, as columns.
 
     Rows stand in shard order and, within a shard, in the order of the tar. int32 columns unless it says otherwise.
+    Columns that only reading or a filter needs stay in the sidecars until they are asked for.
     """
 
-    folder: Path
+    folder: Path | str | Sequence[str]  # as the source's path says
     split: str
-    shards: list[str]
-    shard: np.ndarray  # index into `shards`
-    offset: np.ndarray  # int64, bytes
-    size: np.ndarray  # int64, bytes
+    shards: list[str]  # path or URL
+    files: list[str | RemoteShard]  # what a ShardReader takes
+    sidecars: list[Path]
+    checksums: list[str]  # of the shards
+    suffixes: list[str]  # of all members
+    start: np.ndarray  # int64 (shards + 1): shard k has rows start[k] .. start[k + 1]
     num_images: np.ndarray
     text_tokens: np.ndarray
     answer_tokens: np.ndarray
-    crc32: np.ndarray  # uint32
-    keys: pa.Array
     types: pa.Array
-    numbers: pa.MapArray
     faults: pa.Array
-    image_width: pa.Array
-    image_height: pa.Array
-    suffixes: list[str]
-    member_start: np.ndarray  # int64 (num_samples + 1): the members of row i are member_start[i] .. member_start[i + 1]
-    member_suffix: np.ndarray  # index into `suffixes`
-    member_offset: np.ndarray  # int64, bytes
-    member_size: np.ndarray  # int64, bytes
     checksum: str  # over the shards' checksums and the tokenizer: what a plan's fingerprint rests on
     broken: dict[str, str]  # shard -> where it broke
 
+    def __post_init__(self):
+        self._rows: OrderedDict[int, ShardRows] = OrderedDict()
+
     @property
     def num_samples(self) -> int:
-        return len(self.shard)
+        return int(self.start[-1])
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """Index into `shards`, one a row."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), np.diff(self.start))
+
+    @cached_property
+    def size(self) -> np.ndarray:
+        """int64, bytes of every sample's span."""
+        return self.column("size").to_numpy()
+
+    @cached_property
+    def crc32(self) -> np.ndarray:
+        """uint32, of every sample's span."""
+        return self.column("crc32").to_numpy()
+
+    @cached_property
+    def keys(self) -> pa.Array:
+        return self.column("key")
+
+    @cached_property
+    def image_width(self) -> pa.Array:
+        """Pixels of every image, a list a row."""
+        return self.column("image_width")
+
+    @cached_property
+    def image_height(self) -> pa.Array:
+        return self.column("image_height")
+
+    @cached_property
+    def numbers(self) -> pa.MapArray:
+        return self.column("numbers")
+
+    def column(self, name: str) -> pa.Array:
+        """A column of all sidecars, read from them now."""
+        read = lambda path: pq.ParquetFile(path).read(columns=[name], use_threads=False)[name]
+        with ThreadPoolExecutor(4) as pool:
+            chunks = [chunk for column in pool.map(read, self.sidecars) for chunk in column.chunks]
+        return merged(pa.chunked_array(chunks, type=SCHEMA.field(name).type))
+
+    def _locate(self, row: int) -> tuple[int, int, ShardRows]:
+        """(shard, row in the shard, its columns); the columns of the shards read last are kept."""
+        k = int(np.searchsorted(self.start, row, side="right")) - 1
+        rows = self._rows.get(k)
+        if rows is None:
+            rows = ShardRows(self.sidecars[k], checksum=self.checksums[k])
+            self._rows[k] = rows
+            while len(self._rows) > KEPT_SHARDS:
+                with contextlib.suppress(KeyError):  # another thread was faster
+                    self._rows.popitem(last=False)
+        return k, row - int(self.start[k]), rows
 
     def key(self, row: int) -> str:
-        return self.keys[int(row)].as_py()
+        _, i, rows = self._locate(int(row))
+        return rows.keys[i].as_py()
+
+    def file(self, k: int) -> str | RemoteShard:
+        """Shard k as a ShardReader takes it; a remote one with what its samples' checksums should be."""
+        file = self.files[k]
+        if isinstance(file, str):
+            return file
+        rows = self._locate(int(self.start[k]))[2] if self.start[k] < self.start[k + 1] else None
+        return replace(file, spans=None if rows is None else (rows.offset, rows.size, rows.crc32))
 
     def number(self, name: str) -> np.ndarray:
         """A number of every sample, by name: float64, NaN where a sample has none.
@@ -242,27 +439,41 @@ class SourceIndex:
         """Read a sample at its offset.
 
         Raises:
-            OSError: the shard is missing.
+            OSError: the shard is missing or cannot be had.
             ValueError: its bytes are not those that were indexed.
         """
-        row = int(row)
-        offset, size, key = int(self.offset[row]), int(self.size[row]), self.key(row)
-        data = reader.read(self.shards[self.shard[row]], offset, size)
-        if zlib.crc32(data) != self.crc32[row]:
-            raise ValueError(f"{self.shards[self.shard[row]]}: {key} changed after it was indexed (CRC-32)")
+        k, i, rows = self._locate(int(row))
+        file = self.files[k]
+        if not isinstance(file, str):
+            file = replace(file, spans=(rows.offset, rows.size, rows.crc32))
+        offset, key = int(rows.offset[i]), rows.keys[i].as_py()
+        data = reader.read(file, offset, int(rows.size[i]))
+        if zlib.crc32(data) != rows.crc32[i]:
+            raise ValueError(f"{self.shards[k]}: {key} changed after it was indexed (CRC-32)")
         members = {}
-        for i in range(int(self.member_start[row]), int(self.member_start[row + 1])):
-            start = int(self.member_offset[i]) - offset
-            members[self.suffixes[self.member_suffix[i]]] = data[start : start + int(self.member_size[i])]
+        for m in range(int(rows.member_start[i]), int(rows.member_start[i + 1])):
+            start = int(rows.member_offset[m]) - offset
+            members[rows.suffixes[rows.member_suffix[m]]] = data[start : start + int(rows.member_size[m])]
         return parse_sample(key, members)
 
+    def __getstate__(self) -> dict:
+        lazy = ("_rows", "shard", "size", "crc32", "keys", "image_width", "image_height", "numbers")
+        return {name: value for name, value in self.__dict__.items() if name not in lazy}
 
-def list_shards(folder: str | Path, split: str, names: str | None = None) -> list[Path]:
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"_rows": OrderedDict()}
+
+
+def list_shards(folder: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
     """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
+    Of shards that are named or lie elsewhere, see `locate_shards`.
 
     Raises:
-        ValueError: a shard of a range is missing.
+        ValueError: a shard of a range is missing; a folder elsewhere cannot be listed.
     """
+    plain = isinstance(folder, Path) or not (isinstance(folder, (list, tuple)) or is_remote(folder) or "{" in folder)
+    if not plain or str(folder).endswith(".tar"):
+        return locate_shards(folder, split, names if split == "train" else None)
     folder = Path(folder)
     if names is None or split != "train":
         return find_shards(folder, split)
@@ -276,78 +487,172 @@ def list_shards(folder: str | Path, split: str, names: str | None = None) -> lis
 
 
 def load_index(
-    folder: str | Path, split: str, tokenizer: Tokenizer, *, rebuild: bool = True, names: str | None = None
+    folder: str | Path | Sequence[str],
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    rebuild: bool = True,
+    names: str | None = None,
 ) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, or of the shards `names` names, building what is missing or stale.
+    """Open the index of `<folder>/<split>-*.tar`, of those that `names` names, or of shards that lie elsewhere.
+
+    What is missing or stale is built.
 
     Raises:
         ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
     """
-    folder = Path(folder)
     shards = list_shards(folder, split, names)
+    folder = folder if isinstance(folder, (list, tuple)) or is_remote(folder) else Path(folder)
     if not shards:
         raise ValueError(
             f"{folder}: no shards {names or f'{split}-*.tar'}; write them with `python data/prepare.py`, "
             "or point the source's path at them"
         )
     fingerprint = tokenizer.fingerprint
-    tables, headers = [], []
-    for shard in shards:
-        table, header, reason = open_sidecar(shard, fingerprint)
-        if table is None:
-            if not rebuild:
-                which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
+    where = [s.url if isinstance(s, RemoteShard) else str(s) for s in shards]
+    look = functools.partial(open_sidecar, fingerprint=fingerprint)
+    with ThreadPoolExecutor(min(16, len(shards))) as pool:
+        found = list(pool.map(look, shards))
+    missing = [i for i, (opened, _) in enumerate(found) if opened is None]
+    if missing and not rebuild:
+        which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
+        raise ValueError(
+            f"{where[missing[0]]}.idx.parquet is {found[missing[0]][1]}; rebuild it with `python -m fastvlm.data.index "
+            f"{folder if not isinstance(folder, (list, tuple)) else where[missing[0]]} "
+            f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+        )
+    if missing:
+        with one_builder(where[0]):
+            for i in list(missing):
+                found[i] = look(shards[i])  # another process may have built it while we waited
+            missing = [i for i in missing if found[i][0] is None]
+            build_all([shards[i] for i in missing], tokenizer, label=f"{folder}, {split}")
+        for i in missing:
+            found[i] = look(shards[i])
+            if found[i][0] is None:
                 raise ValueError(
-                    f"{sidecar(shard)} is {reason}; rebuild it with `python -m fastvlm.data.index {folder} "
-                    f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+                    f"index of {where[i]} is {found[i][1]} right after it was built; is the shard being written?"
                 )
-            build_index(shard, tokenizer)
-            table, header, reason = open_sidecar(shard, fingerprint)
-            if table is None:
-                raise ValueError(f"{sidecar(shard)} is {reason} right after it was built; is the shard being written?")
+    opened = [sidecar for sidecar, _ in found]
+    headers, counts = [o.header for o in opened], [o.num_samples for o in opened]
+    for place, header, count in zip(where, headers, counts):
         if header["broken"]:
             warnings.warn(
-                f"{shard}: {header['broken']}; {len(table)} whole samples before the break are used, "
+                f"{place}: {header['broken']}; {count} whole samples before the break are used, "
                 "what follows is lost: write the shard again",
                 stacklevel=2,
             )
-        tables.append(table)
-        headers.append(header)
-    table = pa.concat_tables(tables).combine_chunks()
-    column = lambda name, dtype=np.int32: table[name].to_numpy().astype(dtype, copy=False)
-    keys, members = merged(table["key"]), merged(table["members"])
-    if len(keys) and pc.count_distinct(keys).as_py() != len(keys):
-        counts = pc.value_counts(keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        raise ValueError(f"{folder}: key {twice!r} stands twice in split {split}; give every sample its own key")
-    flat = members.flatten()
-    suffixes = flat.field("suffix").dictionary_encode()
-    state = json.dumps([[h["checksum"] for h in headers], fingerprint, [len(t) for t in tables]])
-    return SourceIndex(
+    state = json.dumps([[h["checksum"] for h in headers], fingerprint, counts])
+    start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    index = SourceIndex(
         folder=folder,
         split=split,
-        shards=[str(s) for s in shards],
-        shard=np.repeat(np.arange(len(shards), dtype=np.int32), [len(t) for t in tables]),
-        offset=column("offset", np.int64),
-        size=column("size", np.int64),
-        num_images=column("num_images"),
-        text_tokens=column("text_tokens"),
-        answer_tokens=column("answer_tokens"),
-        crc32=column("crc32", np.uint32),
-        keys=keys,
-        types=merged(table["type"]),
-        numbers=merged(table["numbers"]),
-        faults=merged(table["fault"]),
-        image_width=merged(table["image_width"]),
-        image_height=merged(table["image_height"]),
-        suffixes=suffixes.dictionary.to_pylist(),
-        member_start=members.offsets.to_numpy().astype(np.int64),
-        member_suffix=suffixes.indices.to_numpy().astype(np.int32),
-        member_offset=flat.field("offset").to_numpy().astype(np.int64),
-        member_size=flat.field("size").to_numpy().astype(np.int64),
+        shards=where,
+        files=[s if isinstance(s, RemoteShard) else str(s) for s in shards],
+        sidecars=[o.path for o in opened],
+        checksums=[h["checksum"] for h in headers],
+        suffixes=sorted({suffix for o in opened for suffix in suffixes_of(o)}),
+        start=start,
+        **read_planned([o.path for o in opened], start),
         checksum=hashlib.sha256(state.encode()).hexdigest()[:16],
-        broken={str(s): h["broken"] for s, h in zip(shards, headers) if h["broken"]},
+        broken={place: h["broken"] for place, h in zip(where, headers) if h["broken"]},
     )
+    check_keys(index)
+    return index
+
+
+def suffixes_of(opened: Sidecar) -> list[str]:
+    if "suffixes" in opened.header:
+        return opened.header["suffixes"]
+    return ShardRows(opened.path, checksum=opened.header["checksum"]).suffixes
+
+
+def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:
+    """The columns that a plan needs, filled shard by shard, so that hundreds of tables never stand beside them."""
+    numbers = {name: np.empty(start[-1], dtype=np.int32) for name in ("num_images", "text_tokens", "answer_tokens")}
+    codes = {name: np.empty(start[-1], dtype=np.int32) for name in ("type", "fault")}
+    words: dict[str, dict[str, int]] = {name: {} for name in codes}
+
+    def read(path: Path) -> pa.Table:
+        file = pq.ParquetFile(path, read_dictionary=list(codes))
+        return file.read(columns=[*numbers, *codes], use_threads=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(0, len(sidecars), 16):  # no more tables ahead than these
+            for k, table in enumerate(pool.map(read, sidecars[first : first + 16]), start=first):
+                for name, out in numbers.items():
+                    out[start[k] : start[k + 1]] = table[name].to_numpy()
+                for name, out in codes.items():
+                    at = start[k]
+                    for chunk in table[name].chunks:
+                        known = words[name]
+                        place = np.array(
+                            [known.setdefault(w, len(known)) for w in chunk.dictionary.to_pylist()], np.int32
+                        )
+                        out[at : at + len(chunk)] = place[chunk.indices.to_numpy()]
+                        at += len(chunk)
+    small = lambda name: codes[name].astype(np.min_scalar_type(-max(1, len(words[name]))))
+    coded = {
+        name: pa.DictionaryArray.from_arrays(small(name), pa.array(list(words[name]), pa.string())) for name in codes
+    }
+    return numbers | {"types": coded["type"], "faults": coded["fault"]}
+
+
+def check_keys(index: SourceIndex) -> None:
+    """Refuse two samples with one key.
+
+    With millions of samples this takes seconds, so that a large index found sound is noted in the cache folder under
+    its checksum (which covers the tars' headers, and so the keys).
+    """
+    note = cache_folder() / "index" / f"unique-{index.checksum}"
+    if not index.num_samples or (index.num_samples > NOTED_SAMPLES and note.exists()):
+        return
+    hashes = np.empty(index.num_samples, dtype=np.uint64)
+    for k, path in enumerate(index.sidecars):
+        keys = merged(pq.ParquetFile(path).read(columns=["key"], use_threads=False)["key"])
+        hashes[index.start[k] : index.start[k + 1]] = hash_keys(keys)
+    ordered = np.sort(hashes)
+    if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:
+        names: set[str] = set()
+        for row in np.flatnonzero(np.isin(hashes, twice)).tolist():
+            if (key := index.key(row)) in names:
+                raise ValueError(
+                    f"{index.folder}: key {key!r} stands twice in split {index.split}; give every sample its own key"
+                )
+            names.add(key)
+    if index.num_samples > NOTED_SAMPLES:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+
+
+def hash_keys(keys: pa.Array) -> np.ndarray:
+    """A 64-bit hash of every string: uint64. Multilinear: the sum of (byte + 1) times a random word for its place."""
+    offsets = np.frombuffer(keys.buffers()[1], np.int32)[keys.offset : keys.offset + len(keys) + 1]
+    if not len(keys) or offsets[0] == offsets[-1]:
+        return np.zeros(len(keys), np.uint64)
+    text = np.frombuffer(keys.buffers()[2], np.uint8)[offsets[0] : offsets[-1]].astype(np.uint64) + np.uint64(1)
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    words = np.random.PCG64(0).random_raw(int(lengths.max()))
+    text *= words[np.arange(len(text)) - np.repeat(starts, lengths)]
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(text)])  # modulo 2^64, so differences are exact
+    return sums[starts + lengths] - sums[starts]
+
+
+@contextlib.contextmanager
+def one_builder(name: str) -> Iterator[None]:
+    """Ranks that start together build an index once."""
+    lock = None
+    with contextlib.suppress(OSError):  # without a cache folder each builds its own, and the last one stays
+        folder = cache_folder() / "index"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / f".{hashlib.sha256(name.encode()).hexdigest()[:20]}.lock", "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def merged(column: pa.ChunkedArray) -> pa.Array:
@@ -358,22 +663,38 @@ def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description="Build the index of a source's shards.")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", help="folder, URL or brace pattern of the shards")
     parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
     parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--template", default="chatml")
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
-    shards = list_shards(args.folder, "train" if args.shards else args.split, args.shards)
-    if not shards:
-        raise SystemExit(f"{args.folder}: no shards {args.split}-*.tar")
-    for shard in shards:
-        table = pq.read_table(build_index(shard, tokenizer), columns=["text_tokens", "fault"])
-        faults = sum(f != "" for f in table["fault"].to_pylist())
-        print(
-            f"{sidecar(shard)}: {len(table)} samples, {pc.sum(table['text_tokens'])} text tokens, {faults} unreadable"
-        )
+    splits = ("train", "val", "test") if args.split == "*" else (args.split,)
+    splits = ("train",) if args.shards else splits
+    try:
+        count = 0
+        for split in splits:
+            shards = list_shards(args.folder, split, args.shards)
+            count += len(shards)
+            build_all(shards, tokenizer, label=f"{args.folder}, {split}")
+            for shard in shards:
+                opened, reason = open_sidecar(shard, tokenizer.fingerprint)
+                if opened is None:
+                    raise ValueError(f"index of {shard} is {reason} right after it was built")
+                table = pq.read_table(opened.path, columns=["text_tokens", "fault"])
+                faults = sum(fault != "" for fault in table["fault"].to_pylist())
+                print(
+                    f"{opened.path}: {len(table)} samples, {pc.sum(table['text_tokens'])} text tokens, "
+                    f"{faults} unreadable"
+                )
+        if not count:
+            raise ValueError(f"{args.folder}: no shards {args.split}-*.tar")
+        if Path(args.folder).is_dir():
+            with contextlib.suppress(OSError):
+                write_listing(args.folder)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

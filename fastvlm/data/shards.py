@@ -10,13 +10,20 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from fastvlm.data.remote import RemoteShard, Unavailable, read_range
+from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
+
+log = logging.getLogger(__name__)
 
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
@@ -65,7 +72,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     """
     try:
         record = json.loads(members["json"]) if "json" in members else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{key}.json is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{key}.json is not an object")
@@ -300,45 +307,95 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
 class ShardReader:
     """Read spans of shards by `pread`, with a bounded number of files open.
 
-    `pread` has no file position, so forked workers may share the descriptors.
+    `pread` has no file position, so forked workers may share the descriptors. A remote shard is read from its copy in
+    the shard cache; where that cannot hold it, straight from the other side, span by span.
     """
 
-    def __init__(self, *, max_open: int = 32):
+    def __init__(self, *, max_open: int = 32, cache: ShardCache | None = None):
         self.max_open = max_open
+        self._cache = cache
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._failed: dict[str, tuple[float, str]] = {}  # url -> (until when nothing is tried, why)
+        self._direct: set[str] = set()  # read without the cache, for good
+        self._no_cache_until = 0.0
 
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Bytes `offset .. offset + size` of a file.
+    def read(self, file: str | RemoteShard, offset: int, size: int) -> bytes:
+        """Bytes `offset .. offset + size` of a shard.
 
         Raises:
-            OSError: the file is missing.
+            OSError: the file is missing, or cannot be had.
             ValueError: it is shorter than that.
         """
-        if path.endswith(STORES):
+        if isinstance(file, str) and file.endswith(STORES):
             from fastvlm.data.stores import read_span
 
-            data = read_span(path, offset)
+            data = read_span(file, offset)
             if len(data) != size:
-                raise ValueError(f"{path}: record {offset} has {len(data)} bytes, the index expects {size}")
+                raise ValueError(f"{file}: record {offset} has {len(data)} bytes, the index expects {size}")
             return data
-        fd = self._files.get(path)
+        name = file if isinstance(file, str) else file.url
+        fd = self._files.get(name)
         if fd is None:
+            fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else self._open_remote(file)
+            if fd is None:
+                return self._read_direct(file, offset, size)
             if len(self._files) >= self.max_open:
                 os.close(self._files.popitem(last=False)[1])
-            fd = self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[name] = fd
         else:
-            self._files.move_to_end(path)
+            self._files.move_to_end(name)
         data = os.pread(fd, size, offset)
         if len(data) != size:
-            raise ValueError(f"{path} ends at byte {offset + len(data)}, the index expects {offset + size}")
+            raise ValueError(f"{name} ends at byte {offset + len(data)}, the index expects {offset + size}")
         return data
+
+    @property
+    def cache(self) -> ShardCache:
+        if self._cache is None:
+            self._cache = ShardCache()
+        return self._cache
+
+    def _open_remote(self, shard: RemoteShard) -> int | None:
+        """Descriptor of the cached copy; None where it must be read from the other side."""
+        now = time.monotonic()
+        until, why = self._failed.get(shard.url, (0.0, ""))
+        if now < until:
+            raise Unavailable(why)
+        if shard.url in self._direct or now < self._no_cache_until:
+            return None
+        try:
+            return self.cache.open(shard)
+        except NoRoom as error:
+            self._no_cache_until = now + 60
+            log.warning("%s; shards are read without the cache for a minute", error)
+        except Damaged as error:
+            self._direct.add(shard.url)
+            log.warning("%s; its samples are read one by one", error)
+        except Unavailable as error:
+            self._remember(shard, error)
+            raise
+        return None
+
+    def _read_direct(self, shard: RemoteShard, offset: int, size: int) -> bytes:
+        try:
+            return read_range(shard, offset, size)
+        except Unavailable as error:
+            self._remember(shard, error)
+            raise
+
+    def _remember(self, shard: RemoteShard, error: Unavailable) -> None:
+        # Else each of thousands of samples would wait for the retries.
+        self._failed[shard.url] = (time.monotonic() + 60, str(error))
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
 
     def __getstate__(self) -> dict:
-        return {"max_open": self.max_open, "_files": OrderedDict()}
+        return {"max_open": self.max_open, "cache": self._cache}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
     def __del__(self) -> None:
         self.close()

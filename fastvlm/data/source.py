@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import with_system, without_images
 from fastvlm.data.index import SourceIndex, list_shards, load_index
+from fastvlm.data.remote import is_remote
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -23,7 +24,8 @@ class Source:
 
     Args:
         name: as it stands in logs, metrics and error messages.
-        path: the folder of the shards.
+        path: the folder of the shards or its URL (`s3://`, `gs://`, `hf://`, `https://`), a brace pattern or a list of
+            shards; see `fastvlm/data/remote.py`.
         types: keep only samples of these question types (`meta.type` or one of `meta.types`).
         filters: number -> `{min, max, missing}`: keep samples whose number lies within. Numbers are `text_tokens`,
             `answer_tokens`, `num_images`, `width` and `height` (of the smallest image, pixels) and whatever the
@@ -48,7 +50,7 @@ class Source:
         self,
         name: str,
         *,
-        path: str | Path,
+        path: str | Path | Sequence[str],
         types: Sequence[str] | None = None,
         filters: Mapping[str, Mapping[str, float | int | str]] | None = None,
         max_samples: int | None = None,
@@ -71,7 +73,8 @@ class Source:
             if bounds.get("missing", "drop") not in ("keep", "drop"):
                 raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
         self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
-        self.name, self.path, self.max_samples, self.rebuild_index = name, Path(path), max_samples, rebuild_index
+        self.name, self.max_samples, self.rebuild_index = name, max_samples, rebuild_index
+        self.path = Path(path) if isinstance(path, str) and not (is_remote(path) or "{" in path) else path
         self.system, self.images, self.shards = system, images, shards
         self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else tuple(types)

@@ -16,6 +16,7 @@ from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference.answer import Answer
 from fastvlm.inference.sampling import choose_tokens
+from fastvlm.models.slots import empty_slots, take_out
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -243,8 +244,8 @@ class Engine:
             Generation(
                 text=answer.text(),
                 token_ids=answer.token_ids,
-                num_prompt_tokens=len(prompt),
-                num_image_tokens=sum(map(len, images)),
+                num_prompt_tokens=len(prompt) - sum(map(len, images)) + self._num_tokens(images),
+                num_image_tokens=self._num_tokens(images),
                 image_seconds=image_seconds,
                 prefill_seconds=prefill_seconds,
                 decode_seconds=decode_seconds,
@@ -264,12 +265,15 @@ class Engine:
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         embeds = self.model.llm.embed(input_ids)
         images = [image for row in visual for image in row]
         if images:
             views = rearrange(torch.cat(images), "(i m) d -> i m d", m=self.tokens_per_image)
             embeds = splice(embeds, input_ids, views, image_token_id=self.tokenizer.image_id)
+            if self.model.drops_tokens:
+                empty = empty_slots(embeds, input_ids == self.tokenizer.image_id)
+                embeds, mask = take_out(empty, embeds, mask)
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return embeds, mask, position_ids
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
@@ -278,6 +282,12 @@ class Engine:
         logits[:, self.tokenizer.image_id] = -torch.inf
         logits[:, len(self.tokenizer) :] = -torch.inf
         return logits
+
+    def _num_tokens(self, images: Sequence[Float[Tensor, "_ D"]]) -> int:
+        """Visual tokens of a record that the language model reads."""
+        if not self.model.drops_tokens:
+            return sum(map(len, images))
+        return sum(int((image != 0).any(dim=-1).sum()) for image in images)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

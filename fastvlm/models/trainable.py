@@ -20,11 +20,13 @@ def select_trainable(
     """Parameter name -> learning rate; the longest pattern that matches a name decides, and null excludes.
 
     Raises:
-        ValueError: a pattern matches no parameter, or nothing is left to learn.
+        ValueError: a pattern matches no parameter, or nothing is left to learn. The name of a part that has no
+            parameters (pooling) is fine: a stage's rates stay what they are when a part is exchanged.
     """
     names = [name for name, _ in model.named_parameters()]
+    bare = {name for name, child in model.named_children() if not any(True for _ in child.parameters())}
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
+        if pattern not in bare and not any(matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, sorted({n.split(".")[0] for n in names} | set(names)), 1, 0.4)
             hint = f"; the nearest name is {near[0]}" if near else ""
             raise ValueError(f"{where}: the pattern {pattern!r} matches no parameter of the model{hint}")

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from fastvlm.batch import Batch
 from fastvlm.models.llms.language_model import LanguageModel
+from fastvlm.models.slots import empty_slots, hide
 from fastvlm.models.splice import splice
 
 
@@ -23,7 +24,8 @@ class VLM(nn.Module):
 
     Args:
         encoder: normalised images -> patches; knows its `out_dim`, `mean`, `std`, `num_patches(image_size)`.
-        resampler: patches -> visual tokens; knows `num_tokens_out(num_patches)`.
+        resampler: patches -> visual tokens; knows `num_tokens_out(num_patches)`. With `drops_tokens` an image may have
+            fewer, the slots before them zero.
         projector: visual tokens to the width of the language model.
         llm: embeds ids, turns embeddings into hidden states and those into logits.
         image_token_id: the id that marks an image slot, `Tokenizer.image_id`.
@@ -50,6 +52,10 @@ class VLM(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         return {name: getattr(self, name) for name in ("encoder", "resampler", "projector", "llm")}
 
+    @property
+    def drops_tokens(self) -> bool:
+        return getattr(self.resampler, "drops_tokens", False)
+
     def num_visual_tokens(self, image_size: int) -> int:
         return self.resampler.num_tokens_out(self.encoder.num_patches(image_size))
 
@@ -68,8 +74,11 @@ class VLM(nn.Module):
             return self.encode_patches(batch.pixel_values)
         return batch.features.to(next(self.projector.parameters()).dtype)
 
-    def project(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
-        return run(self.projector, run(self.resampler, patches))
+    def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
+        """Visual tokens; of a resampler that drops some, their slots are exactly zero."""
+        tokens = run(self.resampler, patches)
+        visual = run(self.projector, tokens)
+        return visual * (tokens != 0).any(dim=-1, keepdim=True) if self.drops_tokens else visual
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
         """What the language model reads: text embeddings with the images' visual tokens in their slots."""
@@ -84,7 +93,11 @@ class VLM(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
         """Last hidden states; samples packed in one row do not see each other."""
-        return self.llm.hidden(self.embed(batch), batch.position_ids, batch.segment_ids)
+        embeds, position_ids, segment_ids = self.embed(batch), batch.position_ids, batch.segment_ids
+        if self.drops_tokens:
+            empty = empty_slots(embeds, batch.input_ids == self.image_token_id)
+            position_ids, segment_ids = hide(empty, position_ids, segment_ids)
+        return self.llm.hidden(embeds, position_ids, segment_ids)
 
     def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
         return self.llm.head(self.hidden(batch))

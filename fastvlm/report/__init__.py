@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.report.charts import is_number
+from fastvlm.report.left_out import left_out_section
 from fastvlm.report.page import make_page
 from fastvlm.report.results import headline, predictions_section, results_section
 from fastvlm.report.stages import (
@@ -79,6 +80,7 @@ def write_report(
         ("results", "Results", results_section(results)),
         ("answers", "Answers", predictions_section(results, folder=run_dir)),
         ("stages", "Stages", chain(records) + "".join(stage_section(r) for r in records)),
+        ("left-out", "Left out", left_out_section(records)),
         ("speed", "Speed", speed_section(records)),
         ("time", "Time", timing_section(records, seconds)),
         ("handoff", "Handoff", handoff_section(records)),

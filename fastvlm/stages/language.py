@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastvlm.batch import Batch
@@ -16,4 +17,8 @@ class LanguageStage(Stage):
         hidden = self.model.hidden(batch)
         loss = answer_loss(hidden, batch.labels, self.model.llm.head, segment_ids=batch.segment_ids)
         source = batch.source_ids.flatten()[loss.index]
-        return loss.sum, max(1, batch.num_answer_tokens), loss.losses, {"source": source}
+        extra = {"source": source}
+        if self.model.drops_tokens:  # a mean over images: NaN, which counts nowhere, where there are none
+            kept = self.model.resampler.mean_kept.to(hidden)
+            extra["kept_tokens"] = kept if batch.num_images else torch.full_like(kept, torch.nan)
+        return loss.sum, max(1, batch.num_answer_tokens), loss.losses, extra

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import logging
+import os
+import resource
+import shutil
+import tarfile
+import threading
+import time
 import warnings
+import zlib
 
+import psutil
 import pytest
 from tiny_world import make_record, write_source
 
@@ -13,6 +24,8 @@ from fastvlm.data.index import build_index, load_index, sidecar
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardWriter, scan_shard
 from fastvlm.data.source import Mixture, Source
+from fastvlm.data.transforms import decode_image
+from tests.conftest import TINY
 
 
 def plan_of(folder, tokenizer, **options):
@@ -168,6 +181,178 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, tokenizer):
     (tmp_path / "train-00001.tar").write_bytes((tmp_path / "train-00000.tar").read_bytes())
     with pytest.raises(ValueError, match="key 'text-0000.' stands twice"):
         load_index(tmp_path, "train", tokenizer)
+
+
+def bomb_png(side: int) -> bytes:
+    """A black PNG of `side` x `side` pixels, by hand: its rows are zeros and pack to a thousandth."""
+    chunk = lambda kind, data: len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])  # one bit a pixel
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side)) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_left_out_by_name_without_being_unpacked(tmp_path, tokenizer):
+    bomb = bomb_png(50_000)
+    assert len(bomb) < 1 << 20
+    write_source(tmp_path, "caption", 8)
+    (tmp_path / "train-00000.tar").rename(tmp_path / "val-00000.tar")
+    with ShardWriter(tmp_path, "train") as writer:
+        for i in range(8):
+            record, images = make_record("caption", i)
+            writer.write(f"k{i}", record, [bomb] if i == 2 else images)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = plan_of(tmp_path, tokenizer, num_steps=4)
+    assert plan.sources[0].excluded == {"unreadable": ["k2"]}
+    assert "50000" in plan.sources[0].index.faults[2].as_py() or "bomb" in plan.sources[0].index.faults[2].as_py()
+    with pytest.raises(ValueError, match="50000 x 50000|decompression bomb"):
+        decode_image(bomb, 64)
+    # A GiB in units of KiB; the picture has 2.5 thousand million pixels.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_a_member_name_that_climbs_out_of_its_folder_is_a_name_and_no_more(tmp_path, tokenizer):
+    """Nothing is ever unpacked: a key is a name in logs."""
+    record = lambda text: json.dumps({"document": text}).encode()
+    folder = tmp_path / "deep/shards"
+    folder.mkdir(parents=True)
+    members = [(f"k{i}.json", record("a small seven")) for i in range(6)]
+    members += [("../../evil.json", record("nine and three")), ("/etc/evil.json", record("a digit"))]
+    write_members(folder / "train-00000.tar", members)
+    plan = plan_of(folder, tokenizer, num_steps=4)
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    keys = {key for i in range(4) for key in dataset[i].keys}
+    assert keys == {*(f"k{i}" for i in range(6)), "../../evil", "/etc/evil"}
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"train-00000.tar", "train-00000.tar.idx.parquet"}
+
+
+def test_json_of_the_wrong_types_is_left_out_sample_by_sample(tmp_path, tokenizer):
+    wrong = {
+        "list": b"[1, 2]",
+        "text": b'"hello"',
+        "nothing": b"{}",
+        "number": b'{"document": 5}',
+        "messages": b'{"messages": "hello"}',
+        "entries": b'{"messages": [1, 2]}',
+        "content": b'{"messages": [{"role": "user", "content": 7}]}',
+        "parts": b'{"document": ["a", null]}',
+        "kind": b'{"document": [{"type": "sound"}]}',
+        "words": b'{"document": [{"type": "text", "text": 3}]}',
+        "norole": b'{"messages": [{"content": "x"}]}',
+        "nocontent": b'{"messages": [{"role": "user"}]}',
+        "both": b'{"messages": [], "document": []}',
+        "meta": b'{"document": "seven", "meta": [1]}',
+        "types": b'{"document": "seven", "meta": {"types": [1, 2]}}',
+        "null": b'{"document": null}',
+        "broken": b'{"document": "x',
+        "latin": '{"document": "\xe9"}'.encode("latin-1"),
+        "deep": b"[" * 100_000,
+    }
+    write_members(
+        tmp_path / "train-00000.tar",
+        [("good.json", b'{"document": "a small seven"}'), *((f"{k}.json", v) for k, v in wrong.items())],
+    )
+    plan = plan_of(tmp_path, tokenizer)
+    assert plan.report()["sources"]["x"]["samples"] == 1
+    assert plan.sources[0].excluded == {"unreadable": list(wrong)}
+    faults = plan.sources[0].index.faults.to_pylist()
+    assert all(fault.startswith(f"{key}: ") for key, fault in zip(wrong, faults[1:]))
+
+
+def test_empty_answers_and_questions_longer_than_the_context_are_left_out_by_reason(tmp_path, tokenizer):
+    talk = lambda question, answer: {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    }
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write("good", talk("which digit", "seven"))
+        writer.write("empty", talk("which digit", ""))
+        writer.write("long", talk("which digit " * 100, "seven"))
+        writer.write("cut", talk("which digit", "seven " * 100))
+        writer.write("silent", {"messages": [{"role": "user", "content": "which digit"}]})
+    plan = plan_of(tmp_path, tokenizer, num_steps=2)
+    source = plan.sources[0]
+    # An empty answer still teaches where an answer ends.
+    assert [source.index.key(row) for row in source.rows.tolist()] == ["good", "empty", "cut"]
+    assert source.excluded == {"answer truncated away": ["long"], "no learned token": ["silent"]}
+    assert source.num_truncated == 2
+    assert any("1 samples left out, answer truncated away (long)" in line for line in plan.notes())
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_in_one_line_and_the_same_command_goes_on(cli, tmp_path):
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=40", "checkpoint_every=2", "name=killed"]
+    arguments += ["hardware.num_workers=1"]
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            time.sleep(0.02)
+            if not list((tmp_path / "runs").glob("stages/*/step=*.ckpt")):
+                continue
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.parent().pid != os.getpid() and "train.py" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                        break
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    done = cli("train.py", *arguments, check=False)
+    thread.join()
+    assert killed, f"the stage ended before its loader could be killed\n{done.stdout}"
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "a loader process was killed" in line and "train.py" in line
+    assert "Traceback" not in done.stderr
+    again = cli("train.py", *arguments)
+    assert "going on from step=" in again.stdout
+
+
+def test_what_a_run_skips_is_counted_and_named_in_mlflow_and_the_report(cli, embedded, tmp_path):
+    folder = tmp_path / "captions"
+    shutil.copytree(embedded / "embedded/captions", folder)
+    shard = folder / "train-00000.tar"
+    spans, _ = scan_shard(shard)
+    data, broken, mute = bytearray(shard.read_bytes()), spans[1], spans[2]
+    name, offset, size = next(m for m in broken.members if m[0] == "0.png")
+    data[offset + size // 2 : offset + size] = bytes(size - size // 2)  # the header of the picture is whole
+    name, offset, size = next(m for m in mute.members if m[0] == "json")
+    data[offset : offset + size] = b"x" * size
+    shard.write_bytes(data)
+    arguments = [a for a in TINY if a != "logger=none"]
+    arguments += [
+        "logger=mlflow",
+        "pipeline=align",
+        "stages.align.steps=40",
+        "name=faulty",
+        "data.max_skipped_share=0.1",
+    ]
+    arguments += [
+        f"stages.align.mixture.sources.captions.path={folder}",
+        "mixture@stages.align.mixture=embedded_captions",
+    ]
+    done = cli("train.py", *arguments)
+    assert f"captions: 1 samples left out, unreadable ({mute.key})" in done.stdout
+    assert f"skipped captions/{broken.key}: broken image" in done.stderr + done.stdout
+    page = (tmp_path / "runs/faulty/report.html").read_text()
+    assert mute.key in page and broken.key in page and "could not be read" in page and "left out: unreadable" in page
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = [r for r in client.search_runs(experiments) if r.info.run_name == "align"]
+    assert run.data.metrics["train/skipped"] >= 1
+    assert run.data.metrics["data/left_out/captions"] == 1
+    assert {"left_out.json", "skipped.json"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
 
 def test_a_sound_source_warns_of_nothing(sources, tokenizer):

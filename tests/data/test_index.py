@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from tiny_world import make_record, write_source
 
+from fastvlm.data import index as index_module
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.index import load_index, sidecar
+from fastvlm.data.index import build_index, load_index, sidecar
 from fastvlm.data.shards import ShardReader
 from fastvlm.tokens import IGNORE_INDEX
 
@@ -58,3 +65,84 @@ def test_types_of_questions_are_in_the_index(sources, tokenizer):
     index = load_index(sources["chat"], "train", tokenizer)
     assert index.types[0].as_py() == "name,name"
     assert index.types[1].as_py() == "name"
+
+
+def fill(folder, tokenizer):
+    write_source(folder, "chat", 50)
+    for shard in folder.glob("*.tar"):
+        build_index(shard, tokenizer)
+    return folder
+
+
+def test_where_a_folder_cannot_be_written_its_index_goes_into_the_cache_folder(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    folder = write_source(tmp_path / "medium", "chat", 50)
+    bind = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && "$@"'
+    script = (
+        "import sys; from fastvlm.data.index import load_index; from fastvlm.tokens import Tokenizer\n"
+        "index = load_index(sys.argv[1], 'train', Tokenizer(sys.argv[2], template='roles'))\n"
+        "print(index.checksum, index.sidecars[0].parent)"
+    )
+    command = ["unshare", "-rm", "sh", "-c", bind, "sh", sys.executable, "-c", script, str(folder), str(tokenizer.path)]
+    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    if "mount" in done[0].stderr and "Traceback" not in done[0].stderr:
+        pytest.skip("no mounts here")
+    assert done[0].returncode == 0, done[0].stderr
+    assert done[0].stdout == done[1].stdout
+    checksum, where = done[0].stdout.split()
+    assert where == str(tmp_path / "cache/index")
+    assert not list(folder.glob("*.parquet"))
+    assert checksum == load_index(folder, "train", tokenizer).checksum
+
+
+def test_columns_that_only_reading_needs_stay_in_their_files(tmp_path, tokenizer):
+    index = load_index(fill(tmp_path, tokenizer), "train", tokenizer)
+    assert not {"keys", "shard", "image_width"} & set(vars(index)) and not index._rows
+    index.read(30, ShardReader())
+    assert list(index._rows) == [1]
+    assert pickle.loads(pickle.dumps(index)).read(30, ShardReader()).key == index.keys[30].as_py() == "chat-00030"
+
+
+def test_an_index_written_anew_under_a_run_is_noticed(tmp_path, tokenizer):
+    index = load_index(fill(tmp_path, tokenizer), "train", tokenizer)
+    write_source(tmp_path, "text", 50)
+    build_index(tmp_path / "train-00001.tar", tokenizer)
+    with pytest.raises(ValueError, match=r"train-00001.tar.idx.parquet was written anew while it was in use"):
+        index.read(30, ShardReader())
+
+
+def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_path, tokenizer, monkeypatch, capfd):
+    one = fill(tmp_path / "one", tokenizer)
+    many = write_source(tmp_path / "many", "chat", 50)
+    monkeypatch.setattr(index_module, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(index_module, "SAY_EVERY", 0)
+    a, b = load_index(one, "train", tokenizer), load_index(many, "train", tokenizer)
+    assert a.checksum == b.checksum
+    for x, y in zip(a.sidecars, b.sidecars):
+        ours, theirs = pq.read_table(x), pq.read_table(y)
+        assert ours.equals(theirs)
+    assert f"{many}, train: index of 3 of 3 shards built" in capfd.readouterr().err
+
+
+def test_a_large_index_is_searched_for_double_keys_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_module, "NOTED_SAMPLES", 10)
+    folder = fill(tmp_path / "x", tokenizer)
+    read = []
+    hash_keys = index_module.hash_keys
+    monkeypatch.setattr(index_module, "hash_keys", lambda keys: read.append(len(keys)) or hash_keys(keys))
+    for _ in range(3):
+        load_index(folder, "train", tokenizer)
+    assert read == [20, 20, 10]
+    twice = folder / "train-00003.tar"
+    twice.write_bytes((folder / "train-00000.tar").read_bytes())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"key 'chat-000\d\d' stands twice"):
+            load_index(folder, "train", tokenizer)
+
+
+def test_different_keys_have_different_hashes_whatever_their_length_and_place():
+    keys = ["", "a", "b", "aa", "ab", "ba", "a" * 200, *(f"k-{i}" for i in range(20_000))]
+    hashes = index_module.hash_keys(pa.array(keys))
+    assert len(set(hashes.tolist())) == len(keys)
+    assert (index_module.hash_keys(pa.array(keys)[3:]) == hashes[3:]).all()

@@ -86,7 +86,7 @@ def test_a_reduced_decode_stays_close_to_decoding_all_of_it(factor):
         exif[0x0112] = orientation
         data = encode(photo.resize(size), "jpeg", quality=95, exif=exif)
         off = (decode_image(data, side).int() - padded_by_pillow(data, side).int()).abs()
-        assert off.max() <= 48 and off.float().mean() < 3.5
+        assert off.max() <= 24 and off.float().mean() < 1
 
 
 def test_a_reduced_decode_reads_less(monkeypatch):
@@ -251,12 +251,12 @@ from fastvlm.data.augment import Augmentation
 from fastvlm.data.transforms import ImageTransform
 digest = hashlib.sha256()
 augment = Augmentation(crop=(0.5, 1), jitter=0.4, mirror=True)
-for size in ((640, 427), (333, 500), (1500, 900)):
+for size in ((640, 427), (333, 250)):
     for kind in ("jpeg", "png"):
         file = io.BytesIO()
         Image.fromarray(load_sample_images().images[0]).resize(size).save(file, kind)
-        for fit in ("pad", "crop", "squash"):
-            transform = ImageTransform(image_size=96, fit=fit, tiles=[[1, 2], [2, 2]], augment=augment)
+        for fit in ("pad", "crop"):
+            transform = ImageTransform(image_size=64, fit=fit, tiles=[[1, 2], [2, 2]], augment=augment)
             for seed in (None, "7/a"):
                 digest.update(np.ascontiguousarray(transform(file.getvalue(), seed=seed).numpy()).tobytes())
 print(digest.hexdigest())
@@ -265,7 +265,7 @@ print(digest.hexdigest())
 
 def test_pixels_are_the_same_whatever_the_processor_can_do():
     seen = set()
-    for capability in ("default", "avx2", None):
+    for capability in ("default", None):
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         env |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
         done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fastvlm.models.resamplers.counts import check_at_most, check_square, side_of
 
 
 class AvgPoolResampler(nn.Module):
@@ -24,24 +24,16 @@ class AvgPoolResampler(nn.Module):
 
     def __init__(self, *, in_dim: int, num_tokens: int, positions: bool = True):
         super().__init__()
-        self.side = math.isqrt(num_tokens)
-        if self.side**2 != num_tokens or num_tokens < 1:
-            raise ValueError(f"resampler.num_tokens={num_tokens} is not a square number (the nearest: {self.side**2})")
+        self.side = check_square(num_tokens)
         self.num_tokens, self.out_dim = num_tokens, in_dim
         self.positions = nn.Parameter(torch.randn(num_tokens, in_dim) * 0.02) if positions else None
 
     def num_tokens_out(self, num_patches: int) -> int:
-        if math.isqrt(num_patches) ** 2 != num_patches:
-            raise ValueError(f"the encoder yields {num_patches} patches, no square grid; use resampler=perceiver")
-        if num_patches < self.num_tokens:
-            raise ValueError(
-                f"resampler.num_tokens={self.num_tokens} is more than the {num_patches} patches of an image; "
-                "raise the stage's image_size or lower resampler.num_tokens"
-            )
-        return self.num_tokens
+        side_of(num_patches)
+        return check_at_most(self.num_tokens, num_patches)
 
     def forward(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
         self.num_tokens_out(patches.shape[1])
-        grid = rearrange(patches, "i (h w) d -> i d h w", h=math.isqrt(patches.shape[1]))
+        grid = rearrange(patches, "i (h w) d -> i d h w", h=side_of(patches.shape[1]))
         tokens = rearrange(F.adaptive_avg_pool2d(grid, self.side), "i d h w -> i (h w) d")
         return tokens if self.positions is None else tokens + self.positions

@@ -7,14 +7,28 @@ from torch import Tensor, nn
 
 
 class IdentityResampler(nn.Module):
-    """Passes patches on. Their number, and so the sequence's length, follows the image size."""
+    """Passes patches on. Their number, and so the sequence's length, follows the image size.
 
-    def __init__(self, *, in_dim: int):
+    Args:
+        num_tokens: what an image must yield: any other number of patches is refused. None takes whatever comes.
+
+    Raises:
+        ValueError: (num_tokens_out, forward) `num_tokens` is given and is not the number of patches.
+    """
+
+    def __init__(self, *, in_dim: int, num_tokens: int | None = None):
         super().__init__()
-        self.out_dim = in_dim
+        self.out_dim, self.num_tokens = in_dim, num_tokens
 
     def num_tokens_out(self, num_patches: int) -> int:
+        if self.num_tokens not in (None, num_patches):
+            raise ValueError(
+                f"resampler.num_tokens={self.num_tokens}, but identity makes a visual token of each of the "
+                f"{num_patches} patches; the only number that fits is {num_patches}: set that or null, another "
+                "image_size, or a resampler that pools"
+            )
         return num_patches
 
     def forward(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I N D"]:
+        self.num_tokens_out(patches.shape[1])
         return patches

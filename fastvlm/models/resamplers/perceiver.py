@@ -8,6 +8,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastvlm.models.resamplers.counts import check_at_most, check_positive
+
 
 class CrossAttentionBlock(nn.Module):
     """Queries attend to patches and to themselves, then a feed-forward; both before-normalised and residual."""
@@ -60,19 +62,14 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         if in_dim % heads:
             raise ValueError(f"resampler.heads={heads} does not divide the encoder's width {in_dim}")
-        self.num_tokens, self.out_dim = num_tokens, in_dim
+        self.num_tokens, self.out_dim = check_positive(num_tokens), in_dim
         self.queries = nn.Parameter(torch.randn(num_tokens, in_dim))
         self.blocks = nn.ModuleList(CrossAttentionBlock(in_dim, heads=heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(in_dim)
         self.positions = nn.Parameter(torch.randn(num_tokens, in_dim) * 0.02) if positions else None
 
     def num_tokens_out(self, num_patches: int) -> int:
-        if num_patches < self.num_tokens:
-            raise ValueError(
-                f"resampler.num_tokens={self.num_tokens} is more than the {num_patches} patches of an image; "
-                "raise the stage's image_size or lower resampler.num_tokens"
-            )
-        return self.num_tokens
+        return check_at_most(self.num_tokens, num_patches)
 
     def forward(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I M D"]:
         self.num_tokens_out(patches.shape[1])

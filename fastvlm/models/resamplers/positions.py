@@ -1,0 +1,43 @@
+"""Learned positions of a grid, for resamplers whose patches must say where they were."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fastvlm.models.resamplers.counts import side_of
+
+
+class GridPositions(nn.Module):
+    """Adds a learned vector to every patch; a grid of another side gets them interpolated.
+
+    Args:
+        side: of the square grid the vectors belong to.
+        dim: width of a patch.
+
+    Raises:
+        ValueError: (forward) the patches form no square grid.
+    """
+
+    def __init__(self, side: int, dim: int):
+        super().__init__()
+        self.grid = nn.Parameter(torch.empty(side, side, dim))
+        nn.init.trunc_normal_(self.grid, std=0.02)
+
+    def forward(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I N D"]:
+        old, new = self.grid.shape[0], side_of(patches.shape[1])
+        grid = self.grid
+        if new != old:
+            weights = linear_weights(old, new).to(grid)
+            grid = einsum(weights, weights, grid, "y i, x j, i j d -> y x d")
+        return patches + rearrange(grid, "y x d -> (y x) d").to(patches.dtype)
+
+
+def linear_weights(old: int, new: int) -> Float[Tensor, "new old"]:
+    """Matrix of antialiased linear interpolation: one product has the same gradient on every device and run."""
+    # Not one column each: torch 2.15 on the CPU interpolates maps of width 1 wrongly.
+    cells = torch.eye(old).view(1, 1, old, old)
+    return F.interpolate(cells, size=(new, old), mode="bilinear", antialias=True)[0, 0]

@@ -1,0 +1,39 @@
+"""Empty image slots: where a resampler kept fewer visual tokens of an image than it has slots.
+
+The data plan is made before pixels are read, so every image has M slots in its row. A slot whose embedding is exactly
+zero holds nothing: training hides it from attention and from the positions, generation takes it out. Both give the
+logits of the row without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def empty_slots(embeds: Float[Tensor, "B S D"], is_slot: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    return is_slot & (embeds == 0).all(dim=-1)
+
+
+def hide(
+    empty: Bool[Tensor, "B S"], position_ids: Int[Tensor, "B S"], segment_ids: Int[Tensor, "B S"]
+) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Positions and segments of rows whose `empty` positions are as good as not there.
+
+    Empty positions become padding (segment 0); what stands behind them in the same sample moves up. Samples restart
+    their positions at 0, so the sample's start is that many places back.
+    """
+    before = empty.long().cumsum(dim=1) - empty.long()  # empty positions before each one, in the row
+    start = torch.arange(empty.shape[1], device=empty.device) - position_ids
+    position_ids = position_ids - (before - before.gather(1, start))
+    return position_ids.masked_fill(empty, 0), segment_ids.masked_fill(empty, 0)
+
+
+def take_out(
+    empty: Bool[Tensor, "B S"], embeds: Float[Tensor, "B S D"], mask: Int[Tensor, "B S"]
+) -> tuple[Float[Tensor, "B L D"], Int[Tensor, "B L"]]:
+    """Embeddings and mask (1 where a token stands) of the rows without their empty positions, padded on the left."""
+    mask = mask * ~empty
+    order = mask.argsort(dim=1, stable=True)[:, mask.shape[1] - int(mask.sum(dim=1).max()) :]
+    return embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2])), mask.gather(1, order)

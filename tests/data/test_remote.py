@@ -1,0 +1,357 @@
+"""Shards behind HTTP, S3, the Hub's protocol and other file systems: the same order and bytes from everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+
+import pytest
+import torch
+from fault_server import FaultServer, HubServer
+from tiny_world import write_source
+
+from fastvlm.data import remote
+from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.index import build_index, load_index
+from fastvlm.data.plan import Plan
+from fastvlm.data.remote import locate_shards, write_listing
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Mixture, Source
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT", 1)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """Three shards with their indexes, and the listing."""
+    write_source(tmp_path / "shards", "chat", 50)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        build_index(shard, tokenizer)
+    write_listing(tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def plan_of(path, tokenizer, **options):
+    mixture = Mixture({"x": Source("x", path=path)}, weights={"x": 1}, unit="tokens", window_shards=2)
+    options = {"tokens_per_image": 2, "batch_size": 4, "max_tokens": 64, "num_steps": 10} | options
+    return Plan(mixture, tokenizer, **options)
+
+
+def batches_of(plan, tokenizer):
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys == b.keys and not a.skipped
+        for name in ("input_ids", "labels", "position_ids", "segment_ids", "pixel_values"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_a_web_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer):
+    local = plan_of(folder, tokenizer)
+    whole = batches_of(local, tokenizer)
+    with FaultServer(folder) as server:
+        for path in (
+            server.url,
+            f"{server.url}/train-{{00000..00002}}.tar",
+            [f"{server.url}/train-{i:05d}.tar" for i in range(3)],
+        ):
+            plan = plan_of(path, tokenizer)
+            assert plan.fingerprint == local.fingerprint
+            assert_same(batches_of(plan, tokenizer), whole)
+        assert server.count("train-00001.tar") == 1, "a cached shard is not fetched again"
+        assert server.count("train-00001.tar.idx.parquet") == 1
+
+
+def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokenizer):
+    write_source(tmp_path, "text", 30, max_samples=10)
+    for i in range(3):
+        (tmp_path / f"train-{i:05d}.tar").rename(tmp_path / f"{i:05d}.tar")
+    index = load_index(f"{tmp_path}/{{00002,00000}}.tar", "train", tokenizer)
+    assert [index.key(0), index.key(10)] == ["text-00020", "text-00000"]
+    assert locate_shards(f"{tmp_path}/{{00002,00000}}.tar", "val") == []
+    with pytest.raises(ValueError, match=r"00007.tar: no such shard"):
+        load_index(f"{tmp_path}/{{00002,00007}}.tar", "train", tokenizer)
+
+
+FAULTS = {
+    "a 500 now and then": lambda method, name, count: "500" if count % 2 == 0 else "",
+    "the connection goes in the middle": lambda method, name, count: "cut" if method == "GET" and count < 3 else "",
+    "a length that is too small": lambda method, name, count: "short" if method == "GET" and count < 2 else "",
+    "a length that is too large": lambda method, name, count: "long" if method == "GET" and count < 2 else "",
+    "wrong bytes once": lambda method, name, count: "wrong" if name.endswith(".tar") and not count else "",
+    "slow": lambda method, name, count: "slow",
+    "a server that falls silent": lambda method, name, count: "stall" if method == "GET" and count < 1 else "",
+    "no answer at all": lambda method, name, count: "empty" if count < 2 else "",
+    "no HEAD": lambda method, name, count: "405" if method == "HEAD" else "",
+}
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_server_does_wrong_for_a_while_changes_nothing(folder, tokenizer, fault, ranges):
+    whole = batches_of(plan_of(folder, tokenizer), tokenizer)
+    with FaultServer(folder, fault=FAULTS[fault], ranges=ranges) as server:
+        plan = plan_of(server.url, tokenizer)
+        assert_same(batches_of(plan, tokenizer), whole)
+        assert len(server.requests) > 3
+    names = {p.name.split("-", 1)[1] for p in (folder.parent / "cache/shards").iterdir() if p.name != ".lock"}
+    assert names == {f"train-{i:05d}.tar" for i in range(3)}, "no part is left behind"
+
+
+def test_a_cut_download_goes_on_where_it_ended(folder, tokenizer):
+    size = (folder / "train-00000.tar").stat().st_size
+    cut = lambda method, name, count: "cut" if method == "GET" and name.endswith(".tar") and count < 1 else ""
+    with FaultServer(folder, fault=cut) as server:
+        index = load_index(server.url, "train", tokenizer)
+        index.read(0, ShardReader())
+        asked = [r for m, n, r in server.requests if (m, n) == ("GET", "train-00000.tar")]
+        assert asked == ["", f"bytes={size // 2}-"]
+        assert server.sent["train-00000.tar"] == size
+
+
+def test_a_server_that_only_fails_is_given_up_by_name(folder, tokenizer):
+    with FaultServer(folder, fault=lambda *request: "503") as server:
+        with pytest.raises(ValueError, match=rf"{server.url}/shards.json: .*\(503\); gave up after 5 attempts"):
+            load_index(server.url, "train", tokenizer)
+        with pytest.raises(ValueError, match=r"train-00000.tar: .*\(503\); gave up after 5 attempts"):
+            load_index(f"{server.url}/train-{{00000..00002}}.tar", "train", tokenizer)
+    with pytest.raises(ValueError, match="gave up after 5 attempts"):  # nobody listens there any more
+        load_index(server.url, "train", tokenizer)
+
+
+def test_a_folder_behind_http_without_a_listing_says_what_it_needs(tmp_path, tokenizer):
+    (tmp_path / "empty").mkdir()
+    with FaultServer(tmp_path / "empty") as server:
+        with pytest.raises(ValueError, match=r"shards.json: not found; a folder behind HTTP needs shards.json"):
+            load_index(server.url, "train", tokenizer)
+        (tmp_path / "empty/shards.json").write_text('["train-00000.tar"]')
+        with pytest.raises(ValueError, match=r"shards.json is not"):
+            load_index(server.url, "train", tokenizer)
+        (tmp_path / "empty/shards.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"no shards train-\*.tar"):
+            load_index(server.url, "train", tokenizer)
+
+
+def test_a_listed_shard_that_is_not_there_is_named_before_the_start(folder, tokenizer):
+    (folder / "train-00001.tar").unlink()
+    with FaultServer(folder) as server, pytest.raises(ValueError, match=r"train-00001.tar: not found; put it back"):
+        plan_of(server.url, tokenizer)
+
+
+def test_a_shard_that_goes_during_the_run_is_skipped_and_nothing_else_moves(folder, tokenizer):
+    whole = batches_of(plan_of(folder, tokenizer), tokenizer)
+    with FaultServer(folder) as server:
+        plan = plan_of(server.url, tokenizer)
+        (folder / "train-00001.tar").rename(folder / "away")
+        gone = {f"chat-{i:05d}" for i in range(20, 40)}
+        dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8, max_skipped_share=1.0)
+        for i, batch in enumerate(whole):
+            ours = dataset[i]
+            assert list(ours.keys) == [k for k in batch.keys if k not in gone]
+            assert sorted(ours.skipped) == sorted(f"x/{k}" for k in batch.keys if k in gone)
+            assert ours.num_answer_tokens == batch.num_answer_tokens
+        assert server.count("train-00001.tar") <= 2, "not once a sample, but by the prefetcher and the reader"
+        strict = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+        with pytest.raises(ValueError, match=r"could not be read, .*train-00001.tar: not found"):
+            [strict[i] for i in range(10)]
+
+
+def test_a_shard_replaced_after_it_was_indexed_is_skipped_sample_by_sample_and_not_kept(folder, tokenizer):
+    """As of a local one, those samples are skipped that changed."""
+    with FaultServer(folder, etags=False) as server:
+        index, reader = load_index(server.url, "train", tokenizer), ShardReader()
+        data = bytearray((folder / "train-00000.tar").read_bytes())
+        data[int(index._locate(4)[2].offset[4]) + 600] ^= 1
+        (folder / "train-00000.tar").write_bytes(data)
+        for row in range(20):
+            if row == 4:
+                with pytest.raises(ValueError, match="changed after it was indexed"):
+                    index.read(row, reader)
+            else:
+                assert index.read(row, reader).key == f"chat-{row:05d}"
+        assert not list((folder.parent / "cache/shards").glob("*train-00000*"))
+
+
+def test_a_new_version_of_a_shard_is_another_shard(folder, tokenizer):
+    with FaultServer(folder) as server:
+        before = load_index(server.url, "train", tokenizer)
+        before.read(0, ShardReader())
+        write_source(folder, "chat", 50, start=1)
+        write_listing(folder)
+        for old in folder.glob("*.idx.parquet"):
+            old.unlink()
+        after = load_index(server.url, "train", tokenizer)
+        assert after.checksum != before.checksum
+        assert after.read(0, ShardReader()).key == "chat-00001"
+
+
+def test_a_shard_without_an_index_is_indexed_from_the_cache_and_the_server_is_left_alone(folder, tokenizer):
+    local = load_index(folder, "train", tokenizer)
+    for old in folder.glob("*.idx.parquet"):
+        old.unlink()
+    with FaultServer(folder) as server:
+        with pytest.raises(ValueError, match=r"train-00000.tar.idx.parquet is missing; rebuild it with `python -m"):
+            load_index(server.url, "train", tokenizer, rebuild=False)
+        assert load_index(server.url, "train", tokenizer).checksum == local.checksum
+        assert load_index(server.url, "train", tokenizer).checksum == local.checksum
+        assert server.count("train-00000.tar") == 1
+    assert not list(folder.glob("*.idx.parquet"))
+
+
+def test_a_remote_index_of_another_tokenizer_is_not_used(folder, tokenizer, other_tokenizer):
+    with FaultServer(folder) as server:
+        ours = load_index(server.url, "train", other_tokenizer)
+        theirs = load_index(folder, "train", tokenizer)
+    assert ours.checksum != theirs.checksum
+    assert int(ours.text_tokens.sum()) != int(theirs.text_tokens.sum())
+
+
+def test_shards_of_img2dataset_are_named_in_a_folder_or_behind_a_url(tmp_path, tokenizer):
+    write_source(tmp_path, "text", 30, max_samples=10)
+    for i in range(3):
+        (tmp_path / f"train-{i:05d}.tar").rename(tmp_path / f"{i:05d}.tar")
+    with FaultServer(tmp_path) as server:
+        for names in ("{00000..00001}.tar", None):
+            path = server.url if names else f"{server.url}/{{00000..00001}}.tar"
+            source = Source("x", path=path, shards=names)
+            assert source.has_split("train") and source.load("train", tokenizer).num_samples == 20
+            assert (
+                source.load("train", tokenizer).checksum
+                == load_index(tmp_path, "train", tokenizer, names="{00000..00001}.tar").checksum
+            )
+
+
+def test_a_pipe_is_a_shard_too(folder, tokenizer):
+    local = plan_of(folder, tokenizer)
+    plan = plan_of(f"pipe:cat {folder}/train-{{00000..00002}}.tar", tokenizer)
+    assert plan.fingerprint == local.fingerprint
+    assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+    with pytest.raises(ValueError, match=r"nowhere.tar: "):
+        load_index("pipe:cat /nowhere.tar", "train", tokenizer)
+
+
+def test_any_file_system_of_fsspec_will_do(folder, tokenizer):
+    """`gs://` takes the same road as this one: `filesystem(protocol).glob` and `.open`."""
+    import fsspec
+
+    fs, name = fsspec.filesystem("memory"), uuid.uuid4().hex
+    for file in folder.iterdir():
+        fs.pipe_file(f"/{name}/{file.name}", file.read_bytes())
+    local = plan_of(folder, tokenizer)
+    for path in (f"memory://{name}", f"memory://{name}/train-{{00000..00002}}.tar"):
+        plan = plan_of(path, tokenizer)
+        assert plan.fingerprint == local.fingerprint
+        assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+
+
+def test_an_s3_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer, monkeypatch):
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for key, value in (
+            ("AWS_ACCESS_KEY_ID", "x"),
+            ("AWS_SECRET_ACCESS_KEY", "x"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(key, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        bucket = f"b{uuid.uuid4().hex[:12]}"
+        fs = s3fs.S3FileSystem()
+        fs.mkdir(bucket)
+        fs.put(str(folder), f"{bucket}/data", recursive=True)
+        local = plan_of(folder, tokenizer)
+        for path in (f"s3://{bucket}/data", f"s3://{bucket}/data/train-{{00000..00002}}.tar"):
+            plan = plan_of(path, tokenizer)
+            assert plan.fingerprint == local.fingerprint
+            assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+        shard = locate_shards(f"s3://{bucket}/data", "train")[0]
+        assert shard.version and shard.size == (folder / "train-00000.tar").stat().st_size
+        assert remote.read_range(shard, 512, 100) == (folder / "train-00000.tar").read_bytes()[512:612]
+        with pytest.raises(ValueError, match=r"no shards val-\*.tar"):
+            load_index(f"s3://{bucket}/data", "val", tokenizer)
+        with pytest.raises(ValueError, match=r"train-00009.tar: not found"):
+            load_index(f"s3://{bucket}/data/train-{{00000,00009}}.tar", "train", tokenizer)
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_the_shards_of_the_next_window_come_while_this_one_is_read(tmp_path, tokenizer):
+    write_source(tmp_path / "shards", "text", 160, max_samples=10)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        build_index(shard, tokenizer)
+    write_listing(tmp_path / "shards")
+    with FaultServer(tmp_path / "shards") as server:
+        plan = plan_of(server.url, tokenizer, num_steps=20, packing=False)  # 80 samples: 4 windows of 2 shards
+        dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+        order = []
+        for step in range(plan.num_steps):
+            for _, row in (pair for pairs in plan.step(step).rows for pair in pairs):
+                name = plan.sources[0].index.files[row // 10].name
+                order += [name] if name not in order else []
+        assert len(order) == 8
+
+        def fetched():
+            return {n for m, n, _ in server.requests if n.endswith(".tar") and m == "GET"}
+
+        dataset[0]
+        while len(fetched()) < 4:
+            threading.Event().wait(0.01)
+        assert fetched() == set(order[:4]), "one window and the next, and no more"
+        for step in range(1, 20):
+            dataset[step]
+        for _ in range(200):
+            if fetched() == set(order):
+                break
+            threading.Event().wait(0.01)
+        assert fetched() == set(order)
+        assert all(server.count(name) == 1 for name in order)
+
+
+HUB = """
+import json, sys
+from pathlib import Path
+from fastvlm.data.index import load_index
+from fastvlm.data.shards import ShardReader
+from fastvlm.tokens import Tokenizer
+tokenizer = Tokenizer(sys.argv[1], template="roles")
+for path in ("hf://datasets/someone/things/data", "hf://datasets/someone/things/data/train-{00000..00002}.tar"):
+    index = load_index(path, "train", tokenizer)
+    reader = ShardReader()
+    keys = [index.read(row, reader).key for row in range(index.num_samples)]
+    print(json.dumps([index.checksum, keys, index.files[0].version != ""]))
+"""
+
+
+def test_the_hub_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer, tmp_path):
+    """A server that speaks what huggingface_hub asks of the Hub: tree, paths-info, resolve."""
+    local = load_index(folder, "train", tokenizer)
+    with HubServer(folder) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "x"}
+        run = subprocess.run(
+            [sys.executable, "-c", HUB, str(tokenizer.path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stderr + str(server.requests)
+    for line in run.stdout.splitlines():
+        assert json.loads(line) == [local.checksum, [f"chat-{i:05d}" for i in range(50)], True]
