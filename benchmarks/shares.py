@@ -116,6 +116,9 @@ def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, window: int
     rows = []
     for max_tokens in (2048, 4096):
         budget = {"max_tokens": max_tokens, "max_images": 10**6}
+        planned = plan(folder, tokenizer, SFT_MINIMAL, "answer_tokens", num_steps=100, **budget).packing_efficiency()
+        rows.append({"max_tokens": max_tokens, "packer": "fastvlm, a plan of 100 steps", "rows": 100 * batch_size})
+        rows[-1] |= {"useful": planned["filled_tokens"], "padding": planned["padding"]}
         packers = {"fastvlm": pack_window, "first-fit-decreasing": first_fit_decreasing, "arrival order": arrival_order}
         for name, pack in packers.items():
             totals = []

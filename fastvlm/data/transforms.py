@@ -68,6 +68,7 @@ class ImageTransform:
         self.augment = augment if augment is not None and augment.kinds else None
         longest = image_size * max((max(grid) for grid in self.tiles or ()), default=1)
         self._row = torch.tensor(self.padding, dtype=torch.uint8).expand(1, longest, 3).contiguous()
+        self._scratch: Tensor | None = None
 
     def restricted(self, kinds: Iterable[str]) -> ImageTransform:
         """The same transform with only these kinds of augmentation."""
@@ -131,12 +132,14 @@ class ImageTransform:
         mean = None
         for part, size, canvas in jobs:
             seen = shrunk(part, reduce, pixels)
-            if not (draw and (draw.gains or draw.mirrored)) and fills_rows(size, canvas):
+            plain = not (draw and (draw.gains or draw.mirrored))
+            if plain and fills_rows(size, canvas):
                 top = (canvas.shape[1] - size[0]) // 2
                 resize(pixels, seen, size, scale=scale_of(part, size, reduce), out=canvas[:, top : top + size[0]])
                 self._pad_rows(canvas, top, top + size[0])
                 continue
-            resized = resize(pixels, seen, size, scale=scale_of(part, size, reduce))
+            room = self._borrow(size) if plain else None
+            resized = resize(pixels, seen, size, scale=scale_of(part, size, reduce), out=room)
             if draw and draw.gains:
                 mean = mean_grey(resized) if mean is None else mean
                 resized = jitter_colours(resized, draw.gains, mean=mean)
@@ -145,12 +148,18 @@ class ImageTransform:
             out[1:] = rearrange(sheet, "c (r h) (q w) -> (r q) c h w", r=rows, q=columns)
         return out
 
+    def _borrow(self, size: tuple[int, int]) -> Tensor:
+        """Room for an image on its way to its canvas, the same each time: fresh memory costs as much as the resize."""
+        if self._scratch is None:
+            self._scratch = torch.empty(3 * self._row.shape[1] ** 2, dtype=torch.uint8)
+        return self._scratch[: 3 * size[0] * size[1]].view(*size, 3).permute(2, 0, 1)
+
     def _place(self, pixels: Tensor, canvas: Tensor) -> None:
         """Into the middle of the canvas, with padding around."""
         height, width = pixels.shape[-2:]
         top, left = (canvas.shape[-2] - height) // 2, (canvas.shape[-1] - width) // 2
         # Rows of pixels lie in one piece (channels last), so that all of this copies rows.
-        canvas, pixels = rearrange(canvas, "c h w -> h w c"), rearrange(pixels, "c h w -> h w c")
+        canvas, pixels = canvas.permute(1, 2, 0), pixels.permute(1, 2, 0)
         canvas[top : top + height, left : left + width] = pixels
         if canvas.shape != pixels.shape:
             for bar in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
@@ -159,7 +168,7 @@ class ImageTransform:
 
     def _pad_rows(self, canvas: Tensor, top: int, bottom: int) -> None:
         """Above the row `top` and from the row `bottom` on."""
-        canvas = rearrange(canvas, "c h w -> h w c")
+        canvas = canvas.permute(1, 2, 0)
         for bar in (canvas[:top], canvas[bottom:]):
             if bar.numel():
                 bar.copy_(self._row[:, : bar.shape[1]].expand_as(bar))
@@ -167,7 +176,7 @@ class ImageTransform:
 
 def fills_rows(size: tuple[int, int], canvas: Tensor) -> bool:
     """Whether an image of this (height, width) lies in the canvas in one piece, so that it can be resized into it."""
-    return size[1] == canvas.shape[2] and rearrange(canvas, "c h w -> h w c").is_contiguous()
+    return size[1] == canvas.shape[2] and canvas.permute(1, 2, 0).is_contiguous()
 
 
 def empty_views(count: int, image_size: int, *, shared: bool = False) -> UInt8[Tensor, "v 3 H W"]:
