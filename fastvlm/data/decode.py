@@ -15,7 +15,6 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
 MAX_BYTES = 64 << 20  # of the file
@@ -87,6 +86,8 @@ def decode_pixels(image: Image.Image, data: bytes, *, reduce: int = 1) -> UInt8[
     try:
         if is_jpeg(image) and reduce == 1 and image.mode in ("L", "RGB"):
             # A bytearray, because torch warns of memory that it cannot write to.
+            from torchvision.io import ImageReadMode, decode_jpeg  # seconds to import: not for who reads headers
+
             pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         else:
             if reduce > 1:
