@@ -34,7 +34,12 @@ class LongestFirst(L.Callback):
         for name, buffer in stage.named_buffers():
             buffer.data.copy_(buffers[name])
 
-    def rehearse(self, trainer: L.Trainer, stage: L.LightningModule, batch) -> None:
+    def rehearse(self, trainer, stage, batch) -> None:
+        """Forward and backward of one batch.
+
+        Raises:
+            ValueError: it does not fit into memory.
+        """
         rows, positions = batch.input_ids.shape
         try:
             batch = trainer.strategy.batch_to_device(batch)

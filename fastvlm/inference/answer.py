@@ -47,7 +47,9 @@ class Answer:
     def settled_text(self) -> str:
         """The part of `text()` that no further token can change: what may be shown already."""
         text = self._decoded()
-        text = text[: self._stop_position(text)].rstrip(UNFINISHED_CHARACTER)
+        if (end := self._stop_position(text)) < len(text):
+            return text[:end].strip()  # nothing comes after a stop string
+        text = text.rstrip(UNFINISHED_CHARACTER)
         # The end could be the beginning of a stop string ...
         held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         # ... and space at the end is cut unless words follow.

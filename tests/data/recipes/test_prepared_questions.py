@@ -11,6 +11,7 @@ import vqa_layouts
 from data.prepare import prepare
 from fastvlm.data.plan import Plan
 from fastvlm.data.source import Mixture, Source
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.questions import read_questions
 
 QUESTIONS = {  # recipe -> kept by split, dropped by split
@@ -38,8 +39,9 @@ def test_questions_are_prepared_trained_on_and_evaluated(name, tmp_path, tokeniz
     kept, dropped = QUESTIONS[name]
     assert done["counts"] == {name: kept} and count_dropped(done) == dropped
     source = Source(name, path=tmp_path / "out", rebuild_index=False)
+    transform = ImageTransform(image_size=16)
     for split in set(kept) - {"train"}:
-        questions = read_questions(source.load(split, tokenizer), source=name, limit=None, image_size=16)
+        questions = read_questions(source.load(split, tokenizer), source=name, limit=None, transform=transform)
         assert len(questions) == kept[split] and all(len(q.images) == 1 and q.answer for q in questions)
     if "train" in kept:
         mixture = Mixture({name: source}, weights={name: 1}, unit="answer_tokens")
