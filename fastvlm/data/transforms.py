@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.augment import Augmentation, jitter_colours, mean_grey
-from fastvlm.data.decode import BROKEN, decode_pixels, is_jpeg, open_image, upright_size
+from fastvlm.data.decode import BROKEN, decode_pixels, is_jpeg, open_image, read_orientation, upright_size
 from fastvlm.data.tiling import check_grids, choose_grids
 
 FITS = ("pad", "crop", "squash")
@@ -127,7 +127,8 @@ class ImageTransform:
         if views > 1:
             sheet = rearrange(torch.empty(rows * side, columns * side, 3, dtype=torch.uint8), "h w c -> c h w")
             jobs.append((box, fitted(box, rows * side, columns * side), sheet))
-        reduce = largest_reduction(jobs) if is_jpeg(image) else 1
+        turned = read_orientation(image) > 1
+        reduce = largest_reduction(jobs, whole=(width, height) if turned else (0, 0)) if is_jpeg(image) else 1
         pixels = decode_pixels(image, data, reduce=reduce)
         mean = None
         for part, size, canvas in jobs:
@@ -237,10 +238,14 @@ def fitted(box: Box, height: int, width: int) -> tuple[int, int]:
     return min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale)))
 
 
-def largest_reduction(jobs: Sequence[tuple[Box, tuple[int, int], Tensor]]) -> int:
-    """The largest of 1, 2, 4, 8 that leaves every job MARGIN times its target."""
+def largest_reduction(jobs: Sequence[tuple[Box, tuple[int, int], Tensor]], *, whole: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 that leaves every job MARGIN times its target.
+
+    It also divides `whole`, the sides of an image that is turned: the pixel that lies partly beyond the image would
+    come to stand before it (cameras write multiples of 8).
+    """
     room = min(min((b[2] - b[0]) / w, (b[3] - b[1]) / h) for b, (h, w), _ in jobs) / MARGIN
-    return next(k for k in (8, 4, 2, 1) if k <= max(room, 1))
+    return next(k for k in (8, 4, 2, 1) if k <= max(room, 1) and not any(side % k for side in whole))
 
 
 def shrunk(box: Box, reduce: int, pixels: Tensor) -> Box:
