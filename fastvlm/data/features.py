@@ -11,7 +11,7 @@ of the encoded image file as it was read, so nothing stale can be found. A store
 Chunks appear by rename and never change, so readers need no lock, ranks write side by side and a network disk will do.
 LMDB lets one process write at a time, must be told its largest size, refuses to be opened twice in a process, and
 takes 1 to 12 % more room. It reads small entries from a disk faster (2.8 times at 18 kB, as fast at 400 kB), which no
-training step notices; written they are at like or lower speed (`benchmarks/features.py stores`).
+training step notices; these chunks are written at 0.7 to 1.1 times its speed (`benchmarks/features.py stores`).
 
     python -m fastvlm.data.features                  # what is there
     python -m fastvlm.data.features delete=<key>     # first letters of a key, or all
