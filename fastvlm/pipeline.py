@@ -431,7 +431,7 @@ class Pipeline:
             records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         if self.config.data.longest_first:
-            callbacks.insert(1, LongestFirst(data.plan))
+            callbacks.insert(1, LongestFirst(data.plan, say=say))
         trainer = L.Trainer(
             **self.hardware.trainer(),
             default_root_dir=str(folder),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning as L
 import numpy as np
 import torch
@@ -13,13 +15,14 @@ class LongestFirst(L.Callback):
 
     Args:
         plan: the stage's order, a `fastvlm.data.plan.Plan`.
+        say: is told what was tried.
 
     Raises:
         ValueError: a batch does not fit into memory; the message names it and the keys that make it smaller.
     """
 
-    def __init__(self, plan):
-        self.plan, self.done = plan, False
+    def __init__(self, plan, *, say: Callable[[str], None] = print):
+        self.plan, self.say, self.done = plan, say, False
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         if self.done or (batch_idx + 1) % trainer.accumulate_grad_batches != 0:
@@ -29,7 +32,11 @@ class LongestFirst(L.Callback):
         buffers = {name: b.detach().clone() for name, b in stage.named_buffers()}
         for number in longest_steps(self.plan):
             for micro in range(trainer.accumulate_grad_batches):
-                self.rehearse(trainer, stage, dataset[number * trainer.accumulate_grad_batches + micro])
+                batch = dataset[number * trainer.accumulate_grad_batches + micro]
+                self.rehearse(trainer, stage, batch)
+                rows, positions = batch.input_ids.shape
+                size = f"{rows} rows of {positions} positions, {batch.num_images} images"
+                self.say(f"  step {number} tried first: {size}")
         trainer.optimizers[0].zero_grad()
         for name, buffer in stage.named_buffers():
             buffer.data.copy_(buffers[name])

@@ -12,7 +12,8 @@ def test_trying_the_longest_batch_leaves_every_weight_as_it_would_be(cli, tmp_pa
     # The encoder learns, so that BatchNorm statistics would tell.
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=4", "stages.dense.batch_size=4"]
     for name in ("without", "with"):
-        cli("train.py", *arguments, f"data.longest_first={name == 'with'}", f"name={name}")
+        done = cli("train.py", *arguments, f"data.longest_first={name == 'with'}", f"name={name}")
+        assert ("tried first: 4 rows of" in done.stdout) == (name == "with")
         stage = (tmp_path / "runs" / name / "stages" / "dense").resolve()
         stage.rename(tmp_path / name)
     for part in ("encoder", "resampler", "projector"):
