@@ -154,8 +154,8 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
     """Seconds (median) of each part, and what they took besides."""
     import torch
 
-    from fastvlm.bench.clock import count_flops, peak_bytes
     from fastvlm.data.transforms import ImageTransform
+    from fastvlm.inference.clock import count_flops, peak_bytes
     from fastvlm.inference.fast_decoder import FastDecoder
     from fastvlm.inference.kv_cache import KVCache
     from fastvlm.inference.levers import count_bytes
@@ -221,7 +221,7 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
     """Measure rows in this process, one after the other."""
     import torch
 
-    from fastvlm.bench.clock import Clock
+    from fastvlm.inference.clock import Clock
     from fastvlm.inference.levers import apply_levers, parse_levers
 
     threads = os.cpu_count() if options["threads"] == "all" else int(options["threads"])
