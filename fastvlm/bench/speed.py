@@ -47,7 +47,7 @@ class Speed:
             f"  in parts, ms: {parts}",
             f"  a second question about the image: {self.second_question:.2f} of the first",
             f"whole answer, ms: {spread(self.latency)}",
-            f"decoding: {self.tokens_per_second:.1f} tokens/s; {self.batch} at once: {self.batch_tokens_per_second:.1f}",
+            f"decoding, tokens/s: {self.tokens_per_second:.1f}; {self.batch} rows: {self.batch_tokens_per_second:.1f}",
         ]
         if self.reference_tokens_per_second:
             theirs, ratio = self.reference_tokens_per_second, self.tokens_per_second / self.reference_tokens_per_second

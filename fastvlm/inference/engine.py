@@ -301,6 +301,7 @@ class Engine:
                 names = None if names is None else names[held.cpu().numpy()]
         return Row(
             embeds=embeds[0],
+            positions=torch.arange(embeds.shape[1], device=self.device),
             names=names,
             answer=Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit),
             sampling=sampling,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastvlm.inference.answer import Answer
@@ -27,11 +27,13 @@ class Row:
 
     Args:
         embeds: what the language model reads, visual tokens in place.
+        positions: where the language model takes them to stand; the answer goes on behind the last.
         names: what stands at each position (`position_names`); None where nothing is to be kept or found.
         reused: positions whose keys were found in the store (set by `Rows.add`).
     """
 
     embeds: Float[Tensor, "S D"]
+    positions: Int[Tensor, "S *axes"]
     names: np.ndarray | None
     answer: Answer
     sampling: Sampling
@@ -111,7 +113,7 @@ class Rows:
         columns = [count + 1 for count in self._columns]
         longest = self.cache.get_seq_length() + 1
         mask = self._visible(columns, longest)
-        positions = torch.tensor(self._columns, device=self.device)[:, None]
+        positions = torch.stack([row.positions[-1:] + len(row.answer.fed) for row in self.rows])
         hidden, _ = self.decode(self.embed(tokens), positions, mask, self.cache)
         self._columns = columns
         self._choose(self.rows, hidden)
@@ -137,8 +139,8 @@ class Rows:
             torch.nn.functional.pad(row.embeds[cached:], (0, 0, longest - row.length + cached, 0)) for row in rows
         ]
         mask = self._visible([row.length for row in rows], cached + longest)
-        starts = torch.tensor([row.length - longest for row in rows], device=self.device)[:, None]
-        positions = (starts + torch.arange(longest, device=self.device)).clamp(min=0)
+        starts = [row.positions[cached:] for row in rows]
+        positions = torch.stack([torch.cat([p[:1].expand(longest - len(p), *p.shape[1:]), p]) for p in starts])
         return self.decode(torch.stack(padded), positions, mask, cache)[0]
 
     def _visible(self, columns: Sequence[int], longest: int) -> Tensor | None:
