@@ -51,7 +51,7 @@ class Subject:
     resampler: str = "identity"
 
     @property
-    def levers(self) -> set[str]:
+    def idle_levers(self) -> set[str]:
         """Levers this encoder has no use for."""
         return set() if self.encoder == "fastvithd" else {"reparameterize", "channels_last"}
 
@@ -236,8 +236,8 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
             model = build(subject).to(device)
             pulled = ()
             if mode == "levers":
-                pulled = [n for n in parse_levers(options["levers"], device=device) if n not in subject.levers]
-                apply_levers(model, pulled)
+                wanted = parse_levers(options["levers"], device=device)
+                pulled = apply_levers(model, [name for name in wanted if name not in subject.idle_levers])
             row = measure(
                 subject,
                 model,

@@ -63,17 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(int(options["threads"]))
     clock = Clock(options["device"], kind=options["time"])
     tokens, requests = int(options["tokens"]), int(options["requests"])
-    names = parse_levers(options["levers"], device=options["device"])
+    parse_levers(options["levers"], device=options["device"])
     reference = None
     if options["reference"] == "true":
         engine = open_engine(options["run"], device=options["device"])
         reference = reference_speed(engine, tokens=tokens, repeats=max(3, requests // 4), clock=clock)
         del engine
-    engine = open_engine(options["run"], device=options["device"], levers=names)
+    engine = open_engine(options["run"], device=options["device"], levers=options["levers"])
     speed = measure_speed(
         engine, requests=requests, tokens=tokens, batch=int(options["batch"]), clock=clock, reference=reference
     )
-    speed.setting = {**options, "levers": ",".join(names), "threads": str(torch.get_num_threads())}
+    speed.setting = {**options, "levers": ",".join(engine.levers), "threads": str(torch.get_num_threads())}
     threads = f"{speed.setting['threads']} threads" if options["device"] == "cpu" else options["device"]
     print(f"{options['run']}: {threads}, {options['time']} time, levers: {speed.setting['levers'] or 'none'}")
     print("\n".join(speed.lines()))

@@ -103,7 +103,7 @@ class Engine:
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
         self.images, self.prefixes = ImageStore(image_store_bytes), PrefixStore(prefix_store_bytes)
-        self.workers = workers
+        self.workers, self.levers = workers, ()
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
         self.fast = fast_decoder.FastDecoder(model.llm) if fast and fast_decoder.fits(model.llm) else None

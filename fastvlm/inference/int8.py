@@ -7,8 +7,6 @@ bits and multiplies integers; `weight_only` keeps it in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,39 +65,39 @@ class WeightOnlyInt8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def quantise_linears(module: nn.Module, *, kind: str, skip: Iterable[nn.Module] = ()) -> int:
-    """Exchange every linear layer of a module (in place) for its 8-bit form; returns how many.
+def is_wide_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and min(layer.weight.shape) >= SMALLEST
+
+
+def quantise_linears(module: nn.Module, *, kind: str) -> int:
+    """Exchange every wide linear layer of a module (in place) for its 8-bit form; returns how many.
 
     Args:
         kind: `dynamic` or `weight_only`.
-        skip: layers that stay.
 
     Raises:
         ValueError: another kind; a device that needs torchao, which is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"int8 of kind {kind} is not one of {', '.join(KINDS)}")
-    skipped = {id(layer) for layer in skip}
-    fits = lambda layer: type(layer) is nn.Linear and min(layer.weight.shape) >= SMALLEST and id(layer) not in skipped
-    device = next(module.parameters()).device.type
-    if device != "cpu":
-        return _quantise_by_torchao(module, kind=kind, fits=fits)
+    if next(module.parameters()).device.type != "cpu":
+        return _quantise_by_torchao(module, kind=kind)
     form = DynamicInt8Linear if kind == "dynamic" else WeightOnlyInt8Linear
     count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if fits(child):
+            if is_wide_linear(child):
                 setattr(parent, name, form(child))
                 count += 1
     return count
 
 
-def _quantise_by_torchao(module: nn.Module, *, kind: str, fits) -> int:
+def _quantise_by_torchao(module: nn.Module, *, kind: str) -> int:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise ValueError("int8 on this device needs torchao: pip install 'fastvlm[quant]'") from None
-    found = sum(map(fits, module.modules()))
+    found = sum(map(is_wide_linear, module.modules()))
     config = Int8DynamicActivationInt8WeightConfig() if kind == "dynamic" else Int8WeightOnlyConfig()
-    quantize_(module, config, filter_fn=lambda layer, _: fits(layer))
+    quantize_(module, config, filter_fn=lambda layer, _: is_wide_linear(layer))
     return found

@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from fastvlm.inference.int8 import quantise_linears
+from fastvlm.inference.int8 import KINDS, SMALLEST, is_wide_linear, quantise_linears
 from fastvlm.models.vlm import VLM
 
 LEVERS = {
@@ -24,13 +24,12 @@ LEVERS = {
     "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
     "compile": "encoder: torch.compile with its weights frozen; the first image of each size waits for the compiler",
-    "cuda_graphs": "decoding: the language model's step compiled into CUDA graphs (exact; GPU only)",
 }
-# What pays on each device without waiting for a compiler, measured by benchmarks/ttft.py. 8-bit pointwise convolutions
-# in the encoder were tried and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
+# What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
+# the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
 FAST = {
     "cpu": ("reparameterize", "channels_last", "bf16", "int8_dynamic"),
-    "cuda": ("reparameterize", "channels_last", "bf16", "compile", "cuda_graphs"),
+    "cuda": ("reparameterize", "channels_last", "bf16"),
 }
 
 
@@ -51,26 +50,29 @@ def parse_levers(text: str | Sequence[str] | None, *, device: str = "cpu") -> tu
             raise ValueError(f"levers={name} is no lever: {hint}")
     if {"int8_dynamic", "int8_weight_only"} <= set(names):
         raise ValueError("levers: int8_dynamic and int8_weight_only exclude each other; name one")
-    if "cuda_graphs" in names and kind != "cuda":
-        raise ValueError(f"levers=cuda_graphs needs a CUDA device, and this is {kind}")
     return tuple(dict.fromkeys(names))
 
 
 @torch.no_grad()
-def apply_levers(model: VLM, names: Iterable[str]) -> VLM:
-    """Pull the levers, in place; the model is for inference from then on.
+def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Pull levers, in place; the model is for inference from then on. Returns their names.
+
+    `fast` leaves out those that find nothing to do in this model.
 
     Raises:
-        ValueError: see `parse_levers`; a lever that finds nothing to do in this model.
+        ValueError: see `parse_levers`; a lever named by itself that finds nothing to do.
     """
     device = next(model.parameters()).device
-    names = parse_levers(list(names), device=str(device))
+    names = parse_levers(levers, device=str(device))
+    asked = {n.strip() for n in (levers.split(",") if isinstance(levers, str) else levers or ())}
+    idle = {name: why for name in names if (why := _nothing_to_do(model, name))}
+    for name, why in idle.items():
+        if name in asked:
+            raise ValueError(f"levers={name}: {why}")
+    names = tuple(name for name in names if name not in idle)
     model.eval().requires_grad_(False)
     if "reparameterize" in names:
-        fold = getattr(model.encoder, "reparameterize", None)
-        if fold is None:
-            raise ValueError(f"levers=reparameterize: {type(model.encoder).__name__} has no branches to fold")
-        fold()
+        model.encoder.reparameterize()
     if "bf16" in names:
         for part in (model.encoder, model.resampler, model.projector):
             part.to(torch.bfloat16)
@@ -78,12 +80,21 @@ def apply_levers(model: VLM, names: Iterable[str]) -> VLM:
             model.llm.to(torch.bfloat16)
     if "channels_last" in names:
         model.encoder.to(memory_format=torch.channels_last)
-    for kind in ("dynamic", "weight_only"):
-        if f"int8_{kind}" in names and not quantise_linears(model.llm, kind=kind):
-            raise ValueError(f"levers=int8_{kind}: the language model has no linear layers of 64 or wider")
+    for kind in KINDS:
+        if f"int8_{kind}" in names:
+            quantise_linears(model.llm, kind=kind)
     if "compile" in names:
         compile_encoder(model)
-    return model
+    return names
+
+
+def _nothing_to_do(model: VLM, name: str) -> str:
+    """Why a lever would change nothing in this model; empty where it would."""
+    if name == "reparameterize" and not hasattr(model.encoder, "reparameterize"):
+        return f"{type(model.encoder).__name__} has no branches to fold"
+    if name.startswith("int8") and not any(map(is_wide_linear, model.llm.modules())):
+        return f"the language model has no linear layers of {SMALLEST} or wider"
+    return ""
 
 
 def compile_encoder(model: VLM) -> None:
@@ -91,10 +102,6 @@ def compile_encoder(model: VLM) -> None:
     encoder = model.encoder
     options = {"freezing": True} if next(encoder.parameters()).device.type == "cpu" else {}
     encoder.forward = torch.compile(encoder.forward, options=options, dynamic=False)
-
-
-def describe(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 def count_bytes(model: nn.Module) -> int:

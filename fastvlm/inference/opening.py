@@ -54,14 +54,16 @@ def open_engine(
     Raises:
         ValueError: what is named cannot be opened, or a lever cannot be pulled.
     """
+    folder, device = check_source(str(source)), check_device(device)  # before anything large is imported
     from fastvlm.inference.levers import apply_levers, parse_levers
 
-    folder, device = check_source(str(source)), check_device(device)
-    names = parse_levers(levers, device=device)
+    parse_levers(levers, device=device)  # before the weights are read
     options |= {"device": device, "image_store_bytes": image_store_bytes, "prefix_store_bytes": prefix_store_bytes}
     from fastvlm.build import build_transform, load_run
     from fastvlm.inference.engine import Engine
 
     model, tokenizer, config = load_run(folder)
-    model, transform = apply_levers(model.to(device), names), build_transform(config)
-    return Engine(model, tokenizer, image_size=config.image_size, transform=transform, **options)
+    pulled = apply_levers(model.to(device), levers)
+    engine = Engine(model, tokenizer, image_size=config.image_size, transform=build_transform(config), **options)
+    engine.levers = pulled
+    return engine

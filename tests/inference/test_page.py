@@ -4,7 +4,6 @@ import base64
 import shutil
 
 import pytest
-from test_server import Server
 from tiny_vlm import TOKENS_PER_IMAGE, draw_png
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -13,13 +12,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 PHONE = {"viewport": {"width": 360, "height": 700}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="module")
-def server(tiny_tokenizer):
-    running = Server(tiny_tokenizer.path, "max_images=3", "max_new_tokens=200", "max_rows=2")
-    yield running
-    running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +85,7 @@ def test_an_answer_is_stopped_retried_and_forgotten_by_keyboard_alone(page):
     page.keyboard.press("Tab")  # the message has the focus from the start
     page.locator("#text").focus()
     page.keyboard.type("which digit")
-    page.evaluate("document.getElementById('max').value = 200")
+    page.evaluate("document.getElementById('max').value = 150")
     page.keyboard.press("Enter")
     page.wait_for_function("(document.querySelector('.turn.assistant .bubble') || {}).textContent")
     page.keyboard.press("Escape")

@@ -1,9 +1,8 @@
 """The server as clients meet it: a uvicorn process, spoken to by the openai client and by raw HTTP."""
 
 import base64
-import http.client
 import json
-import os
+import queue
 import socket
 import subprocess
 import sys
@@ -15,66 +14,11 @@ import pytest
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.sampling import Sampling
+from fastvlm.inference.scheduler import Busy, Job, Scheduler
 from fastvlm.inference.settings import parse_settings
 
-openai = pytest.importorskip("openai")
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    def __init__(self, tokenizer_path: str, *settings: str):
-        self.port = free_port()
-        command = [sys.executable, str(HERE / "serve_tiny.py"), tokenizer_path, str(self.port), *settings]
-        self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-        for _ in range(600):
-            try:
-                assert self.get("/health")[0] == 200
-                return
-            except OSError:
-                assert self.process.poll() is None, self.process.stderr.read().decode()
-                time.sleep(0.1)
-        raise TimeoutError("the server did not start")
-
-    def request(self, method: str, path: str, body=None, headers=None) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, headers or {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            return reply.status, reply.read()
-        finally:
-            connection.close()
-
-    def get(self, path: str) -> tuple[int, bytes]:
-        return self.request("GET", path)
-
-    def ask(self, **body) -> tuple[int, dict]:
-        status, reply = self.request("POST", "/v1/chat/completions", json.dumps(body))
-        return status, json.loads(reply)
-
-    def metric(self, name: str) -> float:
-        lines = self.get("/metrics")[1].decode().splitlines()
-        return next((float(line.split()[1]) for line in lines if line.startswith(f"fastvlm_{name} ")), 0.0)
-
-    def client(self):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(timeout=20) is not None
-
-
-@pytest.fixture(scope="module")
-def server(tiny_tokenizer):
-    limits = ["max_rows=4", "max_waiting=40", "max_images=3", "max_body_bytes=300000", "max_image_bytes=50000"]
-    running = Server(tiny_tokenizer.path, *limits, "max_pixels=90000", "max_new_tokens=64", "default_new_tokens=12")
-    yield running
-    running.stop()
+pytest.importorskip("openai")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +103,7 @@ MISTAKES = [
     (400, "top_p", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 0}),
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
-    (400, "more than the 64", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 65}),
+    (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
     (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
@@ -237,7 +181,7 @@ def test_32_clients_at_once_are_each_answered_as_if_alone(server, reference):
 
 
 def leave_early(server, *, stream: bool) -> None:
-    body = {"model": "tiny", "messages": with_images("word", 3), "max_tokens": 64, "stream": stream}
+    body = {"model": "tiny", "messages": with_images("word", 3), "max_tokens": 200, "stream": stream}
     body = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}"
@@ -247,29 +191,63 @@ def leave_early(server, *, stream: bool) -> None:
             assert b"200 OK" in connection.recv(1 << 12)
 
 
-def test_the_answer_of_a_client_that_left_is_not_written_to_its_end(tiny_tokenizer):
-    """One row at a time and slow steps: what is cancelled makes room, what waits is refused beyond the queue."""
-    server = Server(tiny_tokenizer.path, "max_rows=1", "max_waiting=1", "max_new_tokens=64")
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_answer_of_a_client_that_left_is_not_written_to_its_end(server, stream):
+    before, written = server.metric("answers_cancelled_total"), server.metric("answers_total")
+    for _ in range(3):
+        leave_early(server, stream=stream)
+    deadline = time.monotonic() + 30
+    while server.metric("answers_cancelled_total") < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("answers_cancelled_total") == before + 3 and server.metric("answers_total") == written
+    assert server.metric("active") == server.metric("waiting") == 0
+
+
+def job(engine, *, tokens: int, text: str = "digit"):
+    told = queue.Queue()
+    record = {"messages": [{"role": "user", "content": text}]}
+    options = {"sampling": Sampling(), "max_new_tokens": tokens, "stop": (), "seed": 0}
+    return Job(record=record, images=[], tell=lambda *event: told.put(event), **options), told
+
+
+def last_event(told):
+    while (event := told.get(timeout=30))[0] == "text":
+        pass
+    return event
+
+
+def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobody_else(reference, monkeypatch):
+    scheduler = Scheduler(reference, max_rows=2, max_waiting=3)
     try:
-        for stream in (True, False):
-            before = server.metric("answers_cancelled_total")
-            for _ in range(12):
-                leave_early(server, stream=stream)
-            deadline = time.monotonic() + 20
-            while server.metric("active") + server.metric("waiting") and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert server.metric("active") == server.metric("waiting") == 0
-            assert server.metric("answers_cancelled_total") > before or not stream
-        statuses: list[int] = []
-        ask = lambda: statuses.append(server.ask(model="tiny", messages=with_images("word", 3), max_tokens=64)[0])
-        threads = [threading.Thread(target=ask) for _ in range(24)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert set(statuses) == {200, 503} and server.ask(model="tiny", messages=with_images("word", 3))[0] == 200
+        decode = reference._decode
+        gate = threading.Event()
+        monkeypatch.setattr(reference, "_decode", lambda *given: gate.wait(30) and decode(*given))
+        told = []
+        with pytest.raises(Busy):
+            for _ in range(20):
+                asked, events = job(reference, tokens=5)
+                scheduler.submit(asked)
+                told.append(events)
+        assert 4 <= len(told) <= 6, "the one being read, up to one more row, and three that wait"
+        gate.set()
+        assert {last_event(events)[0] for events in told} == {"done"}
+        bad, bad_told = job(reference, tokens=5, text="digit " * 400)
+        good, good_told = job(reference, tokens=5)
+        scheduler.submit(bad)
+        scheduler.submit(good)
+        kind, error = last_event(bad_told)
+        assert kind == "error" and "the model ends at 256" in str(error) and last_event(good_told)[0] == "done"
+        # A step that fails ends the answers in it; the scheduler goes on.
+        monkeypatch.setattr(reference, "_decode", lambda *given: 1 / 0)
+        broken, broken_told = job(reference, tokens=5)
+        scheduler.submit(broken)
+        assert isinstance(last_event(broken_told)[1], ZeroDivisionError)
+        monkeypatch.setattr(reference, "_decode", decode)
+        again, again_told = job(reference, tokens=5)
+        scheduler.submit(again)
+        assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
     finally:
-        server.stop()
+        scheduler.stop()
 
 
 def test_attention_says_which_regions_an_answer_and_each_token_looked_at(server):
