@@ -8,7 +8,8 @@ The models are stock classes with random weights, which time does not depend on:
 transformers' SigLIP, CLIP and Qwen2-0.5B. `eager` is float32 as `generate` runs it, with logits of the last position
 only; `levers` pulls levers=... and decodes by the engine. A prompt is an image and 32 further tokens. Seconds are those
 of one thread's CPU time (threads=1), or of the wall clock (threads=all, device=cuda). Each row measures a fixed matrix
-product before and after: rows taken while the machine was busier show it there.
+product before and after: rows taken while the machine was busier show it there. The error of the levers is that of the
+visual tokens, and that of the logits after the prompt, against float32 with the same weights.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def unit_seconds(clock) -> float:
     return min(clock.time(lambda: [a @ a for _ in range(8)], repeats=3)[0])
 
 
-def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: bool) -> dict:
-    """Seconds (median) of each part, and what they took besides."""
+def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: bool) -> tuple[dict, dict]:
+    """Seconds (median) of each part with what they took besides, and what came out."""
     import torch
 
     from fastvlm.data.transforms import ImageTransform
@@ -171,9 +172,9 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         positions = torch.arange(embeds.shape[1], device=device)[None]
         if fast is None:
             out = hf(inputs_embeds=embeds, position_ids=positions, use_cache=True, logits_to_keep=1)
-            return out.logits[:, -1].argmax(-1), out.past_key_values, embeds.shape[1]
+            return out.logits[:, -1].float(), out.past_key_values, embeds.shape[1]
         hidden, cache = fast.decode(embeds, positions, None, KVCache())
-        return llm.head(hidden[:, -1]).argmax(-1), cache, embeds.shape[1]
+        return llm.head(hidden[:, -1]).float(), cache, embeds.shape[1]
 
     def decode(token, cache, length):
         positions = torch.tensor([[length]], device=device)
@@ -189,8 +190,8 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         parts["encoding"], patches = clock.time(lambda: model.encode_patches(views.to(device)), repeats=many)
         parts["projection"], visual = clock.time(lambda: model.project(patches), repeats=repeats)
         warm = 0 if subject.tiles else 1  # of a minute, the first second may be cold
-        parts["prefill"], (token, cache, length) = clock.time(lambda: prefill(visual), repeats=many, warm=warm)
-        steps = iter(range(10**9))
+        parts["prefill"], (logits, cache, length) = clock.time(lambda: prefill(visual), repeats=many, warm=warm)
+        steps, token = iter(range(10**9)), logits.argmax(-1)
         parts["first decode"], _ = clock.time(lambda: decode(token, cache, length + next(steps)), repeats=5)
         after = unit_seconds(clock)
         if flops and mode == "eager":
@@ -200,7 +201,8 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
                 "prefill": count_flops(lambda: prefill(visual)),
             }
     seconds = {name: statistics.median(times) for name, times in parts.items()}
-    return {
+    outputs = {"visual tokens": visual.float(), "logits": logits}
+    row = {
         "row": subject.name,
         "mode": mode,
         "tokens": visual.shape[0] * visual.shape[1],
@@ -215,6 +217,14 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         "load": os.getloadavg()[0],
         "time": clock.kind,
     }
+    return row, outputs
+
+
+def relative_errors(outputs: dict, exact: dict | None) -> dict[str, float]:
+    """Norm of the difference over the norm of what float32 gives, for the same random weights."""
+    if exact is None:
+        return {}
+    return {key: float((value - exact[key]).norm() / exact[key].norm()) for key, value in outputs.items()}
 
 
 def run(options: dict[str, str], names: list[str]) -> list[dict]:
@@ -230,7 +240,7 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
     clock = Clock(device, kind="cpu" if threads == 1 and device == "cpu" else "wall")
     measured = []
     for name in names:
-        subject, model = SUBJECTS[name], None
+        subject, model, exact = SUBJECTS[name], None, None
         for mode in options["modes"].split(","):
             model = None  # the last mode's weights go before the next come
             model = build(subject).to(device)
@@ -238,14 +248,10 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
             if mode == "levers":
                 wanted = parse_levers(options["levers"], device=device)
                 pulled = apply_levers(model, [name for name in wanted if name not in subject.idle_levers])
-            row = measure(
-                subject,
-                model,
-                mode=mode,
-                clock=clock,
-                repeats=int(options["repeats"]),
-                flops=options["flops"] == "true",
-            )
+            repeats, flops = int(options["repeats"]), options["flops"] == "true"
+            row, outputs = measure(subject, model, mode=mode, clock=clock, repeats=repeats, flops=flops)
+            exact = outputs if mode == "eager" else exact
+            row["error"] = relative_errors(outputs, exact) if mode == "levers" else {}
             row |= {"levers": list(pulled), "threads": threads, "device": device, "machine": machine(device)}
             measured.append(row)
             save(row, Path(options["out"]))
@@ -300,6 +306,7 @@ def tabulate(rows: list[dict]) -> str:
             flops = f"{sum(r['flops'].values()) / 1e9:.0f}" if r["flops"] else ""
             cells = [r["row"], r["mode"], r["tokens"], s["preprocessing"], s["encoding"], s["projection"], s["prefill"]]
             cells += [f"{1000 * r['ttft']:.0f}", s["first decode"], f"{r['weight_bytes'] / 1e9:.2f}", flops]
+            cells += [", ".join(f"{value:.3f}" for value in r.get("error", {}).values())]
             cells += ["-".join(f"{1000 * u:.0f}" for u in r["unit_seconds"])]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         ttft = {(r["row"], r["mode"]): r["ttft"] for r in chosen}

@@ -217,12 +217,11 @@ def last_event(told):
 
 
 def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobody_else(reference, monkeypatch):
+    decode, gate, told = reference._decode, threading.Event(), []
+    steps = [lambda *given: gate.wait(30) and decode(*given)]
+    monkeypatch.setattr(reference, "_decode", lambda *given: steps[-1](*given))
     scheduler = Scheduler(reference, max_rows=2, max_waiting=3)
     try:
-        decode = reference._decode
-        gate = threading.Event()
-        monkeypatch.setattr(reference, "_decode", lambda *given: gate.wait(30) and decode(*given))
-        told = []
         with pytest.raises(Busy):
             for _ in range(20):
                 asked, events = job(reference, tokens=5)
@@ -238,11 +237,11 @@ def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobod
         kind, error = last_event(bad_told)
         assert kind == "error" and "the model ends at 256" in str(error) and last_event(good_told)[0] == "done"
         # A step that fails ends the answers in it; the scheduler goes on.
-        monkeypatch.setattr(reference, "_decode", lambda *given: 1 / 0)
+        steps.append(lambda *given: 1 / 0)
         broken, broken_told = job(reference, tokens=5)
         scheduler.submit(broken)
         assert isinstance(last_event(broken_told)[1], ZeroDivisionError)
-        monkeypatch.setattr(reference, "_decode", decode)
+        steps.append(decode)
         again, again_told = job(reference, tokens=5)
         scheduler.submit(again)
         assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
