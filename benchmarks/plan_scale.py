@@ -70,6 +70,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
                 "text_tokens": text,
                 "answer_tokens": np.maximum(1, text * answers).astype(np.int32),
                 "type": [""] * n,
+                "numbers": [[]] * n,
                 "crc32": crc,
                 "fault": [""] * n,
             }
@@ -85,6 +86,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
                 "checksum": checksum(offset, size, crc),
                 "tokenizer": tokenizer.fingerprint,
                 "broken": "",
+                "suffixes": ["json", *(f"{k}.jpg" for k in range(images))],
             }
             write_sidecar(sidecar(tar), table, header)
 
