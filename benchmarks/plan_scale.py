@@ -42,7 +42,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from fastvlm.data.index import FORMAT, SCHEMA, checksum, sidecar, write_sidecar
+    from fastvlm.data.sidecar import FORMAT, SCHEMA, checksum, sidecar, write_sidecar
 
     for number, (name, (share, _, mean, sigma, answers)) in enumerate(SOURCES.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
