@@ -7,6 +7,8 @@ bits and multiplies integers; `weight_only` keeps it in bf16.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,7 +31,9 @@ class DynamicInt8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = round_weight(linear.weight.detach())
         zero = torch.zeros(self.out_features, dtype=torch.long)
-        quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
+        with warnings.catch_warnings():  # torch means to give such tensors up one day
+            warnings.simplefilter("ignore", UserWarning)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantised, None)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
