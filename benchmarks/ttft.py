@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import statistics
@@ -151,17 +152,17 @@ def unit_seconds(clock) -> float:
     return min(clock.time(lambda: [a @ a for _ in range(8)], repeats=3)[0])
 
 
-def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: bool) -> tuple[dict, dict]:
+def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: tuple[str, ...]) -> tuple[dict, dict]:
     """Seconds (median) of each part with what they took besides, and what came out."""
     import torch
 
     from fastvlm.data.transforms import ImageTransform
-    from fastvlm.inference.clock import count_flops, peak_bytes
+    from fastvlm.inference.clock import peak_bytes
     from fastvlm.inference.fast_decoder import FastDecoder
     from fastvlm.inference.kv_cache import KVCache
     from fastvlm.inference.levers import count_bytes
 
-    device = clock.device
+    device, before = clock.device, unit_seconds(clock)
     transform, file = ImageTransform(image_size=subject.image_size, tiles=subject.tiles), photograph()
     llm, hf = model.llm, model.llm.hf
     fast = FastDecoder(llm) if mode == "levers" else None
@@ -184,22 +185,18 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         return llm.head(fast.decode(llm.embed(token[:, None]), positions, None, cache)[0][:, -1]).argmax(-1)
 
     with torch.inference_mode():
-        before, parts, operations = unit_seconds(clock), {}, {}
+        parts = {}
         many = repeats if subject.tiles is None else max(1, repeats // 3)
         parts["preprocessing"], views = clock.time(lambda: transform(file), repeats=max(3, repeats))
-        parts["encoding"], patches = clock.time(lambda: model.encode_patches(views.to(device)), repeats=many)
+        # Of a minute, the first second may be cold; but a compiler is no part of it.
+        warm = 0 if subject.tiles and "compile" not in pulled else 1
+        encode = lambda: model.encode_patches(views.to(device))
+        parts["encoding"], patches = clock.time(encode, repeats=many, warm=warm)
         parts["projection"], visual = clock.time(lambda: model.project(patches), repeats=repeats)
-        warm = 0 if subject.tiles else 1  # of a minute, the first second may be cold
         parts["prefill"], (logits, cache, length) = clock.time(lambda: prefill(visual), repeats=many, warm=warm)
         steps, token = iter(range(10**9)), logits.argmax(-1)
         parts["first decode"], _ = clock.time(lambda: decode(token, cache, length + next(steps)), repeats=5)
         after = unit_seconds(clock)
-        if flops and mode == "eager":
-            operations = {
-                "encoding": count_flops(lambda: model.encode_patches(views.to(device))),
-                "projection": count_flops(lambda: model.project(patches)),
-                "prefill": count_flops(lambda: prefill(visual)),
-            }
     seconds = {name: statistics.median(times) for name, times in parts.items()}
     outputs = {"visual tokens": visual.float(), "logits": logits}
     row = {
@@ -210,7 +207,6 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         "seconds": seconds,
         "spread": {name: [min(times), max(times)] for name, times in parts.items()},
         "ttft": sum(seconds[name] for name in ("preprocessing", "encoding", "projection", "prefill")),
-        "flops": operations,
         "weight_bytes": count_bytes(model),
         "peak_bytes": peak_bytes(device),
         "unit_seconds": [before, after],
@@ -218,6 +214,27 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, flops: b
         "time": clock.kind,
     }
     return row, outputs
+
+
+def count_operations(subject: Subject) -> dict[str, int]:
+    """Of the parts of one request, on tensors without data."""
+    import torch
+
+    from fastvlm.inference.clock import count_flops
+
+    with torch.device("meta"), torch.inference_mode():
+        model = build(subject)
+        tiles = 1 + math.prod(subject.tiles[0]) if subject.tiles else 1
+        pixels = torch.empty(tiles, 3, subject.image_size, subject.image_size, dtype=torch.uint8)
+        patches = model.encode_patches(pixels)
+        visual = model.project(patches)
+        embeds = torch.empty(1, visual.shape[0] * visual.shape[1] + TEXT, model.llm.dim)
+        prefill = {"inputs_embeds": embeds, "position_ids": torch.arange(embeds.shape[1])[None], "logits_to_keep": 1}
+        return {
+            "encoding": count_flops(lambda: model.encode_patches(pixels)),
+            "projection": count_flops(lambda: model.project(patches)),
+            "prefill": count_flops(lambda: model.llm.hf(**prefill)),
+        }
 
 
 def relative_errors(outputs: dict, exact: dict | None) -> dict[str, float]:
@@ -241,6 +258,7 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
     measured = []
     for name in names:
         subject, model, exact = SUBJECTS[name], None, None
+        operations = count_operations(subject) if options["flops"] == "true" else {}
         for mode in options["modes"].split(","):
             model = None  # the last mode's weights go before the next come
             model = build(subject).to(device)
@@ -248,8 +266,9 @@ def run(options: dict[str, str], names: list[str]) -> list[dict]:
             if mode == "levers":
                 wanted = parse_levers(options["levers"], device=device)
                 pulled = apply_levers(model, [name for name in wanted if name not in subject.idle_levers])
-            repeats, flops = int(options["repeats"]), options["flops"] == "true"
-            row, outputs = measure(subject, model, mode=mode, clock=clock, repeats=repeats, flops=flops)
+            repeats = int(options["repeats"])
+            row, outputs = measure(subject, model, mode=mode, clock=clock, repeats=repeats, pulled=pulled)
+            row["flops"] = operations
             exact = outputs if mode == "eager" else exact
             row["error"] = relative_errors(outputs, exact) if mode == "levers" else {}
             row |= {"levers": list(pulled), "threads": threads, "device": device, "machine": machine(device)}
