@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.config import ROOT
+from fastvlm.config import ROOT, ImageConfig
 from fastvlm.tokens import Tokenizer
 
 
@@ -92,6 +92,9 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     leaves the others' first weights as they were."""
     from fastvlm.models.vlm import VLM
 
+    if config.get("vlm"):
+        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer)
+
     def part(name: str, **extra):
         torch.manual_seed(seed_of(config.seed, name))
         return instantiate(config[name], key=name, **extra)
@@ -103,6 +106,26 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
     return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+
+
+def settle_views(config: DictConfig) -> None:
+    """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
+    if not config.get("vlm"):
+        return
+    for part in ("encoder", "resampler", "projector", "llm"):
+        config[part] = None
+    unsettled = [stage for stage in config.stages.values() if stage.image_size is None]
+    if not unsettled:
+        return
+    from fastvlm.models.pretrained.views import views_at
+
+    views = views_at(
+        config.vlm.get("path") or config.vlm.clip, key="vlm.path" if config.vlm.get("path") else "vlm.clip"
+    )
+    for stage in unsettled:
+        stage.image_size = views.image_size
+        if stage.image == OmegaConf.structured(ImageConfig):
+            stage.image = OmegaConf.merge(stage.image, views.image)
 
 
 def ensure_embedded(config: DictConfig) -> None:
