@@ -119,9 +119,8 @@ def settle_views(config: DictConfig) -> None:
         return
     from fastvlm.models.pretrained.views import views_at
 
-    views = views_at(
-        config.vlm.get("path") or config.vlm.clip, key="vlm.path" if config.vlm.get("path") else "vlm.clip"
-    )
+    key = "path" if config.vlm.get("path") else "clip"
+    views = views_at(config.vlm[key], key=f"vlm.{key}")
     for stage in unsettled:
         stage.image_size = views.image_size
         if stage.image == OmegaConf.structured(ImageConfig):

@@ -211,7 +211,7 @@ def check(config: DictConfig) -> None:
         try:
             from fastvlm.build import build_transform
 
-            build_transform(stage if stage.image_size else {**stage, "image_size": 1})
+            build_transform(stage if stage.image_size else OmegaConf.merge(stage, {"image_size": 1}))
         except ValueError as error:
             wrong.append(f"{where}.{error}")
         if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:

@@ -151,7 +151,7 @@ class ImageTransform:
             self._place(resized.flip(-1) if draw and draw.mirrored else resized, canvas)
         if views > 1:
             out[1:] = rearrange(sheet, "c (r h) (q w) -> (r q) c h w", r=rows, q=columns)
-        out.layout = self.layout(width, height)  # rides along to the engine; a batch has it as a tensor
+        out.view_layout = self.layout(width, height)  # rides along to the engine; a batch has it as a tensor
         return out
 
     def _borrow(self, size: tuple[int, int]) -> Tensor:

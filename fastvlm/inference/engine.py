@@ -100,7 +100,9 @@ class Engine:
         if not chunks:
             return []
         counts = [self.tokens_per_image * (len(image) if image.ndim == 4 else 1) for image in images]
-        return list(rearrange(torch.cat(chunks), "i m d -> (i m) d").split(counts))
+        layouts = [getattr(image, "view_layout", (1, 1, self.image_size, self.image_size)) for image in images]
+        visual = self.model.arrange(torch.cat(chunks), torch.tensor(layouts))
+        return list(rearrange(visual, "i m d -> (i m) d").split(counts))
 
     def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
@@ -256,7 +258,7 @@ class Engine:
 
     def _prefill_inputs(
         self, prompts: list[list[int]], visual: Sequence[Sequence[Tensor]]
-    ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"], Int[Tensor, "B S *axes"]]:
         """Embeddings padded on the left, their mask (1 where a token stands), positions from 0 in every row."""
         longest = max(map(len, prompts))
         input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_id)
@@ -273,7 +275,7 @@ class Engine:
             if self.model.drops_tokens:
                 empty = empty_slots(embeds, input_ids == self.tokenizer.image_id)
                 embeds, mask = take_out(empty, embeds, mask)
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        position_ids = self.model.positions(input_ids, (mask.cumsum(dim=1) - 1).clamp(min=0))
         return embeds, mask, position_ids
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:

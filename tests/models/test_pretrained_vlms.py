@@ -204,7 +204,7 @@ def test_every_parameter_of_a_part_has_a_gradient_so_that_ranks_agree(checkpoint
 def test_lora_goes_into_the_language_model_and_merges(checkpoint):
     model = from_pretrained(str(checkpoint("qwen2_vl")))
     names = set(model.state_dict())
-    tuner = add_lora(model.llm.hf, r=2, alpha=4, dropout=0.0, targets=["q_proj", "v_proj"])
+    tuner = add_lora(model.llm.hf, r=2, alpha=4.0, dropout=0.0, targets=["q_proj", "v_proj"])
     assert any("lora_A" in name for name, _ in model.named_parameters())
     merge_lora(tuner)
     assert set(model.state_dict()) == names
@@ -223,7 +223,8 @@ def test_a_model_given_back_to_its_own_class_is_what_it_was(kind, checkpoint, tm
     assert len(changed) == 1
 
 
-def test_what_is_not_there_or_does_not_fit_is_one_line(checkpoint, tmp_path):
+def test_what_is_not_there_or_does_not_fit_is_one_line(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = checkpoint("llava")
     with pytest.raises(ValueError, match="holds a llava, not a qwen2_vl; use vlm=llava_1_5"):
         from_pretrained(str(folder), model_type="qwen2_vl")

@@ -1,4 +1,4 @@
-"""Vision-language models of `transformers` with random weights, saved by their own classes with their own processors."""
+"""Vision-language models of `transformers` with random weights, saved by their own classes and processors."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def from_pretrained(
         )
     hf, told = fetch(
         lambda: AutoModelForImageTextToText.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
+            path, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         ),
         what=f"vlm.path={path}",
         mend=OFFLINE,

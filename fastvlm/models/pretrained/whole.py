@@ -116,7 +116,7 @@ def side_of_images(is_slot: Bool[Tensor, "B S"]) -> int:
     side = math.isqrt(slots // max(1, runs))
     if runs * side**2 != slots:
         raise ValueError(
-            f"{slots} image slots in {runs} runs are no equal squares: this model takes an image whole (image.tiles=null) "
-            "and needs its own template, whose tokens stand between images (tokenizer.template=own)"
+            f"{slots} image slots in {runs} runs are no equal squares: this model takes an image whole "
+            "(image.tiles=null) and needs its own template, whose tokens stand between images (tokenizer.template=own)"
         )
     return max(1, side)
