@@ -105,7 +105,9 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     llm = part("llm", vocab_size=len(tokenizer))
     projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
-    return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model.recipe = {name: OmegaConf.to_container(config[name], resolve=True) for name in model.parts}
+    return model
 
 
 def settle_views(config: DictConfig) -> None:

@@ -81,6 +81,17 @@ TEMPLATES = {
         start="<s>",
         specials=("<s>", "</s>"),
     ),
+    # SmolVLM, as its own chat template has it, with the marks its processor writes around an image of one view
+    "smolvlm": Template(
+        name="smolvlm",
+        before={role: f"{role.capitalize()}: " for role in ROLES},
+        after=dict.fromkeys(ROLES, "<end_of_utterance>\n") | {"assistant": "\n"},
+        end="<end_of_utterance>",
+        document_end="<end_of_utterance>",
+        start="<|im_start|>",
+        specials=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+        image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    ),
     # PaliGemma: image, <bos>, prompt, line end, answer: https://huggingface.co/blog/paligemma
     "paligemma": Template(
         name="paligemma",
@@ -154,6 +165,9 @@ def own_image_token(path: str, hf) -> str:
     """
     from transformers import AutoConfig
 
+    raw = Path(path) / "config.json"
+    if raw.exists() and "mm_vision_tower" in raw.read_text():
+        return "<image>"  # LLaVA's own checkpoints write it and have no id for it
     try:
         config = AutoConfig.from_pretrained(path)
         number = getattr(config, "image_token_id", None)

@@ -14,6 +14,9 @@ from tiny_checkpoints import save_checkpoint  # noqa: E402
 
 from fastvlm.build import load_run, settle_views  # noqa: E402
 from fastvlm.config import check  # noqa: E402
+from fastvlm.data.conversation import encode_record  # noqa: E402
+from fastvlm.data.transforms import ImageTransform  # noqa: E402
+from fastvlm.inference.engine import Engine  # noqa: E402
 from fastvlm.models.pretrained import from_pretrained  # noqa: E402
 from fastvlm.models.pretrained.views import read_views  # noqa: E402
 from fastvlm.pipeline import Pipeline  # noqa: E402

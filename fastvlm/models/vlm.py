@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class VLM(nn.Module):
         super().__init__()
         self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
         self.image_token_id = image_token_id
+        self.recipe: dict[str, dict] | None = None  # constructor calls of the parts, where a configuration made them
         # 255 because pixels arrive as bytes: a quarter of float32's way over the bus.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (encoder.mean, encoder.std))
         self.register_buffer("pixel_mean", mean, persistent=False)
@@ -198,6 +200,31 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
         return self.llm.head(self.hidden(batch))
+
+    def save_pretrained(self, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
+        """Write configuration and weights in the form of `transformers`; `fastvlm.deployment.hub` adds the rest.
+
+        Args:
+            image_size: side of a view, pixels.
+            image: how a file becomes views: arguments of `ImageTransform`.
+
+        Raises:
+            ValueError: the model was put together by hand and has no `recipe`.
+        """
+        from fastvlm.models.saved import describe, write_folder
+
+        write_folder(self, describe(self, image_size=image_size, image=image), Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> VLM:
+        """The model of a folder that `save_pretrained` wrote, or of a hub id, in eval mode.
+
+        Raises:
+            ValueError: there is none, it is of another kind, or its weights do not fit; with a list.
+        """
+        from fastvlm.models.saved import load_vlm
+
+        return load_vlm(str(path))[0]
 
     def _must_touch_vision(self) -> bool:
         """Whether another rank may be waiting for this one's vision gradients, or for its shard of the weights."""

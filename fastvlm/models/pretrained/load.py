@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,8 @@ from fastvlm.models.hub import fetch
 from fastvlm.models.llms.language_model import LanguageModel
 from fastvlm.models.pretrained.connectors import BlockResampler, Connector, MergerConnector, Separated, SpatialUnpad
 from fastvlm.models.pretrained.language import DecoderWithHead, MRoPELanguageModel, PrefixLanguageModel, with_head
+from fastvlm.models.pretrained.misfits import refuse_misfits
+from fastvlm.models.pretrained.originals import load_original, original_config
 from fastvlm.models.pretrained.towers import LayerTower, Qwen2VLTower, WholeTower
 from fastvlm.models.pretrained.views import read_views
 from fastvlm.models.pretrained.whole import PretrainedVLM
@@ -27,6 +28,7 @@ def from_pretrained(
     path: str,
     *,
     model_type: str | None = None,
+    vision_tower: str | None = None,
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     dtype: str = "float32",
@@ -36,12 +38,17 @@ def from_pretrained(
     Args:
         path: a folder `save_pretrained` wrote, or a hub id.
         model_type: what the configuration must say; None takes any of `FAMILIES`.
+        vision_tower: where `path` holds an original LLaVA without its CLIP (LLaVA-1.5): folder or hub id of that.
         attention: as `LanguageModel` takes it.
         dtype: of the weights in memory; float32 lets mixed precision keep exact ones.
 
     Raises:
         ValueError: no model there, another `model_type`, one that is not known here, or weights of other shapes.
     """
+    if original_config(path) is not None:
+        hf = load_original(path, vision_tower=vision_tower, dtype=dtype)
+        model = take_apart(hf, path=path, attention=attention)
+        return checkpointed(model, gradient_checkpointing).eval()
     config = fetch(lambda: AutoConfig.from_pretrained(path), what=f"vlm.path={path}", mend=OFFLINE)
     if model_type not in (None, config.model_type):
         raise ValueError(
@@ -60,10 +67,13 @@ def from_pretrained(
         mend=OFFLINE,
     )
     refuse_misfits(told, f"vlm.path={path}")
-    model = take_apart(hf, path=path, attention=attention)
-    if gradient_checkpointing:
+    return checkpointed(take_apart(hf, path=path, attention=attention), gradient_checkpointing).eval()
+
+
+def checkpointed(model: PretrainedVLM, wanted: bool) -> PretrainedVLM:
+    if wanted:
         model.llm.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.eval()
+    return model
 
 
 def take_apart(hf: PreTrainedModel, *, path: str, attention: str = "auto") -> PretrainedVLM:
@@ -73,20 +83,6 @@ def take_apart(hf: PreTrainedModel, *, path: str, attention: str = "auto") -> Pr
         path: where its processor's files lie.
     """
     return FAMILIES[hf.config.model_type](hf, path, attention)
-
-
-def refuse_misfits(told: dict[str, Any], what: str) -> None:
-    """
-    Raises:
-        ValueError: weights are missing or of other shapes; a list of them.
-    """
-    wrong = [f"{name} {tuple(there)} is {tuple(here)} here" for name, there, here in told.get("mismatched_keys", ())]
-    wrong += [f"{name} is missing" for name in sorted(told.get("missing_keys", ()))]
-    if wrong:
-        raise ValueError(
-            f"{what}: {len(wrong)} weights do not fit its own config.json: {'; '.join(wrong[:5])}"
-            f"{f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''}"
-        )
 
 
 def option_for(model_type: str) -> str:

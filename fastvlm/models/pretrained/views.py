@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 from fastvlm.models.hub import fetch
+from fastvlm.models.pretrained.originals import original_config, processor_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Views:
 
 def views_at(path: str, *, key: str = "vlm.path") -> Views:
     """`read_views` of what lies at a path; no weights are read."""
+    if (raw := original_config(path)) is not None:
+        return original_views(raw)
     mend = "name a folder with config.json, or a hub id while online"
     return read_views(path, fetch(lambda: AutoConfig.from_pretrained(path), what=f"{key}={path}", mend=mend))
 
@@ -38,11 +42,14 @@ def read_views(path: str, config: PreTrainedConfig) -> Views:
     Raises:
         ValueError: there is no image processor.
     """
-    processor = fetch(
-        lambda: AutoImageProcessor.from_pretrained(path),
-        what=f"vlm.path={path}",
-        mend="the folder needs its preprocessor_config.json or processor_config.json",
-    )
+    if original_config(path) is not None:
+        processor = processor_of(config, path).image_processor
+    else:
+        processor = fetch(
+            lambda: AutoImageProcessor.from_pretrained(path),
+            what=f"vlm.path={path}",
+            mend="the folder needs its preprocessor_config.json or processor_config.json",
+        )
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     kind, vision = config.model_type, getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
@@ -63,6 +70,21 @@ def read_views(path: str, config: PreTrainedConfig) -> Views:
         image = {"fit": "pad" if getattr(processor, "do_pad", False) else "crop"}
     elif kind == "paligemma":
         image = {"fit": "squash"}
+    elif getattr(processor, "do_pad", False):
+        image = {"fit": "pad", "padding": [round(255 * value) for value in mean]}
     else:
         image = {"fit": "crop" if getattr(processor, "do_center_crop", False) else "squash"}
     return Views(mean=mean, std=std, image_size=size, image=image)
+
+
+def original_views(raw: dict) -> Views:
+    """The same of an original LLaVA or ml-fastvlm configuration, from which no tower is built yet."""
+    name = str(raw["mm_vision_tower"])
+    end = re.search(r"(\d+)$", name)
+    if end is None:
+        raise ValueError(f"mm_vision_tower={name} does not end in its image size; set the stages' image_size")
+    size, image = int(end[1]), {"fit": "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"}
+    if raw.get("image_aspect_ratio") == "anyres":
+        grids = sorted({(height // size, width // size) for width, height in raw["image_grid_pinpoints"]})
+        image = {"fit": "squash", "tiles": [list(grid) for grid in grids], "padding": [0, 0, 0]}
+    return Views(mean=(), std=(), image_size=size, image=image)
