@@ -88,9 +88,7 @@ def check_transformers(folder: Path, name: str, *, ours: bool) -> Verdict:
 
     engine = f"transformers {transformers.__version__}"
     if ours:
-        return Verdict(
-            engine, True, "after `import fastvlm.auto`, or trust_remote_code=True; fastvlm must be installed"
-        )
+        return Verdict(engine, True, "after `import fastvlm.auto`, or trust_remote_code=True with fastvlm installed")
     cls = getattr(transformers, name, None)
     if cls is None:
         return Verdict(engine, False, f"it has no class {name or '(config.json names no architecture)'}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 KEYS = ("run", "out", "form", "import", "check", "vision_tower")
-PROCESSORS = ("PartsVLMImageProcessor", "PartsVLMProcessor")
+PROCESSORS = {"AutoImageProcessor": "PartsVLMImageProcessor", "AutoProcessor": "PartsVLMProcessor"}
 FORMS = ("auto", "ours", "stock")
 
 
@@ -109,15 +109,11 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
     )
     processor.save_pretrained(folder)
     path = Path(folder) / "processor_config.json"
-    auto = {
-        "AutoProcessor": "remote_code.PartsVLMProcessor",
-        "AutoImageProcessor": "remote_code.PartsVLMImageProcessor",
-    }
+    auto = {auto: f"remote_code.{name}" for auto, name in PROCESSORS.items()}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto}, indent=2))
     code = Path(folder) / "remote_code.py"
-    code.write_text(
-        f"{code.read_text()}from fastvlm.deployment.processing import {', '.join(PROCESSORS)}  # noqa: F401\n"
-    )
+    line = f"from fastvlm.deployment.processing import {', '.join(PROCESSORS.values())}  # noqa: F401\n"
+    code.write_text(code.read_text() + line)
     ends = sorted({tokenizer.end_id, tokenizer.document_end_id})
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_id).save_pretrained(folder)
 

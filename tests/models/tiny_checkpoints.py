@@ -252,3 +252,49 @@ def save_checkpoint(kind: str, folder: Path) -> Path:
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+CLIPS_SIDE = SIDE
+
+
+def save_clip(kind: str, folder: Path):
+    """A CLIP or SigLIP with both towers and its processor."""
+    torch.manual_seed(0)
+    tok = tiny_tokenizer(image="<image>", template=None)
+    text = dict(
+        vocab_size=len(tok),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=tok.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    tok.model_max_length = 32
+    vision = dict(image_size=SIDE, patch_size=PATCH, **VISION)
+    if kind == "clip":
+        model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+        processor = t.CLIPProcessor(t.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE), tok)
+    else:
+        model = t.SiglipModel(t.SiglipConfig(text_config=text | {"projection_size": 24}, vision_config=vision))
+        processor = t.SiglipProcessor(t.SiglipImageProcessor(size=SQUARE), tok)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def save_llm(folder: Path) -> None:
+    torch.manual_seed(1)
+    tok = tiny_tokenizer(image="<|image|>")
+    model = t.LlamaForCausalLM(text_config(t.LlamaConfig, tok))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
