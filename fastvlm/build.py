@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.config import ROOT, ImageConfig
-from fastvlm.tokens import Tokenizer
+from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
@@ -143,7 +143,7 @@ def ensure_embedded(config: DictConfig) -> None:
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run.
+    """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
 
     Raises:
         ValueError: no such run, or its last stage has not finished.
@@ -152,6 +152,8 @@ def load_run(run: str | Path, *, device: str = "cpu"):
 
     run = Path(run)
     path = run / "config.yaml"
+    if not path.exists() and (run / "config.json").exists():
+        return load_saved(run, device=device)
     if not path.exists():
         raise ValueError(
             f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
@@ -171,3 +173,21 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     last = list(config.stages.values())[-1]
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
+
+
+def load_saved(folder: Path, *, device: str = "cpu"):
+    """The same of a saved model: ours, or a pretrained one, with the turns of its own chat template."""
+    from fastvlm.models.pretrained import from_pretrained
+    from fastvlm.models.pretrained.views import views_at
+    from fastvlm.models.saved import PartsVLMConfig, load_vlm
+
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == PartsVLMConfig.model_type:
+        model, saved = load_vlm(str(folder))
+        views = {"image_size": saved.image_size, "image": saved.image}
+    else:
+        model, own = from_pretrained(str(folder)), views_at(str(folder), key="run")
+        views = {"image_size": own.image_size, "image": own.image}
+    template = kind if kind in TEMPLATES else OWN
+    tokenizer = Tokenizer(str(folder), template=template, image_token=OWN)
+    return model.to(device).eval(), tokenizer, OmegaConf.create(views)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,15 +166,16 @@ def own_image_token(path: str, hf) -> str:
     """
     from transformers import AutoConfig
 
-    raw = Path(path) / "config.json"
-    if raw.exists() and "mm_vision_tower" in raw.read_text():
-        return "<image>"  # LLaVA's own checkpoints write it and have no id for it
-    try:
-        config = AutoConfig.from_pretrained(path)
-        number = getattr(config, "image_token_id", None)
-        token = hf.convert_ids_to_tokens(getattr(config, "image_token_index", None) if number is None else number)
-    except (OSError, ValueError, TypeError):
-        token = None
+    file, config = Path(path) / "config.json", {}
+    if file.exists():
+        config = json.loads(file.read_text())
+        if "mm_vision_tower" in config and "vision_config" not in config:
+            return "<image>"  # LLaVA's own checkpoints write it and have no id for it
+    else:
+        with suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(path).to_dict()
+    number = config.get("image_token_id", config.get("image_token_index"))
+    token = None if number is None else hf.convert_ids_to_tokens(number)
     if token is None:
         raise ValueError(f"tokenizer.path={path}: no configuration there names an image token; set image_token")
     return token

@@ -11,10 +11,11 @@ import torch
 from part_options import relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import tiny_tokenizer
+from tiny_checkpoints import save_checkpoint, tiny_tokenizer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import fastvlm.auto  # noqa: F401
+from fastvlm.build import load_run
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.deployment.engines import check_folder
@@ -276,3 +277,26 @@ def test_a_wrong_argument_is_one_line():
         parse(["chek=x"])
     with pytest.raises(ValueError, match="needs out=<folder>"):
         parse(["run=x"])
+
+
+@pytest.mark.parametrize("kind", ["ours", "LlavaForConditionalGeneration", "paligemma"])
+def test_a_saved_folder_opens_like_a_run(kind, built, tmp_path):
+    if kind == "paligemma":
+        save_checkpoint(kind, tmp_path)
+    else:
+        model, tokenizer, size = built(kind)
+        if kind == "ours":
+            save_ours(model, tokenizer, tmp_path, image_size=size)
+        else:
+            for part in export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})[:2]:
+                part.save_pretrained(tmp_path)
+    opened, words, config = load_run(tmp_path)
+    if kind == "paligemma":
+        assert words.template.image[1] == "<bos>" and config.image_size == 28
+        return
+    _, ids, views, answer = our_side(model, tokenizer, size)
+    slots = opened.num_visual_tokens(config.image_size)
+    assert encode_record(QUESTION, words, tokens_per_image=slots, prompt=True).input_ids == ids[0].tolist()
+    assert words.end_id == tokenizer.end_id
+    stop = (words.end_id, words.document_end_id)
+    assert opened.generate(ids, views, max_new_tokens=6, stop_ids=stop)[0].tolist() == answer
