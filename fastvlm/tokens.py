@@ -220,7 +220,8 @@ class Tokenizer:
                 raise ValueError(f"tokenizer.path={path} {error}") from None
         else:
             self.template = TEMPLATES[template]
-        missing = [t for t in (image_token, *self.template.specials) if t not in self.hf.get_vocab()]
+        wanted = dict.fromkeys((image_token, *self.template.specials, *self._ends()))
+        missing = [t for t in wanted if t not in self.hf.get_vocab()]
         if missing:
             self.hf.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
         if template != OWN:

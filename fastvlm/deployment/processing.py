@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, ImageProcessingMixin, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
 from fastvlm.data.transforms import ImageTransform
 
 
-class PartsVLMImageProcessor(ImageProcessingMixin):
+class PartsVLMImageProcessor(BaseImageProcessor):
     """Images -> views, by `ImageTransform`.
 
     Args:
@@ -28,7 +29,7 @@ class PartsVLMImageProcessor(ImageProcessingMixin):
         super().__init__(**kwargs)
         self.image_size, self.image = image_size, dict(image or {})
 
-    def __call__(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+    def preprocess(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
         """
         Args:
             images: files' bytes, paths, URLs, PIL images or arrays (H, W, 3) of bytes; one or a list.
@@ -41,8 +42,6 @@ class PartsVLMImageProcessor(ImageProcessingMixin):
         views = [transform(as_file(image)) for image in flat(images)]
         layouts = torch.tensor([view.view_layout for view in views], dtype=torch.long).view(-1, 4)
         return BatchFeature({"pixel_values": torch.cat(views), "layouts": layouts})
-
-    preprocess = __call__
 
 
 class PartsVLMProcessor(ProcessorMixin):
