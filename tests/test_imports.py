@@ -20,6 +20,7 @@ MAY = {
     "inference": {"models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},
+    "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
 

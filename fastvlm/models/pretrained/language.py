@@ -89,6 +89,7 @@ class PrefixLanguageModel(LanguageModel):
     """
 
     prefix: Bool[Tensor, "B S"] | None = None
+    whole_prompts = True  # keys of a prompt's start are of no use under another end
 
     def _mask(self, segment_ids: Tensor, inputs_embeds: Tensor):
         if self.prefix is None:
