@@ -110,7 +110,9 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
     processor.save_pretrained(folder)
     path = Path(folder) / "processor_config.json"
     auto = {auto: f"remote_code.{name}" for auto, name in PROCESSORS.items()}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto}, indent=2))
+    settings = json.loads(path.read_text())
+    settings["auto_map"] = settings["image_processor"]["auto_map"] = auto  # each half is read alone
+    path.write_text(json.dumps(settings, indent=2))
     code = Path(folder) / "remote_code.py"
     line = f"from fastvlm.deployment.processing import {', '.join(PROCESSORS.values())}  # noqa: F401\n"
     code.write_text(code.read_text() + line)

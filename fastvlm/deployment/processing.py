@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class PartsVLMProcessor(ProcessorMixin):
         image_token: what stands for an image in the text.
     """
 
+    @no_type_check  # transformers reads the names of the arguments from the function's own code
     def __init__(
         self,
         image_processor: PartsVLMImageProcessor,

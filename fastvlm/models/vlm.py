@@ -102,7 +102,7 @@ class VLM(nn.Module):
         visual = run(self.projector, tokens)
         return visual * (tokens != 0).any(dim=-1, keepdim=True) if self._resampler_drops else visual
 
-    def arrange(self, visual: Float[Tensor, "I m D"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
+    def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
         """Visual tokens of views as the language model reads them; pretrained models put line ends between tiles.
 
         Args:

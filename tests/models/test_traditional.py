@@ -17,7 +17,7 @@ def pair(request, tmp_path_factory):
     reference, processor = save_clip(request.param, clip)
     save_llm(llm)
     tokenizer = Tokenizer(str(llm), template="chatml")
-    model = traditional(clip=str(clip), llm=str(llm), labels=LABELS, tokenizer=tokenizer, num_labels=2, num_tokens=24)
+    model = traditional(clip=str(clip), llm=str(llm), labels=LABELS, tokenizer=tokenizer, num_labels=2, num_tokens=40)
     return reference, processor, tokenizer, model
 
 

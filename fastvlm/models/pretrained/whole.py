@@ -58,7 +58,7 @@ class PretrainedVLM(VLM):
         tokens = super().num_visual_tokens(image_size)
         return tokens if self.arrangement is None else self.arrangement.slots(tokens)
 
-    def arrange(self, visual: Float[Tensor, "I m D"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
+    def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
         """Every image's sequence in the slots of its views, from the first on; the slots behind it are zero.
 
         Raises:
