@@ -24,7 +24,7 @@ LAST = {
 
 
 def extract(response: str, *, choices: Sequence[str] | None, answer_type: str) -> str | None:
-    """The official rules: an option's own words, a number alone, `The answer is "..."`. None where they find nothing."""
+    """The official rules: an option's words, a number alone, `The answer is "..."`. None where they find nothing."""
     if response == "" or choices and response in choices:
         return response
     readers = {"integer": lambda text: str(int(text)), "float": lambda text: str(float(text))}

@@ -1,8 +1,8 @@
 """VQA accuracy: VQAv2, OK-VQA and VizWiz by the official code, TextVQA by EvalAI's.
 
 Sources: GT-Vision-Lab/VQA@a013f004 `PythonEvaluationTools/vqaEvaluation/vqaEval.py`; for EvalAI's form
-facebookresearch/mmf `mmf/utils/m4c_evaluators.py` and LLaVA's copy `llava/eval/m4c_evaluator.py`. OK-VQA's scorer is the
-same code over stemmed answers, VizWiz's over its own.
+facebookresearch/mmf `mmf/utils/m4c_evaluators.py` and LLaVA's copy `llava/eval/m4c_evaluator.py`. OK-VQA is scored by
+the same code over stemmed answers, VizWiz by it over its own.
 """
 
 from __future__ import annotations
@@ -21,8 +21,18 @@ MAX_PERIODS = 32
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# Every form that lacks one of its apostrophes is given it back. Forms with a capital are never met: words are lower case.
-WHOLE = ["'ow's'at", "'twas", "ain't", "aren't", "can't", "could've", "couldn't", "couldn't've", "didn't", "doesn't", "don't", "hadn't", "hadn't've", "hasn't", "haven't", "he'd", "he'd've", "he's", "how'd", "how'll", "how's", "isn't", "it'd", "it'd've", "it'll", "ma'am", "might've", "mightn't", "mightn't've", "must've", "mustn't", "needn't", "not've", "o'clock", "oughtn't", "shan't", "she'd've", "should've", "shouldn't", "shouldn't've", "somebody'd've", "somebody'll", "somebody's", "someone'd", "someone'd've", "someone'll", "someone's", "something'd", "something'd've", "something'll", "that's", "there'd", "there'd've", "there're", "there's", "they'd", "they'd've", "they'll", "they're", "they've", "wasn't", "we'd've", "we've", "weren't", "what'll", "what're", "what's", "what've", "when's", "where'd", "where's", "where've", "who'd", "who'd've", "who'll", "who's", "who've", "why'll", "why're", "why's", "won't", "would've", "wouldn't", "wouldn't've", "y'all", "y'all'd've", "y'all'll", "you'd", "you'd've", "you'll", "you're", "you've"]
+# A form that lacks one of its apostrophes is given it back. Forms with a capital are never met: words are lower case.
+WHOLE_WORDS = (
+    "'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
+    "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've "
+    "must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
+    "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're "
+    "you've"
+)
+WHOLE = WHOLE_WORDS.split()
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WHOLE for i, c in enumerate(word) if c == "'"}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round, officially
 
