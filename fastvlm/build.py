@@ -118,6 +118,25 @@ def ensure_embedded(config: DictConfig) -> None:
     prepare("embedded", out=folder)
 
 
+def read_run(run: str | Path) -> DictConfig:
+    """Configuration of a run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
+        )
+    return OmegaConf.load(path)
+
+
+def load_tokenizer(run: str | Path) -> Tokenizer:
+    """The tokenizer of a run, without its model."""
+    return build_tokenizer(read_run(run))
+
+
 def load_run(run: str | Path, *, device: str = "cpu"):
     """Model (eval), tokenizer and configuration of a finished run.
 
@@ -127,12 +146,7 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     from fastvlm.callbacks.handoff import load_component, read_manifest
 
     run = Path(run)
-    path = run / "config.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
-        )
-    config = OmegaConf.load(path)
+    config = read_run(run)
     lineage = run / "lineage.json"
     if not lineage.exists():
         raise ValueError(f"{run}: its stages have not finished; run the same train command again")

@@ -149,6 +149,7 @@ class EvalConfig:
     hardware: Any = MISSING
     paths: Paths = field(default_factory=Paths)
     out: str | None = None
+    predictions: str | None = None  # score these answers; the model is not asked
 
 
 def run_name() -> str:
@@ -246,6 +247,21 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         if config_name == "train" and not any(o.startswith("name=") for o in overrides):
             overrides.append("name=composed")
         return hydra_compose(config_name, overrides)
+
+
+def compose_each(config: DictConfig, group: str) -> dict[str, DictConfig]:
+    """The configuration once for every choice of a group that was given a list, `task=[vqav2,textvqa]`, by choice.
+
+    Hydra itself would merge them into one. All other overrides hold for each.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    chosen = hydra.runtime.choices.get(group)
+    if chosen is None or isinstance(chosen, str):
+        return {str(chosen): config}
+    others = [o for o in hydra.overrides.task if not re.match(rf"\+*{group}=", o)]
+    return {name: compose(hydra.job.config_name, [*others, f"{group}={name}"]) for name in dict.fromkeys(chosen)}
 
 
 def explain(error: BaseException, config_name: str) -> str:
