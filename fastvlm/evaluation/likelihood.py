@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
@@ -17,7 +17,6 @@ from fastvlm.models.vlm import VLM
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 
-@torch.inference_mode()
 def token_nll(
     model: VLM,
     tokenizer: Tokenizer,
@@ -27,7 +26,23 @@ def token_nll(
     tokens_per_view: int = 1,
     batch_size: int = 64,
 ) -> list[Float[Tensor, "_"]]:
-    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order.
+    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row: see `token_scores`."""
+    scores = token_scores(model, tokenizer, rows, visual, tokens_per_view=tokens_per_view, batch_size=batch_size)
+    return [nll for nll, _ in scores]
+
+
+@torch.inference_mode()
+def token_scores(
+    model: VLM,
+    tokenizer: Tokenizer,
+    rows: Sequence[tuple[list[int], list[int]]],
+    visual: Sequence[Sequence[Float[Tensor, "_ D"]]],
+    *,
+    tokens_per_view: int = 1,
+    batch_size: int = 64,
+) -> list[tuple[Float[Tensor, "_"], Bool[Tensor, "_"]]]:
+    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order, and whether it
+    is the one greedy decoding takes.
 
     Args:
         rows: (input_ids, labels) of one sample each, as `encode_record` makes them; the first token has nothing before
@@ -44,7 +59,8 @@ def token_nll(
     if longest > model.llm.max_positions:
         raise ValueError(f"a row has {longest} tokens, but the model ends at {model.llm.max_positions}")
     device = next(model.parameters()).device
-    scores: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(rows)
+    nothing = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    scores: list[tuple[Tensor, Tensor]] = [nothing] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
@@ -72,8 +88,9 @@ def token_nll(
         targets = labels[at, before + 1].to(device)
         logits = model.llm.head(hidden[at.to(device), before.to(device)]).float()
         nll = (logits.logsumexp(dim=-1) - logits.gather(-1, targets[:, None])[:, 0]).double().cpu()
+        best = (logits.argmax(dim=-1) == targets).cpu()
         for i, row in enumerate(chosen):
-            scores[row] = nll[at == i]
+            scores[row] = nll[at == i], best[at == i]
     return scores
 
 
