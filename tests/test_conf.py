@@ -68,3 +68,8 @@ def test_a_stages_mixture_and_keys_are_set_from_the_command_line():
     config = compose("train", ["mixture@stages.align.mixture=embedded_45_45_10", "stages.dense.image_size=128"])
     assert set(config.stages.align.mixture.weights) == {"captions", "interleaved", "text"}
     assert config.stages.dense.image_size == 128
+
+
+def test_the_evaluation_page_lists_every_task():
+    page = (CONF.parent / "docs" / "evaluation.md").read_text()
+    assert not [f.stem for f in (CONF / "task").glob("*.yaml") if f"`{f.stem}`" not in page]

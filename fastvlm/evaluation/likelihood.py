@@ -56,7 +56,8 @@ def token_scores(
     if len(rows) != len(visual):
         raise ValueError(f"{len(rows)} rows came with visual tokens for {len(visual)}")
     longest = max((len(ids) for ids, _ in rows), default=0)
-    if longest > model.llm.max_positions:
+    # The last token of a row is only predicted, so it takes no position.
+    if longest > model.llm.max_positions + 1:
         raise ValueError(f"a row has {longest} tokens, but the model ends at {model.llm.max_positions}")
     device = next(model.parameters()).device
     nothing = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
@@ -74,6 +75,9 @@ def token_scores(
             labels[i, : len(ids)] = torch.tensor(learned)
             segment_ids[i, : len(ids)] = 1
         input_ids, segment_ids = input_ids.to(device), segment_ids.to(device)
+        if length > model.llm.max_positions:
+            length -= 1
+            input_ids, segment_ids = input_ids[:, :length], segment_ids[:, :length]
         embeds = model.llm.embed(input_ids)  # (B, S, D)
         if images := [image for row in chosen for image in visual[row]]:
             views = rearrange(torch.cat(images), "(i m) d -> i m d", m=tokens_per_view)

@@ -71,7 +71,7 @@ class TextModel(LM):
             windows = map(
                 make_disjoint_window,
                 get_rolling_token_windows(
-                    token_list=ids, prefix_token=self._prefix()[-1], max_seq_len=self.max_length - 1, context_len=1
+                    token_list=ids, prefix_token=self._prefix()[-1], max_seq_len=self.max_length, context_len=1
                 ),
             )
             scores = self._score([self._row(list(context), list(target)) for context, target in windows])
@@ -114,7 +114,8 @@ class TextModel(LM):
             return self._prefix(), self.words.encode_text(continuation)
         document = lambda text: self._ids({"document": [{"type": "text", "text": text}]})
         before, whole = document(stripped), document(stripped + continuation)
-        return before, whole[len(before) :]
+        # Where both grow into one token there, what follows is read by itself.
+        return before, whole[len(before) :] or self.words.encode_text(continuation)
 
     def _prefix(self) -> list[int]:
         return self.words.encode_template(self.words.template.start) or [self.words.document_end_id]
@@ -135,7 +136,7 @@ class TextModel(LM):
         return {"document": [{"type": "text", "text": text}]}
 
     def _row(self, context: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
-        ids = [*context, *target][-self.max_length :]
+        ids = [*context, *target][-(self.max_length + 1) :]
         learned = min(len(target), len(ids) - 1)  # the first token has nothing before it
         return ids, [IGNORE_INDEX] * (len(ids) - learned) + ids[len(ids) - learned :]
 
