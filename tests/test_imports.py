@@ -19,6 +19,7 @@ MAY = {
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
+    "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
 
