@@ -5,12 +5,13 @@ python eval.py checkpoint=runs/latest task=[vqav2,textvqa,chartqa] task.limit=10
 python eval.py checkpoint=runs/latest task=vqav2 predictions=answers.json    score answers that stand in a file
 """
 
+from functools import partial
 from pathlib import Path
 
-from fastvlm.config import command, compose_each
+from fastvlm.config import command, compose_each, take_list
 
 
-def evaluate(config):
+def evaluate(config, *, names=()):
     from fastvlm.build import build_transform, ensure_embedded, instantiate, load_run, load_tokenizer
     from fastvlm.callbacks.handoff import write_json
     from fastvlm.evaluation.progress import Progress
@@ -19,8 +20,9 @@ def evaluate(config):
 
     hardware = instantiate(config.hardware, key="hardware")
     hardware.apply()
-    ensure_embedded(config)
-    configs = compose_each(config, "task")
+    configs = compose_each(config, "task", names)
+    for each in configs.values():
+        ensure_embedded(each)
     tasks = {name: build_task(each.task) for name, each in configs.items()}
     out = Path(config.out or Path(config.checkpoint) / "eval")
     ranks = find_ranks(hardware.num_ranks)
@@ -65,4 +67,4 @@ def evaluate(config):
 
 
 if __name__ == "__main__":
-    command("eval", evaluate)
+    command("eval", partial(evaluate, names=take_list("task")))

@@ -249,19 +249,29 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         return hydra_compose(config_name, overrides)
 
 
-def compose_each(config: DictConfig, group: str) -> dict[str, DictConfig]:
-    """The configuration once for every choice of a group that was given a list, `task=[vqav2,textvqa]`, by choice.
+def take_list(group: str) -> list[str]:
+    """The choices of a group given as a list, `task=[vqav2,textvqa]`, with the command line left at the first of them.
 
-    Hydra itself would merge them into one. All other overrides hold for each.
+    Hydra itself would merge them into one; `compose_each` makes one configuration of each.
     """
+    for i, argument in enumerate(sys.argv):
+        if match := re.fullmatch(rf"{group}=\[([\w\s,/-]*)\]", argument):
+            names = [name.strip() for name in match[1].split(",") if name.strip()]
+            if names:
+                sys.argv[i] = f"{group}={names[0]}"
+                return list(dict.fromkeys(names))
+    return []
+
+
+def compose_each(config: DictConfig, group: str, names: list[str]) -> dict[str, DictConfig]:
+    """The configuration once for every choice of a group, by choice; all other overrides hold for each."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    chosen = hydra.runtime.choices.get(group)
-    if chosen is None or isinstance(chosen, str):
-        return {str(chosen): config}
+    if len(names) < 2:
+        return {str(hydra.runtime.choices.get(group)): config}
     others = [o for o in hydra.overrides.task if not re.match(rf"\+*{group}=", o)]
-    return {name: compose(hydra.job.config_name, [*others, f"{group}={name}"]) for name in dict.fromkeys(chosen)}
+    return {name: compose(hydra.job.config_name, [*others, f"{group}={name}"]) for name in names}
 
 
 def explain(error: BaseException, config_name: str) -> str:

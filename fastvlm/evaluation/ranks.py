@@ -38,7 +38,7 @@ def start_ranks(count: int, command: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: a rank failed; it has said why.
     """
-    command = [sys.executable, *sys.argv] if command is None else list(command)
+    command = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
     started = [
         subprocess.Popen(command, env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)})
         for r in range(count)

@@ -107,7 +107,7 @@ def tasks(tmp_path):
         if False
         else "task: tiny_code\nunsafe_code: true\noutput_type: generate_until\n"
         + data % (tmp_path / "code.json")
-        + "doc_to_text: '{{prompt}}'\ndoc_to_target: '{{test}}\\ncheck({{entry_point}})'\n"
+        + "doc_to_text: '{{prompt}}'\ndoc_to_target: \"{{test}}\\ncheck({{entry_point}})\"\n"
         "metric_list: [{metric: !function code.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}]\n"
         "generation_kwargs: {until: ['\\nclass'], max_gen_toks: 8, do_sample: false}\n"
         "filter_list:\n- name: create_test\n"
@@ -145,7 +145,6 @@ def test_code_is_run_only_with_leave_and_then_in_the_sandbox(tasks, tiny_model, 
     right = TextGuard(["tiny_code"], run_code=True, **options).run(
         tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=tasks / "out"
     )
-    print((tasks / "out/predictions/tiny_code.jsonl").read_text())
     assert right["metrics"]["test/tiny_code/pass@1/create_test"] == 1
 
 
