@@ -43,7 +43,7 @@ def evaluate(config, *, names=()):
             results[name] = task.score_file(config.predictions, tokenizer, out=out)
         elif hasattr(task, "predict"):
             if ranks.rank is not None:
-                with Progress(name, shown=ranks.collects) as progress:
+                with Progress(name, shown=ranks.rank == 0) as progress:
                     share = {"rank": ranks.rank, "num_ranks": ranks.count, "progress": progress}
                     task.predict(model, tokenizer, **answer, out=out, **share)
             if ranks.collects:

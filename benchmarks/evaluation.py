@@ -24,7 +24,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PROMPT = "Answer the question using a single word or phrase."
 TASK = """
 task: bench_vqa
 dataset_path: {data}
@@ -68,7 +67,7 @@ def make_data(folder: Path, *, count: int) -> None:
     rows = list(read_pictures(count))
     with ShardWriter(folder / "shards", "val", max_samples=500) as writer:
         for i, (picture, question, answer) in enumerate(rows):
-            content = [{"type": "image"}, {"type": "text", "text": f"{question}\n{PROMPT}"}]
+            content = [{"type": "image"}, {"type": "text", "text": question}]
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
             meta = {"question_id": i, "answers": answers_to(answer)}
             writer.write(f"q{i:06d}", {"messages": messages, "id": i, "source": "bench", "meta": meta}, [picture])
@@ -77,7 +76,7 @@ def make_data(folder: Path, *, count: int) -> None:
     lines = []
     for i, (picture, question, answer) in enumerate(rows):
         (images / f"{i}.png").write_bytes(picture)
-        shown = {"image": str(images / f"{i}.png"), "question": f"{question}\n{PROMPT}", "question_id": i}
+        shown = {"image": str(images / f"{i}.png"), "question": question, "question_id": i}
         lines.append(json.dumps(shown | {"answer": answer, "answers": answers_to(answer)}))
     (folder / "rows.jsonl").write_text("\n".join(lines))
 

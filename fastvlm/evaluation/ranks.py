@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+STARTED = "FASTVLM_EVALUATION_RANK"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -16,11 +18,12 @@ class Ranks:
     rank: int | None
     local: int
     count: int
+    started: bool = False  # by `start_ranks`, whose process scores when all have answered
 
     @property
     def collects(self) -> bool:
         """Whether this process scores what all ranks answered."""
-        return not self.rank
+        return not self.rank and not self.started
 
 
 def find_ranks(wanted: int, environment: Mapping[str, str] = os.environ) -> Ranks:
@@ -28,7 +31,8 @@ def find_ranks(wanted: int, environment: Mapping[str, str] = os.environ) -> Rank
     torchrun, srun = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     for rank, local, count in (torchrun, srun):
         if rank in environment and count in environment:
-            return Ranks(int(environment[rank]), int(environment.get(local, 0)), int(environment[count]))
+            place = int(environment[rank]), int(environment.get(local, 0)), int(environment[count])
+            return Ranks(*place, started=STARTED in environment)
     return Ranks(None if wanted > 1 else 0, 0, wanted)
 
 
@@ -40,7 +44,9 @@ def start_ranks(count: int, command: Sequence[str] | None = None) -> None:
     """
     command = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
     started = [
-        subprocess.Popen(command, env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)})
+        subprocess.Popen(
+            command, env=os.environ | {STARTED: "1", "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)}
+        )
         for r in range(count)
     ]
     try:

@@ -106,7 +106,7 @@ def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
     how = f"{result['split']} split"
     if asked:
         how += f", {asked['shots']} shots, {asked['form']}, {'with' if asked['ocr_tokens'] else 'without'} OCR tokens"
-    table = Table(title=f"{result['task']}: {key.replace('_', ' ')} x {show} ({how})", title_justify="left")
+    table = Table()
     for i, column in enumerate(("questions of", "n", key.replace("_", " "), "95 %")):
         table.add_column(column, justify="right" if i else "left")
     rows = result["table"]
@@ -116,6 +116,7 @@ def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
         interval = f"{show * row['low']:.2f}-{show * row['high']:.2f}"
         table.add_row(row["type"], str(row["n"]), f"{show * row[key]:.2f}", interval, end_section=i == len(rows) - 2)
     console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(f"{result['task']}: {key.replace('_', ' ')} x {show} ({how})", highlight=False)
     console.print(table, highlight=False)
     if figures := result["figures"]:
         console.print(", ".join(f"{name} {show * value:.2f}" for name, value in figures.items()), highlight=False)

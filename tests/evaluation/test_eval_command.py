@@ -77,7 +77,8 @@ def test_a_killed_evaluation_and_two_ranks_end_with_the_same_bytes(cli, embedded
     run, questions = tmp_path / "runs" / "asked", write_questions(tmp_path / "questions", 40)
     outs = {name: tmp_path / name for name in ("one", "two", "killed")}
     cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['one']}"))
-    cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu_ddp2", f"out={outs['two']}"))
+    done = cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu_ddp2", f"out={outs['two']}"))
+    assert done.stdout.count("results: ") == 1
     env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "eval.py")]
     command += ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['killed']}")
