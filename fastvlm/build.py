@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.config import ROOT
-from fastvlm.tokens import Tokenizer
+from fastvlm.config import ROOT, ImageConfig
+from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
@@ -92,6 +92,9 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     leaves the others' first weights as they were."""
     from fastvlm.models.vlm import VLM
 
+    if config.get("vlm"):
+        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer)
+
     def part(name: str, **extra):
         torch.manual_seed(seed_of(config.seed, name))
         return instantiate(config[name], key=name, **extra)
@@ -102,7 +105,28 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     llm = part("llm", vocab_size=len(tokenizer))
     projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
-    return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model.recipe = {name: OmegaConf.to_container(config[name], resolve=True) for name in model.parts}
+    return model
+
+
+def settle_views(config: DictConfig) -> None:
+    """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
+    if not config.get("vlm"):
+        return
+    for part in ("encoder", "resampler", "projector", "llm"):
+        config[part] = None
+    unsettled = [stage for stage in config.stages.values() if stage.image_size is None]
+    if not unsettled:
+        return
+    from fastvlm.models.pretrained.views import views_at
+
+    key = "path" if config.vlm.get("path") else "clip"
+    views = views_at(config.vlm[key], key=f"vlm.{key}")
+    for stage in unsettled:
+        stage.image_size = views.image_size
+        if stage.image == OmegaConf.structured(ImageConfig):
+            stage.image = OmegaConf.merge(stage.image, views.image)
 
 
 def ensure_embedded(config: DictConfig) -> None:
@@ -133,12 +157,23 @@ def read_run(run: str | Path) -> DictConfig:
 
 
 def load_tokenizer(run: str | Path) -> Tokenizer:
-    """The tokenizer of a run, without its model."""
-    return build_tokenizer(read_run(run))
+    """The tokenizer of a run or of a saved model, without the model."""
+    return saved_tokenizer(Path(run)) if is_saved(Path(run)) else build_tokenizer(read_run(run))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is a model in the form of `transformers` rather than a run."""
+    return not (folder / "config.yaml").exists() and (folder / "config.json").exists()
+
+
+def saved_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a saved model, with the turns of its own chat template."""
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run.
+    """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
 
     Raises:
         ValueError: no such run, or its last stage has not finished.
@@ -146,6 +181,8 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     from fastvlm.callbacks.handoff import load_component, read_manifest
 
     run = Path(run)
+    if is_saved(run):
+        return load_saved(run, device=device)
     config = read_run(run)
     lineage = run / "lineage.json"
     if not lineage.exists():
@@ -161,3 +198,19 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     last = list(config.stages.values())[-1]
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
+
+
+def load_saved(folder: Path, *, device: str = "cpu"):
+    """The same of a saved model: ours, or a pretrained one, with the turns of its own chat template."""
+    from fastvlm.models.pretrained import from_pretrained
+    from fastvlm.models.pretrained.views import views_at
+    from fastvlm.models.saved import PartsVLMConfig, load_vlm
+
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == PartsVLMConfig.model_type:
+        model, saved = load_vlm(str(folder))
+        views = {"image_size": saved.image_size, "image": saved.image}
+    else:
+        model, own = from_pretrained(str(folder)), views_at(str(folder), key="run")
+        views = {"image_size": own.image_size, "image": own.image}
+    return model.to(device).eval(), saved_tokenizer(folder), OmegaConf.create(views)

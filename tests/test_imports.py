@@ -19,6 +19,8 @@ MAY = {
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
+    "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
+    "auto": {"models", "deployment"},
     "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
