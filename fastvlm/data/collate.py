@@ -76,7 +76,15 @@ def collate(
         step=step,
         skipped=tuple(skipped),
         features=features,
+        is_tile=tiles_among([count for sample in samples for count in sample.views or [1] * len(sample.images)]),
     )
+
+
+def tiles_among(views: Sequence[int]) -> torch.Tensor | None:
+    """bool (I,): which of the images' views are tiles: all but each image's first. None where none is."""
+    if all(count == 1 for count in views):
+        return None
+    return torch.tensor([number > 0 for count in views for number in range(count)])
 
 
 def stack_label_maps(samples: Sequence[Sample]) -> torch.Tensor | None:

@@ -183,7 +183,8 @@ class PlannedDataset(Dataset):
                 else:
                     self._read_features(image, out[start : start + count])
                 start += count
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta)
+            counts = [count for _, count in images]
+            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta, counts)
         opened = opened or self._try_open(source, row)
         if isinstance(opened, Exception):
             raise opened
@@ -212,7 +213,8 @@ class PlannedDataset(Dataset):
                 own = [(place.clone(), count) for place, count in own]
             self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
             self._cached_bytes += size
-        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
+        counts = [count for _, count in own]
+        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta, counts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
         """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""

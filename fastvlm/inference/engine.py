@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from fastvlm.data.collate import tiles_among
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
@@ -93,8 +94,12 @@ class Engine:
             if tuple(image.shape[-3:]) != shape or image.ndim > 4 or image.dtype != torch.uint8:
                 raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, the engine takes uint8 {shape}")
         views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
+        is_tile = tiles_among([len(image) if image.ndim == 4 else 1 for image in images])
         chunks = [
-            self.model.encode_images(torch.stack(views[i : i + self.image_batch]).to(self.device))
+            self.model.encode_images(
+                torch.stack(views[i : i + self.image_batch]).to(self.device),
+                None if is_tile is None else is_tile[i : i + self.image_batch].to(self.device),
+            )
             for i in range(0, len(views), self.image_batch)
         ]
         if not chunks:

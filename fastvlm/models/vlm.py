@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastvlm.batch import Batch
+from fastvlm.models.fit import check_fit
 from fastvlm.models.llms.language_model import LanguageModel
+from fastvlm.models.norms import frozen_statistics
 from fastvlm.models.slots import empty_slots, hide
 from fastvlm.models.splice import splice
 
@@ -41,6 +41,7 @@ class VLM(nn.Module):
         image_token_id: int,
     ):
         super().__init__()
+        check_fit(encoder, resampler, projector, llm)
         self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
         self.image_token_id = image_token_id
         # 255 because pixels arrive as bytes: a quarter of float32's way over the bus.
@@ -54,7 +55,7 @@ class VLM(nn.Module):
 
     @property
     def drops_tokens(self) -> bool:
-        return getattr(self.resampler, "drops_tokens", False)
+        return any(getattr(part, "drops_tokens", False) for part in (self.encoder, self.resampler))
 
     def num_visual_tokens(self, image_size: int) -> int:
         return self.resampler.num_tokens_out(self.encoder.num_patches(image_size))
@@ -62,16 +63,21 @@ class VLM(nn.Module):
     def normalise(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I 3 H W"]:
         return ((pixel_values - self.pixel_mean) / self.pixel_std).to(next(self.projector.parameters()).dtype)
 
-    def encode_patches(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
-        return run(self.encoder, self.normalise(pixel_values))
+    def encode_patches(
+        self, pixel_values: UInt8[Tensor, "I 3 H W"], is_tile: Bool[Tensor, "I"] | None = None
+    ) -> Float[Tensor, "I N D"]:
+        views = (is_tile,) if getattr(self.encoder, "reads_views", False) else ()
+        return run(self.encoder, self.normalise(pixel_values), *views)
 
-    def encode_images(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I M D"]:
-        return self.project(self.encode_patches(pixel_values))
+    def encode_images(
+        self, pixel_values: UInt8[Tensor, "I 3 H W"], is_tile: Bool[Tensor, "I"] | None = None
+    ) -> Float[Tensor, "I M D"]:
+        return self.project(self.encode_patches(pixel_values, is_tile))
 
     def patches(self, batch: Batch) -> Float[Tensor, "I N D"]:
         """The encoder's output for a batch's images: computed, or as it was cached."""
         if batch.features is None:
-            return self.encode_patches(batch.pixel_values)
+            return self.encode_patches(batch.pixel_values, batch.is_tile)
         return batch.features.to(next(self.projector.parameters()).dtype)
 
     def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
@@ -113,25 +119,14 @@ class VLM(nn.Module):
         blank = lambda images: images.new_zeros(1, *images.shape[1:])  # even no images have a size
         features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
-            patches = self.patches(replace(batch, pixel_values=blank(batch.pixel_values), features=features))
+            patches = self.patches(
+                replace(batch, pixel_values=blank(batch.pixel_values), features=features, is_tile=None)
+            )
             return self.project(patches).sum() * 0.0
 
 
-def run(part: nn.Module, x: Tensor) -> Tensor:
-    """`part(x)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
+def run(part: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:
+    """`part(x, *more)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
     learns = x.requires_grad or any(p.requires_grad for p in part.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-        return part(x)
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in `eval()` inside the block."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    try:
-        for norm in norms:
-            norm.eval()
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
+        return part(x, *more)

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 def test_an_open_clip_checkpoint_gives_the_original_classes_features(small_clip, layer):
     clip, path = small_clip
     images = torch.randn(2, 3, 32, 32)
-    ours = OpenClipEncoder("small-clip", pretrained=path, layer=layer).eval()
+    ours = OpenClipEncoder("small-clip", pretrained=path, layer=layer, norm=False).eval()
     with torch.no_grad():
         theirs = clip.visual.forward_intermediates(images, output_fmt="NLC")["image_intermediates"][layer]
         patches = ours(images)
@@ -108,5 +108,5 @@ def test_image_sizes_an_encoder_cannot_take_are_refused(small_clip):
 
 
 def test_a_layer_that_is_not_there_is_refused(small_clip):
-    with pytest.raises(ValueError, match="encoder.layer=3, but small-clip has 3 layers"):
+    with pytest.raises(ValueError, match="encoder.layer=3, but small-clip has 3 layers: -3 to 2"):
         OpenClipEncoder("small-clip", layer=3)
