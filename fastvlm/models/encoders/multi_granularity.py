@@ -89,7 +89,8 @@ class MultiGranularityEncoder(nn.Module):
         """Without `is_tile` every view is a global one."""
         n = self.num_patches(images.shape[-1])
         if self.fusion == "views":
-            is_tile = torch.zeros(len(images), dtype=torch.bool, device=images.device) if is_tile is None else is_tile
+            if is_tile is None:
+                return torch.cat([self._coarse(images), self._fine(images[:0])])
             coarse, fine = self._coarse(images[~is_tile]), self._fine(images[is_tile])
             out = images.new_zeros(len(images), n, self.out_dim, dtype=coarse.dtype)
             out[~is_tile], out[is_tile] = coarse, fine.to(coarse.dtype)

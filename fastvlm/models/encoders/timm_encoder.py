@@ -73,7 +73,7 @@ class TimmEncoder(nn.Module):
         config = self.model.pretrained_cfg
         self.mean, self.std = statistics(mean or config["mean"], std or config["std"], name=name)
         self.out_dim: int = self.model.num_features
-        if hasattr(self.model, "blocks") and hasattr(self.model, "patch_embed"):
+        if all(hasattr(self.model, key) for key in ("blocks", "patch_embed", "norm", "num_prefix_tokens")):
             self._take_layer(layer, norm)
         else:
             self._refuse_for_maps(layer=layer != -1, norm=norm is not None, class_token=class_token)
@@ -96,15 +96,15 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"encoder.class_token=true, but {self.name} has no class token; set it to false")
         model.reset_classifier(0, "")
         # A norm behind the pooling is of no use to patches, but a model that pools their mean has no other.
-        if self.norm and isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity):
-            model.norm = model.fc_norm
+        if self.norm and isinstance(model.norm, nn.Identity):
+            model.norm = getattr(model, "fc_norm", model.norm)
         model.fc_norm = nn.Identity()
         del model.blocks[self.layer + 1 :]
         if not self.norm:
             model.norm = nn.Identity()
         embed = model.patch_embed
         self.stride = embed.patch_size[0]
-        fixed = embed.strict_img_size and embed.img_size is not None
+        fixed = getattr(embed, "strict_img_size", True) and embed.img_size is not None
         self.image_size: int | None = embed.img_size[0] if fixed else None
         # SigLIP's 384 pixels are 27 patches of 14 and a rest: its patches stop short of the border.
         self.divides = not fixed
