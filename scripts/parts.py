@@ -39,7 +39,7 @@ ENCODERS = {
     "siglip_so400m_384": (LOCAL, (384,)),
     "siglip2_l16_384": (LOCAL, (384,)),
     "siglip2_so400m_384": (LOCAL, (384,)),
-    "dinov2_l14": (LOCAL, (336, 518)),
+    "dinov2_l14": (LOCAL | {"interpolate": True}, (336, 518)),
     "dinov3_l16": (LOCAL, (512,)),
     "convnext_l_320": (LOCAL, (320, 512)),
     "convnext_xxl": (LOCAL, (256, 512)),
