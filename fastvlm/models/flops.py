@@ -18,7 +18,7 @@ M = TypeVar("M", bound=nn.Module)
 def meta_twin(module: M) -> M:
     """The same module in `eval()` with shapes in place of weights; it takes no memory."""
     tensors = chain(module.parameters(), module.buffers())
-    as_meta = lambda t: nn.Parameter(t.detach().to("meta")) if isinstance(t, nn.Parameter) else t.to("meta")
+    as_meta = lambda t: nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta")
     return copy.deepcopy(module, {id(t): as_meta(t) for t in tensors}).eval()
 
 
