@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of
+from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of, settle_views
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
@@ -105,6 +105,7 @@ class Pipeline:
     """
 
     def __init__(self, config: DictConfig):
+        settle_views(config)
         self.config = config
         self.hardware: Hardware = instantiate(config.hardware, key="hardware")
         self.runs = Path(config.paths.runs).resolve()
@@ -154,7 +155,8 @@ class Pipeline:
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
         self.initial = {
-            n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts
+            n: hash_of([self.resolved[n] or self.resolved["vlm"], self.config.seed, self.tokenizer.fingerprint])
+            for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}

@@ -19,7 +19,7 @@ class LanguageStage(Stage):
         source = batch.source_ids.flatten()[loss.index]
         extra = {"source": source}
         measured = {}
-        if getattr(self.model.resampler, "drops_tokens", False):
+        if hasattr(self.model.resampler, "mean_kept"):
             measured["kept_tokens"] = self.model.resampler.mean_kept.to(hidden)
         total = loss.sum
         if take := getattr(self.model.encoder, "take_auxiliary", None):

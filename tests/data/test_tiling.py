@@ -29,7 +29,7 @@ from fastvlm.evaluation.questions import read_questions
 from fastvlm.evaluation.short_answers import evaluate_answers
 from fastvlm.inference.engine import Engine
 from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
-from fastvlm.models.vlm import VLM
+from fastvlm.models.vlm import VLM, tiles_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model  # noqa: E402
@@ -181,7 +181,7 @@ def test_a_packed_batch_with_tiles_has_a_visual_token_for_every_slot(tmp_path, w
             assert batch.num_images > len(batch.keys) or p is val
             counts = [transform.num_views(*size) for key in batch.keys for size in sizes[int(key.split("-")[-1])]]
             tiles = [number > 0 for count in counts for number in range(count)]
-            assert tiles == ([False] * len(tiles) if batch.is_tile is None else batch.is_tile.tolist())
+            assert tiles == ([] if batch.layouts is None else tiles_of(batch.layouts).tolist())
             with torch.no_grad():
                 assert model(batch).isfinite().all()  # splice counts slots and visual tokens
 

@@ -18,7 +18,7 @@ from fastvlm.models.flops import count_flops
 from fastvlm.models.projectors.mlp import MLPProjector
 from fastvlm.models.resamplers.avgpool import AvgPoolResampler
 from fastvlm.models.resamplers.identity import IdentityResampler
-from fastvlm.models.vlm import VLM
+from fastvlm.models.vlm import VLM, tiles_of
 from fastvlm.stages import LanguageStage
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -146,11 +146,15 @@ def test_a_vlm_hands_on_which_views_are_tiles():
     )
     slots = [IMAGE_ID] * 48
     batch = make_batch([[slots + random_ids(3)[0]]], images=3, image_size=32)
-    batch.is_tile = tiles_among([3])
-    assert batch.is_tile.tolist() == [False, True, True] and tiles_among([1, 1]) is None
+    batch.layouts = torch.tensor([[1, 2, 32, 64]])
+    is_tile = tiles_of(batch.layouts)
+    assert is_tile.tolist() == tiles_among([3]).tolist() == [False, True, True] and tiles_among([1, 1]) is None
+    assert (
+        tiles_of(torch.tensor([[2, 2, 9, 9], [1, 1, 9, 9], [1, 3, 9, 9]])).tolist() == tiles_among([5, 1, 4]).tolist()
+    )
     seen = model.patches(batch)
     images = model.normalise(batch.pixel_values)
-    torch.testing.assert_close(seen, encoder(images, batch.is_tile))
+    torch.testing.assert_close(seen, encoder(images, is_tile))
     assert relative_error(seen, encoder(images)) > 0.1
 
 
