@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -93,8 +94,10 @@ Row = dict[str, str]
 
 def part(group: str, name: str, overrides: dict, **widths):
     """The part an option names, on the meta device."""
-    config = compose("train", [f"{group}={name}"])[group]
-    OmegaConf.set_struct(config, False)
+    config = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
+    if "defaults" in config:  # made of other options
+        config = compose("train", [f"{group}={name}"])[group]
+        OmegaConf.set_struct(config, False)
     with torch.device("meta"):
         return instantiate(OmegaConf.merge(config, overrides), key=group, **widths).eval()
 
@@ -149,6 +152,7 @@ def projector_rows(*, flops: bool) -> Iterable[Row]:
         }
 
 
+@cache
 def language_model(name: str):
     """The published sizes of an option, on the meta device."""
     model_type, vocabulary, positions, (dim, depth, heads, key_heads, hidden), more = LLMS[name]

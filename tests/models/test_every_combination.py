@@ -6,12 +6,12 @@ python -m pytest -m slow tests/models/test_every_combination.py     # minutes
 import pytest
 import torch
 from omegaconf import OmegaConf
-from part_options import NEW_RESAMPLERS, PROJECTORS, RESAMPLERS, VARIANTS, build_projector, build_resampler
+from part_options import NEW_RESAMPLERS, PROJECTORS, RESAMPLERS, VARIANTS, build_projector, build_resampler, option
 from safetensors.torch import load, save
 from small_parts import IMAGE_ID, VOCAB, make_batch, random_ids
 
 from fastvlm.build import instantiate
-from fastvlm.config import CONF, compose
+from fastvlm.config import CONF
 from fastvlm.models.vlm import VLM
 from fastvlm.stages import LanguageStage
 
@@ -81,9 +81,7 @@ names = lambda group: sorted(path.stem for path in (CONF / group).glob("*.yaml")
 
 
 def small(group: str, name: str, overrides: dict):
-    config = compose("train", [f"{group}={name}"])[group]
-    OmegaConf.set_struct(config, False)
-    return OmegaConf.merge(config, overrides)
+    return OmegaConf.merge(option(group, name), overrides)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from part_options import option
 from small_parts import IMAGE_ID, SIZES, VOCAB, make_batch, random_ids, small_encoder, small_llm
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from fastvlm import build
-from fastvlm.config import compose
 from fastvlm.models.projectors.mlp import MLPProjector
 from fastvlm.models.resamplers.avgpool import AvgPoolResampler
 from fastvlm.models.resamplers.identity import IdentityResampler
@@ -85,12 +85,6 @@ names = lambda group: sorted(path.stem for path in (CONF / group).glob("*.yaml")
 load = lambda group, name: OmegaConf.load(CONF / group / f"{name}.yaml")
 
 
-def compose_encoder(name):
-    config = compose("train", [f"encoder={name}"]).encoder
-    OmegaConf.set_struct(config, False)
-    return config
-
-
 def runs(encoder, resampler, projector, llm, image_size):
     model = VLM(encoder, resampler, projector, llm, image_token_id=IMAGE_ID)
     slots = [IMAGE_ID] * model.num_visual_tokens(image_size)
@@ -101,7 +95,7 @@ def runs(encoder, resampler, projector, llm, image_size):
 
 @pytest.mark.parametrize("name", [name for name in names("encoder") if name != "transformers"])
 def test_an_encoder_builds_and_reports_its_sizes_and_statistics(name):
-    config = compose_encoder(name)
+    config = option("encoder", name)
     if name in FULL:
         overrides, size, patches, width = FULL[name]
         with torch.device("meta"):
