@@ -267,7 +267,9 @@ def explain(error: BaseException, config_name: str) -> str:
         folder = CONF / group
         options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
         if group == "experiment":
-            options = sorted(p.parent.name for p in (ROOT / "experiments").glob("*/study.yaml"))
+            from fastvlm.study.arms import STUDIES
+
+            options = sorted(p.parent.name for p in STUDIES.glob("*/study.yaml"))
         near = difflib.get_close_matches(choice, options, 1, 0.3)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"{group or config_name}={choice} is no option{hint} Options: {', '.join(options) or 'none'}"

@@ -22,6 +22,8 @@ from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifes
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
 from fastvlm.hardware import Hardware
 from fastvlm.identity import ENCODING, INCIDENTAL, SCORING, code_hash, commit, hash_of, machine, remember
+from fastvlm.study.cell import CELL
+from fastvlm.study.recorded import NOTE, begin, flat_cost
 
 
 def say(message: str) -> None:
@@ -110,8 +112,7 @@ class Pipeline:
         tracking = instantiate(self.config.logger, key="logger") if first else None
         run_id = None
         if tracking:
-            tags = {"commit": commit(), "seed": str(self.config.seed), "config": hash_of(self.identity())}
-            run_id = tracking.pipeline_run(self.config.name, tags=tags, config=self.resolved)
+            run_id = begin(tracking, self.config, made=made, resolved=self.resolved)
         status, stages = "FAILED", []
         try:
             for name, stage in self.config.stages.items():
@@ -133,9 +134,11 @@ class Pipeline:
                 remember(self.run_dir, self.runs, self.resolved)
                 report = self.report(results, stages)
                 if tracking:
-                    tracking.log_metrics(run_id, results["metrics"], step=0)
+                    tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
                     tracking.log_artifact(run_id, report)
                     tracking.log_artifact(run_id, self.run_dir / "config.yaml")
+                    if self.config.study:
+                        write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": run_id})
                 say(f"report: {report}")
             status = "FINISHED"
             return results
@@ -145,6 +148,8 @@ class Pipeline:
         finally:
             if tracking:
                 tracking.finish(run_id, status)
+                if self.config.study and CELL not in os.environ:  # else the sweep ends the study's own run
+                    tracking.finish(tracking.study_run(self.config.study.name, scale=self.config.scale))
 
     def identity(self) -> dict:
         return {k: v for k, v in self.resolved.items() if k not in INCIDENTAL}

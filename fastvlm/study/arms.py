@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = ROOT / "experiments"
+STUDIES = Path(os.environ.get("FASTVLM_STUDIES", ROOT / "experiments"))
 SCALES = ("micro", "paper")
 
 

@@ -36,6 +36,10 @@ def finished_cell(config: DictConfig) -> dict | None:
         run_dir = other
     if results is not None:
         print(f"{config.name}: done before ({run_dir})", flush=True)
+        if config.study is not None:
+            from fastvlm.study.recorded import record_finished
+
+            record_finished(config, results=results, resolved=resolved, run_dir=runs / config.name)
     return results
 
 
