@@ -130,6 +130,7 @@ class TrainConfig:
     scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's own sizes, data and steps)
     objective: list[str] = field(default_factory=lambda: ["test/exact_match/mean"])  # metrics a sweeper optimises
     dry_run: bool = False  # everything but the data and the training: parts without weights, sources, plan sizes
+    max_steps: int | None = None  # no stage runs longer: to see whether everything works
     overwrite: bool = False  # a run directory of another configuration is replaced, not refused
     paths: Paths = field(default_factory=Paths)
     tokenizer: Any = MISSING
@@ -205,6 +206,8 @@ def check(config: DictConfig) -> None:
     wrong = []
     for name, stage in config.get("stages", {}).items():
         where = f"stages.{name}"
+        if config.get("max_steps"):
+            stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
         if (stage.steps is None) == (stage.epochs is None):
             wrong.append(f"{where}: give exactly one of steps and epochs")
         for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):

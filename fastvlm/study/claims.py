@@ -46,10 +46,10 @@ class Claim:
 
 
 def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
-    """Read and check a study's claims.
+    """Read and check a study's claims; those whose arms this scale does not have are left out.
 
     Raises:
-        ValueError: no file, an unknown key, a pair whose arm does not exist at this scale, a direction that is none.
+        ValueError: no file, an unknown key, a pair whose arm exists at no scale, a direction that is none.
     """
     file = study.folder / "claims.yaml"
     if not file.is_file():
@@ -62,17 +62,18 @@ def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
             claim = Claim(**OmegaConf.to_container(merged, throw_on_missing=True))
         except (OmegaConfBaseException, TypeError) as error:
             raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
-        check(claim, study, scale=scale, where=where)
-        claims.append(claim)
+        check(claim, study, where=where)
+        if {*claim.steps, *claim.compute} <= study.arms.get(scale, {}).keys():
+            claims.append(claim)
     return claims
 
 
-def check(claim: Claim, study: Study, *, scale: str, where: str) -> None:
+def check(claim: Claim, study: Study, *, where: str) -> None:
     if claim.direction not in DIRECTIONS:
         raise ValueError(f"{where}: direction={claim.direction} is none of {', '.join(DIRECTIONS)}")
     if claim.direction == "same" and claim.margin <= 0:
         raise ValueError(f"{where}: direction=same needs a margin above 0")
-    arms = study.arms.get(scale, {})
+    arms = sorted({arm for at in study.arms.values() for arm in at})
     for basis in ("steps", "compute"):
         pair = getattr(claim, basis)
         if len(pair) != 2 and (pair or basis == "steps"):
@@ -82,7 +83,7 @@ def check(claim: Claim, study: Study, *, scale: str, where: str) -> None:
                 near = difflib.get_close_matches(arm, arms, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 have = ", ".join(arms)
-                raise ValueError(f"{where}: {basis}: there is no arm {arm} at scale={scale}{hint} Arms: {have}")
+                raise ValueError(f"{where}: {basis}: there is no arm {arm}{hint} Arms: {have}")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
 def readme(
     study: Study,
     *,
-    claims: Sequence[Claim],
+    claims: dict[str, list[Claim]],
     figures: dict[str, Figure],
     results: dict[str, tuple[list[Cell], list[list[Decided]]]],
     plots: dict[str, list[str]],
@@ -144,13 +144,13 @@ def readme(
         if not cells:
             count = len(study.arms.get(scale, {})) * len(seeds(study))
             lines += [f"Not run: {count} cells are planned.", ""]
-            lines += [f"- {claim.claim} ({claim.paper}, {claim.table}): not run" for claim in claims]
+            lines += [f"- {claim.claim} ({claim.paper}, {claim.table}): not run" for claim in claims[scale]]
             lines += [""] + paper_table(figures)
             continue
-        for claim, of_claim in zip(claims, decided):
+        for claim, of_claim in zip(claims[scale], decided):
             lines += claim_section(claim, of_claim, figures)
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
-        lines += ["", *arms_table(study, cells, claims, scale=scale), ""]
+        lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
         lines += [origin(cells), ""]
         if lacks := missing[scale]:
             named = "; ".join(lacks[:6]) + (" ..." if len(lacks) > 6 else "")

@@ -89,7 +89,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
     notes = study.folder / "notes.md"
     text = readme(
         study,
-        claims=next(iter(claims_of.values())),
+        claims=claims_of,
         figures=figures,
         results=results,
         plots=plots,

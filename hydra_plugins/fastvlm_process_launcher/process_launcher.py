@@ -5,8 +5,6 @@ sweep, and with a sampling sweeper train with other values in silence. A cell in
 its ranks agree, its memory is its own, and its failure leaves the other cells alone.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -105,7 +103,7 @@ class ProcessLauncher(Launcher):
             slot["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         return slots
 
-    def side_by_side(self, jobs: list, free: queue.Queue, number: int) -> list[JobReturn]:
+    def side_by_side(self, jobs: list, free: queue.Queue, number: int) -> list:
         def run(job) -> JobReturn:
             slot = free.get()
             try:
