@@ -19,7 +19,8 @@ MAY = {
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
     "identity": set(),
-    "study": {"identity", "tracking", "build"},
+    "study": {"identity", "tracking", "build", "config", "callbacks", "models"},
+    "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
 

@@ -116,15 +116,20 @@ def expand(arguments: list[str]) -> list[str]:
     scale, seed = value_of(arguments, "scale") or "micro", value_of(arguments, "seed") or "0"
     own = study.overrides(arm, scale)
     options, given = split_options(arguments)
-    extra = sorted(a for a in given if key_of(a) not in ("experiment", "arm", "scale", "seed", *SILENT))
+    extra = sorted(a for a in given if not is_silent(a))
     named = [] if value_of(given, "name") else [f"name={cell_name(study_name, scale, arm, seed, extra)}"]
     head = [a for a in given if key_of(a) == "experiment"]
     rest = [a for a in given if key_of(a) != "experiment"]
     return [*options, *head, *merge(own, rest), *named, f"++study.applied={arm}"]
 
 
-# What a cell may differ in and still be the same cell.
-SILENT = ("hardware", "logger", "overwrite", "name", "dry_run", "num_samples", "log_every", "checkpoint_every")
+# What a cell may differ in and still be the same cell: what names it, and what only tells where and how it runs.
+SILENT = ("experiment", "arm", "scale", "seed", "hardware", "logger", "overwrite", "name", "dry_run", "num_samples")
+SILENT += ("log_every", "checkpoint_every", "paths", "hydra", "objective")
+
+
+def is_silent(override: str) -> bool:
+    return key_of(override).split(".")[0].split("/")[0] in SILENT
 
 
 def cell_name(study: str, scale: str, arm: str, seed: str | int, extra: list[str] = ()) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fastvlm.study.arms import SILENT, key_of, load_study, value_of
+from fastvlm.study.arms import is_silent, key_of, load_study, value_of
 from fastvlm.study.claims import load_claims
 from fastvlm.study.recorded import log_report
 from fastvlm.study.report import report, runs_folder
@@ -31,8 +31,7 @@ def conclude(config: DictConfig, jobs: list[list[str]]) -> None:
     """Table, plots, page and verdicts of the study, here and in MLflow. A grid with other settings than the study's
     own leaves its page alone."""
     study = load_study(config.study.name)
-    own = {"experiment", "arm", "scale", "seed", *SILENT}
-    changed = sorted({key_of(o) for job in jobs for o in job if key_of(o) not in own})
+    changed = sorted({key_of(o) for job in jobs for o in job if not is_silent(o)})
     if changed:
         print(f"\n{study.name}: run with {', '.join(changed)} changed, so its page stays as it is", flush=True)
         tracking(config).finish(tracking(config).study_run(study.name, scale=config.scale))
