@@ -118,7 +118,8 @@ class OptunaSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         # Hydra hands a group's file on as strings; a number or list there is one value.
         given = [f"{key}={value}" for key, value in self.params.items()]
-        parsed: dict[str, Override] = {o.get_key_element(): o for o in parser.parse_overrides([*given, *arguments])}
+        overrides: list[Override] = parser.parse_overrides([*given, *arguments])
+        parsed = {o.get_key_element().lstrip("+"): o for o in overrides}
         fixed, searched = [], {}
         for key, override in parsed.items():
             value = override.value()
