@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from fastvlm.identity import read_results
@@ -173,6 +175,24 @@ def by_seed(cells: list[Cell], arm: str, metric: str) -> dict[int, float]:
     return {cell.seed: cell.metrics[metric] for cell in cells if cell.arm == arm and metric in cell.metrics}
 
 
+def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dict[int, float]:
+    """Seed -> log2 of the value at which the metric is best: the vertex of the parabola through the best arm and its
+    neighbours on a log scale, the arm itself at an end of the range."""
+    arms = sorted(values, key=values.__getitem__)
+    sign = 1.0 if lower_is_better(metric) else -1.0
+    scores = [by_seed(cells, arm, metric) for arm in arms]
+    found = {}
+    for seed in sorted(set.intersection(*(set(score) for score in scores))):
+        y = [sign * score[seed] for score in scores]
+        x = [math.log2(values[arm]) for arm in arms]
+        best = y.index(min(y))
+        found[seed] = x[best]
+        if 0 < best < len(arms) - 1:
+            a, b, _ = np.polyfit(x[best - 1 : best + 2], y[best - 1 : best + 2], 2)
+            found[seed] = float(-b / (2 * a)) if a > 0 else x[best]
+    return found
+
+
 def mean_cost(cells: list[Cell], arm: str, key: str) -> float:
     values = [cell.cost[key] for cell in cells if cell.arm == arm]
     return sum(values) / len(values) if values else 0.0
@@ -205,7 +225,12 @@ def decide_pair(claim: Claim, metric: str, basis: str, cells: list[Cell]) -> Dec
     if basis == "compute" and abs(ratio - 1) > EQUAL_COMPUTE:
         why = f"{first} takes {ratio:.2f} times the operations of {second}; no arm has as many"
         return Decided(claim, metric, basis, pair, None, why, ratio)
-    ours, theirs = by_seed(cells, first, metric), by_seed(cells, second, metric)
+    if claim.optimum:
+        if basis == "compute":
+            return Decided(claim, metric, basis, pair, None, "a law over sizes has no equal compute", ratio)
+        ours, theirs = (best_values(cells, values, metric) for values in claim.optimum)
+    else:
+        ours, theirs = by_seed(cells, first, metric), by_seed(cells, second, metric)
     paired = sorted(ours.keys() & theirs.keys())
     if not paired:
         return Decided(claim, metric, basis, pair, None, "no seed has both arms", ratio)

@@ -29,6 +29,8 @@ class Claim:
         compute: the pair at equal operations; left out where the pair of `steps` has about as many.
         margin: `same` needs one; with a direction, what the difference must exceed, below 0 for "no worse than".
         size: the paper's difference in words.
+        optimum: [first, second], each arm -> the value it was given: the claim is then not about the metric but about
+            the value at which it is best, on a log scale; `steps` names an arm of each for the cost.
         figures: the paper's numbers, rows of paper.csv by their `key`.
     """
 
@@ -43,6 +45,7 @@ class Claim:
     margin: float = 0.0
     size: str = ""
     figures: list[str] = field(default_factory=list)
+    optimum: list[dict[str, float]] = field(default_factory=list)
 
 
 def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
@@ -63,7 +66,9 @@ def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
         except (OmegaConfBaseException, TypeError) as error:
             raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
         check(claim, study, where=where)
-        if {*claim.steps, *claim.compute} <= study.arms.get(scale, {}).keys():
+        if {*claim.steps, *claim.compute, *(arm for one in claim.optimum for arm in one)} <= study.arms.get(
+            scale, {}
+        ).keys():
             claims.append(claim)
     return claims
 
@@ -74,11 +79,13 @@ def check(claim: Claim, study: Study, *, where: str) -> None:
     if claim.direction == "same" and claim.margin <= 0:
         raise ValueError(f"{where}: direction=same needs a margin above 0")
     arms = sorted({arm for at in study.arms.values() for arm in at})
+    if claim.optimum and (len(claim.optimum) != 2 or min(map(len, claim.optimum)) < 3):
+        raise ValueError(f"{where}: optimum names two sets of three arms or more, each with its value")
     for basis in ("steps", "compute"):
         pair = getattr(claim, basis)
         if len(pair) != 2 and (pair or basis == "steps"):
             raise ValueError(f"{where}: {basis} names two arms, the one that the claim favours first")
-        for arm in pair:
+        for arm in (*pair, *(arm for one in claim.optimum for arm in one)):
             if arm not in arms:
                 near = difflib.get_close_matches(arm, arms, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""

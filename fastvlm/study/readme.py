@@ -117,6 +117,12 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
         )
     wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same but for {claim.margin:g}"}
     lines += table(["metric", *BASIS.values()], rows)
+    if claim.optimum:
+        lines += [
+            "",
+            "The difference is in log2 of the value at which the metric is best in each set of arms.",
+        ]
+        return [*lines, ""]
     lines += ["", f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {wanted[claim.direction]}."]
     return [*lines, ""]
 

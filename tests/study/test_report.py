@@ -139,6 +139,21 @@ def test_a_metric_beside_speaks_for_the_claim_on_its_own_good_side():
     assert beside.metric == "test/exact_match/mean" and beside.verdict.mean > 0
 
 
+def test_a_law_is_decided_on_where_the_metric_is_best_not_on_how_good_it_is():
+    rates = {1: 1e-3, 2: 2e-3, 4: 4e-3, 8: 8e-3}
+    sets = [{f"{size}_{n}": rate for n, rate in rates.items()} for size in ("wide", "narrow")]
+
+    def bowl(n: int, best: float) -> float:
+        return 1 + (np.log2(n) - best) ** 2
+
+    cells = [cell(f"wide_{n}", s, nll=bowl(n, 1.0 + 0.01 * s)) for n in rates for s in range(5)]
+    cells += [cell(f"narrow_{n}", s, nll=2 + bowl(n, 2.0 - 0.01 * s)) for n in rates for s in range(5)]
+    claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["wide_1", "narrow_1"], optimum=sets)
+    steps, compute = decide_claim(claim, cells)
+    assert steps.verdict.outcome == "agrees" and steps.verdict.mean == pytest.approx(1 - 0.04)
+    assert compute.verdict is None
+
+
 def test_the_pareto_front_keeps_what_nothing_beats():
     points = [(1.0, 0.5), (2.0, 0.4), (2.0, 0.9), (3.0, 0.9), (4.0, 0.95)]
     assert pareto_front(points) == [(1.0, 0.5), (2.0, 0.9), (4.0, 0.95)]
