@@ -53,6 +53,7 @@ ARCHITECTURES = {
         "tie_word_embeddings": True,
     },
 }
+ARCHITECTURES["Qwen/Qwen2.5-1.5B-Instruct"] = ARCHITECTURES["Qwen/Qwen2.5-1.5B"]
 
 
 def dry_run(config: DictConfig) -> None:
