@@ -382,9 +382,14 @@ def with_arm(config: DictConfig) -> DictConfig:
             return config
         have = ", ".join(study.get(config.scale, {}).get("arms", {}))
         raise ValueError(f"experiment={study.name} is a grid: add -m for all its cells, or arm=<one of {have}>")
+    return compose("train", typed_overrides())
+
+
+def typed_overrides() -> list[str]:
+    """The overrides of the command that runs, without Hydra's own; none outside one."""
     from hydra.core.hydra_config import HydraConfig
 
-    return compose("train", list(HydraConfig.get().overrides.task))
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def loader_died(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.build import instantiate
 from fastvlm.callbacks.cost import count_forward
-from fastvlm.config import check, compose
+from fastvlm.config import check, compose, typed_overrides
 from fastvlm.models.trainable import last_layers, select_trainable
 from fastvlm.models.vlm import VLM
 from fastvlm.study.arms import load_study
@@ -66,9 +66,7 @@ def dry_run(config: DictConfig) -> None:
         describe(config)
         return
     study = load_study(config.study.name)
-    from hydra.core.hydra_config import HydraConfig
-
-    typed = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [f"experiment={study.name}"]
+    typed = typed_overrides() or [f"experiment={study.name}"]
     for arm in study.arms.get(config.scale, {}):
         one = compose("train", [*typed, f"scale={config.scale}", f"arm={arm}"])
         check(one)
