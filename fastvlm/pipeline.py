@@ -16,7 +16,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, part_seed, seed_of
+from fastvlm.build import (
+    build_model,
+    build_tokenizer,
+    build_transform,
+    instantiate,
+    part_seed,
+    seed_of,
+    settle_views,
+)
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
@@ -54,6 +62,7 @@ class Pipeline:
     """
 
     def __init__(self, config: DictConfig):
+        settle_views(config)
         self.config = config
         self.hardware: Hardware = instantiate(config.hardware, key="hardware")
         self.runs = Path(config.paths.runs).resolve()
@@ -103,7 +112,9 @@ class Pipeline:
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
         self.initial = {
-            n: hash_of([self.resolved[n], part_seed(self.config, n), self.tokenizer.fingerprint])
+            n: hash_of(
+                [self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), self.tokenizer.fingerprint]
+            )
             for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}

@@ -20,6 +20,8 @@ MAY = {
     "inference": {"models", "data", "batch", "tokens", "build"},
     "identity": set(),
     "study": {"identity", "tracking", "build", "config", "callbacks", "models"},
+    "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
+    "auto": {"models", "deployment"},
     "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
