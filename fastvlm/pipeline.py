@@ -111,6 +111,7 @@ class Pipeline:
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
+        tokenizer = self.tokenizer.fingerprint
         self.initial = {
             n: hash_of(
                 [self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), self.tokenizer.fingerprint]
@@ -380,14 +381,13 @@ class Pipeline:
             "steps": steps,
         }
         metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
-        forward = count_forward(
-            self.model, parts=list(config.parts), image_size=config.image_size, length=config.max_tokens
-        )
+        size = {"image_size": config.image_size, "length": config.max_tokens}
+        # A whole pretrained model has a chain of its own between its parts.
+        forward = None if self.config.vlm else count_forward(self.model, parts=list(config.parts), **size)
 
         def finish() -> dict[str, float]:
-            cost = stage_cost(forward, learned_shares(self.model), data.plan) | {
-                "cost/seconds": float(metrics.last.get("train/seconds", 0.0))
-            }
+            cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
+            cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
             freezing.merge()
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
