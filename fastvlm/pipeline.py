@@ -113,9 +113,7 @@ class Pipeline:
         self.task = build_task(self.config.task) if self.config.task else None
         tokenizer = self.tokenizer.fingerprint
         self.initial = {
-            n: hash_of(
-                [self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), self.tokenizer.fingerprint]
-            )
+            n: hash_of([self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), tokenizer])
             for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}
