@@ -114,7 +114,7 @@ def entries(study: Study, results: dict, claims_of: dict) -> list[dict[str, str]
     cells, decided = results[scale]
     lines = []
     for place, claim in enumerate(claims_of[scale]):
-        theirs = "; ".join(f"{figures[k].metric} {figures[k].value} ({figures[k].status})" for k in claim.figures)
+        theirs = "; ".join(f"{k.replace('_', ' ')} {figures[k].value} ({figures[k].status})" for k in claim.figures)
         ours, verdict, cost = "not run", "not run", "-"
         if cells:
             first = decided[place][0]
