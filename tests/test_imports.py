@@ -20,6 +20,7 @@ MAY = {
     "inference": {"models", "data", "batch", "tokens", "build"},
     "identity": set(),
     "study": {"identity", "tracking", "build", "config", "callbacks", "models"},
+    "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},
     "bench": {"inference", "models", "data", "batch", "tokens", "build"},
