@@ -30,7 +30,9 @@ def keeping(tiny_model, tiny_tokenizer):
 def test_a_conversation_reads_only_what_is_new_and_answers_as_without_a_store(engine, keeping, monkeypatch):
     image, questions, answers = draw_image(3), ["which digit", "what word", "how many digits are there"], []
     encoded, encode = [], keeping.model.encode_images
-    monkeypatch.setattr(keeping.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        keeping.model, "encode_images", lambda pixels, *more: encoded.append(len(pixels)) or encode(pixels, *more)
+    )
     calls, known = read_lengths(keeping, monkeypatch), 0
     for turn in range(3):
         calls.clear()
@@ -67,7 +69,9 @@ def test_known_and_new_prompts_share_a_batch(engine, keeping):
 
 def test_the_same_image_twice_in_a_call_is_encoded_once(keeping, monkeypatch):
     encoded, encode = [], keeping.model.encode_images
-    monkeypatch.setattr(keeping.model, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    monkeypatch.setattr(
+        keeping.model, "encode_images", lambda pixels, *more: encoded.append(len(pixels)) or encode(pixels, *more)
+    )
     a, b = draw_image(1), draw_image(2)
     tokens = keeping.encode_images([a, b, a.clone()])
     assert encoded == [2] and torch.equal(tokens[0], tokens[2]) and not torch.equal(tokens[0], tokens[1])
