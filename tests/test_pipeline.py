@@ -64,11 +64,12 @@ def test_frozen_parts_come_out_of_a_stage_bit_for_bit(cli, tmp_path):
 
 
 def kill_at_step_8(arguments: list[str], runs: Path, env: dict) -> None:
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 120
     while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # with its other ranks
     assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
 
 
@@ -96,12 +97,16 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
     assert steps == sorted(steps)
 
 
-def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(cli, embedded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
+    cli, embedded, tmp_path, monkeypatch, devices
+):
     data = tmp_path / "data"
     shutil.copytree(embedded, data)
     monkeypatch.setenv("FASTVLM_DATA", str(data))
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=changed"]
     arguments += ["stages.dense.batch_size=4", "mixture@stages.dense.mixture=embedded_45_45_10"]
+    arguments.append(f"hardware.devices={devices}")
     runs = tmp_path / "runs"
     kill_at_step_8(arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
     (stopped,) = (runs / "stages").iterdir()
