@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.config import ROOT
-from fastvlm.tokens import Tokenizer
+from fastvlm.config import ROOT, ImageConfig
+from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
@@ -34,6 +34,12 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
     parameters = check_call(config, key=key)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         extra = {name: value for name, value in extra.items() if name in parameters}
+    for name, value in extra.items():
+        if isinstance(value, int) and config.get(name) not in (None, value):
+            raise ValueError(
+                f"{key}.{name}={config.get(name)}, but what stands beside it needs {value}: leave {key}.{name} out, "
+                "it is handed on from part to part"
+            )
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {config._target_} cannot do without")
     try:
@@ -72,6 +78,11 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:4], "big")
 
 
+def part_seed(config: DictConfig, part: str) -> int:
+    """Seed of a part's first weights: the run's, unless `part_seeds` names the part."""
+    return (config.get("part_seeds") or {}).get(part, config.seed)
+
+
 def build_transform(config: DictConfig):
     """The image transform of a stage, or of a run that `load_run` opened: of its last stage."""
     from fastvlm.data.augment import Augmentation
@@ -92,8 +103,11 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     leaves the others' first weights as they were."""
     from fastvlm.models.vlm import VLM
 
+    if config.get("vlm"):
+        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer)
+
     def part(name: str, **extra):
-        torch.manual_seed(seed_of(config.seed, name))
+        torch.manual_seed(seed_of(part_seed(config, name), name))
         return instantiate(config[name], key=name, **extra)
 
     state = torch.get_rng_state()
@@ -102,7 +116,28 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     llm = part("llm", vocab_size=len(tokenizer))
     projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
-    return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model.recipe = {name: OmegaConf.to_container(config[name], resolve=True) for name in model.parts}
+    return model
+
+
+def settle_views(config: DictConfig) -> None:
+    """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
+    if not config.get("vlm"):
+        return
+    for part in ("encoder", "resampler", "projector", "llm"):
+        config[part] = None
+    unsettled = [stage for stage in config.stages.values() if stage.image_size is None]
+    if not unsettled:
+        return
+    from fastvlm.models.pretrained.views import views_at
+
+    key = "path" if config.vlm.get("path") else "clip"
+    views = views_at(config.vlm[key], key=f"vlm.{key}")
+    for stage in unsettled:
+        stage.image_size = views.image_size
+        if stage.image == OmegaConf.structured(ImageConfig):
+            stage.image = OmegaConf.merge(stage.image, views.image)
 
 
 def ensure_embedded(config: DictConfig) -> None:
@@ -118,8 +153,38 @@ def ensure_embedded(config: DictConfig) -> None:
     prepare("embedded", out=folder)
 
 
+def read_run(run: str | Path) -> DictConfig:
+    """Configuration of a run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
+        )
+    return OmegaConf.load(path)
+
+
+def load_tokenizer(run: str | Path) -> Tokenizer:
+    """The tokenizer of a run or of a saved model, without the model."""
+    return saved_tokenizer(Path(run)) if is_saved(Path(run)) else build_tokenizer(read_run(run))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is a model in the form of `transformers` rather than a run."""
+    return not (folder / "config.yaml").exists() and (folder / "config.json").exists()
+
+
+def saved_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a saved model, with the turns of its own chat template."""
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
+
+
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run.
+    """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
 
     Raises:
         ValueError: no such run, or its last stage has not finished.
@@ -127,12 +192,9 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     from fastvlm.callbacks.handoff import load_component, read_manifest
 
     run = Path(run)
-    path = run / "config.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
-        )
-    config = OmegaConf.load(path)
+    if is_saved(run):
+        return load_saved(run, device=device)
+    config = read_run(run)
     lineage = run / "lineage.json"
     if not lineage.exists():
         raise ValueError(f"{run}: its stages have not finished; run the same train command again")
@@ -147,3 +209,19 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     last = list(config.stages.values())[-1]
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
+
+
+def load_saved(folder: Path, *, device: str = "cpu"):
+    """The same of a saved model: ours, or a pretrained one, with the turns of its own chat template."""
+    from fastvlm.models.pretrained import from_pretrained
+    from fastvlm.models.pretrained.views import views_at
+    from fastvlm.models.saved import PartsVLMConfig, load_vlm
+
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == PartsVLMConfig.model_type:
+        model, saved = load_vlm(str(folder))
+        views = {"image_size": saved.image_size, "image": saved.image}
+    else:
+        model, own = from_pretrained(str(folder)), views_at(str(folder), key="run")
+        views = {"image_size": own.image_size, "image": own.image}
+    return model.to(device).eval(), saved_tokenizer(folder), OmegaConf.create(views)

@@ -55,6 +55,7 @@ def collate(
             source_ids[b, start:end] = number[sample.source]
             start = end
     samples = [sample for row in rows for sample in row]
+    layouts = [layout for sample in samples for layout in sample.layouts]
     if features is not None:
         pixel_values = empty_views(0, image_size)
     if pixel_values is None:
@@ -76,7 +77,15 @@ def collate(
         step=step,
         skipped=tuple(skipped),
         features=features,
+        layouts=torch.tensor(layouts, dtype=torch.long) if layouts else None,
     )
+
+
+def tiles_among(views: Sequence[int]) -> torch.Tensor | None:
+    """bool (I,): which of the images' views are tiles: all but each image's first. None where none is."""
+    if all(count == 1 for count in views):
+        return None
+    return torch.tensor([number > 0 for count in views for number in range(count)])
 
 
 def stack_label_maps(samples: Sequence[Sample]) -> torch.Tensor | None:

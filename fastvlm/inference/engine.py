@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fastvlm.data.collate import tiles_among
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
@@ -102,7 +103,10 @@ class Engine:
         self.device = torch.device(device)
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
-        self.images, self.prefixes = ImageStore(image_store_bytes), PrefixStore(prefix_store_bytes)
+        self.images, self.prefixes = (
+            ImageStore(image_store_bytes),
+            PrefixStore(0 if getattr(model.llm, "whole_prompts", False) else prefix_store_bytes),
+        )
         self.workers, self.levers = workers, ()
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
@@ -147,14 +151,20 @@ class Engine:
 
     def _encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
+        is_tile = tiles_among([len(image) if image.ndim == 4 else 1 for image in images])
         chunks = [
-            self.model.encode_images(torch.stack(views[i : i + self.image_batch]).to(self.device))
+            self.model.encode_images(
+                torch.stack(views[i : i + self.image_batch]).to(self.device),
+                None if is_tile is None else is_tile[i : i + self.image_batch].to(self.device),
+            )
             for i in range(0, len(views), self.image_batch)
         ]
         if not chunks:
             return []
         counts = [self.tokens_per_image * (len(image) if image.ndim == 4 else 1) for image in images]
-        return list(rearrange(torch.cat(chunks), "i m d -> (i m) d").split(counts))
+        layouts = [getattr(image, "view_layout", (1, 1, self.image_size, self.image_size)) for image in images]
+        visual = self.model.arrange(torch.cat(chunks), torch.tensor(layouts))
+        return list(rearrange(visual, "i m d -> (i m) d").split(counts))
 
     def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
@@ -301,7 +311,7 @@ class Engine:
                 names = None if names is None else names[held.cpu().numpy()]
         return Row(
             embeds=embeds[0],
-            positions=torch.arange(embeds.shape[1], device=self.device),
+            positions=self.model.positions(input_ids[None], torch.arange(embeds.shape[1], device=self.device)[None])[0],
             names=names,
             answer=Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit),
             sampling=sampling,
