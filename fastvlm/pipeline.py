@@ -23,7 +23,7 @@ from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
-from fastvlm.hardware import Hardware
+from fastvlm.hardware import Hardware, is_first_rank
 
 # What only tells where and how fast: never part of a stage's or a run's identity.
 INCIDENTAL = (
@@ -78,7 +78,7 @@ def hash_of(value: Any) -> str:
 
 
 def say(message: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if is_first_rank():
         print(message, flush=True)
 
 
@@ -87,7 +87,7 @@ def only_one(folder: Path):
     """Two cells that share a stage train it once: the second waits here and then finds it finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -147,7 +147,7 @@ class Pipeline:
 
         self.hardware.apply()
         start = time.time()
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        first = is_first_rank()
         if first:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
@@ -225,7 +225,7 @@ class Pipeline:
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
-            accumulate=self.hardware.accumulate,
+            accumulate=self.hardware.micro_batches(stage.batch_size),
             seed=seed_of(self.config.seed, name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
@@ -249,7 +249,7 @@ class Pipeline:
             "config": stage_config,
             "data": data.plan.fingerprint,
             "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
-            "precision": self.hardware.precision,
+            "precision": [self.hardware.precision, self.hardware.quantise],
             "seed": self.config.seed,
             "code": code_hash(),
         }
@@ -285,7 +285,7 @@ class Pipeline:
         }
 
     def link(self, name: str, folder: Path) -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             links = self.run_dir / "stages"
             links.mkdir(parents=True, exist_ok=True)
             beside = links / f".{name}.{os.getpid()}"
@@ -332,7 +332,7 @@ class Pipeline:
         data.replan(seen_before(stopped, step))
         identity["data"] = data.plan.fingerprint
         say(f"\n{name}: planned anew from step {step}: {changed}")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             folder = self.runs / "stages" / f"{name}-{hash_of(identity)[:12]}"
             folder.mkdir(parents=True, exist_ok=True)
             if (stopped / "metrics.jsonl").exists():
@@ -363,6 +363,7 @@ class Pipeline:
             warmup_steps=config.warmup_steps,
             decay=config.decay,
             final=config.final,
+            decay_steps=config.decay_steps,
             seed=self.config.seed,
         )
         plain = OmegaConf.to_container(config, resolve=True)
@@ -371,6 +372,8 @@ class Pipeline:
             path=folder / "freezing.json",
             last_layers=plain["last_layers"],
             lora=plain["lora"],
+            adapt=plain["adapt"],
+            quantise=self.hardware.quantise,
             name=name,
         )
         parents = {
@@ -391,7 +394,7 @@ class Pipeline:
         metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
 
         def finish() -> dict[str, float]:
-            freezing.merge()
+            freezing.merge(self.model)
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
@@ -423,22 +426,29 @@ class Pipeline:
             checkpoints,
             handoff,
         ]
+        if config.cache_features and self.hardware.shards:
+            raise ValueError(
+                f"stages.{name}.cache_features=true, but with hardware.strategy={self.hardware.strategy} no rank holds "
+                "the encoder; write the features with hardware.strategy=ddp, or set it false"
+            )
         if config.cache_features:
             description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
             cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
             callbacks.insert(1, cached)
-        if self.config.num_samples and "llm" in config.parts:
+        if self.config.num_samples and "llm" in config.parts and self.hardware.shards:
+            say(f"\n{name}: no samples are drawn at validations: with {self.hardware.strategy} no rank holds the model")
+        elif self.config.num_samples and "llm" in config.parts:
             records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         if self.config.data.longest_first:
             callbacks.insert(1, LongestFirst(data.plan, say=say))
         trainer = L.Trainer(
-            **self.hardware.trainer(),
+            **self.hardware.trainer(data.accumulate),
             default_root_dir=str(folder),
             max_epochs=1,
             max_steps=steps,
             gradient_clip_val=config.clip,
-            val_check_interval=validation_interval(config.validate_every, steps) * self.hardware.accumulate,
+            val_check_interval=validation_interval(config.validate_every, steps) * data.accumulate,
             num_sanity_val_steps=0,
             logger=logger or False,
             callbacks=callbacks,
@@ -450,23 +460,16 @@ class Pipeline:
         )
         loaded = ", ".join(f"{p} <- {Path(self.folders[p]).parent.name}" for p in config.parts if p in self.folders)
         new = ", ".join(p for p in config.parts if p not in self.folders)
-        learns = ", ".join(f"{p} {r:g}" for p, r in plain["trainable"].items() if r is not None)
-        extras = [f"LoRA r={plain['lora']['r']} {plain['lora']['lr']:g}"] if plain["lora"] else []
-        extras += (
-            [f"last {plain['last_layers']['num']} layers {plain['last_layers']['lr']:g}"]
-            if plain["last_layers"]
-            else []
-        )
         say(
             f"\n{name}: {steps} steps x {config.batch_size} rows"
             f"{f', {config.image_size} px' if data.plan.num_images else ''}; "
-            f"learns {', '.join(filter(None, [learns, *extras]))}"
+            f"learns {', '.join(learning(plain))}"
             f"\n  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}"
             + (f"\n  going on from {resume.name}" if resume else "")
         )
         for line in data.plan.notes():
             say(f"  {line}")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not resume_of(folder, data.plan):
+        if is_first_rank() and not resume_of(folder, data.plan):
             write_order(data.plan, folder)
             write_json(folder / "identity.json", identity)
         status = "FAILED"
@@ -503,7 +506,7 @@ class Pipeline:
         """Perplexity on the task's held-out text, for every stage's manifest: what the images cost the words."""
         if self.task is None or getattr(self.task, "text", None) is None:
             return {}
-        self.model.eval()
+        self.model.to(self.hardware.device).eval()
         return {k: float(v) for k, v in self.task.score_text(self.model, self.tokenizer).items()}
 
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
@@ -560,6 +563,22 @@ def resume_of(folder: Path, plan) -> bool:
         and (before["base"], before["after"]) == (plan.base, after)
         and (folder / "order.npz").exists()
     )
+
+
+def learning(stage: dict) -> list[str]:
+    """What a stage's configuration says of what learns, in few words."""
+    rates = {p: r["lr"] if isinstance(r, dict) else r for p, r in stage["trainable"].items()}
+    out = [f"{part} {rate:g}" for part, rate in rates.items() if rate is not None]
+    adapt = dict(stage["adapt"])
+    if stage["lora"]:
+        out.append(f"LoRA r={stage['lora']['r']} {stage['lora']['lr']:g}")
+    if stage["last_layers"]:
+        out.append(f"last {stage['last_layers']['num']} layers {stage['last_layers']['lr']:g}")
+    for part, one in adapt.items():
+        how = {"lora": f"LoRA r={one['r']}", "dora": f"DoRA r={one['r']}", "partial": f"last {one['num']} layers"}
+        held = f" over {one['quantise']}" if one["quantise"] else ""
+        out += [f"{part} {how.get(one['method'], '')}{held} {one['lr']:g}"] if one["lr"] is not None else []
+    return out
 
 
 def validation_interval(every: int | None, steps: int) -> int:
