@@ -285,9 +285,8 @@ def wrong_adapt(stage: DictConfig, where: str) -> list[str]:
             given = "missing" if OmegaConf.is_missing(one, "method") else one.method
             wrong.append(f"{here}.method={given} is none of {', '.join(METHODS)}")
             continue
-        wrong += [
-            f"{here}.{key} must be given: {one.method} needs it" for key in METHODS[one.method] if one[key] is None
-        ]
+        needs = [key for key in METHODS[one.method] if one[key] is None]
+        wrong += [f"{here}.{key} must be given: method={one.method} needs it" for key in needs]
         if one.method == "frozen" and one.lr is not None:
             wrong.append(f"{here}.lr={one.lr:g}, but method=frozen; set method=full, or leave the rate out")
         if one.quantise is not None and one.quantise not in QUANTISED:

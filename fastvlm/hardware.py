@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +49,8 @@ class Hardware:
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
         accumulate: micro-batches an optimiser step; the global batch stays the stage's.
         rows_per_device: a micro-batch has no more rows than this; steps are cut into more micro-batches instead.
-        memory_gib: what a device may hold; null for what it has. Only for the estimate before a run.
+        memory_gib: what a device may hold; null for what it has. Only the estimate before a run asks; with it models of
+            any size are estimated.
         quantise: what the frozen linear layers of the language model are held in, in stages that do not train it
             whole: int8, nf4, fp4, torchao_int8, torchao_fp8. A stage's `adapt.llm.quantise` goes before it.
         gradient_checkpointing: recompute the layers of encoder and language model in the backward pass.
@@ -136,6 +139,41 @@ class Hardware:
 
         torch.set_num_threads(int(self.threads))
         torch.set_float32_matmul_precision("high")
+
+    @property
+    def memory(self) -> float:
+        """Bytes one rank may hold: `memory_gib`, or what its GPU has, or its share of this machine's free memory."""
+        import psutil
+        import torch
+
+        if self.memory_gib is not None:
+            return self.memory_gib * 2**30
+        if self.accelerator == "gpu":
+            return torch.cuda.get_device_properties(0).total_memory
+        return psutil.virtual_memory().available / self.devices
+
+    def forget_peak(self) -> None:
+        """`peak_gib` counts from here on."""
+        import torch
+
+        if self.accelerator == "gpu":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            with contextlib.suppress(OSError):  # a container may forbid it; the peak is then that of the process
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_gib(self) -> float:
+        """Most memory held since `forget_peak`: by tensors on a GPU, by this whole process on a CPU."""
+        import resource
+
+        import torch
+
+        if self.accelerator == "gpu":
+            return torch.cuda.max_memory_allocated() / 2**30
+        status = Path("/proc/self/status")
+        if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+            return int(found[1]) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def micro_batches(self, batch_size: int) -> int:
         """Micro-batches of an optimiser step of `batch_size` rows: the fewest that keep `rows_per_device`.

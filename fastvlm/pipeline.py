@@ -145,6 +145,8 @@ class Pipeline:
         """Returns the run's results (also in results.json): metrics, table, seconds a stage."""
         import torch
 
+        from fastvlm.models.recompute import recompute_layers
+
         self.hardware.apply()
         start = time.time()
         first = is_first_rank()
@@ -158,7 +160,11 @@ class Pipeline:
         }
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
+        if self.hardware.gradient_checkpointing:
+            recompute_layers(self.model.parts)
         say(self.summary())
+        for line in self.memory_notes():
+            say(line)
         tracking = instantiate(self.config.logger, key="logger") if first else None
         run_id = None
         if tracking:
@@ -206,6 +212,82 @@ class Pipeline:
             f"stages   {' -> '.join(self.config.stages)}\n"
             f"hardware {hw.num_ranks} x {hw.accelerator}, {hw.precision}, {hw.threads} threads, "
             f"{hw.num_workers} loader workers"
+        )
+
+    def memory_notes(self) -> list[str]:
+        """What each stage will need on a device, and for one that will not fit the keys that mend it.
+
+        Models of less than fifty million parameters are left out unless `hardware.memory_gib` is given.
+        """
+        if self.hardware.memory_gib is None and sum(p.numel() for p in self.model.parameters()) < 5e7:
+            return []
+        lines, has = [], self.hardware.memory
+        for name, stage in self.config.stages.items():
+            need = self.stage_memory(name, stage)
+            lines.append(f"memory   {name}: {need} of {has / 2**30:.2f}")
+            if need.total > has:
+                mend = "; ".join(self.mend_memory(name, stage, need.largest))
+                lines.append(f"         {name} will not fit, {need.largest} being most of it: {mend}")
+        return lines
+
+    def stage_memory(self, name: str, stage: DictConfig):
+        """The estimate for one stage: full rows, and as many images as they have room for."""
+        import torch
+
+        from fastvlm.models.memory import estimate
+
+        plain, hw = OmegaConf.to_container(stage, resolve=True), self.hardware
+        rows = max(1, stage.batch_size // hw.num_ranks // hw.micro_batches(stage.batch_size))
+        reads_images = "encoder" in stage.parts
+        per_image = self.model.num_visual_tokens(stage.image_size) if {"encoder", "llm"} <= set(stage.parts) else 1
+        per_row = min(stage.max_images, max(1, stage.max_tokens // per_image)) if "llm" in stage.parts else 1
+        freezing = self.freezing(name, plain, self.runs / "unused")
+        dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+        return estimate(
+            self.model,
+            apply=lambda model: {n: one["lr"] for n, one in freezing.adapted(model).items()},
+            quantised=freezing.quantised,
+            optimizer=instantiate(stage.optimizer, key=f"stages.{name}.optimizer"),
+            rows=rows,
+            tokens=stage.max_tokens,
+            images=rows * per_row if reads_images else 0,
+            image_size=stage.image_size,
+            parts=stage.parts,
+            autocast=dtypes.get(hw.precision),
+            shards=hw.num_ranks if hw.shards else 1,
+        )
+
+    def mend_memory(self, name: str, stage: DictConfig, largest: str) -> list[str]:
+        """Keys that make a stage's largest share of memory smaller, the cheapest first."""
+        here, hw, out = f"stages.{name}", self.hardware, []
+        rows = max(1, stage.batch_size // hw.num_ranks // hw.micro_batches(stage.batch_size))
+        if largest in ("activations", "logits"):
+            if rows > 1:
+                out.append(f"hardware.rows_per_device={rows // 2}")
+            if not hw.gradient_checkpointing and largest == "activations":
+                out.append("hardware.gradient_checkpointing=true")
+            out.append(f"{here}.max_tokens={stage.max_tokens // 2}")
+        elif largest == "weights":
+            out += [] if hw.quantise else ["hardware.quantise=int8 (or nf4)"]
+            out += [] if hw.shards or hw.num_ranks == 1 else ["hardware.strategy=fsdp"]
+            out.append("llm.dtype=bfloat16 for pretrained weights")
+        else:
+            out.append(f"{here}.adapt.llm='{{method: lora, lr: 1e-4}}' in place of training it whole")
+            if largest == "optimiser" and "8bit" not in str(stage.optimizer):
+                out.append(f"optimizer@{here}.optimizer=adamw8bit")
+            out += [] if hw.shards or hw.num_ranks == 1 else ["hardware.strategy=fsdp"]
+        return out
+
+    def freezing(self, name: str, plain: dict, folder: Path) -> StageFreezing:
+        return StageFreezing(
+            plain["trainable"],
+            path=folder / "freezing.json",
+            last_layers=plain["last_layers"],
+            lora=plain["lora"],
+            adapt=plain["adapt"],
+            quantise=self.hardware.quantise,
+            name=name,
         )
 
     def data(self, name: str, stage: DictConfig):
@@ -367,15 +449,7 @@ class Pipeline:
             seed=self.config.seed,
         )
         plain = OmegaConf.to_container(config, resolve=True)
-        freezing = StageFreezing(
-            plain["trainable"],
-            path=folder / "freezing.json",
-            last_layers=plain["last_layers"],
-            lora=plain["lora"],
-            adapt=plain["adapt"],
-            quantise=self.hardware.quantise,
-            name=name,
-        )
+        freezing = self.freezing(name, plain, folder)
         parents = {
             p: {"hash": self.lineage[p], "folder": str(self.folders[p])} for p in config.parts if p in self.lineage
         }
@@ -398,6 +472,7 @@ class Pipeline:
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
+            known["train/peak_memory_gib"] = self.hardware.peak_gib()
             return known | (self.score_text() if "llm" in config.parts else {})
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
@@ -473,6 +548,7 @@ class Pipeline:
             write_order(data.plan, folder)
             write_json(folder / "identity.json", identity)
         status = "FAILED"
+        self.hardware.forget_peak()
         try:
             trainer.fit(
                 stage,
@@ -487,6 +563,8 @@ class Pipeline:
             if logger:
                 tracking.finish(logger.run_id, status)
         say("\n".join("  " + line for line in freezing.table().splitlines()))
+        holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
+        say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
         if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
             for old in (*folder.glob("step=*.ckpt"), folder / "order.npz"):
@@ -609,5 +687,6 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -18,6 +18,7 @@ CONSTRUCTORS = [
     "source",
     "mixture",
     "hardware",
+    "optimizer",
     "logger",
     "task",
 ]

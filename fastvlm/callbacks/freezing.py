@@ -70,8 +70,17 @@ class StageFreezing(L.Callback):
             self.apply(pl_module)
 
     def apply(self, stage: L.LightningModule) -> None:
-        model, where = stage.model, f"stages.{self.name}"
-        patterns = dict(self.trainable)
+        settings = self.adapted(stage.model)
+        rates = {name: one["lr"] for name, one in settings.items()}
+        apply_trainable(stage.model, rates)
+        for part, kind in self.quantised(stage.model, rates).items():
+            self.hold_in_few_bits(stage, part, kind)
+        stage.learning_rates, stage.learning_settings = rates, settings
+        stage.train()
+
+    def adapted(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Put adapters in and say what learns: parameter name -> `lr`, `weight_decay`, `warmup_steps`."""
+        where, patterns = f"stages.{self.name}", dict(self.trainable)
         if self.last_layers:
             for layer in last_layers(model.llm, self.last_layers["num"], where=f"{where}.last_layers"):
                 patterns[f"llm.{layer}"] = self.last_layers["lr"]
@@ -90,13 +99,7 @@ class StageFreezing(L.Callback):
                     patterns[f"{part}.{layer}"] = rate
             else:
                 patterns[part] = rate if one["method"] == "full" else None
-        settings = select_settings(model, patterns, where=f"{where}.trainable")
-        rates = {name: one["lr"] for name, one in settings.items()}
-        apply_trainable(model, rates)
-        for part, kind in self.quantised(model, rates).items():
-            self.hold_in_few_bits(stage, part, kind)
-        stage.learning_rates, stage.learning_settings = rates, settings
-        stage.train()
+        return select_settings(model, patterns, where=f"{where}.trainable")
 
     def add_adapters(self, part: str, model: nn.Module, options: dict, rate: Rate, *, where: str) -> dict[str, Rate]:
         """Patterns of the adapters put into a part: their whole names, which no shorter pattern outweighs."""

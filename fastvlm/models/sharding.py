@@ -10,8 +10,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fastvlm.models.quantised import quantised_layers
-
-LISTS = ("layers", "h", "blocks", "resblocks", "stages")
+from fastvlm.models.trainable import layers_of
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, *, parts: dict[str, nn.Module], methods: tuple[str, ...]) -> None:
@@ -34,21 +33,13 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, parts: dict[str, nn.Module], m
     whole = {p for _, layer in quantised_layers(module) for p in layer.parameters(recurse=False) if not p.requires_grad}
     options = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": whole}
     for name, part in parts.items():
-        for layer in layers(part):
+        for layer in layers_of(part):
             fully_shard(layer, **options)
         if name != "llm" and any(True for _ in part.parameters()):
             fully_shard(part, **options)
     fully_shard(module, **options)
     for method in methods:
         register_fsdp_forward_method(module, method)
-
-
-def layers(part: nn.Module) -> list[nn.Module]:
-    """The outermost list of layers of a part, those that have parameters."""
-    for name, child in part.named_modules():
-        if isinstance(child, nn.ModuleList | nn.Sequential) and name.split(".")[-1] in LISTS:
-            return [layer for layer in child if any(True for _ in layer.parameters())]
-    return []
 
 
 @torch.no_grad()

@@ -91,18 +91,35 @@ def set_mode(module: nn.Module, training: bool) -> None:
         set_mode(child, training)
 
 
-def last_layers(part: nn.Module, num: int, *, where: str = "last_layers") -> list[str]:
-    """Names, below a part, of its last `num` layers: decoder layers, an encoder's blocks or stages."""
+LISTS = ("layers", "h", "blocks", "resblocks", "stages")
+
+
+def named_layers(part: nn.Module) -> dict[str, nn.Module]:
+    """The outermost list of layers of a part: a language model's decoder layers, an encoder's blocks or stages."""
     for name, child in part.named_modules():
-        listed = isinstance(child, nn.ModuleList | nn.Sequential)
-        if listed and name.split(".")[-1] in ("layers", "h", "blocks", "resblocks", "stages"):
+        if isinstance(child, nn.ModuleList | nn.Sequential) and name.split(".")[-1] in LISTS:
             # A place without parameters (an identity between two stages) is no layer.
-            places = [i for i, layer in enumerate(child) if any(True for _ in layer.parameters())]
-            if num > len(places):
-                what = "the language model" if where.endswith("last_layers") else type(part).__name__
-                raise ValueError(f"{where}.num={num}, but {what} has {len(places)} layers")
-            return [f"{name}.{i}" for i in places[len(places) - num :]]
-    raise ValueError(f"{where}: no list of layers found in {type(part).__name__}")
+            return {f"{name}.{i}": one for i, one in enumerate(child) if any(True for _ in one.parameters())}
+    return {}
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    return list(named_layers(part).values())
+
+
+def last_layers(part: nn.Module, num: int, *, where: str = "last_layers") -> list[str]:
+    """Names, below a part, of its last `num` layers.
+
+    Raises:
+        ValueError: the part has no list of layers, or a shorter one.
+    """
+    names = list(named_layers(part))
+    if not names:
+        raise ValueError(f"{where}: no list of layers found in {type(part).__name__}")
+    if num > len(names):
+        what = "the language model" if where.endswith("last_layers") else type(part).__name__
+        raise ValueError(f"{where}.num={num}, but {what} has {len(names)} layers")
+    return names[len(names) - num :]
 
 
 def adaptable(module: nn.Module) -> dict[str, type]:
@@ -132,8 +149,7 @@ def add_lora(
     """Put peft's LoRA layers into `module` in place and return the tuner, which `merge_lora` takes.
 
     Args:
-        targets: last parts of layer names, or None for all that `adaptable` names but a head that shares its
-            weight with an embedding.
+        targets: last parts of layer names, or None for all that `adaptable` names but the head that makes logits.
         dora: learn magnitudes beside directions.
 
     Raises:
@@ -146,8 +162,10 @@ def add_lora(
 
     layers = adaptable(module)
     if targets is None:
-        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         one = dict(module.named_modules())
+        tables = {id(m.weight) for m in one.values() if isinstance(m, nn.Embedding)}
+        if hasattr(module, "get_output_embeddings"):
+            tables.add(id(getattr(module.get_output_embeddings(), "weight", None)))
         # DoRA has no form for attention as one module.
         chosen = [n for n, kind in layers.items() if id(getattr(one[n], "weight", None)) not in tables]
         chosen = [n for n in chosen if not (dora and layers[n] is nn.MultiheadAttention)]
