@@ -68,7 +68,7 @@ class Hardware:
     threads: int | str = "auto"
     accumulate: int = 1
     rows_per_device: int | None = None
-    memory_gib: float | None = None
+    memory_gib: float | int | None = None
     quantise: str | None = None
     gradient_checkpointing: bool = False
 

@@ -70,7 +70,10 @@ class StageFreezing(L.Callback):
             self.apply(pl_module)
 
     def apply(self, stage: L.LightningModule) -> None:
-        settings = self.adapted(stage.model)
+        with torch.random.fork_rng(devices=[]):
+            # Adapters begin at random: alike on every rank, whatever it drew before.
+            torch.manual_seed(int.from_bytes(f"{getattr(stage, 'seed', 0)} {self.name}".encode()) % 2**63)
+            settings = self.adapted(stage.model)
         rates = {name: one["lr"] for name, one in settings.items()}
         apply_trainable(stage.model, rates)
         for part, kind in self.quantised(stage.model, rates).items():

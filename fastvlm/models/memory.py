@@ -107,7 +107,7 @@ def estimate(
     if "llm" in parts:
         held = min(CHUNK, learned_tokens or rows * tokens)
         # The head's output, its float copy, the softmax that is kept and the gradient.
-        logits = held * model.llm.vocab_size * (4 + 4 + 4 + (2 if autocast else 4))
+        logits = float(held * model.llm.vocab_size * (4 + 4 + 4 + (2 if autocast else 4)))
     return Memory(weights / shards, gradients / shards, state / shards, activations, logits)
 
 
@@ -128,7 +128,8 @@ def bytes_a_number(optimizer: Callable, kind: str, _known: dict = {}) -> float: 
         made = optimizer([{"params": [stand_in], "lr": 1e-3, "kind": kind, "name": "stand-in"}])
         made.step()
         # State of the parameter's own form or of a row and a column of it; tables of constants do not grow.
-        held = [v for v in made.state[stand_in].values() if torch.is_tensor(v) and v.numel() * 128 >= stand_in.numel()]
+        held = [v for v in made.state[stand_in].values() if torch.is_tensor(v) and v.ndim]
+        held = [v for v in held if v.numel() * 128 >= stand_in.numel()]
         held = [v for v in held if v.numel() != 256]  # bitsandbytes' code books
         _known[key] = sum(v.numel() * v.element_size() for v in held) / stand_in.numel()
     return _known[key]

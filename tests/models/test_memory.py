@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def both(adapt, optimizer, *, recompute: bool = False, bf16: bool = False):
     model = small_vlm()
     if recompute:
         assert recompute_layers(model.parts) == ["llm"]
-    freezing = StageFreezing({}, path="unused/freezing.json", adapt=adapt)
+    freezing = StageFreezing({}, path=Path("unused/freezing.json"), adapt=adapt)
     expected = estimate(
         model,
         apply=lambda one: {name: row["lr"] for name, row in freezing.adapted(one).items()},
