@@ -42,7 +42,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from fastvlm.data.index import FORMAT, SCHEMA, checksum, sidecar, write_sidecar
+    from fastvlm.data.sidecar import FORMAT, SCHEMA, checksum, sidecar, write_sidecar
 
     for number, (name, (share, _, mean, sigma, answers)) in enumerate(SOURCES.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -70,6 +70,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
                 "text_tokens": text,
                 "answer_tokens": np.maximum(1, text * answers).astype(np.int32),
                 "type": [""] * n,
+                "numbers": [[]] * n,
                 "crc32": crc,
                 "fault": [""] * n,
             }
@@ -85,6 +86,7 @@ def write_indexes(folder: Path, samples: int, tokenizer) -> None:
                 "checksum": checksum(offset, size, crc),
                 "tokenizer": tokenizer.fingerprint,
                 "broken": "",
+                "suffixes": ["json", *(f"{k}.jpg" for k in range(images))],
             }
             write_sidecar(sidecar(tar), table, header)
 

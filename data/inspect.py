@@ -2,6 +2,7 @@
 
 python data/inspect.py mixture=embedded_instruct            # seconds; writes mixture.png
 python data/inspect.py mixture=embedded_45_45_10 max_tokens=512 batch_size=32 out=sheet.png
+python data/inspect.py mixture=embedded_instruct max_tokens=512 "image.tiles=[[1,2],[2,1]]"
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ LEARNED, SPECIAL, PLAIN = (255, 233, 148), (120, 120, 160), (20, 20, 20)
 
 def make_plan(config):
     """The plan of one epoch of a configuration's mixture, and its tokenizer."""
-    from fastvlm.build import build_tokenizer, instantiate
+    from fastvlm.build import build_tokenizer, build_transform, instantiate
     from fastvlm.data.plan import Plan
 
     tokenizer = build_tokenizer(config)
     mixture = instantiate(config.mixture, key="mixture")
-    keys = ("split", "tokens_per_image", "max_tokens", "max_images", "batch_size", "packing", "seed")
-    return Plan(mixture, tokenizer, **{key: config[key] for key in keys}), tokenizer
+    keys = ("split", "tokens_per_image", "max_tokens", "max_images", "batch_size", "packing", "pack_window")
+    options = {key: config[key] for key in (*keys, "sort_window", "seed")}
+    return Plan(mixture, tokenizer, transform=build_transform(config), **options), tokenizer
 
 
 def print_report(report: dict) -> None:
@@ -129,15 +131,15 @@ def draw_sample(sample, tokenizer, font):
     return sheet
 
 
-def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path) -> None:
-    """The first samples in the order of the schedule, one below the other."""
+def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path, transform=None) -> None:
+    """The first samples in the order of the schedule, one below the other; an image with tiles as all its views."""
     import matplotlib
     from PIL import Image, ImageFont
 
     from fastvlm.data.dataset import PlannedDataset
 
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), SIZE)
-    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=image_size)
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=image_size, transform=transform)
     strips = [draw_sample(dataset.read(s, row), tokenizer, font) for s, row in plan.first_samples(count)]
     sheet = Image.new("RGB", (WIDTH, sum(s.height for s in strips)))
     top = 0
@@ -149,12 +151,15 @@ def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path) -> 
 
 
 def show(config) -> None:
+    from fastvlm.build import build_transform
+
     plan, tokenizer = make_plan(config)
     print_report(plan.report(PREFIXES))
     for line in plan.notes():
         print(line)
     out = Path(config.out)
-    draw_samples(plan, tokenizer, image_size=config.image_size, count=config.samples, out=out)
+    images = {"image_size": config.image_size, "transform": build_transform(config)}
+    draw_samples(plan, tokenizer, **images, count=config.samples, out=out)
     print(f"first {config.samples} samples (yellow: learned): {out.resolve()}")
 
 

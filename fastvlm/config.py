@@ -112,7 +112,7 @@ class StageConfig:
     max_tokens: int = 256  # positions of a row
     max_images: int = 16  # views of a row: an image without tiles is one, else its global view and its tiles
     packing: bool = True
-    pack_window: int = 1000  # samples packed together
+    pack_window: int | None = None  # samples packed together; null: a thousand, or those of a hundred rows
     sort_window: int = 0  # without packing: samples of like length share a step within windows of so many; 0 for not
     optimizer: Any = MISSING  # from conf/optimizer
     warmup_steps: int = 20

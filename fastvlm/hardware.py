@@ -18,7 +18,7 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_zero3")
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 def under_slurm() -> bool:
@@ -43,7 +43,7 @@ class Hardware:
         devices: how many of them, or auto for all GPUs (one on a CPU; under srun its tasks a node).
         precision: auto, or Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
         strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded (torch's
-            FSDP2); deepspeed_zero3, the same by DeepSpeed.
+            FSDP2).
         num_nodes: machines, or auto for those of the Slurm job (one outside of it).
         num_workers: loader processes a rank, or auto.
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
@@ -101,8 +101,6 @@ class Hardware:
             raise ValueError(f"hardware.strategy={self.strategy} is none of {', '.join(STRATEGIES)}")
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
-        if self.strategy == "deepspeed_zero3":
-            self._check_deepspeed()
         if self.rows_per_device is not None and self.rows_per_device < 1:
             raise ValueError(f"hardware.rows_per_device={self.rows_per_device} must be at least 1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -111,14 +109,6 @@ class Hardware:
             self.num_workers = min(8, max(1, cores // self.devices - 1)) if on_gpu else int(cores > 2)
         if self.threads == "auto":
             self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // (1 if on_gpu else self.devices))
-
-    def _check_deepspeed(self) -> None:
-        from importlib.util import find_spec
-
-        if self.accelerator != "gpu":
-            raise ValueError("hardware.strategy=deepspeed_zero3 needs GPUs; on a CPU use hardware.strategy=fsdp")
-        if find_spec("deepspeed") is None:
-            raise ValueError("hardware.strategy=deepspeed_zero3 needs deepspeed: pip install 'fastvlm[deepspeed]'")
 
     @property
     def num_ranks(self) -> int:
@@ -131,7 +121,7 @@ class Hardware:
     @property
     def shards(self) -> bool:
         """Whether a rank holds only a share of the weights."""
-        return self.strategy in ("fsdp", "deepspeed_zero3")
+        return self.strategy == "fsdp"
 
     def apply(self) -> None:
         """Settings of this process that torch keeps globally."""
@@ -218,8 +208,4 @@ class Hardware:
                 save_distributed_checkpoint=False,
                 process_group_backend=backend,
             )
-        if self.strategy == "deepspeed_zero3":
-            from lightning.pytorch.strategies import DeepSpeedStrategy
-
-            return DeepSpeedStrategy(stage=3)
         return self.strategy

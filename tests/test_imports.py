@@ -18,6 +18,7 @@ MAY = {
     "stages": {"models", "batch", "tokens"},
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
+    "bench": {"inference", "models", "data", "batch", "tokens", "build"},
     "evaluation": {"models", "data", "inference", "batch", "tokens"},
 }
 

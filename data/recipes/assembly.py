@@ -218,7 +218,8 @@ class show_progress:  # noqa: N801  used as a function
 
 def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dict:
     """Give the shards their final names in `folder`, check the whole, write the lists; returns what DONE.json holds."""
-    from fastvlm.data.index import load_index, sidecar
+    from fastvlm.data.index import load_index
+    from fastvlm.data.sidecar import sidecar
 
     splits = list(dict.fromkeys(job.split for job in jobs))
     shards: dict[str, list] = {split: [] for split in splits}
@@ -284,7 +285,7 @@ def place(old: Path, new: Path) -> None:
 
 def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
     """Build the indexes of finished shards for another tokenizer."""
-    from fastvlm.data.index import build_index, open_sidecar
+    from fastvlm.data.sidecar import build_index, open_sidecar
 
     loaded = load_tokenizer(*tokenizer)
     stale = [shard for shard in sorted(folder.glob("*.tar")) if open_sidecar(shard, loaded.fingerprint)[0] is None]

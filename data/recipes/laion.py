@@ -94,7 +94,7 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
     import pyarrow.parquet as pq
 
     from data.recipes.writing import load_tokenizer
-    from fastvlm.data.index import build_index, open_sidecar
+    from fastvlm.data.sidecar import build_index, open_sidecar
 
     loaded = load_tokenizer(*tokenizer)
     opened, _ = open_sidecar(shard, loaded.fingerprint)

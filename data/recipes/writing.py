@@ -219,7 +219,7 @@ def index_part(job: Job, kept: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from fastvlm.data.index import FORMAT, build_index, sidecar
+    from fastvlm.data.sidecar import FORMAT, build_index, sidecar
 
     def read() -> tuple[pa.Table | None, dict]:
         try:

@@ -91,7 +91,7 @@ class MixtureDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         val_samples: int = 256,
-        pack_window: int = 1000,
+        pack_window: int | None = None,
         sort_window: int = 0,
         plan_cache: str | Path | None = None,
         max_skipped_share: float = 0.01,

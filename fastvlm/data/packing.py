@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import chain
@@ -37,6 +38,19 @@ def pack_window(lengths: Sequence[int], images: Sequence[int], *, max_tokens: in
     for pack in packs:
         pack.sort()
     return sorted(packs, key=lambda pack: sum(pack) / len(pack))
+
+
+def window_of(lengths: float | int, images: float | int, *, max_tokens: int, max_images: int) -> int:
+    """Samples to pack together: a thousand, and more where they would fill fewer than a hundred rows.
+
+    The last row of a window is filled in part: 1,000 samples of `sft_minimal` are 25 rows of 4,096, of which it alone
+    leaves 2 %.
+
+    Args:
+        lengths, images: of a sample, on average.
+    """
+    row = max(lengths / max_tokens, images / max_images)
+    return max(1000, math.ceil(100 / row)) if row else 1000
 
 
 def best_fit_decreasing(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvlm.data.lengths import Measured, measure_source
-from fastvlm.data.packing import balance, group_by_length, pack_window
+from fastvlm.data.packing import balance, group_by_length, pack_window, window_of
 from fastvlm.data.replan import Seen
 from fastvlm.data.schedule import FairSchedule, prefix_error
 from fastvlm.data.source import UNITS, Mixture, shuffled
@@ -68,7 +68,7 @@ class Plan:
         max_tokens: longest row; longer samples are truncated at their end.
         max_images: most views of a row; an image without tiles is one.
         packing: several samples a row; else a row is one sample.
-        pack_window: samples that are packed together.
+        pack_window: samples that are packed together; None: as many as `window_of` says.
         sort_window: without packing, group samples of like length within windows of this many samples; 0 for not.
         seed: of the order.
         num_steps: length of the stage; None for `epochs`.
@@ -93,7 +93,7 @@ class Plan:
         max_tokens: int,
         max_images: int = 8,
         packing: bool = True,
-        pack_window: int = 1000,
+        pack_window: int | None = None,
         sort_window: int = 0,
         seed: int = 0,
         num_steps: int | None = None,
@@ -117,7 +117,6 @@ class Plan:
         self.tokens_per_image, self.max_tokens, self.max_images = tokens_per_image, max_tokens, max_images
         self.batch_size, self.packing = batch_size, packing
         # Without packing, whole steps: else a group of like length would straddle two of them.
-        self._window = pack_window if packing else -(-(sort_window or 1024) // batch_size) * batch_size
         self._sorted = not packing and sort_window > 0
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
         fits["transform"] = transform
@@ -128,6 +127,10 @@ class Plan:
         self.names = mixture.names
         held = [int(s.costs(self.unit)[s.rows].sum()) * s.repeat for s in self.sources]
         self.weights = mixture.shares or [h / sum(held) for h in held]
+        if packing:
+            self._window = pack_window or window_of(*self._average(), max_tokens=max_tokens, max_images=max_images)
+        else:
+            self._window = -(-(sort_window or 1024) // batch_size) * batch_size
         self.epoch_samples = sum(int(len(s.rows) * s.repeat) for s in self.sources)
         self.base = self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
         self.after, self._times = after, None
@@ -202,7 +205,15 @@ class Plan:
         except OSError:  # a full disk, or another run that was first: the order is in memory all the same
             shutil.rmtree(beside, ignore_errors=True)
 
-    def _hash(self, split: str, tokenizer: Tokenizer, pack_window: int, sort_window: int) -> str:
+    def _average(self) -> tuple[float, float]:
+        """Tokens and views of a sample of the mixture, on average."""
+        sizes = [
+            (s.length[s.rows].mean(), s.images[s.rows].mean(), s.costs(self.unit)[s.rows].mean()) for s in self.sources
+        ]
+        often = [float(w) / max(cost, 1e-9) for w, (_, _, cost) in zip(self.weights, sizes)]
+        return tuple(sum(n * size[k] for n, size in zip(often, sizes)) / sum(often) for k in (0, 1))
+
+    def _hash(self, split: str, tokenizer: Tokenizer, pack_window: int | None, sort_window: int) -> str:
         """Everything the order depends on. The number of steps is not in it: a longer plan begins as a shorter one."""
         state = {
             "version": VERSION,

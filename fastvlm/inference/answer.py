@@ -24,12 +24,14 @@ class Answer:
         self.stop = tuple(s for s in stop if s)
         self.max_new_tokens = max_new_tokens
         self.token_ids: list[int] = []
+        self.fed: list[int] = []  # every token the model chose, the one that ended the answer included
         self.finish_reason = "" if max_new_tokens > 0 else "length"
 
     def add(self, token: int) -> None:
-        """Take the next token; without effect once the answer has ended."""
+        """Take the next token; without effect on an answer that has ended."""
         if self.finish_reason:
             return
+        self.fed.append(token)
         if token in self.stop_ids:
             self.finish_reason = "end"
             return
@@ -38,6 +40,11 @@ class Answer:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
+
+    @property
+    def last_token(self) -> int:
+        """What the model reads next."""
+        return self.fed[-1]
 
     def text(self) -> str:
         """The text so far, up to a stop string, without outer space."""

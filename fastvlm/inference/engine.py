@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
+from fastvlm.inference import fast_decoder
 from fastvlm.inference.answer import Answer
-from fastvlm.inference.sampling import choose_tokens
-from fastvlm.models.slots import empty_slots, take_out
+from fastvlm.inference.memory import ImageStore, PrefixStore, image_key, position_names
+from fastvlm.inference.rows import Row, Rows
+from fastvlm.inference.sampling import Sampling
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -24,16 +28,22 @@ from fastvlm.tokens import Tokenizer
 
 @dataclass
 class Generation:
-    """One answer and what it cost. Seconds are wall time of the whole call the answer was part of."""
+    """One answer and what it cost. Seconds are wall time; those of images and prompt are of the whole call."""
 
     text: str
     token_ids: list[int]  # without the token that ended it
     num_prompt_tokens: int  # all positions of the prompt, image slots included
     num_image_tokens: int
+    num_reused_tokens: int  # positions of the prompt that an earlier question had computed
     image_seconds: float  # encoder, resampler and projector
     prefill_seconds: float  # the prompt, up to the first token of the answer
     decode_seconds: float  # every further token
     finish_reason: str  # "end": the model ended it; "stop": a stop string; "length": max_new_tokens
+
+    @property
+    def first_token_seconds(self) -> float:
+        """Images and prompt; reading files comes before."""
+        return self.image_seconds + self.prefill_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -50,7 +60,11 @@ class Engine:
 
     One call is one batch: rows may differ in length and in their number of images. Rows are padded on the left and
     every row counts its positions from 0, so an answer does not depend on the rows beside it; sampling draws from a
-    generator of the row's own.
+    generator of the row's own. Finished rows leave the batch.
+
+    With stores, an image is encoded once, and of a prompt that starts like an earlier one (a further turn of the
+    conversation, another question about the image) only the rest is computed. They are for weights that stay as they
+    are, so they are off unless given bytes.
 
     Args:
         model: in eval mode; its precision and weights are used as they are.
@@ -58,6 +72,10 @@ class Engine:
         transform: from a file to its views, as the last stage saw them; None pads to squares.
         max_new_tokens: default bound of an answer.
         image_batch: views encoded at once.
+        image_store_bytes: bound of the visual tokens kept between calls.
+        prefix_store_bytes: bound of the keys and values kept between calls.
+        workers: threads that read image files.
+        fast: use `FastDecoder` where the language model is one it knows.
     """
 
     def __init__(
@@ -70,6 +88,10 @@ class Engine:
         max_new_tokens: int = 32,
         device: str | torch.device = "cpu",
         image_batch: int = 64,
+        image_store_bytes: int = 0,
+        prefix_store_bytes: int = 0,
+        workers: int = 4,
+        fast: bool = True,
     ):
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
@@ -80,6 +102,27 @@ class Engine:
         self.device = torch.device(device)
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
+        self.images, self.prefixes = ImageStore(image_store_bytes), PrefixStore(prefix_store_bytes)
+        self.workers, self.levers = workers, ()
+        self._threads: ThreadPoolExecutor | None = None
+        self._local = threading.local()
+        self.fast = fast_decoder.FastDecoder(model.llm) if fast and fast_decoder.fits(model.llm) else None
+
+    def read_images(self, files: Sequence[bytes]) -> list[UInt8[Tensor, "v 3 H W"]]:
+        """Views of encoded image files, read side by side.
+
+        Raises:
+            ValueError: a file is broken or too large.
+        """
+        if len(files) < 2 or self.workers < 2:
+            return [self.transform(data) for data in files]
+        self._threads = self._threads or ThreadPoolExecutor(self.workers, thread_name_prefix="images")
+        return list(self._threads.map(self._read, files))
+
+    def _read(self, data: bytes) -> Tensor:
+        if not hasattr(self._local, "transform"):  # a transform has scratch memory of its own
+            self._local.transform = self.transform.restricted(())
+        return self._local.transform(data)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[UInt8[Tensor, "... 3 H W"]]) -> list[Float[Tensor, "_ D"]]:
@@ -92,6 +135,17 @@ class Engine:
         for image in images:
             if tuple(image.shape[-3:]) != shape or image.ndim > 4 or image.dtype != torch.uint8:
                 raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, the engine takes uint8 {shape}")
+        if not self.images.max_bytes:
+            return self._encode(images)
+        keys = [image_key(image) for image in images]
+        found = {key: tokens for key in dict.fromkeys(keys) if (tokens := self.images.get(key)) is not None}
+        new = {key: image for key, image in zip(keys, images) if key not in found}
+        for key, tokens in zip(new, self._encode(list(new.values()))):
+            found[key] = tokens
+            self.images.keep(key, tokens)
+        return [found[key] for key in keys]
+
+    def _encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
         chunks = [
             self.model.encode_images(torch.stack(views[i : i + self.image_batch]).to(self.device))
@@ -150,18 +204,19 @@ class Engine:
         """
         if len(records) != len(images):
             raise ValueError(f"{len(records)} records came with {len(images)} lists of images")
-        start = self._now()
+        start = self.now()
         visual = iter(self.encode_images([image for row in images for image in row]))
         return self.generate_from_visual(
             records,
             [[next(visual) for _ in row] for row in images],
+            keys=[[image_key(image) for image in row] for row in images] if self.prefixes.max_bytes else None,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
             stop=stop,
             seed=seed,
-            image_seconds=self._now() - start,
+            image_seconds=self.now() - start,
         )
 
     def generate_from_visual(
@@ -172,7 +227,10 @@ class Engine:
         image_seconds: float = 0.0,
         **options,
     ) -> list[Generation]:
-        """`generate` from what `encode_images` made of each record's images: an evaluation asks of an image often."""
+        """`generate` from what `encode_images` made of each record's images: an evaluation asks of an image often.
+
+        Options are those of `generate`, and `keys`: the images' keys, without which no prefix with images is kept.
+        """
         return _returned(self._run(records, visual, image_seconds=image_seconds, **options))
 
     def stream(
@@ -182,9 +240,10 @@ class Engine:
 
         The generator returns (as the value of its StopIteration) the `Generation`. Options are those of `generate`.
         """
-        start = self._now()
+        start = self.now()
         visual = self.encode_images(images)
-        run = self._run([record], [visual], image_seconds=self._now() - start, **options)
+        keys = [[image_key(image) for image in images]] if self.prefixes.max_bytes else None
+        run = self._run([record], [visual], keys=keys, image_seconds=self.now() - start, **options)
         shown = 0
         while True:
             try:
@@ -199,13 +258,66 @@ class Engine:
             yield generation.text[shown:]
         return generation
 
+    def rows(self) -> Rows:
+        """An empty batch, for rows that come and go (`row`)."""
+        return Rows(
+            embed=self.model.llm.embed,
+            decode=self._decode,
+            logits=self._next_logits,
+            prefixes=self.prefixes,
+            device=self.device,
+            now=self.now,
+        )
+
     @torch.inference_mode()
+    def row(
+        self,
+        record: dict,
+        visual: Sequence[Float[Tensor, "_ D"]],
+        *,
+        keys: Sequence[bytes] | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  frozen
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        image_seconds: float = 0.0,
+    ) -> Row:
+        """A prompt ready for `Rows.add`. Raises what `encode_prompt` raises."""
+        slots = [len(image) for image in visual]
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        input_ids = torch.tensor(self.encode_prompt(record, slots=slots, max_new_tokens=limit), device=self.device)
+        embeds = self.model.llm.embed(input_ids[None])
+        names = None
+        if self.prefixes.max_bytes and (keys is not None or not slots):
+            names = position_names(
+                input_ids.tolist(), image_token_id=self.tokenizer.image_id, images=keys or (), slots=slots
+            )
+        if visual:
+            views = rearrange(torch.cat(list(visual)), "(i m) d -> i m d", m=self.tokens_per_image)
+            embeds = splice(embeds, input_ids[None], views, image_token_id=self.tokenizer.image_id)
+            if self.model.drops_tokens:  # an empty slot holds nothing: neither the model nor the store knows of it
+                held = ~((input_ids == self.tokenizer.image_id) & (embeds[0] == 0).all(dim=-1))
+                embeds = embeds[:, held]
+                names = None if names is None else names[held.cpu().numpy()]
+        return Row(
+            embeds=embeds[0],
+            positions=torch.arange(embeds.shape[1], device=self.device),
+            names=names,
+            answer=Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit),
+            sampling=sampling,
+            generator=torch.Generator().manual_seed(seed),
+            num_prompt_tokens=embeds.shape[1],
+            num_image_tokens=embeds.shape[1] - len(input_ids) + sum(slots),
+            image_seconds=image_seconds,
+        )
+
     def _run(
         self,
         records: Sequence[dict],
         visual: Sequence[Sequence[Tensor]],
         *,
         image_seconds: float,
+        keys: Sequence[Sequence[bytes]] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -213,68 +325,35 @@ class Engine:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Generator[list[Answer], None, list[Generation]]:
-        """Decode step by step, handing out the unfinished answers after each token."""
-        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        prompts = [
-            self.encode_prompt(record, slots=[len(image) for image in images], max_new_tokens=limit)
-            for record, images in zip(records, visual, strict=True)
-        ]
-        answers = [Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit) for _ in prompts]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(len(prompts))]
-        start = self._now()
-        prefill_seconds = 0.0
-        if prompts and limit > 0:
-            inputs_embeds, mask, position_ids = self._prefill_inputs(prompts, visual)
-            cache = None
-            while True:
-                hidden, cache = self.model.llm.decode(inputs_embeds, position_ids, mask, cache)
-                logits = self._next_logits(hidden[:, -1])
-                chosen = choose_tokens(logits, temperature=temperature, top_k=top_k, top_p=top_p, generators=generators)
-                for answer, token in zip(answers, chosen.tolist()):
-                    answer.add(token)
-                prefill_seconds = prefill_seconds or self._now() - start
-                yield answers
-                if all(answer.finish_reason for answer in answers):
-                    break
-                inputs_embeds = self.model.llm.embed(chosen[:, None])  # (B, 1, D)
-                position_ids = position_ids[:, -1:] + 1
-                mask = torch.cat([mask, mask.new_ones(len(answers), 1)], dim=1)
-        decode_seconds = self._now() - start - prefill_seconds
-        return [
-            Generation(
-                text=answer.text(),
-                token_ids=answer.token_ids,
-                num_prompt_tokens=len(prompt) - sum(map(len, images)) + self._num_tokens(images),
-                num_image_tokens=self._num_tokens(images),
+        """Decode step by step, handing out all answers after each token."""
+        options = {"sampling": Sampling(temperature, top_k, top_p), "max_new_tokens": max_new_tokens, "stop": stop}
+        waiting = [
+            self.row(
+                record,
+                images,
+                keys=None if keys is None else keys[i],
+                seed=seed * 1_000_003 + i,
                 image_seconds=image_seconds,
-                prefill_seconds=prefill_seconds,
-                decode_seconds=decode_seconds,
-                finish_reason=answer.finish_reason,
+                **options,
             )
-            for answer, prompt, images in zip(answers, prompts, visual)
+            for i, (record, images) in enumerate(zip(records, visual, strict=True))
         ]
+        answers, rows = [row.answer for row in waiting], self.rows()
+        rows.add(waiting)
+        yield answers
+        while len(rows):
+            rows.step()
+            yield answers
+        return [finished(row) for row in waiting]
 
-    def _prefill_inputs(
-        self, prompts: list[list[int]], visual: Sequence[Sequence[Tensor]]
-    ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-        """Embeddings padded on the left, their mask (1 where a token stands), positions from 0 in every row."""
-        longest = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), longest), self.tokenizer.pad_id)
-        mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-        embeds = self.model.llm.embed(input_ids)
-        images = [image for row in visual for image in row]
-        if images:
-            views = rearrange(torch.cat(images), "(i m) d -> i m d", m=self.tokens_per_image)
-            embeds = splice(embeds, input_ids, views, image_token_id=self.tokenizer.image_id)
-            if self.model.drops_tokens:
-                empty = empty_slots(embeds, input_ids == self.tokenizer.image_id)
-                embeds, mask = take_out(empty, embeds, mask)
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return embeds, mask, position_ids
+    def _decode(self, inputs_embeds: Tensor, position_ids: Tensor, mask: Tensor | None, cache) -> tuple[Tensor, object]:
+        if self.fast is not None:
+            return self.fast.decode(inputs_embeds, position_ids, mask, cache)
+        if mask is None:
+            columns = cache.get_seq_length() + inputs_embeds.shape[1]
+            mask = torch.ones(len(inputs_embeds), columns, dtype=torch.long, device=self.device)
+        hidden, cache = self.model.llm.decode(inputs_embeds, position_ids, mask, cache)
+        return hidden[:, -1:], cache
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
         """Logits without the tokens no answer may hold: image slots, and rows of the head beyond the tokenizer."""
@@ -283,16 +362,26 @@ class Engine:
         logits[:, len(self.tokenizer) :] = -torch.inf
         return logits
 
-    def _num_tokens(self, images: Sequence[Float[Tensor, "_ D"]]) -> int:
-        """Visual tokens of a record that the language model reads."""
-        if not self.model.drops_tokens:
-            return sum(map(len, images))
-        return sum(int((image != 0).any(dim=-1).sum()) for image in images)
-
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, with the device's work done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def finished(row: Row) -> Generation:
+    """What became of a row."""
+    return Generation(
+        text=row.answer.text(),
+        token_ids=row.answer.token_ids,
+        num_prompt_tokens=row.num_prompt_tokens,
+        num_image_tokens=row.num_image_tokens,
+        num_reused_tokens=row.reused,
+        image_seconds=row.image_seconds,
+        prefill_seconds=row.prefill_seconds,
+        decode_seconds=row.decode_seconds,
+        finish_reason=row.answer.finish_reason,
+    )
 
 
 def _returned(generator: Generator):

@@ -20,9 +20,10 @@ import pytest
 from tiny_world import make_record, write_source
 
 from fastvlm.data.dataset import PlannedDataset
-from fastvlm.data.index import build_index, load_index, sidecar
+from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardWriter, scan_shard
+from fastvlm.data.sidecar import build_index, sidecar
 from fastvlm.data.source import Mixture, Source
 from fastvlm.data.transforms import decode_image
 from tests.conftest import TINY

@@ -12,9 +12,11 @@ import pytest
 from tiny_world import make_record, write_source
 
 from fastvlm.data import index as index_module
+from fastvlm.data import sidecar as sidecar_module
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.index import build_index, load_index, sidecar
+from fastvlm.data.index import load_index
 from fastvlm.data.shards import ShardReader
+from fastvlm.data.sidecar import build_index, sidecar
 from fastvlm.tokens import IGNORE_INDEX
 
 
@@ -114,8 +116,8 @@ def test_an_index_written_anew_under_a_run_is_noticed(tmp_path, tokenizer):
 def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_path, tokenizer, monkeypatch, capfd):
     one = fill(tmp_path / "one", tokenizer)
     many = write_source(tmp_path / "many", "chat", 50)
-    monkeypatch.setattr(index_module, "PARALLEL_BYTES", 0)
-    monkeypatch.setattr(index_module, "SAY_EVERY", 0)
+    monkeypatch.setattr(sidecar_module, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(sidecar_module, "SAY_EVERY", 0)
     a, b = load_index(one, "train", tokenizer), load_index(many, "train", tokenizer)
     assert a.checksum == b.checksum
     for x, y in zip(a.sidecars, b.sidecars):

@@ -6,7 +6,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm.data.packing import balance, best_fit_decreasing, close_rows, fill_rows, group_by_length, pack_window
+from fastvlm.data.packing import (
+    balance,
+    best_fit_decreasing,
+    close_rows,
+    fill_rows,
+    group_by_length,
+    pack_window,
+    window_of,
+)
 
 samples = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 4)), max_size=60)
 
@@ -108,3 +116,14 @@ def test_balanced_packs_keep_shares_that_packing_by_length_would_lose():
     count = lambda packs, source: sum(sources[i] == source for pack in packs for i in pack)
     error = lambda packs: max(abs(count(packs[:n], 0) - count(packs[:n], 1)) / 2 for n in range(len(packs)))
     assert error(balanced) < 7 < error(packs)
+
+
+def test_a_window_holds_a_hundred_rows_so_that_its_last_one_costs_little():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(20, 200, 20_000).tolist()
+    budget = {"max_tokens": 4096, "max_images": 16}
+    window = window_of(sum(lengths) / len(lengths), 0, **budget)
+    useful = lambda window: sum(lengths[:window]) / 4096 / len(pack_window(lengths[:window], [0] * window, **budget))
+    assert window > 3000 and useful(window) >= 0.99 > useful(1000)
+    assert window_of(50, 1, max_tokens=256, max_images=16) == 1000
+    assert window_of(10, 1, max_tokens=4096, max_images=100) == 10_000  # images fill a row before words do

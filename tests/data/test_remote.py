@@ -16,10 +16,11 @@ from tiny_world import write_source
 
 from fastvlm.data import remote
 from fastvlm.data.dataset import PlannedDataset
-from fastvlm.data.index import build_index, load_index
+from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
 from fastvlm.data.remote import locate_shards, write_listing
 from fastvlm.data.shards import ShardReader
+from fastvlm.data.sidecar import build_index
 from fastvlm.data.source import Mixture, Source
 
 

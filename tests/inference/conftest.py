@@ -7,6 +7,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "data")]
 
+from served import LIMITS, Server  # noqa: E402
 from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402
 from tiny_world import train_tokenizer  # noqa: E402
 
@@ -23,6 +24,13 @@ def tiny_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_tokenizer):
     return build_model(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def server(tiny_tokenizer):
+    running = Server(tiny_tokenizer.path, *LIMITS)
+    yield running
+    running.stop()
 
 
 @pytest.fixture

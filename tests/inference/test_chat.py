@@ -1,5 +1,7 @@
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, draw_png
 
-from fastvlm.inference import chat
+from fastvlm.inference import chat, dialogue
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,15 +99,27 @@ def test_a_stream_prints_the_same_text(load_tiny_run, tmp_path, picture, capsys,
     assert capsys.readouterr().out.rsplit("\n", 2)[0] == whole.rsplit("\n", 2)[0]
 
 
-def test_a_conversation_keeps_its_turns_and_survives_mistakes(load_tiny_run, tmp_path, picture, capsys, monkeypatch):
-    asked = []
-    original = chat.answer
+@pytest.fixture
+def asked(monkeypatch):
+    """(roles, images, system) of every question."""
+    calls, original = [], dialogue.Local.ask
 
-    def listen(engine, record, images, **options):
-        asked.append(([m["role"] for m in record["messages"]], len(images)))
-        return original(engine, record, images, **options)
+    def listen(self, messages, images, options):
+        calls.append(([m["role"] for m in messages], len(images)))
+        return original(self, messages, images, options)
 
-    monkeypatch.setattr(chat, "answer", listen)
+    monkeypatch.setattr(dialogue.Local, "ask", listen)
+    return calls
+
+
+def converse(monkeypatch, tmp_path, lines, *arguments) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat.main([f"run={tmp_path}", "--max-new-tokens", "4", *arguments])
+
+
+def test_a_conversation_keeps_its_turns_and_survives_mistakes(
+    load_tiny_run, asked, tmp_path, picture, capsys, monkeypatch
+):
     lines = [
         f"/image {picture}",
         "which digit",
@@ -120,8 +134,7 @@ def test_a_conversation_keeps_its_turns_and_survives_mistakes(load_tiny_run, tmp
         "/exit",
         "not said",
     ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    chat.main([f"run={tmp_path}", "--max-new-tokens", "4"])
+    converse(monkeypatch, tmp_path, lines)
     user, both = ["user"], ["user", "assistant", "user"]
     assert asked == [(user, 1), (both, 1), (user, 0), (both, 0), (both, 0)]
     errors = capsys.readouterr().err.splitlines()
@@ -130,9 +143,87 @@ def test_a_conversation_keeps_its_turns_and_survives_mistakes(load_tiny_run, tmp
         assert named in error
 
 
+def test_a_path_inside_a_sentence_is_an_image_where_it_stands(load_tiny_run, asked, tmp_path, picture, monkeypatch):
+    spaced = tmp_path / "my picture.png"
+    spaced.write_bytes(Path(picture).read_bytes())
+    bare = str(spaced).replace(" ", "\\ ")
+    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    expected = {
+        f"what is in {picture}?": [text("what is in "), image, text("?")],
+        f"'{spaced}' and {bare}.": [image, text(" and "), image, text(".")],
+        "no absent.png here": [text("no absent.png here")],
+    }
+    for line, parts in expected.items():
+        words, found = dialogue.mentioned_images(line)
+        assert dialogue.compose_content(words, num_images=len(found)) == parts
+    converse(monkeypatch, tmp_path, list(expected))
+    assert [images for _, images in asked] == [1, 3, 3]
+
+
+def test_commands_change_what_is_asked(load_tiny_run, asked, tmp_path, picture, capsys, monkeypatch):
+    kept = tmp_path / "kept.json"
+    lines = [
+        "/system the word",
+        f"/image {picture} {picture}",
+        "which digit",
+        f"/save {kept}",
+        "/set temperature=2 top_k=9",
+        "/retry",
+        "/system",
+        "/retry",
+        "/clear",
+        f"/load {kept}",
+        "and now",
+        "/set temperature=-1",
+        "/set tempo=1",
+        "/set",
+        f"/load {picture}",
+        "/load",
+        "/save",
+        "/clear",
+        "/retry",
+    ]
+    converse(monkeypatch, tmp_path, lines)
+    told = ["system", "user"]
+    assert asked == [(told, 2), (told, 2), (["user"], 2), (["system", "user", "assistant", "user"], 2)]
+    captured = capsys.readouterr()
+    named = [
+        "temperature=-1",
+        "/set tempo",
+        "not a conversation",
+        "no such file",
+        "/save needs",
+        "no message to answer",
+    ]
+    errors = captured.err.splitlines()
+    assert len(errors) == len(named) and all(word in error for word, error in zip(named, errors))
+    assert "temperature=0.0" in captured.out, "what /load brought back"
+    assert json.loads(kept.read_text())["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png")
+
+
+def test_a_conversation_with_a_server_says_what_one_with_its_engine_says(
+    load_tiny_run, server, tmp_path, picture, capsys, monkeypatch
+):
+    lines, address = [f"/image {picture}", "which digit", "and then"], f"http://127.0.0.1:{server.port}"
+    converse(monkeypatch, tmp_path, lines)
+    local = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    chat.main([address, "--max-new-tokens", "4"])
+    remote = capsys.readouterr().out.splitlines()
+    costs = [i for i, line in enumerate(local) if line.startswith("[")]
+    assert len(costs) == 2 and len(local) == len(remote)
+    tokens = lambda line: re.findall(r"(\d+) tokens[, ]", line)
+    for i, (ours, theirs) in enumerate(zip(local, remote)):
+        assert tokens(ours) == tokens(theirs) if i in costs else ours == theirs
+    with pytest.raises(ValueError, match="more than the 200"):
+        chat.main([address, "--max-new-tokens", "2000", "--prompt", "x"])
+    with pytest.raises(ValueError, match="no server answers there"):
+        chat.main(["http://127.0.0.1:9", "--prompt", "x"])
+
+
 def test_placeholders_say_where_images_stand():
     image = {"type": "image"}
     text = lambda words: {"type": "text", "text": words}
-    assert chat.compose_content("a", num_images=2) == [image, image, text("a")]
-    assert chat.compose_content("a<image>b <image>", num_images=2) == [text("a"), image, text("b "), image]
-    assert chat.compose_content("a", num_images=0) == [text("a")]
+    assert dialogue.compose_content("a", num_images=2) == [image, image, text("a")]
+    assert dialogue.compose_content("a<image>b <image>", num_images=2) == [text("a"), image, text("b "), image]
+    assert dialogue.compose_content("a", num_images=0) == [text("a")]

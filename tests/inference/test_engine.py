@@ -7,6 +7,9 @@ from tiny_world import WORDS
 from fastvlm.batch import Batch
 from fastvlm.data.conversation import encode_record
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.fast_decoder import FastDecoder, fits
+from fastvlm.inference.kv_cache import KVCache
+from fastvlm.models.llms.language_model import from_config
 
 
 def draw_prompts(count: int, *, seed: int = 0):
@@ -77,18 +80,96 @@ def test_cached_decoding_equals_greedy_decoding_by_the_full_forward(engine):
         assert answer.token_ids == greedy_without_cache(engine, record, given, steps=12)
 
 
-def test_left_padding_does_not_change_the_hidden_states(engine):
-    records, images = draw_prompts(8, seed=2)
-    prompts = [engine.encode_prompt(r, slots=[TOKENS_PER_IMAGE] * len(i)) for r, i in zip(records, images)]
-    visual = [engine.encode_images(i) for i in images]
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_fast_decoder_gives_the_hidden_states_of_transformers(model_type):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    llm = from_config(model_type, vocab_size=50, num_key_value_heads=2, initializer_range=0.3, **sizes).eval()
+    for weight in llm.parameters():  # norms and biases that do nothing would hide a mistake
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, 1, 0.3)
+    fast, ours, theirs = FastDecoder(llm), KVCache(), llm.new_cache()
+    mask = torch.ones(3, 24, dtype=torch.long)
+    mask[1, :5], mask[2, :9] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    embeds = torch.randn(3, 24, 32)
     with torch.inference_mode():
-        embeds, mask, positions = engine._prefill_inputs(prompts, visual)
-        together, _ = engine.model.llm.decode(embeds, positions, mask, None)
-        assert len(set(map(len, prompts))) > 3
-        for row, prompt in enumerate(prompts):
-            embeds, mask, positions = engine._prefill_inputs([prompt], [visual[row]])
-            alone, _ = engine.model.llm.decode(embeds, positions, mask, None)
-            torch.testing.assert_close(together[row, -len(prompt) :], alone[0], atol=1e-5, rtol=1e-5)
+        for start, end in ((0, 12), (12, 13), (13, 20), (20, 21), (21, 24)):
+            given = embeds[:, start:end], positions[:, start:end]
+            expected, theirs = llm.decode(*given, mask[:, :end], theirs)
+            hidden, ours = fast.decode(*given, mask[:, :end], ours)
+            torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-5, rtol=1e-5)
+            for mine, reference in zip(ours.layers, theirs.layers):
+                shown = mask[:, None, :end, None].bool().expand_as(mine.keys)
+                torch.testing.assert_close(mine.keys[shown], reference.keys[shown], atol=1e-5, rtol=1e-5)
+        # Without padding no mask is made at all.
+        expected, _ = llm.decode(embeds, torch.arange(24).expand(3, -1), torch.ones(3, 24, dtype=torch.long), None)
+        cache = KVCache()
+        for start, end in ((0, 9), (9, 23), (23, 24)):
+            hidden, _ = fast.decode(embeds[:, start:end], torch.arange(start, end).expand(3, -1), None, cache)
+        torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_the_fast_decoder_does_not_know_is_decoded_by_transformers(engine, tiny_tokenizer, monkeypatch):
+    records, images = draw_prompts(6, seed=7)
+    assert engine.fast is not None
+    expected = [g.token_ids for g in engine.generate(records, images)]
+    slow = Engine(engine.model, tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=12, fast=False)
+    assert slow.fast is None and [g.token_ids for g in slow.generate(records, images)] == expected
+    handle = engine.model.llm.hf.model.layers[0].register_forward_hook(lambda *_: None)
+    try:
+        assert Engine(engine.model, tiny_tokenizer, image_size=IMAGE_SIZE).fast is None, "a hook would be passed over"
+    finally:
+        handle.remove()
+    assert not fits(from_config("gpt2", vocab_size=20, n_embd=8, n_layer=1, n_head=1))
+
+
+def read_lengths(engine, monkeypatch) -> list[tuple[int, int]]:
+    """(rows, positions) of every call of the language model."""
+    calls, decode = [], engine._decode
+    monkeypatch.setattr(
+        engine, "_decode", lambda embeds, *rest: calls.append(tuple(embeds.shape[:2])) or decode(embeds, *rest)
+    )
+    return calls
+
+
+def test_finished_rows_leave_the_batch(engine, monkeypatch):
+    records, images = draw_prompts(8, seed=2)
+    free = engine.generate(records, images, max_new_tokens=20)
+    engine.stop_ids = frozenset(g.token_ids[2 * i] for i, g in enumerate(free))
+    calls = read_lengths(engine, monkeypatch)
+    answers = engine.generate(records, images, max_new_tokens=20)
+    sizes = [rows for rows, _ in calls]
+    assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 3
+    for answer, whole in zip(answers, free):
+        ends = [i for i, token in enumerate(whole.token_ids) if token in engine.stop_ids]
+        assert answer.token_ids == whole.token_ids[: ends[0] if ends else None]
+
+
+def test_rows_that_join_while_others_are_written_are_answered_as_if_alone(engine):
+    records, images = draw_prompts(12, seed=8)
+    alone = [g.token_ids for g in engine.generate(records, images)]
+    rows, waiting = engine.rows(), [engine.row(r, engine.encode_images(i)) for r, i in zip(records, images)]
+    every = list(waiting)
+    rows.add([waiting.pop(0)])
+    while waiting or len(rows):
+        for _ in range(3):
+            rows.step()
+        rows.add([waiting.pop(0) for _ in range(min(2, len(waiting)))])
+    assert [row.answer.token_ids for row in every] == alone
+
+
+def test_a_cancelled_row_leaves_and_the_others_go_on(engine):
+    records, images = draw_prompts(5, seed=9)
+    alone = [g.token_ids for g in engine.generate(records, images)]
+    rows, every = engine.rows(), [engine.row(r, engine.encode_images(i)) for r, i in zip(records, images)]
+    rows.add(every)
+    rows.step()
+    rows.drop(every[1])
+    while len(rows):
+        rows.step()
+    assert every[1].answer.finish_reason == "cancelled" and len(every[1].answer.token_ids) == 2
+    assert [row.answer.token_ids for i, row in enumerate(every) if i != 1] == alone[:1] + alone[2:]
 
 
 def test_the_answer_depends_on_the_image_and_on_the_order_of_images(engine):

@@ -36,9 +36,9 @@ def test_generation_without_the_empty_slots_is_that_of_training_which_hides_them
 def test_the_language_model_is_given_fewer_positions(engine, monkeypatch):
     records, images = draw_prompts(12, seed=3)
     lengths = []
-    decode = engine.model.llm.decode
+    decode = engine._decode
     monkeypatch.setattr(
-        engine.model.llm, "decode", lambda embeds, *rest: lengths.append(embeds.shape[1]) or decode(embeds, *rest)
+        engine, "_decode", lambda embeds, *rest: lengths.append(embeds.shape[1]) or decode(embeds, *rest)
     )
     for record, given in zip(records, images):
         lengths.clear()

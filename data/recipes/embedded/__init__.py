@@ -82,8 +82,8 @@ def write_split(path: Path, family: str, split: str, seed: int, scale: float) ->
     from data.recipes.embedded.families import compose_split, draw, draw_labels
     from data.recipes.embedded.sheet import write_sheet
     from data.recipes.embedded.world import load_world
-    from fastvlm.data.index import build_index
     from fastvlm.data.shards import ShardWriter
+    from fastvlm.data.sidecar import build_index
     from fastvlm.tokens import Tokenizer
 
     tokenizer = Tokenizer(str(path / "tokenizer"), template="roles")

@@ -1,0 +1,291 @@
+"""The index of one shard: `<shard>.tar.idx.parquet` beside it, one row a sample.
+
+Its metadata names the shard's size and checksum, the tokenizer's fingerprint and the format's version, so that one that
+does not fit is known. That of a remote shard, or of one in a folder that cannot be written, is kept in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.data.decode import measure_image
+from fastvlm.data.remote import RemoteShard, Unavailable, beside, read_small
+from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
+from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
+
+FORMAT = 3
+PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
+SAY_EVERY = 5  # seconds
+MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the sample's span in the tar, bytes; in a store the record's number
+        ("size", pa.int64()),
+        ("members", pa.list_(MEMBER)),
+        ("num_images", pa.int32()),
+        ("image_width", pa.list_(pa.int32())),  # as one sees it, EXIF orientation applied
+        ("image_height", pa.list_(pa.int32())),
+        ("text_tokens", pa.int32()),  # without image slots
+        ("answer_tokens", pa.int32()),  # learned tokens
+        ("type", pa.string()),
+        ("numbers", pa.map_(pa.string(), pa.float64())),  # of the record's meta: ratings, similarity, ...
+        ("crc32", pa.uint32()),  # of the span
+        ("fault", pa.string()),  # why the sample cannot be read; "" for a sound one
+    ]
+)
+
+
+def sidecar(shard: str | Path) -> Path:
+    """Path of a shard's index."""
+    return Path(f"{shard}.idx.parquet")
+
+
+def checksum(offset: Sequence[int], size: Sequence[int], crc32: Sequence[int]) -> str:
+    """SHA-256 over offset, size and CRC-32 of every span: content without the shard's modification time."""
+    columns = [np.array(c, dtype="<i8").tobytes() for c in (offset, size, crc32)]
+    return hashlib.sha256(b"".join(columns)).hexdigest()
+
+
+def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
+    """The columns of a sample that depend on what is in it.
+
+    Raises:
+        ValueError: the record or an image's header cannot be read.
+    """
+    sizes = []
+    for i, image in enumerate(raw.images):
+        try:
+            sizes.append(measure_image(image))
+        except ValueError as error:
+            raise ValueError(f"image {i} cannot be opened: {error}") from None
+    # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
+    encoded = encode_record(raw.record, tokenizer, tokens_per_image=1)
+    meta = raw.record.get("meta") or {}
+    kind = meta.get("type") or ",".join(meta.get("types") or ())
+    return {
+        "num_images": encoded.num_images,
+        "image_width": [w for w, _ in sizes],
+        "image_height": [h for _, h in sizes],
+        "text_tokens": len(encoded.input_ids) - encoded.num_images,
+        "answer_tokens": sum(label != IGNORE_INDEX for label in encoded.labels),
+        "type": str(kind),
+        "numbers": sorted(numbers_of(meta).items()),
+        "fault": "",
+    }
+
+
+def numbers_of(meta: dict) -> dict[str, float]:
+    """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
+    lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
+    numbers = {name: min(turns) for name, turns in lowest.items() if turns}
+    numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
+    return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> Path:
+    """Read a shard once and write its sidecar; returns the sidecar's path.
+
+    A broken tar is indexed up to the break, with a warning that says where it broke. A sample whose record or image
+    cannot be read keeps its row, with the fault named, and no plan uses it. Where the folder cannot be written the
+    sidecar goes into the cache folder.
+
+    Args:
+        out: write it there and nowhere else.
+    """
+    shard = Path(shard)
+    stat = shard.stat()
+    spans, broken = scan_shard(shard)
+    rows = []
+    reader = ShardReader()
+    for span in spans:
+        data = reader.read(str(shard), span.offset, span.size)
+        members = {suffix: data[o - span.offset : o - span.offset + n] for suffix, o, n in span.members}
+        row = {
+            "key": span.key,
+            "offset": span.offset,
+            "size": span.size,
+            "members": [{"suffix": s, "offset": o, "size": n} for s, o, n in span.members],
+            "crc32": zlib.crc32(data),
+        }
+        try:
+            row |= describe_sample(parse_sample(span.key, members), tokenizer)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            nothing = {"num_images": 0, "image_width": [], "image_height": [], "text_tokens": 0, "answer_tokens": 0}
+            row |= nothing | {"type": "", "numbers": [], "fault": f"{span.key}: {error}"[:300]}
+        rows.append(row)
+    reader.close()
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    columns = [table[c].to_pylist() for c in ("offset", "size", "crc32")]
+    header = {
+        "format": FORMAT,
+        "shard_size": stat.st_size,
+        "shard_mtime_ns": stat.st_mtime_ns,
+        "checksum": checksum(*columns),
+        "tokenizer": tokenizer.fingerprint,
+        "broken": broken,
+        "suffixes": sorted({suffix for span in spans for suffix, _, _ in span.members}),
+    }
+    if out is not None:
+        return write_sidecar(out, table, header)
+    try:
+        return write_sidecar(sidecar(shard), table, header)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        return write_sidecar(cached_sidecar(shard, tokenizer.fingerprint), table, header)
+
+
+def write_sidecar(path: Path, table: pa.Table, header: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def cached_sidecar(shard: Path | RemoteShard, fingerprint: str) -> Path:
+    """Where the index of a remote shard, or of one in a folder that cannot be written, is kept."""
+    remote = isinstance(shard, RemoteShard)
+    digest = shard.digest if remote else hashlib.sha256(bytes(shard.absolute())).hexdigest()[:20]
+    return cache_folder() / "index" / f"{digest}-{fingerprint}-{shard.name}.idx.parquet"
+
+
+def unwritable(error: OSError) -> str:
+    return f"{cache_folder()}: {error.strerror or error}; indexes of remote shards are kept there: set FASTVLM_CACHE"
+
+
+@dataclass
+class Sidecar:
+    """The index of one shard, found to fit; its columns stay in its file until they are asked for."""
+
+    path: Path
+    header: dict
+    num_samples: int
+
+
+def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
+    """The sidecar of a shard, beside it or in the cache folder, or why there is none that fits.
+
+    Cheap: size and modification time are compared. Only where the time differs (a copy, a checkout) are the spans'
+    checksums read once; when they agree, the new time is noted.
+    """
+    kept = cached_sidecar(shard, fingerprint)
+    if isinstance(shard, RemoteShard):
+        found, reason = read_sidecar(kept, shard, fingerprint)
+        if found is None and not shard.url.startswith("pipe:"):
+            try:
+                data = read_small(beside(shard.url, f"{shard.name}.idx.parquet"))
+            except Unavailable:
+                return None, "missing"
+            fetched = kept.with_name(f".{kept.name}.{os.getpid()}")
+            try:
+                fetched.parent.mkdir(parents=True, exist_ok=True)
+                fetched.write_bytes(data)
+                found, reason = read_sidecar(fetched, shard, fingerprint)
+                if found is not None:
+                    os.replace(fetched, kept)
+                    found.path = kept
+            except OSError as error:
+                raise ValueError(unwritable(error)) from None
+            finally:
+                with contextlib.suppress(OSError):
+                    fetched.unlink(missing_ok=True)
+        return found, reason
+    found, reason = read_sidecar(sidecar(shard), shard, fingerprint)
+    if found is None and kept.exists():
+        found, _ = read_sidecar(kept, shard, fingerprint)
+    return found, reason if found is None else ""
+
+
+def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
+    if not path.exists():
+        return None, "missing"
+    try:
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        header = json.loads(schema.metadata[b"fastvlm"])
+        if header.get("format") != FORMAT or schema.names != SCHEMA.names:
+            return None, f"of format {header.get('format')}, this version writes {FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        return None, f"unreadable ({str(error).splitlines()[0]})"
+    if header["tokenizer"] != fingerprint:
+        return None, f"made with tokenizer {header['tokenizer']}, this one is {fingerprint}"
+    stat = shard.stat() if isinstance(shard, Path) else None
+    size = stat.st_size if stat else shard.size
+    if size is not None and header["shard_size"] != size:
+        return None, f"of a shard of {header['shard_size']} bytes, it has {size}"
+    if stat and header["shard_mtime_ns"] != stat.st_mtime_ns:
+        # The headers too: a sample that was appended lies in no span of the old index.
+        spans, _ = scan_shard(shard)
+        reader = ShardReader()
+        offset, size = [span.offset for span in spans], [span.size for span in spans]
+        crc32 = [zlib.crc32(reader.read(str(shard), span.offset, span.size)) for span in spans]
+        if checksum(offset, size, crc32) != header["checksum"]:
+            return None, "of other content (checksum)"
+        header["shard_mtime_ns"] = stat.st_mtime_ns
+        with contextlib.suppress(OSError):  # a read-only folder: the checksums are read again next time
+            write_sidecar(path, pq.read_table(path), header)
+    return Sidecar(path, header, file.metadata.num_rows), ""
+
+
+def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
+    """Build a shard's index; a remote shard is brought into the cache for it.
+
+    Raises:
+        ValueError: a remote shard cannot be had.
+    """
+    if isinstance(shard, Path):
+        build_index(shard, tokenizer)
+        return
+    cache = ShardCache()
+    try:
+        fd = cache.open(shard)
+    except OSError as error:
+        raise ValueError(f"{error}; its index cannot be built (a sidecar beside it would do)") from None
+    try:
+        build_index(cache.path(shard), tokenizer, out=cached_sidecar(shard, tokenizer.fingerprint))
+    except OSError as error:
+        raise ValueError(unwritable(error)) from None
+    finally:
+        os.close(fd)
+
+
+def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, label: str) -> None:
+    """Build many indexes, in as many processes as there are cores, with a line now and then that says how many."""
+    sizes = [s.size or 0 if isinstance(s, RemoteShard) else s.stat().st_size for s in shards]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = functools.partial(build_missing, tokenizer=tokenizer)
+    started = said = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        done: Iterable = map(work, shards)
+        if len(shards) > 1 and cores > 1 and sum(sizes) > PARALLEL_BYTES:
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(min(cores, len(shards))))
+            done = pool.imap(work, shards)
+        for count, _ in enumerate(done, start=1):
+            now = time.monotonic()
+            if now - said > SAY_EVERY or (count == len(shards) and now - started > SAY_EVERY):
+                print(f"{label}: index of {count} of {len(shards)} shards built", file=sys.stderr, flush=True)
+                said = now

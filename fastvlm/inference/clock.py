@@ -1,0 +1,70 @@
+"""Time, memory and floating-point operations of a call."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+TIMES = ("cpu", "wall")
+
+
+class Clock:
+    """
+    Args:
+        device: its work is waited for.
+        kind: `cpu`, seconds this thread computed (one thread, a CPU: what others do on the machine is mostly left
+            out), or `wall`.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", *, kind: str = "wall"):
+        self.device = torch.device(device)
+        if kind not in TIMES:
+            raise ValueError(f"time={kind} is not one of {', '.join(TIMES)}")
+        if kind == "cpu" and (self.device.type != "cpu" or torch.get_num_threads() > 1):
+            raise ValueError("time=cpu counts one thread of a CPU: set threads=1, or time=wall")
+        self.kind = kind
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.thread_time() if self.kind == "cpu" else time.perf_counter()
+
+    def time(self, call: Callable[[], Any], *, repeats: int = 1, warm: int = 1) -> tuple[list[float], Any]:
+        """Seconds of each repeat, and what the last one returned."""
+        for _ in range(warm):
+            call()
+        seconds, result = [], None
+        for _ in range(repeats):
+            result = None  # two results at once would double the peak
+            start = self.now()
+            result = call()
+            seconds.append(self.now() - start)
+        return seconds, result
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 90th, 95th and 99th percentile by nearest rank, and the worst."""
+    ordered = sorted(seconds)
+    rank = lambda share: ordered[max(0, math.ceil(share * len(ordered) / 100) - 1)]
+    return {"p50": statistics.median(ordered), **{f"p{s}": rank(s) for s in (90, 95, 99)}, "max": ordered[-1]}
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Operations of a call's matrix products, convolutions and attention; a multiplication and its addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def peak_bytes(device: str | torch.device = "cpu") -> int:
+    """The most memory this process has held so far: resident on a CPU, allocated on a GPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

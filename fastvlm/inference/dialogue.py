@@ -1,0 +1,250 @@
+"""A conversation in the terminal: its turns, its images, and the commands that change them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from fastvlm.inference.partners import Local, Remote, Spent, from_openai, to_openai
+
+PLACEHOLDER = "<image>"
+COMMANDS = """/image PATH|URL ...  show the model images with your next message
+/clear               forget the conversation and its images
+/system [TEXT]       tell the model something before everything else; alone: take it back
+/set [KEY=VALUE]     temperature, top_p, top_k, max_new_tokens, seed, stop; alone: show them
+/retry               answer the last message again
+/save FILE           keep the conversation, images included
+/load FILE           go on with a kept one
+/help                this text
+/exit                leave (or Ctrl-D); Ctrl-C stops an answer
+A message may hold <image> where an image belongs, or an image's path or address; otherwise images go first."""
+KINDS = {"temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "seed": int}
+SUFFIXES = "png|jpe?g|webp|gif|bmp|tiff?"
+# A path or address of an image inside a sentence, bare (spaces escaped) or in quotes.
+MENTION = re.compile(
+    rf"""(?P<quote>['"])(?P<quoted>[^'"\n]+?\.(?:{SUFFIXES}))(?P=quote)
+    | (?P<bare>(?:\\\ |[^\s'"<>])+\.(?:{SUFFIXES}))(?=$|[\s,;:!?)\]]|\.(?:\s|$))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+MAX_BYTES = 64 << 20  # of an image from an address
+
+
+def compose_content(prompt: str, *, num_images: int) -> list[dict]:
+    """Parts of a user's message: images where `<image>` stands, or all of them first.
+
+    Raises:
+        ValueError: there are placeholders, but not as many as images.
+    """
+    pieces = prompt.split(PLACEHOLDER)
+    slots = len(pieces) - 1
+    if not slots:
+        return [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    if slots != num_images:
+        raise ValueError(
+            f"the prompt has {slots} {PLACEHOLDER} placeholders, but {num_images} images were given: give one for each"
+        )
+    parts: list[dict] = []
+    for i, piece in enumerate(pieces):
+        parts += [{"type": "image"}] * (i > 0)
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of an image file, or of an image behind an http(s) address, that can be decoded.
+
+    Raises:
+        ValueError: no such file, nothing at the address, or no image in it.
+    """
+    import io
+
+    from PIL import Image
+
+    if str(path).startswith(("http://", "https://")):
+        try:
+            with urlopen(str(path), timeout=20) as reply:  # noqa: S310  the user's own machine, the user's own address
+                data = reply.read(MAX_BYTES + 1)
+        except (URLError, OSError, ValueError) as error:
+            raise ValueError(f"image {path}: nothing to be had there ({error})") from None
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"image {path}: more than {MAX_BYTES} bytes")
+    else:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"image {path}: no such file")
+        data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"<_io\.BytesIO object at \w+>", "the file", reason)
+        raise ValueError(f"image {path}: not an image that can be read ({reason})") from None
+    return data
+
+
+def mentioned_images(text: str) -> tuple[str, list[str]]:
+    """A message with `<image>` in place of every image file that exists and every image address, and those in order."""
+    found: list[str] = []
+
+    def exchange(match: re.Match) -> str:
+        named = match["quoted"] or match["bare"].replace("\\ ", " ")
+        if named.startswith(("http://", "https://")) or Path(named).expanduser().is_file():
+            found.append(named)
+            return PLACEHOLDER
+        return match[0]
+
+    return MENTION.sub(exchange, text), found
+
+
+class Dialogue:
+    """Turns so far with their images, and images waiting for the next message.
+
+    Args:
+        partner: who answers.
+        options: of `Engine.generate`; `/set` changes them.
+        streamed: print pieces as they come.
+        system: what stands before the first turn.
+    """
+
+    def __init__(self, partner: Local | Remote, *, options: dict, streamed: bool, system: str = ""):
+        self.partner, self.options, self.streamed, self.system = partner, dict(options), streamed, system
+        self.clear()
+
+    def clear(self) -> None:
+        self.messages: list[dict] = []
+        self.images: list[bytes] = []
+        self.waiting: list[bytes] = []
+
+    def take(self, line: str) -> None:
+        """A line of the user's: a command or a message.
+
+        Raises:
+            ValueError: it cannot be done; nothing has changed.
+        """
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command == "/clear":
+            self.clear()
+        elif command == "/help":
+            print(COMMANDS)
+        elif command == "/image":
+            self.attach(argument)
+        elif command == "/system":
+            self.system = argument
+        elif command == "/set":
+            self.set(argument)
+        elif command == "/retry":
+            self.retry()
+        elif command == "/save":
+            self.save(argument)
+        elif command == "/load":
+            self.load(argument)
+        elif command.startswith("/") and not mentioned_images(line)[1]:
+            raise ValueError(f"{command} is not a command; /help lists them")
+        elif line:
+            text, mentioned = mentioned_images(line)
+            files = [read_image(path) for path in mentioned]
+            if mentioned and (self.waiting or PLACEHOLDER in line):
+                raise ValueError("a message takes images by /image and <image>, or by their paths, not by both")
+            self.say(text, files=files)
+
+    def attach(self, paths: str) -> None:
+        """Images for the next message."""
+        try:
+            names = [paths] if Path(paths).expanduser().is_file() else shlex.split(paths)
+        except ValueError:
+            names = [paths]
+        if not names:
+            raise ValueError("/image needs a path or an address")
+        self.waiting += [read_image(name) for name in names]
+
+    def say(self, text: str, *, files: Sequence[bytes] = ()) -> None:
+        """Answer a message; the turn counts only once it is answered."""
+        files = [*self.waiting, *files]
+        content = compose_content(text, num_images=len(files))
+        messages = [*self.messages, {"role": "user", "content": content}]
+        images = [*self.images, *files]
+        spent = self._answer(messages, images)
+        self.messages, self.images, self.waiting = [*messages, _assistant(spent)], images, []
+
+    def retry(self) -> None:
+        if not self.messages:
+            raise ValueError("there is no message to answer again")
+        # Another seed: with temperature 0 the answer is the same, and otherwise it should not be.
+        self.options["seed"] = self.options.get("seed", 0) + 1
+        self.messages[-1] = _assistant(self._answer(self.messages[:-1], self.images))
+
+    def set(self, assignments: str) -> None:
+        """Change options.
+
+        Raises:
+            ValueError: an unknown one, or a value it cannot have.
+        """
+        from fastvlm.inference.sampling import Sampling
+
+        if not assignments:
+            print(" ".join(f"{key}={value}" for key, value in self.options.items()))
+            return
+        options = dict(self.options)
+        for assignment in shlex.split(assignments):
+            key, _, value = assignment.partition("=")
+            if key == "stop":
+                options[key] = [value] if value else []
+            elif key in KINDS:
+                try:
+                    options[key] = KINDS[key](value)
+                except ValueError:
+                    raise ValueError(f"/set {key}={value}: {key} takes a number, such as {key}=1") from None
+            else:
+                raise ValueError(f"/set {key}: there are {', '.join((*KINDS, 'stop'))}")
+        Sampling(options["temperature"], options["top_k"], options["top_p"])
+        if options["max_new_tokens"] < 1:
+            raise ValueError(f"/set max_new_tokens={options['max_new_tokens']}: at least 1")
+        self.options = options
+
+    def save(self, path: str) -> None:
+        if not path:
+            raise ValueError("/save needs a file's name")
+        kept = {"system": self.system, "options": self.options, "messages": to_openai(self.messages, self.images)}
+        Path(path).expanduser().write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        print(f"[{len(self.messages)} messages and {len(self.images)} images in {path}]")
+
+    def load(self, path: str) -> None:
+        file = Path(path).expanduser()
+        if not path or not file.is_file():
+            raise ValueError(f"/load {path}: no such file")
+        try:
+            kept = json.loads(file.read_text())
+            messages, images = from_openai(kept["messages"])
+            system, options = str(kept.get("system", "")), dict(kept.get("options", {}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"/load {path}: not a conversation that /save wrote ({error})") from None
+        self.messages, self.images, self.waiting, self.system = messages, images, [], system
+        self.options |= {key: value for key, value in options.items() if key in self.options}
+        print(f"[{len(messages)} messages and {len(images)} images]")
+
+    def _answer(self, messages: Sequence[dict], images: Sequence[bytes]) -> Spent:
+        """Print the answer, piece by piece where somebody watches, and its cost."""
+        told = [{"role": "system", "content": self.system}] if self.system else []
+        pieces = self.partner.ask([*told, *messages], images, self.options)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                spent = end.value
+                break
+            if self.streamed:
+                print(piece, end="", flush=True)
+        print("" if self.streamed else spent.text)
+        print(spent.line())
+        return spent
+
+
+def _assistant(spent: Spent) -> dict:
+    return {"role": "assistant", "content": spent.text}

@@ -1,0 +1,138 @@
+"""The decoder of a Llama-like model with only what generation needs.
+
+`transformers` spends, on a CPU and on small models, more time around the matrix products of one token than in them: it
+makes masks and rotations anew, repeats keys for every query head and passes through a dozen wrappers a layer. Here a
+token is the products and little else. Of a prompt, the last layer computes its last position only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from fastvlm.inference.kv_cache import KVCache
+from fastvlm.models.llms.language_model import LanguageModel
+
+LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+FIXED_ROTATIONS = ("default", "linear", "llama3")  # the others depend on the length so far
+
+
+def fits(llm: nn.Module) -> bool:
+    """Whether the model is one whose computation is known here exactly: its own class, its own layers, no hooks."""
+    if type(llm) is not LanguageModel or llm.window is not None:
+        return False
+    decoder = llm.hf.get_decoder()
+    layers = getattr(decoder, "layers", ())
+    kind = type(layers[0]) if len(layers) else None
+    rotation = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in llm.hf.modules())
+    # LoRA and quantisation exchange linear layers, which are called as they are; other changes are not known here.
+    plain = all(type(layer) is kind and type(layer.self_attn).__module__ == kind.__module__ for layer in layers)
+    return kind in LAYERS and plain and rotation in FIXED_ROTATIONS and not hooked
+
+
+class FastDecoder:
+    """`LanguageModel.decode` for models that `fits` knows.
+
+    Args:
+        llm: its modules are called as they are, so weights may go on changing.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+
+    def __init__(self, llm: LanguageModel):
+        if not fits(llm):
+            raise ValueError(f"{type(llm.hf).__name__} is no decoder this knows; use LanguageModel.decode")
+        self.llm, self.decoder, config = llm, llm.hf.get_decoder(), llm.hf.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim = self.decoder.layers[0].self_attn.head_dim
+        self.scale = self.decoder.layers[0].self_attn.scaling
+        self._rotations: tuple[Tensor, Tensor] | None = None
+
+    def decode(
+        self,
+        inputs_embeds: Float[Tensor, "B S D"],
+        position_ids: Int[Tensor, "B S"],
+        attention_mask: Int[Tensor, "B K"] | None,
+        cache: KVCache,
+    ) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
+        """Appends S positions to the cache; returns the last hidden state of the last of them.
+
+        Args:
+            attention_mask: over all K = cached + S columns, 0 hides one; None shows all.
+        """
+        cached, length = cache.get_seq_length(), inputs_embeds.shape[1]
+        cos, sin = (table[position_ids][:, None] for table in self._rotation_tables(cached + length, inputs_embeds))
+        mask = None
+        if attention_mask is not None or (length > 1 and cached):
+            mask = self._mask(attention_mask, cached, inputs_embeds)
+        x, layers = inputs_embeds, self.decoder.layers
+        for i, layer in enumerate(layers):
+            x = self._layer(layer, x, cos, sin, mask, cache, i, last=i == len(layers) - 1)
+        return norm(self.decoder.norm, x), cache
+
+    def _layer(self, layer, x, cos, sin, mask, cache, i, *, last: bool):
+        attention, rows, length = layer.self_attn, x.shape[0], x.shape[1]
+        h = norm(layer.input_layernorm, x)
+        k = attention.k_proj(h).view(rows, length, self.kv_heads, self.dim)
+        v = attention.v_proj(h).view(rows, length, self.kv_heads, self.dim).transpose(1, 2)
+        if last and length > 1:
+            x, h, length = x[:, -1:], h[:, -1:], 1
+            mask = None if mask is None else mask[:, :, -1:]
+        q = attention.q_proj(h).view(rows, length, self.heads, self.dim)
+        if hasattr(attention, "q_norm"):
+            q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
+        q = rotate(q.transpose(1, 2), cos[:, :, -length:], sin[:, :, -length:])
+        keys, values = cache.update(rotate(k.transpose(1, 2), cos, sin), v, i)
+        out = self._attend(q, keys, values, mask)
+        x = x + attention.o_proj(out)
+        return x + layer.mlp(norm(layer.post_attention_layernorm, x))
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Float[Tensor, "B S E"]:
+        rows, _, length, _ = q.shape
+        if length == 1:
+            # Query heads that share keys become rows of one product: nothing is repeated.
+            grouped = q.view(rows, self.kv_heads, -1, self.dim)
+            weights = grouped @ keys.transpose(-2, -1) * self.scale
+            if mask is not None:
+                weights = weights.masked_fill(~mask, -torch.inf)
+            return (weights.softmax(-1, dtype=torch.float32).to(q.dtype) @ values).reshape(rows, 1, -1)
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).reshape(rows, length, -1)
+
+    def _mask(self, attention_mask: Tensor | None, cached: int, x: Tensor) -> Tensor:
+        """(B, 1, S, K), true where a position may look. A hidden position sees itself: an empty row would be NaN."""
+        columns = torch.arange(cached + x.shape[1], device=x.device)
+        queries = columns[cached:, None]
+        allowed = columns <= queries
+        if attention_mask is None:
+            return allowed[None, None]
+        return ((allowed & attention_mask.bool()[:, None]) | (columns == queries))[:, None]
+
+    def _rotation_tables(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions from 0 on."""
+        held = self._rotations
+        if held is None or len(held[0]) < length or held[0].dtype != x.dtype or held[0].device != x.device:
+            positions = torch.arange(max(256, 2 * length), device=x.device)
+            cos, sin = self.decoder.rotary_emb(x, positions[None])
+            self._rotations = held = (cos[0], sin[0])
+        return held
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm in one call."""
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def rotate(x: Float[Tensor, "B H S d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H S d"]:
+    """Rotary positions (RoFormer, arXiv 2104.09864), halves as `transformers` pairs them."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

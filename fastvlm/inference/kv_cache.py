@@ -1,0 +1,85 @@
+"""Keys and values of rows that are decoded together: grown in place, joined, thinned out, cut and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+SPARE = 128  # columns allocated beyond what is needed: as many tokens are appended without a copy
+
+
+class GrowingLayer(DynamicLayer):
+    """`transformers`' layer copies everything for each token; this one writes into spare columns."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._room: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._room is None or end > self._room[0].shape[2]:
+            self._room = tuple(self._enlarged(held, end) for held in (self.keys, self.values))
+        for room, new in zip(self._room, (key_states, value_states)):
+            room[:, :, used:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Exchange what is cached."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self._room = keys, values, None
+
+    @staticmethod
+    def _enlarged(held: Tensor, length: int) -> Tensor:
+        rows, heads, used, dim = held.shape
+        room = held.new_empty(rows, heads, max(length + SPARE, length * 5 // 4), dim)
+        room[:, :, :used] = held
+        return room
+
+
+class KVCache(DynamicCache):
+    """A cache of full attention layers; rows are padded on the left, so that all of them write the same column."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]] = ()):
+        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
+        for keys, values in layers:
+            layer = GrowingLayer()
+            layer.hold(keys, values)
+            self.layers.append(layer)
+
+    def select(self, rows: Sequence[int], *, skip: int = 0) -> None:
+        """Keep these rows, without the first `skip` columns."""
+        index = torch.tensor(list(rows), device=self.layers[0].keys.device)
+        for layer in self.layers:
+            layer.hold(layer.keys[index, :, skip:], layer.values[index, :, skip:])
+
+    def join(self, other: KVCache) -> None:
+        """Append another cache's rows; the shorter of both is padded on the left."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            longest = max(mine.keys.shape[2], theirs.keys.shape[2])
+            pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            mine.hold(*(torch.cat([pad_left(held, longest) for held in pair]) for pair in pairs))
+
+    def kept(self, row: int, *, columns: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the last `columns` columns of a row, for `KVCache` to go on from."""
+        return [
+            (layer.keys[row : row + 1, :, -columns:].clone(), layer.values[row : row + 1, :, -columns:].clone())
+            for layer in self.layers
+        ]
+
+
+def pad_left(held: Float[Tensor, "B H K d"], length: int) -> Float[Tensor, "B H L d"]:
+    """Zeros before the columns, up to `length` of them; no mask lets anybody see them."""
+    return torch.nn.functional.pad(held, (0, 0, length - held.shape[2], 0))
+
+
+def num_bytes(layers: Sequence[tuple[Tensor, Tensor]]) -> int:
+    return sum(tensor.nbytes for pair in layers for tensor in pair)

@@ -1,0 +1,136 @@
+"""What is worth keeping between questions, each kind bounded in bytes: visual tokens of images, keys of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
+
+from fastvlm.inference.kv_cache import num_bytes
+
+MIN_PREFIX = 4  # below this many positions a look into the store costs as much as the positions
+
+
+def image_key(views: UInt8[Tensor, "*v 3 H W"]) -> bytes:
+    """Names an image by the pixels the encoder sees."""
+    pixels = views.movedim(-3, -1).contiguous().cpu().numpy()  # decoders write channels last: mostly no copy
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+class BoundedStore:
+    """Least recently used entries leave when their bytes exceed the bound; an entry above it is not kept at all.
+
+    Args:
+        max_bytes: 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int):
+        if max_bytes < 0:
+            raise ValueError(f"a cache of {max_bytes} bytes is negative; 0 turns it off")
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.hits = self.misses = 0
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> Any | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            self.hits, self.misses = self.hits + (entry is not None), self.misses + (entry is None)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: Hashable, value: Any, *, size: int) -> None:
+        with self._lock:
+            if key in self._entries:
+                self.num_bytes -= self._entries.pop(key)[1]
+            if size > self.max_bytes:
+                return
+            self._entries[key] = (value, size)
+            self.num_bytes += size
+            while self.num_bytes > self.max_bytes:
+                self.num_bytes -= self._entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.num_bytes = 0
+
+    def keys(self) -> list[Hashable]:
+        with self._lock:
+            return list(self._entries)
+
+
+class ImageStore(BoundedStore):
+    """Visual tokens (T, D) by the image's key."""
+
+    def keep(self, key: bytes, tokens: Tensor) -> None:
+        # A view of a batch would keep the whole batch alive.
+        tokens = tokens.clone() if tokens.untyped_storage().nbytes() > tokens.nbytes else tokens
+        self.put(key, tokens, size=tokens.nbytes)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a row's first `length` positions."""
+
+    length: int
+    layers: list[tuple[Tensor, Tensor]]
+
+
+class PrefixStore(BoundedStore):
+    """Keys and values of finished rows, found again by the longest start they share with a new prompt.
+
+    A row is named by what stands at each position: ids of text, and for an image's slots a number made of its pixels
+    (`position_names`). So a further turn of a conversation, another question about the same image and a common system
+    prompt all find what was computed before, and nothing else does.
+    """
+
+    def keep(self, names: np.ndarray, layers: list[tuple[Tensor, Tensor]]) -> None:
+        for other in self.keys():  # an earlier turn of the same conversation is contained in this one
+            held = np.frombuffer(other, dtype=np.int64)
+            if len(held) <= len(names) and np.array_equal(held, names[: len(held)]):
+                self._drop(other)
+        self.put(names.tobytes(), layers, size=num_bytes(layers))
+
+    def find(self, names: np.ndarray) -> Prefix | None:
+        """The longest kept start of a prompt, without its last position (whose output is asked for)."""
+        best, length = None, MIN_PREFIX - 1
+        for key in self.keys():
+            held = np.frombuffer(key, dtype=np.int64)
+            most = min(len(held), len(names) - 1)
+            if most > length:
+                differ = np.flatnonzero(held[:most] != names[:most])
+                shared = int(differ[0]) if len(differ) else most
+                if shared > length:
+                    best, length = key, shared
+        layers = self.get(best) if best is not None else None
+        if layers is None:
+            return None
+        return Prefix(length, [(keys[:, :, :length], values[:, :, :length]) for keys, values in layers])
+
+    def _drop(self, key: Hashable) -> None:
+        with self._lock:
+            if key in self._entries:
+                self.num_bytes -= self._entries.pop(key)[1]
+
+
+def position_names(
+    input_ids: Sequence[int], *, image_token_id: int, images: Sequence[bytes], slots: Sequence[int]
+) -> np.ndarray:
+    """One int64 a position: the id of a text token, below zero for an image's slots."""
+    names = np.array(input_ids, dtype=np.int64)
+    named = [-1 - (int.from_bytes(key[:8], "big") >> 1) for key in images]
+    names[names == image_token_id] = np.repeat(np.array(named, dtype=np.int64), slots)
+    return names

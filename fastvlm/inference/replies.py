@@ -1,0 +1,84 @@
+"""What the server says of an answer and of a mistake, and the bound of what it listens to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastvlm.inference.engine import Generation
+
+
+class Refused(Exception):
+    """What a client did wrong, with its HTTP status."""
+
+    def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.kind, self.code = status, message, kind, code
+
+
+def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict:
+    clean = message.encode("utf-8", "replace").decode()  # half a surrogate would break the reply
+    return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
+
+
+def reason(generation: Generation) -> str:
+    """OpenAI's word for how an answer ended."""
+    return "length" if generation.finish_reason == "length" else "stop"
+
+
+def usage(generation: Generation) -> dict:
+    prompt, completion = generation.num_prompt_tokens, len(generation.token_ids)
+    details = {"cached_tokens": generation.num_reused_tokens, "image_tokens": generation.num_image_tokens}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": details,
+    }
+
+
+def cost(generation: Generation, job: Any) -> dict:
+    return {
+        "image_tokens": generation.num_image_tokens,
+        "reused_tokens": generation.num_reused_tokens,
+        "queue_seconds": job.queue_seconds,
+        "image_seconds": generation.image_seconds,
+        "prefill_seconds": generation.prefill_seconds,
+        "first_token_seconds": job.queue_seconds + generation.first_token_seconds,
+        "tokens_per_second": generation.tokens_per_second,
+    }
+
+
+class BodyLimit:
+    """Refuses a body of more bytes than allowed, by its header or, where that is missing or lies, by counting."""
+
+    def __init__(self, app: Any, *, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            return await self._refuse(send)
+        body, more = b"", True
+        while more and scope["method"] in ("POST", "PUT", "PATCH"):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                return await self._refuse(send)
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> dict:
+            return next(given, None) or await receive()
+
+        return await self.app(scope, replay, send)
+
+    async def _refuse(self, send: Any) -> None:
+        message = f"a request of more than {self.max_bytes} bytes"
+        body = json.dumps(error_body(message, kind="invalid_request_error")).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,202 @@
+"""Many questions, one model: a thread that adds waiting prompts to the rows being decoded, a step at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastvlm.inference.engine import Engine, Generation, finished
+from fastvlm.inference.memory import image_key
+from fastvlm.inference.rows import Row
+from fastvlm.inference.sampling import Sampling
+
+
+class Busy(Exception):
+    """As many questions wait as may."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One question. What happens to it comes through `tell`: ("text", piece), ("done", Generation), ("error", error).
+
+    Args:
+        tell: called from the scheduler's thread.
+    """
+
+    record: dict
+    images: Sequence[torch.Tensor]
+    sampling: Sampling
+    max_new_tokens: int
+    stop: Sequence[str]
+    seed: int
+    tell: Callable[[str, Any], None]
+    number: int = 0
+    row: Row | None = None
+    shown: int = 0
+    submitted: float = field(default_factory=time.perf_counter)
+    queue_seconds: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more; its row leaves before the next step."""
+        self.cancelled.set()
+
+
+class Scheduler:
+    """First come, first served, with up to `max_rows` answers written side by side.
+
+    Between two steps at most one prompt is read, so those that are being answered never wait for more than that.
+
+    Args:
+        max_rows: answers at once.
+        max_waiting: questions beyond those.
+    """
+
+    def __init__(self, engine: Engine, *, max_rows: int = 8, max_waiting: int = 64):
+        if max_rows < 1 or max_waiting < 0:
+            raise ValueError(f"max_rows={max_rows} must be 1 or more, max_waiting={max_waiting} 0 or more")
+        self.engine, self.max_rows, self.max_waiting = engine, max_rows, max_waiting
+        self.num_active, self.num_done, self.num_cancelled, self.num_tokens = 0, 0, 0, 0
+        self._waiting: deque[Job | Call] = deque()
+        self._active: list[Job] = []
+        self._numbers = itertools.count()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> Job:
+        """
+        Raises:
+            Busy: too many wait.
+        """
+        with self._wake:
+            if self._stopping or len(self._waiting) >= self.max_waiting + (self.num_active < self.max_rows):
+                raise Busy
+            job.number = next(self._numbers)
+            self._waiting.append(job)
+            self._wake.notify()
+        return job
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """Run a function between two steps, with the model to itself."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        with self._wake:
+            if self._stopping or len(self._waiting) >= self.max_waiting + 1:
+                raise Busy
+            self._waiting.append(Call(function, loop, future))
+            self._wake.notify()
+        return await future
+
+    def stop(self) -> None:
+        """End the thread; what is unfinished is told so."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(timeout=30)
+
+    # -------------------------------------------------------------------------------------------------------- inside
+
+    def _work(self) -> None:
+        rows = self.engine.rows()
+        while True:
+            with self._wake:
+                while not (self._waiting or self._active or self._stopping):
+                    self._wake.wait()
+                if self._stopping:
+                    break
+                entry = self._waiting.popleft() if self._waiting and len(self._active) < self.max_rows else None
+                self.num_active = len(self._active) + isinstance(entry, Job)
+            try:
+                if isinstance(entry, Call):
+                    entry.run()
+                elif entry is not None:
+                    self._admit(entry, rows)
+                self._drop_cancelled(rows)
+                rows.step()
+                self._publish()
+            except Exception as error:  # noqa: BLE001  one bad step must not silence the server
+                for job in self._active:
+                    job.tell("error", error)
+                self._active, rows = [], self.engine.rows()
+            self.num_active = len(self._active)
+        for job in [*self._active, *(e for e in self._waiting if isinstance(e, Job))]:
+            job.tell("error", RuntimeError("the server stops"))
+
+    def _admit(self, job: Job, rows) -> None:
+        if job.cancelled.is_set():
+            self.num_cancelled += 1
+            return
+        engine, start = self.engine, self.engine.now()
+        job.queue_seconds = start - job.submitted
+        try:
+            visual = engine.encode_images(job.images)
+            job.row = engine.row(
+                job.record,
+                visual,
+                keys=[image_key(image) for image in job.images],
+                sampling=job.sampling,
+                max_new_tokens=job.max_new_tokens,
+                stop=job.stop,
+                seed=job.seed,
+                image_seconds=engine.now() - start,
+            )
+            rows.add([job.row])
+        except Exception as error:  # noqa: BLE001  a question that cannot be asked concerns only who asked
+            if job.row is not None:
+                rows.drop(job.row)
+            job.tell("error", error)
+            return
+        self._active.append(job)
+        self._publish()
+
+    def _drop_cancelled(self, rows) -> None:
+        for job in [job for job in self._active if job.cancelled.is_set()]:
+            rows.drop(job.row)
+            self._active.remove(job)
+            self.num_cancelled += 1
+
+    def _publish(self) -> None:
+        for job in list(self._active):
+            answer = job.row.answer
+            text = answer.text() if answer.finish_reason else answer.settled_text()
+            if piece := text[job.shown :]:
+                job.shown = len(text)
+                job.tell("text", piece)
+            if answer.finish_reason:
+                generation: Generation = finished(job.row)
+                self._active.remove(job)
+                self.num_done += 1
+                self.num_tokens += len(generation.token_ids)
+                job.tell("done", generation)
+
+
+@dataclass(eq=False)
+class Call:
+    function: Callable[[], Any]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future
+
+    def run(self) -> None:
+        try:
+            result, settle = self.function(), "set_result"
+        except Exception as error:  # noqa: BLE001  handed to whoever called
+            result, settle = error, "set_exception"
+        self.loop.call_soon_threadsafe(self._settle, settle, result)
+
+    def _settle(self, how: str, result: Any) -> None:
+        if not self.future.done():
+            getattr(self.future, how)(result)

@@ -1,0 +1,51 @@
+"""An HTTP server that speaks OpenAI's chat completions, and a page to talk to it.
+
+    python -m fastvlm.inference.server run=runs/latest                    # http://127.0.0.1:8000
+    python -m fastvlm.inference.server run=runs/latest port=9000 levers=fast max_rows=16 allow_hosts=images.example.org
+
+needs the extra `serve` (pip install 'fastvlm[serve]'). Keys are those of `Settings` (settings.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fastvlm.inference.settings import Settings, parse_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, Settings.__doc__)
+        return
+    settings = parse_settings(arguments)
+    from fastvlm.inference.opening import MEGABYTE, check_source, open_engine
+
+    check_source(settings.run)
+    try:
+        import uvicorn
+    except ImportError:
+        raise ValueError("the server needs the extra `serve`: pip install 'fastvlm[serve]'") from None
+    from fastvlm.inference.app import create_app
+
+    engine = open_engine(
+        settings.run,
+        device=settings.device,
+        levers=settings.levers,
+        image_store_bytes=settings.image_store_mb * MEGABYTE,
+        prefix_store_bytes=settings.prefix_store_mb * MEGABYTE,
+    )
+    app = create_app(engine, settings)
+    # Longer than a slow client needs, shorter than one who only holds the connection.
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="info", timeout_keep_alive=30)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        print(str(error) or repr(error), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

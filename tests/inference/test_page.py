@@ -1,0 +1,158 @@
+"""The page in a real Chromium (Debian's `chromium`), driven by playwright."""
+
+import base64
+import shutil
+
+import pytest
+from tiny_vlm import TOKENS_PER_IMAGE, draw_png
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+PHONE = {"viewport": {"width": 360, "height": 700}, "has_touch": True, "is_mobile": True}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(server, browser, request):
+    context = browser.new_context(**getattr(request, "param", {"viewport": {"width": 1000, "height": 800}}))
+    page, wrong = context.new_page(), []
+    page.set_default_timeout(20_000)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "console",
+        lambda message: wrong.append(message.text) if message.type == "error" and "400" not in message.text else None,
+    )
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.wait_for_function("document.getElementById('model').textContent.includes('tiny')")
+    yield page
+    context.close()
+    assert wrong == [], "nothing fails in the console"
+
+
+def picture(seed: int) -> dict:
+    return {"name": f"picture-{seed}.png", "mimeType": "image/png", "buffer": draw_png(seed)}
+
+
+def wait_for_answer(page, count: int = 1) -> None:
+    page.wait_for_function(f"document.querySelectorAll('.turn.assistant:not(.running)').length === {count}")
+
+
+# A DataTransfer with a PNG, as a file manager or the clipboard gives it.
+TRANSFER = """(data) => { const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const transfer = new DataTransfer(); transfer.items.add(new File([bytes], "given.png", {type: "image/png"}));
+  return transfer; }"""
+
+
+def test_images_are_chosen_dropped_and_pasted_and_an_answer_streams_with_its_cost(page):
+    page.set_input_files("#files", [picture(1)])
+    transfer = page.evaluate_handle(TRANSFER, base64.b64encode(draw_png(2)).decode())
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    assert page.is_visible("#drop")
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    page.evaluate(
+        f"(data) => document.dispatchEvent(new ClipboardEvent('paste', {{clipboardData: ({TRANSFER})(data)}}))",
+        base64.b64encode(draw_png(3)).decode(),
+    )
+    page.wait_for_function("document.querySelectorAll('#waiting img').length === 3")
+    assert page.is_hidden("#drop")
+    page.set_input_files("#files", [picture(4)])
+    assert "At most 3 images" in page.inner_text("#notice")
+    page.click("#waiting li:first-child button")
+    assert page.locator("#waiting img").count() == 2
+    page.fill("#text", "which digit")
+    page.press("#text", "Enter")
+    wait_for_answer(page)
+    assert page.locator(".user .pictures img").count() == 2 and page.locator("#waiting img").count() == 0
+    cost = page.inner_text(".tools .cost")
+    assert f"{2 * TOKENS_PER_IMAGE} image tokens" in cost and "tokens/s" in cost and "first token" in cost
+    page.fill("#text", "and then")
+    page.click("#send")
+    wait_for_answer(page, 2)
+    assert "reused" in page.locator(".tools .cost").last.inner_text()
+
+
+def test_an_answer_is_stopped_retried_and_forgotten_by_keyboard_alone(page):
+    page.keyboard.press("Tab")  # the message has the focus from the start
+    page.locator("#text").focus()
+    page.keyboard.type("which digit")
+    page.evaluate("document.getElementById('max').value = 150")
+    page.keyboard.press("Enter")
+    page.wait_for_function("(document.querySelector('.turn.assistant .bubble') || {}).textContent")
+    page.keyboard.press("Escape")
+    wait_for_answer(page)
+    assert "stopped" in page.inner_text(".turn.assistant") and page.is_visible("#send")
+    page.evaluate("document.getElementById('max').value = 5")
+    page.keyboard.press("Alt+R")
+    page.wait_for_selector(".tools .cost")
+    assert page.locator(".turn.assistant").count() == 1 and "5 tokens" in page.inner_text(".tools .cost")
+    page.keyboard.press("Alt+N")
+    assert page.locator(".turn").count() == 0 and page.is_visible("#hint")
+
+
+def test_the_system_prompt_and_the_temperature_reach_the_server(page):
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    page.click("#settings summary")
+    page.fill("#system", "the word")
+    page.fill("#temperature", "0.5")
+    page.fill("#max", "3")
+    page.keyboard.press("Escape")
+    assert page.is_hidden(".panel")
+    page.fill("#text", "digit")
+    page.click("#send")
+    wait_for_answer(page)
+    assert sent[0]["messages"] == [
+        {"role": "system", "content": "the word"},
+        {"role": "user", "content": [{"type": "text", "text": "digit"}]},
+    ]
+    assert sent[0]["temperature"] == 0.5 and sent[0]["max_tokens"] == 3
+
+
+def test_the_regions_an_answer_looked_at_are_shown_token_by_token(page):
+    page.set_input_files("#files", [picture(1), picture(2)])
+    page.fill("#text", "which digit")
+    page.click("#send")
+    wait_for_answer(page)
+    page.click(".look")
+    page.wait_for_selector(".regions canvas")
+    assert page.locator(".regions canvas").count() == 2
+    pixels = "document.querySelector('.regions canvas').toDataURL()"
+    page.wait_for_function("document.querySelector('.regions figcaption').textContent.includes('looked')")
+    before = page.evaluate(pixels)
+    page.locator(".regions input").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert f"visual token 1 of {TOKENS_PER_IMAGE}" in page.inner_text(".regions figcaption >> nth=0")
+    assert page.evaluate(pixels) != before
+
+
+@pytest.mark.parametrize("page", [PHONE], indirect=True)
+def test_on_a_phone_nothing_leaves_the_screen_and_fingers_hit(page):
+    page.set_input_files("#files", [picture(1)])
+    page.fill("#text", "a question that is rather long for so narrow a screen as this one")
+    page.tap("#send")
+    wait_for_answer(page)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    for control in ("#send", "#choose", "#clear", "#settings summary"):
+        box = page.locator(control).bounding_box()
+        assert box["height"] >= 44 and box["x"] >= 0 and box["x"] + box["width"] <= 360, control
+
+
+def test_what_the_server_refuses_is_said_and_the_page_goes_on(page):
+    page.fill("#text", "digit " * 400)
+    page.click("#send")
+    wait_for_answer(page)
+    assert "the model ends at 256" in page.inner_text(".wrong")
+    page.fill("#text", "digit")
+    page.click("#send")
+    wait_for_answer(page, 2)
+    assert page.locator(".wrong").count() == 1

@@ -1,0 +1,314 @@
+"""The server as clients meet it: a uvicorn process, spoken to by the openai client and by raw HTTP."""
+
+import base64
+import json
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
+
+from fastvlm.inference.engine import Engine
+from fastvlm.inference.sampling import Sampling
+from fastvlm.inference.scheduler import Busy, Job, Scheduler
+from fastvlm.inference.settings import parse_settings
+
+pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_tokenizer):
+    return Engine(build_model(tiny_tokenizer), tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=12)
+
+
+def data_url(seed: int) -> str:
+    return "data:image/png;base64," + base64.b64encode(draw_png(seed)).decode()
+
+
+def with_images(text: str, *seeds: int) -> list[dict]:
+    images = [{"type": "image_url", "image_url": {"url": data_url(seed)}} for seed in seeds]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def expected(reference, text: str, *seeds: int, **options):
+    content = [{"type": "image"}] * len(seeds) + [{"type": "text", "text": text}]
+    images = [reference.transform(draw_png(seed)) for seed in seeds]
+    return reference.generate([{"messages": [{"role": "user", "content": content}]}], [images], **options)[0]
+
+
+def test_the_openai_client_gets_the_engines_answer(server, reference):
+    client = server.client()
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    reply = client.chat.completions.create(model="tiny", messages=with_images("which digit", 1, 2), max_tokens=9)
+    wanted = expected(reference, "which digit", 1, 2, max_new_tokens=9)
+    assert reply.choices[0].message.content == wanted.text and reply.choices[0].finish_reason == "length"
+    usage = reply.usage
+    assert usage.prompt_tokens == wanted.num_prompt_tokens and usage.completion_tokens == 9
+    assert usage.total_tokens == usage.prompt_tokens + 9
+    assert reply.model_extra["fastvlm"]["image_tokens"] == 2 * TOKENS_PER_IMAGE
+    words = client.chat.completions.create(
+        model="tiny", messages=[{"role": "system", "content": "what"}, {"role": "user", "content": "digit"}]
+    )
+    turns = [{"role": "system", "content": "what"}, {"role": "user", "content": "digit"}]
+    assert words.choices[0].message.content == reference.generate([{"messages": turns}], [[]])[0].text
+
+
+def test_a_stream_joins_to_the_same_answer_and_ends_with_usage_and_done(server, reference):
+    wanted = expected(reference, "what word", 5)
+    request = {"model": "tiny", "messages": with_images("what word", 5), "stream": True}
+    chunks = list(server.client().chat.completions.create(**request))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == wanted.text
+    assert [c.choices[0].finish_reason for c in chunks][-1] == "length" and chunks[-1].usage.completion_tokens == 12
+    assert chunks[-1].model_extra["fastvlm"]["first_token_seconds"] > 0
+    chunks = list(server.client().chat.completions.create(**request, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens == wanted.num_prompt_tokens
+    assert all(c.usage is None for c in chunks[:-1])
+    status, raw = server.request("POST", "/v1/chat/completions", json.dumps(request))
+    assert status == 200 and raw.decode().endswith("data: [DONE]\n\n")
+
+
+def test_options_reach_the_engine(server, reference):
+    free = expected(reference, "which digit", 7, max_new_tokens=20)
+    part = free.text[4:7]
+    _, stopped = server.ask(model="tiny", messages=with_images("which digit", 7), max_tokens=20, stop=[part])
+    assert stopped["choices"][0]["message"]["content"] == free.text[: free.text.index(part)].strip()
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    draw = lambda seed: server.ask(
+        model="tiny", messages=with_images("which digit", 7), temperature=1.5, top_p=0.9, top_k=50, seed=seed
+    )[1]["choices"][0]["message"]["content"]
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_further_turn_finds_the_image_and_what_was_said(server):
+    messages = with_images("which digit is in the picture", 30)
+    _, first = server.ask(model="tiny", messages=messages)
+    turns = [*messages, {"role": "assistant", "content": first["choices"][0]["message"]["content"]}]
+    _, second = server.ask(model="tiny", messages=[*turns, {"role": "user", "content": "and now"}])
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
+
+
+MISTAKES = [
+    (404, "does not exist", {"model": "huge", "messages": [{"role": "user", "content": "x"}]}),
+    (400, "messages", {"model": "tiny", "messages": []}),
+    (400, "messages.0.role", {"model": "tiny", "messages": [{"role": "wizard", "content": "x"}]}),
+    (400, "needs content", {"model": "tiny", "messages": [{"role": "user", "content": None}]}),
+    (400, "only user messages", {"model": "tiny", "messages": [{**with_images("x", 1)[0], "role": "assistant"}]}),
+    (400, "temperature", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": -1}),
+    (400, "top_p", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 0}),
+    (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
+    (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
+    (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
+    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
+    (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
+]
+ADDRESSES = [
+    ("file:///etc/passwd", "scheme 'file' is not allowed"),
+    ("http://127.0.0.1:1/x.png", "not on this server's allow-list"),
+    ("https://example.org/x.png", "not on this server's allow-list"),
+    ("ftp://example.org/x.png", "scheme 'ftp' is not allowed"),
+    ("data:text/html;base64,AAAA", "of type text/html"),
+    ("data:image/png;base64,@@@@", "its base64 is broken"),
+    ("data:image/png;base64,AAAA", "not an image"),
+    ("data:image/png;base64," + base64.b64encode(draw_png(1)[:90]).decode(), "broken image"),
+    ("data:image/png;base64," + "A" * 80_000, "more than 50000 bytes"),
+    ("nonsense", "scheme 'none' is not allowed"),
+    ("", "scheme"),
+]
+
+
+def test_a_clients_mistake_is_one_line_and_a_4xx_and_the_service_goes_on(server):
+    def check(status, said, named, wanted):
+        assert status == wanted, (named, status, said)
+        assert named in said["error"]["message"] and "\n" not in said["error"]["message"], said
+
+    for wanted, named, body in MISTAKES:
+        check(*server.ask(**body), named, wanted)
+    for url, named in ADDRESSES:
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        check(*server.ask(model="tiny", messages=[{"role": "user", "content": content}]), named, 400)
+    for body in (b"", b"{", b"[" * 20_000, b"\xff\xfe", b'{"model": "\\ud800", "messages": [1]}', b"null", b"[]"):
+        status, raw = server.request("POST", "/v1/chat/completions", body)
+        assert 400 <= status < 500 and "message" in json.loads(raw)["error"], body[:20]
+    assert server.request("POST", "/v1/chat/completions", b"x" * 300_001)[0] == 413
+    chunked = {"Transfer-Encoding": "chunked", "Content-Type": "application/json"}
+    assert server.request("POST", "/v1/chat/completions", iter([b"x" * 100_000] * 4), chunked)[0] == 413
+    assert server.get("/nowhere")[0] == 404 and server.get("/v1/chat/completions")[0] == 405
+    assert server.get("/..%2fapp.py")[0] == 404
+    assert server.ask(model="tiny", messages=with_images("still here", 1))[0] == 200
+
+
+def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    Image.new("L", (301, 300)).save(file, "png")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    status, said = server.ask(model="tiny", messages=[{"role": "user", "content": content}])
+    assert status == 400 and "301 x 300 pixels" in said["error"]["message"]
+
+
+def test_32_clients_at_once_are_each_answered_as_if_alone(server, reference):
+    questions = [("digit " * (1 + i % 9), tuple(range(i, i + i % 4))) for i in range(32)]
+    answers: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        text, seeds = questions[i]
+        if i % 8 == 7:
+            server.ask(model="tiny", messages=with_images(text, *seeds), temperature=-1)  # some make mistakes
+        status, reply = server.ask(model="tiny", messages=with_images(text, *seeds), max_tokens=4 + i % 12)
+        answers[i] = reply["choices"][0]["message"]["content"] if status == 200 else f"{status} {reply}"
+
+    before = server.metric("answers_total")
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.metric("answers_total") == before + 32 and server.metric("active") == server.metric("waiting") == 0
+    for i, (text, seeds) in enumerate(questions):
+        assert answers[i] == expected(reference, text, *seeds, max_new_tokens=4 + i % 12).text
+    bound = (1 << 20) + (1 << 22)
+    assert 0 < server.metric("image_store_bytes") + server.metric("prefix_store_bytes") <= bound
+
+
+def leave_early(server, *, stream: bool) -> None:
+    body = {"model": "tiny", "messages": with_images("word", 3), "max_tokens": 200, "stream": stream}
+    body = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        if stream:
+            assert b"200 OK" in connection.recv(1 << 12)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_answer_of_a_client_that_left_is_not_written_to_its_end(server, stream):
+    before, written = server.metric("answers_cancelled_total"), server.metric("answers_total")
+    for _ in range(3):
+        leave_early(server, stream=stream)
+    deadline = time.monotonic() + 30
+    while server.metric("answers_cancelled_total") < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.metric("answers_cancelled_total") == before + 3 and server.metric("answers_total") == written
+    assert server.metric("active") == server.metric("waiting") == 0
+
+
+def job(engine, *, tokens: int, text: str = "digit"):
+    told = queue.Queue()
+    record = {"messages": [{"role": "user", "content": text}]}
+    options = {"sampling": Sampling(), "max_new_tokens": tokens, "stop": (), "seed": 0}
+    return Job(record=record, images=[], tell=lambda *event: told.put(event), **options), told
+
+
+def last_event(told):
+    while (event := told.get(timeout=30))[0] == "text":
+        pass
+    return event
+
+
+def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobody_else(reference, monkeypatch):
+    decode, gate, told = reference._decode, threading.Event(), []
+    steps = [lambda *given: gate.wait(30) and decode(*given)]
+    monkeypatch.setattr(reference, "_decode", lambda *given: steps[-1](*given))
+    scheduler = Scheduler(reference, max_rows=2, max_waiting=3)
+    try:
+        with pytest.raises(Busy):
+            for _ in range(20):
+                asked, events = job(reference, tokens=5)
+                scheduler.submit(asked)
+                told.append(events)
+        assert 4 <= len(told) <= 6, "the one being read, up to one more row, and three that wait"
+        gate.set()
+        assert {last_event(events)[0] for events in told} == {"done"}
+        bad, bad_told = job(reference, tokens=5, text="digit " * 400)
+        good, good_told = job(reference, tokens=5)
+        scheduler.submit(bad)
+        scheduler.submit(good)
+        kind, error = last_event(bad_told)
+        assert kind == "error" and "the model ends at 256" in str(error) and last_event(good_told)[0] == "done"
+        # A step that fails ends the answers in it; the scheduler goes on.
+        steps.append(lambda *given: 1 / 0)
+        broken, broken_told = job(reference, tokens=5)
+        scheduler.submit(broken)
+        assert isinstance(last_event(broken_told)[1], ZeroDivisionError)
+        steps.append(decode)
+        again, again_told = job(reference, tokens=5)
+        scheduler.submit(again)
+        assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
+    finally:
+        scheduler.stop()
+
+
+def test_attention_says_which_regions_an_answer_and_each_token_looked_at(server):
+    messages = [*with_images("which digit", 1, 2), {"role": "assistant", "content": "the digit"}]
+    status, raw = server.request("POST", "/v1/attention", json.dumps({"model": "tiny", "messages": messages}))
+    assert status == 200, raw
+    views = json.loads(raw)["images"]
+    assert len(views) == 2
+    for view in views:
+        patches = view["rows"] * view["columns"]
+        assert len(view["answer"]) == patches and len(view["tokens"]) == TOKENS_PER_IMAGE
+        assert abs(sum(view["answer"]) - 1) < 0.01 and all(abs(sum(token) - 1) < 0.01 for token in view["tokens"])
+        # Average pooling of the tiny model: each token is the mean of its own block and of nothing else.
+        side = view["columns"] // 2
+        for i, token in enumerate(view["tokens"]):
+            inside = {
+                r * view["columns"] + c
+                for r in range(i // 2 * side, (i // 2 + 1) * side)
+                for c in range(i % 2 * side, (i % 2 + 1) * side)
+            }
+            assert {p for p, share in enumerate(token) if share > 1e-6} == inside
+    for body, named in (
+        ({"model": "tiny", "messages": messages[:1]}, "must end with the assistant's answer"),
+        ({"model": "tiny", "messages": [{"role": "user", "content": "x"}]}, "no image"),
+    ):
+        status, raw = server.request("POST", "/v1/attention", json.dumps(body))
+        assert status == 400 and named in json.loads(raw)["error"]["message"]
+
+
+def test_the_page_comes_with_its_parts_and_no_others(server):
+    for path, start in (("/", b"<!doctype html>"), ("/page.js", b'"use strict"'), ("/page.css", b":root")):
+        status, raw = server.get(path)
+        assert status == 200 and raw.startswith(start)
+        assert b"http://" not in raw and b"https://" not in raw, "the page depends on nothing from elsewhere"
+    assert server.get("/app.py")[0] == 404
+
+
+def test_settings_mistakes_are_one_line():
+    mistakes = {
+        "prot=1": "did you mean port=",
+        "port=x": "port takes int",
+        "allow_private=maybe": "true or false",
+        "max_rows=0": "too small",
+    }
+    for argument, named in mistakes.items():
+        with pytest.raises(ValueError, match=named):
+            parse_settings(["run=x", argument])
+    with pytest.raises(ValueError, match="run=DIR"):
+        parse_settings([])
+
+
+@pytest.mark.slow
+def test_fuzzed_requests_bring_no_server_error(server):
+    """schemathesis draws requests from the server's own description, valid ones and broken ones."""
+    command = [
+        *(str(Path(sys.executable).parent / "schemathesis"), "run", f"http://127.0.0.1:{server.port}/openapi.json"),
+        *(
+            "--checks",
+            "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        ),
+        *("--max-examples", "60", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert server.process.poll() is None and server.get("/health")[0] == 200
