@@ -137,9 +137,9 @@ class Hardware:
         import torch
 
         if self.memory_gib is not None:
-            return self.memory_gib * 2**30
+            return float(self.memory_gib * 2**30)
         if self.accelerator == "gpu":
-            return torch.cuda.get_device_properties(0).total_memory
+            return float(torch.cuda.get_device_properties(0).total_memory)
         return psutil.virtual_memory().available / self.devices
 
     def forget_peak(self) -> None:
