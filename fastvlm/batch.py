@@ -33,6 +33,7 @@ class Sample:
     images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), or their features (N, D); slot order
     label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
     meta: dict = field(default_factory=dict)
+    layouts: list[tuple[int, int, int, int]] = field(default_factory=list)  # of its images: see Batch.layouts
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Batch:
     label_maps: Tensor | None = None  # uint8 (I, C, h, w)
     step: int = 0  # position in the plan: optimiser step
     skipped: tuple[str, ...] = ()  # keys that were planned here and could not be read
+    layouts: Tensor | None = None  # int64 (images, 4): rows and columns of its tiles, height and width in pixels
     features: Tensor | None = None  # (I, N, D): the encoder's cached output in place of pixel_values, which is empty
 
     @property

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.config import ROOT
-from fastvlm.tokens import Tokenizer
+from fastvlm.config import ROOT, ImageConfig
+from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
@@ -92,6 +92,9 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     leaves the others' first weights as they were."""
     from fastvlm.models.vlm import VLM
 
+    if config.get("vlm"):
+        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer)
+
     def part(name: str, **extra):
         torch.manual_seed(seed_of(config.seed, name))
         return instantiate(config[name], key=name, **extra)
@@ -102,7 +105,28 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     llm = part("llm", vocab_size=len(tokenizer))
     projector = part("projector", in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
-    return VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id)
+    model.recipe = {name: OmegaConf.to_container(config[name], resolve=True) for name in model.parts}
+    return model
+
+
+def settle_views(config: DictConfig) -> None:
+    """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
+    if not config.get("vlm"):
+        return
+    for part in ("encoder", "resampler", "projector", "llm"):
+        config[part] = None
+    unsettled = [stage for stage in config.stages.values() if stage.image_size is None]
+    if not unsettled:
+        return
+    from fastvlm.models.pretrained.views import views_at
+
+    key = "path" if config.vlm.get("path") else "clip"
+    views = views_at(config.vlm[key], key=f"vlm.{key}")
+    for stage in unsettled:
+        stage.image_size = views.image_size
+        if stage.image == OmegaConf.structured(ImageConfig):
+            stage.image = OmegaConf.merge(stage.image, views.image)
 
 
 def ensure_embedded(config: DictConfig) -> None:
@@ -119,7 +143,7 @@ def ensure_embedded(config: DictConfig) -> None:
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run.
+    """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
 
     Raises:
         ValueError: no such run, or its last stage has not finished.
@@ -128,6 +152,8 @@ def load_run(run: str | Path, *, device: str = "cpu"):
 
     run = Path(run)
     path = run / "config.yaml"
+    if not path.exists() and (run / "config.json").exists():
+        return load_saved(run, device=device)
     if not path.exists():
         raise ValueError(
             f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
@@ -147,3 +173,21 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     last = list(config.stages.values())[-1]
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
+
+
+def load_saved(folder: Path, *, device: str = "cpu"):
+    """The same of a saved model: ours, or a pretrained one, with the turns of its own chat template."""
+    from fastvlm.models.pretrained import from_pretrained
+    from fastvlm.models.pretrained.views import views_at
+    from fastvlm.models.saved import PartsVLMConfig, load_vlm
+
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind == PartsVLMConfig.model_type:
+        model, saved = load_vlm(str(folder))
+        views = {"image_size": saved.image_size, "image": saved.image}
+    else:
+        model, own = from_pretrained(str(folder)), views_at(str(folder), key="run")
+        views = {"image_size": own.image_size, "image": own.image}
+    template = kind if kind in TEMPLATES else OWN
+    tokenizer = Tokenizer(str(folder), template=template, image_token=OWN)
+    return model.to(device).eval(), tokenizer, OmegaConf.create(views)

@@ -106,7 +106,7 @@ class StageConfig:
     last_layers: Any = None  # a LastLayers, or null; short for adapt.llm with method partial
     steps: int | None = None  # optimiser steps; or epochs
     epochs: float | None = None  # passes over as many samples as the mixture holds
-    image_size: int = 64  # side of a view, pixels
+    image_size: int | None = 64  # side of a view, pixels; null: the pretrained model's own (vlm), and its `image`
     image: ImageConfig = field(default_factory=ImageConfig)
     batch_size: int = 32  # rows (packs, or samples where packing is off) of one optimiser step, over all ranks
     max_tokens: int = 256  # positions of a row
@@ -155,6 +155,7 @@ class TrainConfig:
     resampler: Any = MISSING
     projector: Any = MISSING
     llm: Any = MISSING
+    vlm: Any = None  # a whole pretrained model in place of the four parts
     stages: dict[str, StageConfig] = field(default_factory=dict)
     task: Any = None
     data: DataConfig = field(default_factory=DataConfig)
@@ -194,7 +195,7 @@ def run_name() -> str:
 
 
 # Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
-PARTS = "encoder|resampler|projector|llm|tokenizer|task|hardware|logger|mixture"
+PARTS = "encoder|resampler|projector|llm|vlm|tokenizer|task|hardware|logger|mixture"
 CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable|adapt))\."
 
 
@@ -230,10 +231,12 @@ def check(config: DictConfig) -> None:
                 wrong.append(f"{where}.{key}={stage[key]} must be above 0")
         if stage.get("cache_features") and "encoder" not in stage.parts:
             wrong.append(f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone")
+        if stage.image_size is None and not config.get("vlm"):
+            wrong.append(f"{where}.image_size=null is a pretrained model's own size; give a number, or choose a vlm")
         try:
             from fastvlm.build import build_transform
 
-            build_transform(stage)
+            build_transform(stage if stage.image_size else OmegaConf.merge(stage, {"image_size": 1}))
         except ValueError as error:
             wrong.append(f"{where}.{error}")
         if unknown := set(stage.parts) - {"encoder", "resampler", "projector", "llm"}:

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of
+from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of, settle_views
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.config import ROOT
@@ -105,6 +105,7 @@ class Pipeline:
     """
 
     def __init__(self, config: DictConfig):
+        settle_views(config)
         self.config = config
         self.hardware: Hardware = instantiate(config.hardware, key="hardware")
         self.runs = Path(config.paths.runs).resolve()
@@ -156,7 +157,8 @@ class Pipeline:
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
         self.initial = {
-            n: hash_of([self.resolved[n], self.config.seed, self.tokenizer.fingerprint]) for n in self.model.parts
+            n: hash_of([self.resolved[n] or self.resolved["vlm"], self.config.seed, self.tokenizer.fingerprint])
+            for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
@@ -223,7 +225,11 @@ class Pipeline:
             return []
         lines, has = [], self.hardware.memory
         for name, stage in self.config.stages.items():
-            need = self.stage_memory(name, stage)
+            try:
+                need = self.stage_memory(name, stage)
+            except Exception as error:  # noqa: BLE001  whatever a model does that cannot be done without numbers
+                lines.append(f"memory   {name}: not known before it runs ({type(error).__name__} without numbers)")
+                continue
             lines.append(f"memory   {name}: {need} of {has / 2**30:.2f}")
             if need.total > has:
                 mend = "; ".join(self.mend_memory(name, stage, need.largest))

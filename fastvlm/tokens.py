@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 IMAGE_TOKEN = "<|image|>"
 IGNORE_INDEX = -100
 ROLES = ("system", "user", "assistant")
+NAME_A_TEMPLATE = "name the template it was trained with, such as tokenizer.template=vicuna"
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,16 @@ class Template:
     document_end: str
     start: str = ""
     specials: tuple[str, ...] = ()
+    image: tuple[str, str] = ("", "")  # what stands before and after the slots of an image
 
-    def jinja(self) -> str:
+    def jinja(self, image_token: str = IMAGE_TOKEN) -> str:
         """The same template in the form `transformers` stores beside a tokenizer."""
         content = (
             "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
             "{% if p['type'] == 'image' %}"
-            + IMAGE_TOKEN
+            + self.image[0]
+            + image_token
+            + self.image[1]
             + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
         )
         turns = "".join(
@@ -76,7 +82,103 @@ TEMPLATES = {
         start="<s>",
         specials=("<s>", "</s>"),
     ),
+    # SmolVLM, as its own chat template has it, with the marks its processor writes around an image of one view
+    "smolvlm": Template(
+        name="smolvlm",
+        before={role: f"{role.capitalize()}: " for role in ROLES},
+        after=dict.fromkeys(ROLES, "<end_of_utterance>\n") | {"assistant": "\n"},
+        end="<end_of_utterance>",
+        document_end="<end_of_utterance>",
+        start="<|im_start|>",
+        specials=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
+        image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+    ),
+    # PaliGemma: image, <bos>, prompt, line end, answer: https://huggingface.co/blog/paligemma
+    "paligemma": Template(
+        name="paligemma",
+        before=dict.fromkeys(ROLES, ""),
+        after={"system": "\n", "user": "\n", "assistant": ""},
+        end="<eos>",
+        document_end="<eos>",
+        specials=("<bos>", "<eos>"),
+        image=("", "<bos>"),
+    ),
 }
+OWN = "own"
+
+
+def own_template(hf, image_token: str) -> Template:
+    """The turns of a tokenizer's chat template, found by rendering conversations of known words.
+
+    A template that sets a default system turn has it before every conversation; one that puts a space only before words
+    has it before images too; one that never ends an answer gets the tokenizer's end token there.
+
+    Raises:
+        ValueError: there is no chat template, or it does not go turn by turn.
+    """
+    if not hf.chat_template:
+        raise ValueError("holds no chat template; " + NAME_A_TEMPLATE)
+    words = {"system": "wordsofthesystem", "user": "wordsoftheuser", "assistant": "wordsoftheassistant"}
+    say = lambda role: {"role": role, "content": [{"type": "text", "text": words[role]}]}
+    user, assistant = words["user"], words["assistant"]
+    try:
+        render = lambda *turns: hf.apply_chat_template(list(turns), tokenize=False)
+        ask, tell = say("user"), say("assistant")
+        asked, talk = render(ask), render(ask, tell, ask, tell)
+        seen = render(ask | {"content": [{"type": "image"}, *ask["content"]]})
+        head, mid, between, again, tail = re.split(f"{user}|{assistant}", talk)
+        after_user = asked.split(user)[1]
+        if again != mid or not mid.startswith(after_user) or not between.startswith(tail):
+            raise ValueError("turns differ")
+        before_user = between.removeprefix(tail)
+        piece = seen.split(user)[0]
+        lead = head if piece.startswith(head) else head.rstrip()
+        before_image, after_image = piece.removeprefix(lead).split(image_token)
+    except Exception as error:  # noqa: BLE001  a template may raise what it likes
+        raise ValueError(f"holds a chat template that does not go turn by turn ({error}); " + NAME_A_TEMPLATE) from None
+    start = head.removesuffix(before_user)
+    try:
+        before_system, rest = render(say("system"), ask).split(words["system"])
+        system = (before_system.removeprefix(start), rest.split(user)[0].removesuffix(before_user))
+    except Exception:  # noqa: BLE001  this template has no system turn
+        system = ("", after_user)
+    special = [token for token in hf.all_special_tokens if token in tail]
+    end = min(special, key=tail.index) if special else hf.eos_token
+    first = hf("a").input_ids[:1]
+    if hf.bos_token and first == [hf.bos_token_id] and not start.startswith(hf.bos_token):
+        start = hf.bos_token + start
+    return Template(
+        name=OWN,
+        before={"system": system[0], "user": before_user, "assistant": mid.removeprefix(after_user)},
+        after={"system": system[1], "user": after_user, "assistant": tail.split(end)[-1]},
+        end=end,
+        document_end=hf.eos_token or end,
+        start=start,
+        image=(before_image, after_image),
+    )
+
+
+def own_image_token(path: str, hf) -> str:
+    """The image token that a pretrained model's configuration names.
+
+    Raises:
+        ValueError: there is no such configuration.
+    """
+    from transformers import AutoConfig
+
+    file, config = Path(path) / "config.json", {}
+    if file.exists():
+        config = json.loads(file.read_text())
+        if "mm_vision_tower" in config and "vision_config" not in config:
+            return "<image>"  # LLaVA's own checkpoints write it and have no id for it
+    else:
+        with suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(path).to_dict()
+    number = config.get("image_token_id", config.get("image_token_index"))
+    token = None if number is None else hf.convert_ids_to_tokens(number)
+    if token is None:
+        raise ValueError(f"tokenizer.path={path}: no configuration there names an image token; set image_token")
+    return token
 
 
 class Tokenizer:
@@ -87,18 +189,20 @@ class Tokenizer:
 
     Args:
         path: folder or hub id that `AutoTokenizer.from_pretrained` loads.
-        template: a key of `TEMPLATES`.
+        template: a key of `TEMPLATES`, or `own`: the turns of the tokenizer's own chat template.
+        image_token: the token that marks an image slot; a pretrained vision-language model brings one. `own`: the one
+            that the configuration beside the tokenizer names.
 
     Raises:
         ValueError: the path holds no tokenizer, or the template is not known.
     """
 
-    def __init__(self, path: str, *, template: str):
+    def __init__(self, path: str, *, template: str, image_token: str = IMAGE_TOKEN):
         from transformers import AutoTokenizer
 
-        if template not in TEMPLATES:
-            raise ValueError(f"tokenizer.template={template} is not one of {', '.join(TEMPLATES)}")
-        self.path, self.template = str(path), TEMPLATES[template]
+        if template not in (*TEMPLATES, OWN):
+            raise ValueError(f"tokenizer.template={template} is not one of {', '.join((*TEMPLATES, OWN))}")
+        self.path = str(path)
         try:
             self.hf = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -106,18 +210,34 @@ class Tokenizer:
                 f"tokenizer.path={path}: no tokenizer there ({str(error).splitlines()[0][:120]}); "
                 "make the embedded one with `python data/prepare.py source=embedded`, or name a local folder"
             ) from None
-        missing = [t for t in (IMAGE_TOKEN, *self.template.specials) if t not in self.hf.get_vocab()]
+        if image_token == OWN:
+            image_token = own_image_token(self.path, self.hf)
+        self.image_token = image_token
+        if template == OWN:
+            try:
+                self.template = own_template(self.hf, image_token)
+            except ValueError as error:
+                raise ValueError(f"tokenizer.path={path} {error}") from None
+        else:
+            self.template = TEMPLATES[template]
+        wanted = dict.fromkeys((image_token, *self.template.specials, *self._ends()))
+        missing = [t for t in wanted if t not in self.hf.get_vocab()]
         if missing:
             self.hf.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
-        self.hf.chat_template = self.template.jinja()
+        if template != OWN:
+            self.hf.chat_template = self.template.jinja(image_token)
         # The Rust tokenizer's own switch for "special tokens in the text are text".
         self._fast = self.hf.backend_tokenizer
         self._special = {t.content: i for i, t in self.hf.added_tokens_decoder.items() if t.special}
+        self._special |= {t: self.hf.convert_tokens_to_ids(t) for t in (image_token, *self._ends())}
         self._pieces: dict[str, list[int]] = {}  # of the template: a handful, and every turn has them
-        self.image_id = self._special[IMAGE_TOKEN]
+        self.image_id = self._special[image_token]
         self.end_id = self._special[self.template.end]
         self.document_end_id = self._special[self.template.document_end]
         self.pad_id = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.document_end_id
+
+    def _ends(self) -> tuple[str, str]:
+        return self.template.end, self.template.document_end
 
     def __len__(self) -> int:
         return len(self.hf)

@@ -14,6 +14,7 @@ CONSTRUCTORS = [
     "resampler",
     "projector",
     "llm",
+    "vlm",
     "tokenizer",
     "source",
     "mixture",
@@ -69,3 +70,11 @@ def test_a_stages_mixture_and_keys_are_set_from_the_command_line():
     config = compose("train", ["mixture@stages.align.mixture=embedded_45_45_10", "stages.dense.image_size=128"])
     assert set(config.stages.align.mixture.weights) == {"captions", "interleaved", "text"}
     assert config.stages.dense.image_size == 128
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "vlm").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_whole_model_brings_its_tokenizer_and_a_pipeline_that_takes_its_own_views(path: Path):
+    config = compose("train", [f"vlm={path.stem}", "vlm.path=somewhere"])
+    assert list(config.stages) == ["instruct"] and config.stages.instruct.image_size is None
+    expected = "${llm.path}" if path.stem == "traditional" else "somewhere"
+    assert OmegaConf.to_container(config, resolve=False)["tokenizer"]["path"] in (expected, "${vlm.path}")

@@ -55,6 +55,7 @@ def collate(
             source_ids[b, start:end] = number[sample.source]
             start = end
     samples = [sample for row in rows for sample in row]
+    layouts = [layout for sample in samples for layout in sample.layouts]
     if features is not None:
         pixel_values = empty_views(0, image_size)
     if pixel_values is None:
@@ -76,6 +77,7 @@ def collate(
         step=step,
         skipped=tuple(skipped),
         features=features,
+        layouts=torch.tensor(layouts, dtype=torch.long) if layouts else None,
     )
 
 

@@ -54,8 +54,10 @@ def encode_record(
                 slots = tokens_per_image
                 if not isinstance(slots, int):
                     slots = slots[len(spans)] if len(spans) < len(slots) else 0
+                add(tokenizer.encode_template(template.image[0]), False)
                 spans.append((len(ids), len(ids) + slots))
                 add([tokenizer.image_id] * slots, False)
+                add(tokenizer.encode_template(template.image[1]), False)
             elif kind == "text" and isinstance(part.get("text"), str):
                 add(tokenizer.encode_text(part["text"]), learned)
             else:

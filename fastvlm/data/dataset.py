@@ -17,7 +17,7 @@ from fastvlm.data.collate import collate
 from fastvlm.data.conversation import Encoded, encode_record
 from fastvlm.data.decode import open_image
 from fastvlm.data.features import FeatureStore, image_key
-from fastvlm.data.lengths import views_of
+from fastvlm.data.lengths import layouts_of, views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
 from fastvlm.data.shards import RawSample, ShardReader
@@ -34,6 +34,7 @@ class _Opened:
     encoded: Encoded
     views: list[int]  # of each image that is not cut off
     images: list[Image.Image]  # likewise, their headers read
+    layouts: list[tuple[int, int, int, int]]  # likewise
 
 
 class PlannedDataset(Dataset):
@@ -92,7 +93,7 @@ class PlannedDataset(Dataset):
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
-        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict]] = {}
+        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict, list]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
 
@@ -173,7 +174,7 @@ class PlannedDataset(Dataset):
         self._num_read += 1
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
-            key, ids, labels, images, maps, meta = kept
+            key, ids, labels, images, maps, meta, layouts = kept
             if out is None:
                 out = self._room(sum(count for _, count in images))
             start = 0
@@ -183,7 +184,7 @@ class PlannedDataset(Dataset):
                 else:
                     self._read_features(image, out[start : start + count])
                 start += count
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta)
+            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta, layouts)
         opened = opened or self._try_open(source, row)
         if isinstance(opened, Exception):
             raise opened
@@ -210,9 +211,9 @@ class PlannedDataset(Dataset):
             ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
             if self.features is None:  # else the whole batch that they lie in would stay
                 own = [(place.clone(), count) for place, count in own]
-            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta)
+            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta, opened.layouts)
             self._cached_bytes += size
-        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta)
+        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
         """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
@@ -230,7 +231,8 @@ class PlannedDataset(Dataset):
             )
             views = views[: encoded.num_images]
             images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
-            return _Opened(raw, encoded, views, images)
+            layouts = layouts_of(measured.index, row, self._transforms[source]) if views else []
+            return _Opened(raw, encoded, views, images, layouts[: len(views)])
         except (OSError, ValueError) as error:
             return error
 

@@ -135,6 +135,14 @@ def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> 
     return [transform.num_views(width, height) for width, height in sizes]
 
 
+def layouts_of(index: SourceIndex, row: int, transform: ImageTransform) -> list[tuple[int, int, int, int]]:
+    """`ImageTransform.layout` of every image of a sample; empty without tiles, where every view is an image."""
+    if transform.tiles is None:
+        return []
+    sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
+    return [transform.layout(width, height) for width, height in sizes]
+
+
 def count_views(index: SourceIndex, transform: ImageTransform | None) -> np.ndarray:
     """Views of all images of every sample together: int32."""
     if transform is None or transform.tiles is None:

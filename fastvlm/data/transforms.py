@@ -81,6 +81,10 @@ class ImageTransform:
         """(rows, columns) of the tiles of an image of this size; (1, 1) for none."""
         return (1, 1) if self.tiles is None else best_grid(width, height, self.image_size, self.tiles)
 
+    def layout(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(rows, columns, height, width): what a model needs to put the tiles of an image together again."""
+        return *self.grid(width, height), height, width
+
     def num_views(self, width: int, height: int) -> int:
         """Views of an image of this size (as one sees it, pixels)."""
         rows, columns = self.grid(width, height)
@@ -147,6 +151,7 @@ class ImageTransform:
             self._place(resized.flip(-1) if draw and draw.mirrored else resized, canvas)
         if views > 1:
             out[1:] = rearrange(sheet, "c (r h) (q w) -> (r q) c h w", r=rows, q=columns)
+        out.view_layout = self.layout(width, height)  # rides along to the engine; a batch has it as a tensor
         return out
 
     def _borrow(self, size: tuple[int, int]) -> Tensor:

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.models.slots import empty_slots, hide
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
@@ -63,10 +62,7 @@ def token_nll(
             views = rearrange(torch.cat(images), "(i m) d -> i m d", m=tokens_per_view)
             embeds = splice(embeds, input_ids, views, image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
-        if model.drops_tokens:
-            empty = empty_slots(embeds, input_ids == tokenizer.image_id)
-            position_ids, segment_ids = hide(empty, position_ids, segment_ids)
-        hidden = model.llm.hidden(embeds, position_ids, segment_ids)
+        hidden = model.read(embeds, input_ids, labels.to(device), position_ids, segment_ids)
         # Only where the next token is learned: the head is the widest product of a small model.
         at, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         targets = labels[at, before + 1].to(device)

@@ -102,7 +102,10 @@ class Engine:
         self.device = torch.device(device)
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
-        self.images, self.prefixes = ImageStore(image_store_bytes), PrefixStore(prefix_store_bytes)
+        self.images, self.prefixes = (
+            ImageStore(image_store_bytes),
+            PrefixStore(0 if getattr(model.llm, "whole_prompts", False) else prefix_store_bytes),
+        )
         self.workers, self.levers = workers, ()
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
@@ -154,7 +157,9 @@ class Engine:
         if not chunks:
             return []
         counts = [self.tokens_per_image * (len(image) if image.ndim == 4 else 1) for image in images]
-        return list(rearrange(torch.cat(chunks), "i m d -> (i m) d").split(counts))
+        layouts = [getattr(image, "view_layout", (1, 1, self.image_size, self.image_size)) for image in images]
+        visual = self.model.arrange(torch.cat(chunks), torch.tensor(layouts))
+        return list(rearrange(visual, "i m d -> (i m) d").split(counts))
 
     def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
@@ -301,7 +306,7 @@ class Engine:
                 names = None if names is None else names[held.cpu().numpy()]
         return Row(
             embeds=embeds[0],
-            positions=torch.arange(embeds.shape[1], device=self.device),
+            positions=self.model.positions(input_ids[None], torch.arange(embeds.shape[1], device=self.device)[None])[0],
             names=names,
             answer=Answer(self.tokenizer, stop_ids=self.stop_ids, stop=stop, max_new_tokens=limit),
             sampling=sampling,

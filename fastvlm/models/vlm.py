@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastvlm.batch import Batch
 from fastvlm.models.llms.language_model import LanguageModel
-from fastvlm.models.slots import empty_slots, hide
+from fastvlm.models.slots import empty_slots, hide, take_out
 from fastvlm.models.splice import splice
+
+Layouts = Int[Tensor, "images 4"] | None
+
+
+class ImageEncoding(NamedTuple):
+    """What the model makes of views: its visual tokens, and the encoder's patches where they lie."""
+
+    sequence: Float[Tensor, "I M D_t"]
+    spatial: Float[Tensor, "I D_v h w"]
 
 
 class VLM(nn.Module):
@@ -43,6 +55,7 @@ class VLM(nn.Module):
         super().__init__()
         self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
         self.image_token_id = image_token_id
+        self.recipe: dict[str, dict] | None = None  # constructor calls of the parts, where a configuration made them
         # 255 because pixels arrive as bytes: a quarter of float32's way over the bus.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (encoder.mean, encoder.std))
         self.register_buffer("pixel_mean", mean, persistent=False)
@@ -54,13 +67,22 @@ class VLM(nn.Module):
 
     @property
     def drops_tokens(self) -> bool:
+        """Whether some slots of an image may hold no token."""
+        return self._resampler_drops
+
+    @property
+    def _resampler_drops(self) -> bool:
         return getattr(self.resampler, "drops_tokens", False)
 
     def num_visual_tokens(self, image_size: int) -> int:
         return self.resampler.num_tokens_out(self.encoder.num_patches(image_size))
 
+    @property
+    def vision_dtype(self) -> torch.dtype:
+        return next(self.projector.parameters()).dtype
+
     def normalise(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I 3 H W"]:
-        return ((pixel_values - self.pixel_mean) / self.pixel_std).to(next(self.projector.parameters()).dtype)
+        return ((pixel_values - self.pixel_mean) / self.pixel_std).to(self.vision_dtype)
 
     def encode_patches(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
         return run(self.encoder, self.normalise(pixel_values))
@@ -72,19 +94,38 @@ class VLM(nn.Module):
         """The encoder's output for a batch's images: computed, or as it was cached."""
         if batch.features is None:
             return self.encode_patches(batch.pixel_values)
-        return batch.features.to(next(self.projector.parameters()).dtype)
+        return batch.features.to(self.vision_dtype)
 
     def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
         """Visual tokens; of a resampler that drops some, their slots are exactly zero."""
         tokens = run(self.resampler, patches)
         visual = run(self.projector, tokens)
-        return visual * (tokens != 0).any(dim=-1, keepdim=True) if self.drops_tokens else visual
+        return visual * (tokens != 0).any(dim=-1, keepdim=True) if self._resampler_drops else visual
+
+    def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
+        """Visual tokens of views as the language model reads them; pretrained models put line ends between tiles.
+
+        Args:
+            layouts: (rows, columns, height, width) of every image: the grid of its tiles, and its size in pixels. None:
+                every view is an image.
+        """
+        return visual
+
+    def encode_image(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> ImageEncoding:
+        """Visual tokens of every view as a sequence, and its patches as a map."""
+        patches = self.encode_patches(pixel_values)
+        height, width = self.encoder.grid(pixel_values.shape[-1])
+        in_order = getattr(self.encoder, "in_order", lambda patches: patches)(patches)
+        return ImageEncoding(self.project(patches), rearrange(in_order, "i (h w) d -> i d h w", h=height, w=width))
+
+    def encode_text(self, input_ids: Int[Tensor, "*B S"]) -> Float[Tensor, "*B S D"]:
+        return self.llm.embed(input_ids)
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
         """What the language model reads: text embeddings with the images' visual tokens in their slots."""
         text = self.llm.embed(batch.input_ids)
         if batch.num_images:
-            visual = self.project(self.patches(batch))
+            visual = self.arrange(self.project(self.patches(batch)), batch.layouts)
         else:
             visual = text.new_zeros(0, 1, text.shape[-1])
             if self._must_touch_vision():
@@ -93,14 +134,97 @@ class VLM(nn.Module):
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
         """Last hidden states; samples packed in one row do not see each other."""
-        embeds, position_ids, segment_ids = self.embed(batch), batch.position_ids, batch.segment_ids
+        rows = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
+        return self.read(self.embed(batch), *rows)
+
+    def read(
+        self,
+        embeds: Float[Tensor, "B S D"],
+        input_ids: Int[Tensor, "B S"],
+        labels: Int[Tensor, "B S"],
+        position_ids: Int[Tensor, "B S"],
+        segment_ids: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B S D"]:
+        """Last hidden states of rows whose visual tokens are in place."""
         if self.drops_tokens:
-            empty = empty_slots(embeds, batch.input_ids == self.image_token_id)
+            empty = empty_slots(embeds, input_ids == self.image_token_id)
             position_ids, segment_ids = hide(empty, position_ids, segment_ids)
         return self.llm.hidden(embeds, position_ids, segment_ids)
 
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        pixel_values: UInt8[Tensor, "I 3 H W"] | None = None,
+        *,
+        layouts: Layouts = None,
+        attention_mask: Int[Tensor, "B S"] | None = None,
+        max_new_tokens: int = 32,
+        stop_ids: Sequence[int] = (),
+    ) -> Int[Tensor, "B T"]:
+        """Greedy continuation of prompts, without the prompts: the plain loop. `Engine` has sampling, text and images.
+
+        Args:
+            input_ids: prompts with their image slots.
+            pixel_values: the views of all images, in the order of their slots.
+            layouts: as `arrange` takes them.
+            attention_mask: 0 on padding, which stands on the left.
+            stop_ids: a row that has written one of them goes on with it; all rows done, the loop ends.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embeds = self.llm.embed(input_ids)
+        if pixel_values is not None and len(pixel_values):
+            visual = self.arrange(self.encode_images(pixel_values), layouts)
+            embeds = splice(embeds, input_ids, visual, image_token_id=self.image_token_id)
+            if self.drops_tokens:
+                embeds, mask = take_out(empty_slots(embeds, input_ids == self.image_token_id), embeds, mask)
+        position_ids = self.positions(input_ids, (mask.cumsum(dim=1) - 1).clamp(min=0))
+        cache, written = None, []
+        stop = torch.tensor(list(stop_ids), device=input_ids.device, dtype=torch.long)
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            hidden, cache = self.llm.decode(embeds, position_ids, mask, cache)
+            token = self.llm.head(hidden[:, -1]).argmax(dim=-1)
+            token = torch.where(ended, written[-1], token) if written else token
+            written.append(token)
+            ended |= torch.isin(token, stop)
+            if ended.all():
+                break
+            embeds, position_ids = self.llm.embed(token[:, None]), position_ids[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        return torch.stack(written, dim=1) if written else input_ids.new_zeros(len(input_ids), 0)
+
+    def positions(self, input_ids: Int[Tensor, "B S"], position_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L *axes"]:
+        """Where the language model takes the tokens to stand, given that they are counted; Qwen2-VL has three axes."""
+        return position_ids
+
     def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
         return self.llm.head(self.hidden(batch))
+
+    def save_pretrained(self, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
+        """Write configuration and weights in the form of `transformers`; `fastvlm.deployment.hub` adds the rest.
+
+        Args:
+            image_size: side of a view, pixels.
+            image: how a file becomes views: arguments of `ImageTransform`.
+
+        Raises:
+            ValueError: the model was put together by hand and has no `recipe`.
+        """
+        from fastvlm.models.saved import describe, write_folder
+
+        write_folder(self, describe(self, image_size=image_size, image=image), Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> VLM:
+        """The model of a folder that `save_pretrained` wrote, or of a hub id, in eval mode.
+
+        Raises:
+            ValueError: there is none, it is of another kind, or its weights do not fit; with a list.
+        """
+        from fastvlm.models.saved import load_vlm
+
+        return load_vlm(str(path))[0]
 
     def _must_touch_vision(self) -> bool:
         """Whether another rank may be waiting for this one's vision gradients, or for its shard of the weights."""
@@ -114,7 +238,7 @@ class VLM(nn.Module):
         features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
             patches = self.patches(replace(batch, pixel_values=blank(batch.pixel_values), features=features))
-            return self.project(patches).sum() * 0.0
+            return self.arrange(self.project(patches)).sum() * 0.0
 
 
 def run(part: nn.Module, x: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ class LanguageStage(Stage):
         loss = answer_loss(hidden, batch.labels, self.model.llm.head, segment_ids=batch.segment_ids)
         source = batch.source_ids.flatten()[loss.index]
         extra = {"source": source}
-        if self.model.drops_tokens:  # a mean over images: NaN, which counts nowhere, where there are none
+        if hasattr(
+            self.model.resampler, "mean_kept"
+        ):  # a mean over images: NaN, which counts nowhere, where there are none
             kept = self.model.resampler.mean_kept.to(hidden)
             extra["kept_tokens"] = kept if batch.num_images else torch.full_like(kept, torch.nan)
         return loss.sum, max(1, batch.num_answer_tokens), loss.losses, extra

@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         inputs_embeds: Float[Tensor, "B S D"],
-        position_ids: Int[Tensor, "B S"],
+        position_ids: Int[Tensor, "B S *axes"],
         segment_ids: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B S D"]:
         """Last hidden states. A position sees itself and what stands before it in its own segment, nothing else.
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
     def decode(
         self,
         inputs_embeds: Float[Tensor, "B S D"],
-        position_ids: Int[Tensor, "B S"],
+        position_ids: Int[Tensor, "B S *axes"],
         attention_mask: Int[Tensor, "B K"] | Bool[Tensor, "B K"],
         cache: DynamicCache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], DynamicCache]:

@@ -1,0 +1,84 @@
+"""The model card of a saved run: what it is, what it was trained on, what it scored, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOAD = {
+    "ours": """import fastvlm.auto  # makes the class known
+from transformers import AutoModelForImageTextToText, AutoProcessor""",
+    "stock": "from transformers import AutoModelForImageTextToText, AutoProcessor",
+}
+ASK = """
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is this?"}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=text, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
+
+
+def write_card(
+    folder: Path,
+    *,
+    name: str,
+    kind: str,
+    parts: dict[str, tuple[str, int]],
+    config: dict[str, Any],
+    results: dict[str, Any],
+    engines: list[str],
+    notes: list[str],
+) -> None:
+    """README.md of a model folder.
+
+    Args:
+        kind: `ours`, or the stock class.
+        parts: name -> (class, parameters).
+        config: the run's resolved configuration.
+        results: its results.json.
+        engines: lines of `check_folder`.
+        notes: what differs from the run's own inference.
+    """
+    stages = config.get("stages") or {}
+    sources = sorted({s for stage in stages.values() for s in ((stage.get("mixture") or {}).get("sources") or {})})
+    bases = [
+        path
+        for part in ("llm", "encoder", "vlm")
+        for key in ("path", "pretrained", "checkpoint")
+        if isinstance(path := (config.get(part) or {}).get(key), str)
+    ]
+    front = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    front += ["tags:", "- fastvlm", "- vision-language-model"]
+    hub_ids = [base for base in bases if not Path(base).is_absolute() and base.count("/") == 1]
+    front += ["base_model:", *[f"- {base}" for base in hub_ids]] if hub_ids else []
+    front += ["---", ""]
+    total = sum(count for _, count in parts.values())
+    lines = [f"# {name}", "", f"A vision-language model of {total / 1e6:.1f} million parameters.", ""]
+    lines += ["| part | class | parameters |", "|---|---|---:|"]
+    lines += [f"| {part} | {cls} | {count:,} |" for part, (cls, count) in parts.items()]
+    lines += ["", f"Saved as {'fastvlm parts' if kind == 'ours' else kind}.", "", "## Load it", "", "```python"]
+    lines += [LOAD["ours" if kind == "ours" else "stock"] + ASK.format(name=name), "```", ""]
+    lines += ["| loads | engine | |", "|---|---|---|", *[f"| {line} |" for line in engines], ""]
+    if notes:
+        lines += ["## What differs from the run's own inference", "", *[f"- {note}" for note in notes], ""]
+    lines += ["## Training", "", "| stage | steps | image size | learns |", "|---|---:|---:|---|"]
+    for stage, keys in stages.items():
+        learns = ", ".join(f"{part} {rate:g}" for part, rate in (keys.get("trainable") or {}).items() if rate)
+        learns += f", LoRA r={keys['lora']['r']}" if keys.get("lora") else ""
+        lines.append(f"| {stage} | {keys.get('steps') or ''} | {keys.get('image_size')} | {learns} |")
+    named = ", ".join(sources) or "none named"
+    lines += ["", f"Data: {named}. Their licences and addresses: data/README.md of fastvlm."]
+    lines += [f"Seed {config.get('seed', 0)}.", ""]
+    if metrics := results.get("metrics"):
+        lines += ["## Held-out scores", "", "| metric | value |", "|---|---:|"]
+        scores = {key: value for key, value in sorted(metrics.items()) if isinstance(value, (int, float))}
+        lines += [f"| {key} | {value:.4g} |" for key, value in scores.items()]
+        lines += ["", "As the run's own evaluation measured them (`python eval.py checkpoint=<run>`).", ""]
+    limits = "It answers from what it was trained on, in the languages of that data; it may be wrong about any image, "
+    lines += ["## Limits", "", limits + "and its scores say nothing of images unlike those it was scored on."]
+    resolved = json.dumps(config, indent=1, default=str)
+    lines += ["", "<details><summary>Resolved configuration</summary>", "", "```json", resolved, "```", ""]
+    lines += ["</details>", ""]
+    (folder / "README.md").write_text("\n".join(front + lines))

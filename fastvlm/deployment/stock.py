@@ -1,0 +1,336 @@
+"""Our parts as a class that `transformers` has already, where they equal one, so that other engines serve them.
+
+| encoder | resampler | projector | class |
+|---|---|---|---|
+| open_clip vision transformer | identity | MLP without norm, two layers | LlavaForConditionalGeneration |
+| timm, convolutional (FastViTHD) | identity | MLP without norm, two layers | FastVlmForConditionalGeneration |
+| timm SigLIP | pixel_shuffle | linear without bias or norm | Idefics3ForConditionalGeneration |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
+from fastvlm.models.encoders.timm_encoder import TimmEncoder
+from fastvlm.models.pretrained.whole import PretrainedVLM
+from fastvlm.models.projectors.linear import LinearProjector
+from fastvlm.models.projectors.mlp import MLPProjector
+from fastvlm.models.resamplers.identity import IdentityResampler
+from fastvlm.models.resamplers.pixel_shuffle import PixelShuffleResampler
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import Tokenizer
+
+
+class NoStockClass(ValueError):
+    """The parts equal no class of `transformers`; the message says which part is the odd one, and what would fit."""
+
+
+def export_stock(
+    model: VLM, tokenizer: Tokenizer, *, image_size: int, image: dict | None = None
+) -> tuple[nn.Module, hf.ProcessorMixin, list[str]]:
+    """The model and processor of the stock class that these parts equal, and what differs around the model itself.
+
+    Args:
+        image_size: side of a view, pixels.
+        image: how a file becomes views, as a stage's `image` says it.
+
+    Raises:
+        NoStockClass: they equal none.
+    """
+    if isinstance(model, PretrainedVLM):
+        raise NoStockClass("a pretrained model has a class of its own: `restored` gives it back")
+    kind = match(model)
+    with torch.no_grad():
+        stock, processor, notes = BUILDERS[kind](model, tokenizer, image_size, dict(image or {}))
+    stock.generation_config.eos_token_id = sorted({tokenizer.end_id, tokenizer.document_end_id})
+    stock.generation_config.pad_token_id = tokenizer.pad_id
+    if (image or {}).get("tiles"):
+        notes.append("the stock class takes an image as one view: tiles are left out")
+    return stock.eval(), processor, notes
+
+
+def match(model: VLM) -> str:
+    """Which stock class the parts equal: a key of `BUILDERS`.
+
+    Raises:
+        NoStockClass: none.
+    """
+    encoder, resampler, projector = model.encoder, model.resampler, model.projector
+    wants: list[str] = []
+    if isinstance(resampler, IdentityResampler):
+        if not is_llava_mlp(projector):
+            wants.append("Llava and FastVlm need projector=mlp projector.norm=false projector.depth=2")
+        elif isinstance(encoder, OpenClipEncoder):
+            return "llava"
+        elif isinstance(encoder, TimmEncoder) and encoder.num_prefix == 0 and not hasattr(encoder.model, "blocks"):
+            return "fast_vlm"
+        else:
+            wants.append("Llava needs an open_clip encoder, FastVlm a convolutional one of timm (encoder=fastvithd)")
+    elif isinstance(resampler, PixelShuffleResampler):
+        if not (isinstance(projector, LinearProjector) and projector[1].bias is None):
+            wants.append("Idefics3 needs projector=linear projector.bias=false")
+        elif isinstance(projector[0], nn.Identity) and is_siglip(encoder):
+            return "idefics3"
+        else:
+            wants.append("Idefics3 needs a SigLIP of timm as its encoder and no norm in its projector")
+    else:
+        wants.append("stock classes have resampler=identity or resampler=pixel_shuffle")
+    made = ", ".join(f"{name} {type(part).__name__}" for name, part in model.parts.items())
+    raise NoStockClass(f"{made}: no class of transformers has these parts; {wants[0]}")
+
+
+def is_llava_mlp(projector: nn.Module) -> bool:
+    if not isinstance(projector, MLPProjector) or len(projector) != 4:
+        return False
+    first, act, second, norm = projector
+    linear = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+    return linear and isinstance(act, nn.GELU) and isinstance(norm, nn.Identity)
+
+
+def is_siglip(encoder: nn.Module) -> bool:
+    vit = getattr(encoder, "model", None)
+    return (
+        isinstance(encoder, TimmEncoder)
+        and all(hasattr(vit, name) for name in ("patch_embed", "pos_embed", "blocks", "norm"))
+        and encoder.num_prefix == 0
+        and isinstance(vit.norm_pre, nn.Identity)
+        and isinstance(vit.norm, nn.LayerNorm)
+        and vit.pos_embed is not None
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def language(model: VLM) -> tuple[hf.PreTrainedConfig, dict[str, Tensor], Tensor]:
+    """Configuration, decoder weights and head of the language model, as stock classes nest them."""
+    text = model.llm.hf
+    return text.config, text.get_decoder().state_dict(), text.get_output_embeddings().weight
+
+
+def fill(stock: nn.Module, model: VLM, *, text: str, vision: dict[str, Tensor], connector: dict[str, Tensor]) -> None:
+    """Put the weights in; a name too many or too few is an error."""
+    _, decoder, head = language(model)
+    state = {f"model.{text}.{name}": value for name, value in decoder.items()}
+    state |= {f"model.{name}": value for name, value in (vision | connector).items()}
+    state["lm_head.weight"] = head
+    aside = {name for name in stock.state_dict() if name not in state and "post_layernorm" in name}
+    missing, unknown = stock.load_state_dict(state, strict=False)
+    assert set(missing) <= aside and not unknown, (missing[:5], unknown[:5])
+
+
+def mlp_weights(projector: nn.Module) -> dict[str, Tensor]:
+    first, second = projector[0], projector[2]
+    return {
+        f"multi_modal_projector.linear_{i}.{name}": value
+        for i, linear in ((1, first), (2, second))
+        for name, value in linear.state_dict().items()
+    }
+
+
+def split_qkv(fused: Tensor, name: str, kind: str) -> dict[str, Tensor]:
+    return {f"{name}.{part}_proj.{kind}": piece for part, piece in zip("qkv", fused.chunk(3))}
+
+
+def clip_weights(visual: nn.Module) -> dict[str, Tensor]:
+    """An open_clip vision transformer's weights under the names of `CLIPVisionModel`."""
+    state, out = visual.state_dict(), {}
+    plain = {
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "conv1.weight": "embeddings.patch_embedding.weight",
+        "ln_pre.weight": "pre_layrnorm.weight",
+        "ln_pre.bias": "pre_layrnorm.bias",
+    }
+    inner = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+    for name, value in state.items():
+        if name in plain:
+            out[plain[name]] = value
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        to = f"encoder.layers.{layer}"
+        if rest.startswith("attn.in_proj_"):
+            out |= split_qkv(value, f"{to}.self_attn", rest.removeprefix("attn.in_proj_"))
+        else:
+            module, _, kind = rest.rpartition(".")
+            out[f"{to}.{inner[module]}.{kind}"] = value
+    return out
+
+
+def siglip_weights(vit: nn.Module) -> dict[str, Tensor]:
+    """A timm SigLIP's weights under the names of Idefics3's vision model."""
+    out = {}
+    inner = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for name, value in vit.state_dict().items():
+        if name == "pos_embed":
+            out["embeddings.position_embedding.weight"] = value[0]
+        elif name.startswith("patch_embed.proj."):
+            out["embeddings.patch_embedding." + name.removeprefix("patch_embed.proj.")] = value
+        elif name.startswith("norm."):
+            out["post_layernorm." + name.removeprefix("norm.")] = value
+        elif name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            to, (module, _, kind) = f"encoder.layers.{layer}", rest.rpartition(".")
+            if module == "attn.qkv":
+                out |= split_qkv(value, f"{to}.self_attn", kind)
+            else:
+                out[f"{to}.{'self_attn.out_proj' if module == 'attn.proj' else inner[module]}.{kind}"] = value
+        # The rest is the attention pooling of the classifier, which nothing reads.
+    return out
+
+
+def activation(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.GELU):
+        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
+    known = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "GELUTanhMlp": "gelu"}
+    if name not in known:
+        raise NoStockClass(f"encoder: {name} is no activation of the stock class")
+    return known[name]
+
+
+def image_processor(encoder: nn.Module, image_size: int, image: dict) -> tuple[hf.ImageProcessingMixin, list[str]]:
+    """The stock processor that comes nearest to our transform, and where it differs."""
+    square = {"height": image_size, "width": image_size}
+    common = {"image_mean": list(encoder.mean), "image_std": list(encoder.std), "resample": 2}
+    fit = image.get("fit", "pad")
+    if fit == "squash":
+        return hf.CLIPImageProcessor(size=square, do_center_crop=False, **common), []
+    if fit == "crop":
+        return hf.CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=square, **common), []
+    note = "an image that is no square is padded before it is resized, with the encoder's mean colour: ours pads after"
+    return hf.LlavaImageProcessor(size=square, crop_size=square, do_center_crop=False, do_pad=True, **common), [note]
+
+
+def llava_processor(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict, *, class_token: bool):
+    images, notes = image_processor(model.encoder, image_size, image)
+    side = int(model.num_visual_tokens(image_size) ** 0.5)
+    processor = hf.LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer.hf,
+        patch_size=image_size // side,
+        vision_feature_select_strategy="default" if class_token else "full",
+        num_additional_image_tokens=int(class_token),
+        image_token=tokenizer.image_token,
+        chat_template=tokenizer.hf.chat_template,
+    )
+    return processor, notes
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def build_llava(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
+    visual = model.encoder.visual
+    blocks, text = visual.transformer.resblocks, language(model)[0]
+    vision = hf.CLIPVisionConfig(
+        hidden_size=visual.conv1.out_channels,
+        intermediate_size=blocks[0].mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=model.encoder.image_size,
+        patch_size=visual.conv1.kernel_size[0],
+        hidden_act=activation(blocks[0].mlp.gelu),
+        layer_norm_eps=blocks[0].ln_1.eps,
+        projection_dim=visual.conv1.out_channels,
+    )
+    config = hf.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=model.image_token_id,
+        vision_feature_layer=-1,  # layers above the one that is read are gone
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        image_seq_length=model.num_visual_tokens(image_size),
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    stock = hf.LlavaForConditionalGeneration(config)
+    tower = {f"vision_tower.{name}": value for name, value in clip_weights(visual).items()}
+    fill(stock, model, text="language_model", vision=tower, connector=mlp_weights(model.projector))
+    return stock, *llava_processor(model, tokenizer, image_size, image, class_token=True)
+
+
+def build_fast_vlm(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
+    timm_model, text = model.encoder.model, language(model)[0]
+    vision = hf.TimmWrapperConfig(
+        architecture=model.encoder.name, do_pooling=True, model_args=dict(getattr(model.encoder, "options", {}) or {})
+    )
+    vision.hidden_size = model.encoder.out_dim
+    config = hf.FastVlmConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=model.image_token_id,
+        image_seq_length=model.num_visual_tokens(image_size),
+        projector_hidden_act="gelu",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    stock = hf.FastVlmForConditionalGeneration(config)
+    tower = {f"vision_tower.timm_model.{name}": value for name, value in timm_model.state_dict().items()}
+    fill(stock, model, text="language_model", vision=tower, connector=mlp_weights(model.projector))
+    return stock, *llava_processor(model, tokenizer, image_size, image, class_token=False)
+
+
+def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
+    vit, text = model.encoder.model, language(model)[0]
+    block = vit.blocks[0]
+    vision = hf.Idefics3VisionConfig(
+        hidden_size=vit.embed_dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=image_size,
+        patch_size=model.encoder.stride,
+        hidden_act=activation(block.mlp.act),
+        layer_norm_eps=block.norm1.eps,
+    )
+    config = hf.Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=model.image_token_id,
+        scale_factor=model.resampler.factor,
+        pad_token_id=tokenizer.pad_id,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    stock = hf.Idefics3ForConditionalGeneration(config)
+    tower = {f"vision_model.{name}": value for name, value in siglip_weights(vit).items()}
+    connector = {"connector.modality_projection.proj.weight": model.projector[1].weight}
+    fill(stock, model, text="text_model", vision=tower, connector=connector)
+    images = hf.Idefics3ImageProcessor(
+        size={"longest_edge": image_size},
+        max_image_size={"longest_edge": image_size},
+        do_image_splitting=False,
+        image_mean=list(model.encoder.mean),
+        image_std=list(model.encoder.std),
+    )
+    processor = hf.Idefics3Processor(
+        image_processor=images,
+        tokenizer=tokenizer.hf,
+        image_seq_len=model.num_visual_tokens(image_size),
+        # The processor writes the marks itself.
+        chat_template=replace(tokenizer.template, image=("", "")).jinja(tokenizer.image_token),
+    )
+    notes = []
+    if tokenizer.image_token != "<image>":
+        notes.append(f"its processor writes <image>, and this tokenizer has {tokenizer.image_token}")
+    if tokenizer.template.image != IDEFICS3_MARKS:
+        notes.append(
+            "its processor writes <fake_token_around_image><global-img> before an image and the first of them behind; "
+            "train with tokenizer=smolvlm to have them in the prompts of training too"
+        )
+    return stock, processor, notes
+
+
+IDEFICS3_MARKS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+BUILDERS: dict[str, Callable] = {"llava": build_llava, "fast_vlm": build_fast_vlm, "idefics3": build_idefics3}

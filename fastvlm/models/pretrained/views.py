@@ -1,0 +1,90 @@
+"""What a pretrained model's own image processor does, as far as our transform does it: read from its files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+
+from fastvlm.models.hub import fetch
+from fastvlm.models.pretrained.originals import original_config, processor_of
+
+
+@dataclass(frozen=True)
+class Views:
+    """
+    Args:
+        mean, std: of the pixels in [0, 1].
+        image_size: side of a view, pixels.
+        image: keys of a stage's `image` (`ImageConfig`): how a file becomes views.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    image: dict = field(default_factory=dict)
+
+
+def views_at(path: str, *, key: str = "vlm.path") -> Views:
+    """`read_views` of what lies at a path; no weights are read."""
+    if (raw := original_config(path)) is not None:
+        return original_views(raw)
+    mend = "name a folder with config.json, or a hub id while online"
+    return read_views(path, fetch(lambda: AutoConfig.from_pretrained(path), what=f"{key}={path}", mend=mend))
+
+
+def read_views(path: str, config: PreTrainedConfig) -> Views:
+    """
+    Args:
+        path: the model's folder or hub id, with its image processor's configuration.
+
+    Raises:
+        ValueError: there is no image processor.
+    """
+    if original_config(path) is not None:
+        processor = processor_of(config, path).image_processor
+    else:
+        processor = fetch(
+            lambda: AutoImageProcessor.from_pretrained(path),
+            what=f"vlm.path={path}",
+            mend="the folder needs its preprocessor_config.json or processor_config.json",
+        )
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    kind, vision = config.model_type, getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None)
+    if kind in ("llava_next", "llava_onevision"):
+        grids = sorted({(height // size, width // size) for height, width in config.image_grid_pinpoints})
+        image = {"fit": "squash", "tiles": [list(grid) for grid in grids], "padding": [0, 0, 0]}
+    elif kind in ("idefics3", "smolvlm"):
+        largest = max(1, round(processor.size["longest_edge"] / size))
+        sides = range(1, largest + 1)
+        image = {"fit": "squash", "tiles": [[r, c] for r in sides for c in sides], "padding": [0, 0, 0]}
+    elif kind == "qwen2_vl":
+        unit = vision.patch_size * vision.spatial_merge_size
+        size = max(unit, min(448, int(processor.size["longest_edge"] ** 0.5)) // unit * unit)
+        image = {"fit": "squash"}
+    elif kind == "fast_vlm":
+        edges = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        size = edges.get("height") or edges["shortest_edge"]
+        image = {"fit": "pad" if getattr(processor, "do_pad", False) else "crop"}
+    elif kind == "paligemma":
+        image = {"fit": "squash"}
+    elif getattr(processor, "do_pad", False):
+        image = {"fit": "pad", "padding": [round(255 * value) for value in mean]}
+    else:
+        image = {"fit": "crop" if getattr(processor, "do_center_crop", False) else "squash"}
+    return Views(mean=mean, std=std, image_size=size, image=image)
+
+
+def original_views(raw: dict) -> Views:
+    """The same of an original LLaVA or ml-fastvlm configuration, from which no tower is built yet."""
+    name = str(raw["mm_vision_tower"])
+    end = re.search(r"(\d+)$", name)
+    if end is None:
+        raise ValueError(f"mm_vision_tower={name} does not end in its image size; set the stages' image_size")
+    size, image = int(end[1]), {"fit": "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"}
+    if raw.get("image_aspect_ratio") == "anyres":
+        grids = sorted({(height // size, width // size) for width, height in raw["image_grid_pinpoints"]})
+        image = {"fit": "squash", "tiles": [list(grid) for grid in grids], "padding": [0, 0, 0]}
+    return Views(mean=(), std=(), image_size=size, image=image)

@@ -1,0 +1,314 @@
+"""Our model as one folder in the form of `transformers`: configuration, weights, and a class its Auto classes know.
+
+`import fastvlm.auto` makes the class known; then `AutoModelForImageTextToText.from_pretrained(folder)` loads it. The
+folder also names `remote_code.py`, so that trust_remote_code=True does the same import where fastvlm is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fastvlm.models.hub import fetch
+from fastvlm.models.llms.language_model import LanguageModel
+from fastvlm.models.slots import empty_slots, take_out
+from fastvlm.models.splice import splice
+from fastvlm.models.vlm import VLM
+
+WEIGHTS = "model.safetensors"
+LISTED = 5
+REMOTE = '''"""Loads this folder with trust_remote_code=True; the parts are those of the package fastvlm: install it."""
+
+from fastvlm.models.saved import PartsVLMConfig, PartsVLMForConditionalGeneration  # noqa: F401
+'''
+
+
+class PartsVLMConfig(PreTrainedConfig):
+    """
+    Args:
+        parts: `encoder`, `resampler`, `projector`: the constructor's name and its arguments; `llm`: the configuration
+            of its causal language model.
+        image_token_id: marks an image slot.
+        image_size: side of a view, pixels.
+        image: how a file becomes views: arguments of `ImageTransform`.
+        tokens_per_view: slots a view takes.
+    """
+
+    model_type = "fastvlm_parts"
+
+    def __init__(
+        self,
+        parts: dict | None = None,
+        image_token_id: int | None = None,
+        image_size: int | None = None,
+        image: dict | None = None,
+        tokens_per_view: int | None = None,
+        **kwargs,
+    ):
+        self.parts, self.image_token_id = parts or {}, image_token_id
+        self.image_size, self.image, self.tokens_per_view = image_size, image or {}, tokens_per_view
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        if "llm" not in self.parts:
+            return self
+        return config_of(self.parts["llm"]["config"])
+
+
+class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """`VLM` behind the interface of `transformers`; `pixel_values` are bytes (I, 3, H, W), as its processor makes them.
+
+    `layouts` (images, 4) are what that processor gives with tiles.
+    """
+
+    config_class = PartsVLMConfig
+    base_model_prefix = "vlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+
+    def __init__(self, config: PartsVLMConfig, vlm: VLM | None = None):
+        super().__init__(config)
+        self.vlm = build_vlm(config) if vlm is None else vlm
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype=None, device_map=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, strictly: other shapes or names are refused with a list.
+
+        Raises:
+            ValueError: no such folder, weights that do not fit, or `quantization_config`, which its parts do not take.
+        """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("quantization_config is not taken here: its parts quantise by the stage's own keys")
+        folder = folder_of(str(pretrained_model_name_or_path))
+        config = config or PartsVLMConfig.from_pretrained(folder)
+        model = cls(config, load_weights(build_vlm(config), folder))
+        if dtype not in (None, "auto"):
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if device_map is not None:
+            model = model.to(device_map if isinstance(device_map, (str, torch.device)) else device_map[""])
+        return model.eval()
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        write_folder(self.vlm, self.config, Path(save_directory))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.llm.hf.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.llm.hf.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.vlm.llm.hf.get_decoder()
+
+    def get_image_features(self, pixel_values: Tensor, layouts: Tensor | None = None, **kwargs) -> list[Tensor]:
+        """Visual tokens of every view."""
+        return list(self.vlm.arrange(self.vlm.encode_images(pixel_values), layouts))
+
+    def read_images(self, input_ids: Tensor, pixel_values: Tensor | None, layouts: Tensor | None, mask: Tensor | None):
+        """Embeddings with visual tokens in their slots, and the mask of what is there."""
+        vlm = self.vlm
+        embeds, mask = vlm.llm.embed(input_ids), torch.ones_like(input_ids) if mask is None else mask
+        if pixel_values is not None and len(pixel_values):
+            visual = vlm.arrange(vlm.encode_images(pixel_values), layouts)
+            embeds = splice(embeds, input_ids, visual, image_token_id=vlm.image_token_id)
+        return embeds, mask
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        layouts: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds, attention_mask = self.read_images(input_ids, pixel_values, layouts, attention_mask)
+            if self.vlm.drops_tokens and pixel_values is not None:
+                attention_mask = attention_mask * ~empty_slots(inputs_embeds, input_ids == self.vlm.image_token_id)
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+        return self.vlm.llm.hf(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, pixel_values=None, layouts=None, attention_mask=None, **kwargs) -> Tensor:
+        """Prompt and answer, as `GenerationMixin.generate` gives them; all of its options are taken."""
+        embeds, mask = self.read_images(input_ids, pixel_values, layouts, attention_mask)
+        if self.vlm.drops_tokens and pixel_values is not None:
+            embeds, mask = take_out(empty_slots(embeds, input_ids == self.vlm.image_token_id), embeds, mask)
+        kwargs.setdefault("generation_config", self.generation_config)
+        written = self.vlm.llm.hf.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        return torch.cat([input_ids, written], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- save and load
+
+
+def describe(model: VLM, *, image_size: int, image: dict | None = None) -> PartsVLMConfig:
+    """The configuration a model is built from again.
+
+    Raises:
+        ValueError: the model was not built from a configuration (`recipe`), or not from parts of this package.
+    """
+    recipe = getattr(model, "recipe", None)
+    if recipe is None:
+        raise ValueError(
+            "this VLM was put together by hand: set model.recipe to {'encoder': {'_target_': ..., ...}, 'resampler': "
+            "..., 'projector': ...}, as build_model does"
+        )
+    parts: dict[str, Any] = {}
+    for name in ("encoder", "resampler", "projector"):
+        arguments = {key: value for key, value in recipe[name].items() if key not in ("pretrained", "checkpoint")}
+        # Weights come from the folder; what they were first loaded from may not be there.
+        parts[name] = arguments | ({"pretrained": None} if "pretrained" in recipe[name] else {})
+        check_target(parts[name])
+    parts["encoder_statistics"] = {"mean": list(model.encoder.mean), "std": list(model.encoder.std)}
+    parts["llm"] = {"config": model.llm.hf.config.to_dict(), "attention": model.llm.attention}
+    return PartsVLMConfig(
+        parts=parts,
+        image_token_id=model.image_token_id,
+        image_size=image_size,
+        image=image or {},
+        tokens_per_view=model.num_visual_tokens(image_size),
+        architectures=[PartsVLMForConditionalGeneration.__name__],
+        auto_map={
+            "AutoConfig": "remote_code.PartsVLMConfig",
+            "AutoModel": "remote_code.PartsVLMForConditionalGeneration",
+            "AutoModelForImageTextToText": "remote_code.PartsVLMForConditionalGeneration",
+        },
+    )
+
+
+def check_target(arguments: dict) -> None:
+    """A folder from elsewhere may call constructors of this package's models and nothing else."""
+    target = str(arguments.get("_target_", ""))
+    if not target.startswith("fastvlm.models."):
+        raise ValueError(f"config.json: _target_={target!r} is no part of fastvlm.models; only those are built")
+    for value in arguments.values():
+        if isinstance(value, dict) and "_target_" in value:
+            check_target(value)
+
+
+def construct(arguments: dict, **extra) -> nn.Module:
+    """Call the constructor that a part of the configuration names, with what else it takes of `extra`."""
+    import inspect
+
+    check_target(arguments)
+    module, _, name = arguments["_target_"].rpartition(".")
+    constructor = getattr(importlib.import_module(module), name)
+    known = inspect.signature(constructor).parameters
+    extra = {key: value for key, value in extra.items() if key in known}
+    nested = {
+        key: construct(value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in arguments.items()
+        if not key.startswith("_")
+    }
+    if nested.get("pretrained", 0) is None and known["pretrained"].annotation in (bool, "bool"):
+        nested["pretrained"] = False
+    return constructor(**nested, **extra)
+
+
+def config_of(fields: dict) -> PreTrainedConfig:
+    fields = {key: value for key, value in fields.items() if key not in ("transformers_version", "dtype")}
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build_vlm(config: PartsVLMConfig) -> VLM:
+    """The model of a configuration, with random weights."""
+    parts = config.parts
+    state = torch.get_rng_state()
+    encoder = construct(parts["encoder"])
+    statistics = parts["encoder_statistics"]
+    encoder.mean, encoder.std = tuple(statistics["mean"]), tuple(statistics["std"])
+    resampler = construct(parts["resampler"], in_dim=encoder.out_dim)
+    hf = AutoModelForCausalLM.from_config(config_of(parts["llm"]["config"]))
+    llm = LanguageModel(hf, attention=parts["llm"].get("attention", "auto"))
+    projector = construct(parts["projector"], in_dim=resampler.out_dim, out_dim=llm.dim)
+    torch.set_rng_state(state)
+    model = VLM(encoder, resampler, projector, llm, image_token_id=config.image_token_id)
+    model.recipe = {name: parts[name] for name in ("encoder", "resampler", "projector")}
+    return model
+
+
+def write_folder(model: VLM, config: PartsVLMConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS), metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    (folder / "remote_code.py").write_text(REMOTE)
+
+
+def folder_of(path: str) -> Path:
+    """A folder itself, or a hub id's snapshot.
+
+    Raises:
+        ValueError: neither is to be had.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    mend = "name a folder that save_pretrained wrote, or a hub id while online"
+    return Path(fetch(lambda: snapshot_download(path), what=path, mend=mend))
+
+
+def load_weights(model: VLM, folder: Path) -> VLM:
+    """
+    Raises:
+        ValueError: the weights are not there, or not of this model; with a list.
+    """
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise ValueError(f"{folder} holds no {WEIGHTS}; save the model there again")
+    with safe_open(path, framework="pt") as stored:
+        found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wrong = [f"{k} is {found[k]} there and {wanted[k]} here" for k in found if k in wanted and found[k] != wanted[k]]
+    wrong += [f"{key} is not in this model" for key in sorted(found.keys() - wanted.keys())]
+    if not wrong:
+        missing, _ = load_model(model, str(path), strict=False)
+        wrong = [f"{key} is missing" for key in sorted(missing)]
+    if wrong:
+        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        raise ValueError(f"{path} does not fit its config.json: {'; '.join(wrong[:LISTED])}{more}")
+    return model.eval()
+
+
+def load_vlm(path: str) -> tuple[VLM, PartsVLMConfig]:
+    """The model a folder (or hub id) holds, in eval mode, and its configuration.
+
+    Raises:
+        ValueError: there is none, it is of another kind, or its weights do not fit.
+    """
+    folder = folder_of(path)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{path} holds no config.json; name a folder that save_pretrained wrote")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != PartsVLMConfig.model_type:
+        raise ValueError(f"{path} holds a {kind}, no {PartsVLMConfig.model_type}; load it by vlm=auto vlm.path={path}")
+    config = PartsVLMConfig.from_pretrained(folder)
+    return load_weights(build_vlm(config), folder), config

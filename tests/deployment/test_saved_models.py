@@ -1,0 +1,302 @@
+"""A model saved by us is the same model when `transformers` loads it, in our class or in a stock one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from part_options import relative_error
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import save_checkpoint, tiny_tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import fastvlm.auto  # noqa: F401
+from fastvlm.build import load_run
+from fastvlm.data.conversation import encode_record
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.deployment.engines import check_folder
+from fastvlm.deployment.hub import main, parse, save_ours
+from fastvlm.deployment.processing import as_file
+from fastvlm.deployment.stock import NoStockClass, export_stock
+from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
+from fastvlm.models.llms import from_config
+from fastvlm.models.saved import construct
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MLP = {"_target_": "fastvlm.models.projectors.mlp.MLPProjector", "norm": False}
+IDENTITY = {"_target_": "fastvlm.models.resamplers.identity.IdentityResampler"}
+FASTVIT = {
+    "_target_": "fastvlm.models.encoders.fastvit.FastViT",
+    "dims": [8, 32],
+    "depths": [1, 1],
+    "attention": [False, True],
+    "layer_scale": 0.5,
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 0.25],
+}
+TIMM = "fastvlm.models.encoders.timm_encoder.TimmEncoder"
+FORMS = {
+    "ours": {
+        "encoder": FASTVIT,
+        "resampler": {"_target_": "fastvlm.models.resamplers.avgpool.AvgPoolResampler", "num_tokens": 4},
+        "projector": {"_target_": "fastvlm.models.projectors.mlp.MLPProjector"},
+        "size": 32,
+    },
+    "ours with fewer tokens": {
+        "encoder": FASTVIT,
+        "resampler": {
+            "_target_": "fastvlm.models.resamplers.token_select.TokenSelectResampler",
+            "num_tokens": 8,
+            "min_tokens": 1,
+            "coverage": 0.2,
+            "positions": 4,
+        },
+        "projector": {"_target_": "fastvlm.models.projectors.mlp.MLPProjector"},
+        "size": 32,
+    },
+    "LlavaForConditionalGeneration": {"encoder": None, "resampler": IDENTITY, "projector": MLP, "size": 32},
+    "FastVlmForConditionalGeneration": {
+        "encoder": {"_target_": TIMM, "name": "fastvit_t8", "mean": [0.0] * 3, "std": [1.0] * 3},
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 64,
+    },
+    "Idefics3ForConditionalGeneration": {
+        "encoder": {
+            "_target_": TIMM,
+            "name": "vit_base_patch16_siglip_224",
+            "img_size": 64,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+        },
+        "resampler": {"_target_": "fastvlm.models.resamplers.pixel_shuffle.PixelShuffleResampler"},
+        "projector": {"_target_": "fastvlm.models.projectors.linear.LinearProjector", "bias": False},
+        "size": 64,
+    },
+}
+QUESTION = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a red square?"}]}]}
+
+
+def tiny_clip() -> OpenClipEncoder:
+    import open_clip
+
+    vision = {"layers": 3, "width": 128, "head_width": 64, "patch_size": 8, "image_size": 32}
+    text = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
+    open_clip.factory._MODEL_CONFIGS["tiny-clip"] = config
+    return OpenClipEncoder("tiny-clip", layer=-2)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(model, tokenizer, size) of a form, with weights that make tokens differ."""
+    made = {}
+
+    def build(form: str):
+        if form in made:
+            return made[form]
+        spec = FORMS[form]
+        folder = tmp_path_factory.mktemp("tokenizer")
+        idefics = form.startswith("Idefics3")
+        marks = ("<end_of_utterance>", "<fake_token_around_image>", "<global-img>") if idefics else ()
+        tiny_tokenizer(image="<image>", specials=marks).save_pretrained(folder)
+        tokenizer = Tokenizer(str(folder), template="smolvlm" if idefics else "chatml", image_token="<image>")
+        torch.manual_seed(0)
+        encoder = tiny_clip() if spec["encoder"] is None else construct(spec["encoder"])
+        resampler = construct(spec["resampler"], in_dim=encoder.out_dim)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        llm = from_config("qwen2", vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+        projector = construct(spec["projector"], in_dim=resampler.out_dim, out_dim=llm.dim)
+        model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id).eval()
+        model.recipe = {name: spec[name] for name in ("encoder", "resampler", "projector")}
+        with torch.no_grad():
+            for parameter in [*llm.parameters(), *projector.parameters()]:
+                parameter.mul_(4 if parameter.ndim == 2 else 1)
+        made[form] = model, tokenizer, spec["size"]
+        return made[form]
+
+    return build
+
+
+def picture(size: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+
+
+def our_side(model, tokenizer, size):
+    """Ids, views, and the greedy answer of our own loop."""
+    image = picture(size)
+    slots = model.num_visual_tokens(size)
+    ids = torch.tensor([encode_record(QUESTION, tokenizer, tokens_per_image=slots, prompt=True).input_ids])
+    views = ImageTransform(image_size=size)(as_file(image))
+    ends = (tokenizer.end_id, tokenizer.document_end_id)
+    return image, ids, views, model.generate(ids, views, max_new_tokens=6, stop_ids=ends)[0].tolist()
+
+
+def next_logits(model, ids, views):
+    with torch.no_grad():
+        embeds = model.llm.embed(ids)
+        from fastvlm.models.slots import empty_slots, take_out
+        from fastvlm.models.splice import splice
+
+        embeds = splice(embeds, ids, model.encode_images(views), image_token_id=model.image_token_id)
+        mask = torch.ones_like(ids)
+        if model.drops_tokens:
+            embeds, mask = take_out(empty_slots(embeds, ids == model.image_token_id), embeds, mask)
+        return model.llm.prefill(embeds, mask)[0]
+
+
+@pytest.mark.parametrize("form", ["ours", "ours with fewer tokens"])
+def test_our_own_form_loads_by_the_auto_classes_with_equal_logits_and_answers(form, built, tmp_path):
+    model, tokenizer, size = built(form)
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    loaded, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    image, ids, views, answer = our_side(model, tokenizer, size)
+    text = processor.apply_chat_template(QUESTION["messages"], add_generation_prompt=True)
+    inputs = processor(images=[image], text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == ids.tolist()
+    assert torch.equal(inputs["pixel_values"], views)
+    with torch.no_grad():
+        theirs = loaded(**inputs).logits[:, -1]
+    assert relative_error(theirs, next_logits(model, ids, views)) <= 1e-5
+    assert len(set(answer)) > 1
+    written = loaded.generate(**inputs, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert written == answer
+    again = VLM.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert torch.equal(again.pixel_mean, model.pixel_mean)
+
+
+def test_our_form_loads_in_a_fresh_process_by_import_and_by_remote_code(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path / "m", image_size=size)
+    *_, ids, views, answer = our_side(model, tokenizer, size)
+    torch.save((ids, views), tmp_path / "inputs.pt")
+    script = (
+        "import sys, torch\n{}\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]{})\n"
+        "AutoProcessor.from_pretrained(sys.argv[1]{})\n"
+        "ids, views = torch.load(sys.argv[2])\n"
+        "print(model.generate(ids, views, max_new_tokens=6, do_sample=False)[0, ids.shape[1]:].tolist())"
+    )
+    remote = ", trust_remote_code=True"
+    for code in (script.format("import fastvlm.auto", "", ""), script.format("", remote, remote)):
+        command = [sys.executable, "-c", code, str(tmp_path / "m"), str(tmp_path / "inputs.pt")]
+        environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "PATH": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1]) == answer
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.endswith("Generation")])
+def test_a_stock_class_from_the_folder_has_our_logits_and_our_answer(form, built, tmp_path):
+    model, tokenizer, size = built(form)
+    stock, processor, notes = export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
+    assert type(stock).__name__ == form and not notes
+    stock.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    stock, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path).eval(),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
+    image, ids, views, answer = our_side(model, tokenizer, size)
+    text = processor.apply_chat_template(QUESTION["messages"], add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == ids.tolist()
+    with torch.no_grad():
+        theirs = stock(**inputs).logits[:, -1]
+    assert relative_error(theirs, next_logits(model, ids, views)) <= 1e-5
+    assert len(set(answer)) > 1
+    written = stock.generate(**inputs, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert written == answer
+    verdicts = {v.engine.split()[0]: v for v in check_folder(tmp_path)}
+    assert verdicts["transformers"].loads and verdicts["files"].loads
+    expected = {
+        "LlavaForConditionalGeneration": {"vLLM": True, "llama.cpp": False, "MLX-VLM": True},
+        "FastVlmForConditionalGeneration": {"vLLM": False, "llama.cpp": False, "MLX-VLM": False},
+        "Idefics3ForConditionalGeneration": {"vLLM": True, "llama.cpp": True, "MLX-VLM": True},
+    }[form]
+    assert {engine: verdicts[engine].loads for engine in expected} == expected
+
+
+def test_parts_that_equal_no_stock_class_say_which_one_is_odd(built):
+    model, tokenizer, size = built("ours")
+    with pytest.raises(NoStockClass, match="resampler AvgPoolResampler.*stock classes have resampler=identity"):
+        export_stock(model, tokenizer, image_size=size)
+
+
+def test_weights_of_other_shapes_are_refused_with_a_list(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["projector.0.weight"] = torch.zeros(3, 3)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"projector.0.weight is \(3, 3\) there and \(32, 32\) here"):
+        VLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_can_only_call_constructors_of_our_models():
+    with pytest.raises(ValueError, match="'os.system' is no part of fastvlm.models"):
+        construct({"_target_": "os.system", "command": "true"})
+
+
+def test_the_command_saves_a_run_and_checks_it(tiny_config, tmp_path, capsys):
+    from fastvlm.pipeline import Pipeline
+
+    config = tiny_config("pipeline=align", "stages.align.steps=2", "stages.align.batch_size=2")
+    run = Pipeline(config)
+    run.run()
+    out = tmp_path / "exported"
+    main([f"run={run.run_dir}", f"out={out}"])
+    said = capsys.readouterr().out
+    assert "fastvlm parts" in said and "resampler=identity" in said
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    assert files | {"processor_config.json", "generation_config.json"} <= {file.name for file in out.iterdir()}
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card and "| align | 2 |" in card
+    loaded = AutoModelForImageTextToText.from_pretrained(out)
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value.cpu(), loaded.vlm.state_dict()[name]), name
+    main(["--check", str(out)])
+    assert "no   vLLM" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is not empty"):
+        main([f"run={run.run_dir}", f"out={out}"])
+
+
+def test_a_wrong_argument_is_one_line():
+    with pytest.raises(ValueError, match="did you mean check="):
+        parse(["chek=x"])
+    with pytest.raises(ValueError, match="needs out=<folder>"):
+        parse(["run=x"])
+
+
+@pytest.mark.parametrize("kind", ["ours", "LlavaForConditionalGeneration", "paligemma"])
+def test_a_saved_folder_opens_like_a_run(kind, built, tmp_path):
+    if kind == "paligemma":
+        save_checkpoint(kind, tmp_path)
+    else:
+        model, tokenizer, size = built(kind)
+        if kind == "ours":
+            save_ours(model, tokenizer, tmp_path, image_size=size)
+        else:
+            for part in export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})[:2]:
+                part.save_pretrained(tmp_path)
+    opened, words, config = load_run(tmp_path)
+    if kind == "paligemma":
+        assert words.template.image[1] == "<bos>" and config.image_size == 28
+        return
+    _, ids, views, answer = our_side(model, tokenizer, size)
+    slots = opened.num_visual_tokens(config.image_size)
+    assert encode_record(QUESTION, words, tokens_per_image=slots, prompt=True).input_ids == ids[0].tolist()
+    assert words.end_id == tokenizer.end_id
+    stop = (words.end_id, words.document_end_id)
+    assert opened.generate(ids, views, max_new_tokens=6, stop_ids=stop)[0].tolist() == answer
