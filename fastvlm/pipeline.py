@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of, settle_views
+from fastvlm.build import (
+    build_model,
+    build_tokenizer,
+    build_transform,
+    instantiate,
+    part_seed,
+    seed_of,
+    settle_views,
+)
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
-from fastvlm.config import ROOT
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
+<<<<<<< HEAD
 from fastvlm.hardware import Hardware, is_first_rank
 
 # What only tells where and how fast: never part of a stage's or a run's identity.
@@ -75,6 +81,12 @@ def commit() -> str:
 
 def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+=======
+from fastvlm.hardware import Hardware
+from fastvlm.identity import ENCODING, INCIDENTAL, SCORING, code_hash, commit, hash_of, machine, remember
+from fastvlm.study.cell import CELL
+from fastvlm.study.recorded import NOTE, begin, flat_cost
+>>>>>>> main
 
 
 def say(message: str) -> None:
@@ -149,15 +161,21 @@ class Pipeline:
         from fastvlm.models.recompute import recompute_layers
 
         self.hardware.apply()
+<<<<<<< HEAD
         start = time.time()
         first = is_first_rank()
+=======
+        start, made = time.time(), self.made()
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+>>>>>>> main
         if first:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
+        tokenizer = self.tokenizer.fingerprint
         self.initial = {
-            n: hash_of([self.resolved[n] or self.resolved["vlm"], self.config.seed, self.tokenizer.fingerprint])
+            n: hash_of([self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), tokenizer])
             for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}
@@ -170,13 +188,17 @@ class Pipeline:
         tracking = instantiate(self.config.logger, key="logger") if first else None
         run_id = None
         if tracking:
-            tags = {"commit": commit(), "seed": str(self.config.seed), "config": hash_of(self.identity())}
-            run_id = tracking.pipeline_run(self.config.name, tags=tags, config=self.resolved)
+            run_id = begin(tracking, self.config, made=made, resolved=self.resolved)
         status, stages = "FAILED", []
         try:
             for name, stage in self.config.stages.items():
                 stages.append(self.run_stage(name, stage, tracking, run_id))
-            results = {"metrics": {}, "seconds": {s["name"]: s["seconds"] for s in stages}}
+            results = {
+                "metrics": {},
+                "seconds": {s["name"]: s["seconds"] for s in stages},
+                "cost": {s["name"]: stage_costs(s["metrics"]) for s in stages if self.counts(s["name"])},
+                "made": made,
+            }
             if first:
                 folders = {part: str(folder) for part, folder in self.folders.items()}
                 write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
@@ -185,11 +207,14 @@ class Pipeline:
                 results = self.evaluate(results, stages)
                 results["seconds"]["total"] = time.time() - start
                 write_json(self.run_dir / "results.json", results)
+                remember(self.run_dir, self.runs, self.resolved)
                 report = self.report(results, stages)
                 if tracking:
-                    tracking.log_metrics(run_id, results["metrics"], step=0)
+                    tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
                     tracking.log_artifact(run_id, report)
                     tracking.log_artifact(run_id, self.run_dir / "config.yaml")
+                    if self.config.study:
+                        write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": run_id})
                 say(f"report: {report}")
             status = "FINISHED"
             return results
@@ -199,9 +224,30 @@ class Pipeline:
         finally:
             if tracking:
                 tracking.finish(run_id, status)
+                if self.config.study and CELL not in os.environ:  # else the sweep ends the study's own run
+                    tracking.finish(tracking.study_run(self.config.study.name, scale=self.config.scale))
 
     def identity(self) -> dict:
         return {k: v for k, v in self.resolved.items() if k not in INCIDENTAL}
+
+    def made(self) -> dict:
+        """By what the results were made, so that a finished cell of a study is known again."""
+        hw = self.hardware
+        ran = {"ranks": hw.num_ranks, "accelerator": hw.accelerator, "precision": hw.precision, "threads": hw.threads}
+        return {
+            "commit": commit(),
+            "code": code_hash(SCORING),
+            "config": hash_of(self.identity()),
+            "hardware": machine() | ran,
+            "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    def counts(self, name: str) -> bool:
+        """Whether a stage's cost is the run's: one with a seed of its own stands in for a pretrained part."""
+        return self.config.stages[name].get("seed") is None
+
+    def stage_seed(self, stage: DictConfig) -> int:
+        return self.config.seed if stage.get("seed") is None else stage.seed
 
     def summary(self) -> str:
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts.items()}
@@ -315,8 +361,13 @@ class Pipeline:
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
+<<<<<<< HEAD
             accumulate=self.hardware.micro_batches(stage.batch_size),
             seed=seed_of(self.config.seed, name),
+=======
+            accumulate=self.hardware.accumulate,
+            seed=seed_of(self.stage_seed(stage), name),
+>>>>>>> main
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
             pack_window=stage.pack_window,
@@ -352,13 +403,19 @@ class Pipeline:
         stage_config = OmegaConf.to_container(config, resolve=True)
         stage_config.pop("cache_features")  # the same function, computed earlier
         stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
+        stage_config.pop("seed")  # stands below
         identity = {
             "stage": name,
             "config": stage_config,
             "data": data.plan.fingerprint,
             "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
+<<<<<<< HEAD
             "precision": [self.hardware.precision, self.hardware.quantise],
             "seed": self.config.seed,
+=======
+            "precision": self.hardware.precision,
+            "seed": self.stage_seed(config),
+>>>>>>> main
             "code": code_hash(),
         }
         if data.plan.num_images and build_transform(config).augment:
@@ -452,6 +509,7 @@ class Pipeline:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from fastvlm.callbacks.cost import count_forward, learned_shares, stage_cost
         from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
@@ -471,8 +529,12 @@ class Pipeline:
             warmup_steps=config.warmup_steps,
             decay=config.decay,
             final=config.final,
+<<<<<<< HEAD
             decay_steps=config.decay_steps,
             seed=self.config.seed,
+=======
+            seed=self.stage_seed(config),
+>>>>>>> main
         )
         plain = OmegaConf.to_container(config, resolve=True)
         freezing = self.freezing(name, plain, folder)
@@ -492,14 +554,27 @@ class Pipeline:
             "steps": steps,
         }
         metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
+        size = {"image_size": config.image_size, "length": config.max_tokens}
+        # A whole pretrained model has a chain of its own between its parts.
+        forward = None if self.config.vlm else count_forward(self.model, parts=list(config.parts), **size)
 
         def finish() -> dict[str, float]:
+<<<<<<< HEAD
             freezing.merge(self.model)
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
             known["train/peak_memory_gib"] = self.hardware.peak_gib()
             return known | (self.score_text() if "llm" in config.parts else {})
+=======
+            cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
+            cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
+            freezing.merge()
+            known = {
+                k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
+            }
+            return known | cost | (self.score_text() if "llm" in config.parts else {})
+>>>>>>> main
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
         checkpoints = ModelCheckpoint(
@@ -522,7 +597,7 @@ class Pipeline:
             Progress(),
             Provenance(
                 config={"stage": name, **identity["config"], "cache_features": config.cache_features},
-                seeds={"seed": self.config.seed},
+                seeds={"seed": self.stage_seed(config)},
             ),
             checkpoints,
             handoff,
@@ -635,6 +710,10 @@ class Pipeline:
         from fastvlm.report import write_report
 
         return write_report(self.run_dir, title=self.config.name, stages=stages, results=results, config=self.resolved)
+
+
+def stage_costs(metrics: dict) -> dict[str, float]:
+    return {k.removeprefix("cost/"): v for k, v in metrics.items() if k.startswith("cost/")}
 
 
 def build_task(config: DictConfig):
