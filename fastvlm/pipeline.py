@@ -28,65 +28,10 @@ from fastvlm.build import (
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
-<<<<<<< HEAD
 from fastvlm.hardware import Hardware, is_first_rank
-
-# What only tells where and how fast: never part of a stage's or a run's identity.
-INCIDENTAL = (
-    "name",
-    "paths",
-    "hardware",
-    "logger",
-    "overwrite",
-    "log_every",
-    "checkpoint_every",
-    "num_samples",
-    "image_size",
-    "data",
-)
-# The code that decides a trained weight.
-CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-
-
-# The code that decides what an encoder says of an image.
-ENCODING = ("models/encoders", "models/vlm.py", "data/transforms.py", "data/decode.py", "data/tiling.py")
-
-
-@cache
-def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Hash of the source that determines what a stage learns; documents and reports may change freely."""
-    package = ROOT / "fastvlm"
-    files = sorted(
-        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def commit() -> str:
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("-dirty" if dirty else "")
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-=======
-from fastvlm.hardware import Hardware
 from fastvlm.identity import ENCODING, INCIDENTAL, SCORING, code_hash, commit, hash_of, machine, remember
 from fastvlm.study.cell import CELL
 from fastvlm.study.recorded import NOTE, begin, flat_cost
->>>>>>> main
 
 
 def say(message: str) -> None:
@@ -161,13 +106,8 @@ class Pipeline:
         from fastvlm.models.recompute import recompute_layers
 
         self.hardware.apply()
-<<<<<<< HEAD
-        start = time.time()
-        first = is_first_rank()
-=======
         start, made = time.time(), self.made()
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
->>>>>>> main
+        first = is_first_rank()
         if first:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
@@ -361,13 +301,8 @@ class Pipeline:
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
-<<<<<<< HEAD
             accumulate=self.hardware.micro_batches(stage.batch_size),
-            seed=seed_of(self.config.seed, name),
-=======
-            accumulate=self.hardware.accumulate,
             seed=seed_of(self.stage_seed(stage), name),
->>>>>>> main
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
             pack_window=stage.pack_window,
@@ -409,13 +344,8 @@ class Pipeline:
             "config": stage_config,
             "data": data.plan.fingerprint,
             "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
-<<<<<<< HEAD
             "precision": [self.hardware.precision, self.hardware.quantise],
-            "seed": self.config.seed,
-=======
-            "precision": self.hardware.precision,
             "seed": self.stage_seed(config),
->>>>>>> main
             "code": code_hash(),
         }
         if data.plan.num_images and build_transform(config).augment:
@@ -529,12 +459,8 @@ class Pipeline:
             warmup_steps=config.warmup_steps,
             decay=config.decay,
             final=config.final,
-<<<<<<< HEAD
             decay_steps=config.decay_steps,
-            seed=self.config.seed,
-=======
             seed=self.stage_seed(config),
->>>>>>> main
         )
         plain = OmegaConf.to_container(config, resolve=True)
         freezing = self.freezing(name, plain, folder)
@@ -559,22 +485,14 @@ class Pipeline:
         forward = None if self.config.vlm else count_forward(self.model, parts=list(config.parts), **size)
 
         def finish() -> dict[str, float]:
-<<<<<<< HEAD
+            cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
+            cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
             freezing.merge(self.model)
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
             known["train/peak_memory_gib"] = self.hardware.peak_gib()
-            return known | (self.score_text() if "llm" in config.parts else {})
-=======
-            cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
-            cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
-            freezing.merge()
-            known = {
-                k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
-            }
             return known | cost | (self.score_text() if "llm" in config.parts else {})
->>>>>>> main
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
         checkpoints = ModelCheckpoint(
