@@ -201,6 +201,18 @@ def test_every_parameter_of_a_part_has_a_gradient_so_that_ranks_agree(checkpoint
         assert not without, (kind, without)
 
 
+def test_the_embedding_grows_for_tokens_a_template_adds(checkpoint):
+    for kind in ("llava", "qwen2_vl"):
+        model, before = (from_pretrained(str(checkpoint(kind)), vocab_size=size) for size in (400, None))
+        assert model.llm.vocab_size == 400
+        ids = torch.tensor([[7, 399]])
+        where = (torch.arange(2)[None], torch.ones_like(ids))
+        grown = model.llm.head(model.llm.hidden(model.llm.embed(ids), *where))
+        short = before.llm.head(before.llm.hidden(before.llm.embed(ids[:, :1]), *(x[:, :1] for x in where)))
+        assert grown.shape[-1] == 400
+        assert relative_error(grown[:, :1, : short.shape[-1]], short) <= 1e-5
+
+
 def test_lora_goes_into_the_language_model_and_merges(checkpoint):
     model = from_pretrained(str(checkpoint("qwen2_vl")))
     names = set(model.state_dict())

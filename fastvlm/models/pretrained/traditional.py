@@ -86,7 +86,9 @@ def traditional(
         return_tensors="pt",
     )
     with torch.no_grad():
-        texts = both.eval().get_text_features(**ids).pooler_output
+        # Nor does it mask the padding.
+        seen = {"input_ids": ids["input_ids"]} if both.config.model_type == "siglip" else ids
+        texts = both.eval().get_text_features(**seen).pooler_output
     encoder = PooledTower(both, mean=processor.image_mean, std=processor.image_std)
     return PretrainedVLM(
         encoder,
