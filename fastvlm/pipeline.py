@@ -43,7 +43,14 @@ CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing
 
 
 # The code that decides what an encoder says of an image.
-ENCODING = ("models/encoders", "models/vlm.py", "data/transforms.py", "data/decode.py", "data/tiling.py")
+ENCODING = (
+    "models/encoders",
+    "models/pretrained",
+    "models/vlm.py",
+    "data/transforms.py",
+    "data/decode.py",
+    "data/tiling.py",
+)
 
 
 @cache
@@ -426,7 +433,8 @@ class Pipeline:
             handoff,
         ]
         if config.cache_features:
-            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            made = self.resolved["encoder"] or self.resolved["vlm"]
+            description = {"encoder": made, "code": code_hash(ENCODING)}
             cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
             callbacks.insert(1, cached)
         if self.config.num_samples and "llm" in config.parts:
