@@ -34,6 +34,12 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
     parameters = check_call(config, key=key)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         extra = {name: value for name, value in extra.items() if name in parameters}
+    for name, value in extra.items():
+        if isinstance(value, int) and config.get(name) not in (None, value):
+            raise ValueError(
+                f"{key}.{name}={config.get(name)}, but what stands beside it needs {value}: leave {key}.{name} out, "
+                "it is handed on from part to part"
+            )
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"{key}.{sorted(missing)[0]} must be given: {config._target_} cannot do without")
     try:

@@ -222,11 +222,13 @@ class Pipeline:
 
         # Only a language model that reads images has slots; no other stage may depend on their number.
         reads_images = {"encoder", "llm"} <= set(stage.parts)
+        slots = self.model.num_visual_tokens(stage.image_size) if reads_images else 1
+        self.check_room(name, stage, slots)
         return MixtureDataModule(
             instantiate(stage.mixture, key=f"stages.{name}.mixture"),
             tokenizer=self.tokenizer,
             image_size=stage.image_size,
-            tokens_per_image=self.model.num_visual_tokens(stage.image_size) if reads_images else 1,
+            tokens_per_image=slots,
             batch_size=stage.batch_size,
             max_tokens=stage.max_tokens,
             max_images=stage.max_images,
@@ -244,6 +246,24 @@ class Pipeline:
             max_skipped_share=self.config.data.max_skipped_share,
             cache_bytes=self.config.data.cache_mb << 20,
         )
+
+    def check_room(self, name: str, stage: DictConfig, slots: int) -> None:
+        """A row has room for an image, and the language model for a row.
+
+        Raises:
+            ValueError: with both numbers and the keys that change them.
+        """
+        if slots >= stage.max_tokens:
+            raise ValueError(
+                f"stages.{name}.max_tokens={stage.max_tokens}, but one view has {slots} visual tokens at "
+                f"image_size={stage.image_size}: raise max_tokens, lower image_size, or choose a resampler with fewer"
+            )
+        room = self.model.llm.max_positions if "llm" in stage.parts else None
+        if room is not None and stage.max_tokens > room:
+            raise ValueError(
+                f"stages.{name}.max_tokens={stage.max_tokens}, but llm has {room} positions: lower max_tokens, or "
+                "choose a language model with more"
+            )
 
     def run_stage(self, name: str, config: DictConfig, tracking, run_id: str | None) -> dict:
         """Train one stage, or find it trained; either way the model holds its handoff afterwards."""

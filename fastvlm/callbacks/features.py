@@ -72,9 +72,10 @@ class CachedFeatures(L.Callback):
             self.say(f"features: {self.where}=true, but the stage has no image")
             return
 
-        def encode(pixel_values: Tensor) -> Tensor:
+        def encode(pixel_values: Tensor, is_tile: Tensor | None = None) -> Tensor:
+            is_tile = None if is_tile is None else is_tile.to(stage.device)
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                features = model.encode_patches(pixel_values.to(stage.device, non_blocking=True))
+                features = model.encode_patches(pixel_values.to(stage.device, non_blocking=True), is_tile)
             return features.to(dtype).cpu()
 
         precision = str(trainer.precision)

@@ -81,6 +81,13 @@ def collate(
     )
 
 
+def tiles_among(views: Sequence[int]) -> torch.Tensor | None:
+    """bool (I,): which of the images' views are tiles: all but each image's first. None where none is."""
+    if all(count == 1 for count in views):
+        return None
+    return torch.tensor([number > 0 for count in views for number in range(count)])
+
+
 def stack_label_maps(samples: Sequence[Sample]) -> torch.Tensor | None:
     """uint8 (I, C, h, w), in line with the images; None when no sample has any."""
     shapes = {tuple(m.shape): sample.key for sample in samples for m in sample.label_maps}

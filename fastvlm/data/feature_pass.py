@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastvlm.data.collate import tiles_among
 from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
 from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
@@ -108,7 +109,7 @@ def fill(
     store: FeatureStore,
     plans: Sequence[Plan | ValidationPlan],
     *,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor | None], Tensor],
     transform: ImageTransform,
     batch_size: int,
     where: str,
@@ -123,7 +124,8 @@ def fill(
     Safe to kill at any time and to run twice at once: the second run waits, and finds what the first has written.
 
     Args:
-        encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU in the store's dtype.
+        encode: uint8 (I, 3, H, W) and which of them are tiles, bool (I,) -> features (I, N, D), on the CPU in the
+            store's dtype.
         transform: encoded image -> its views; without augmentation.
         batch_size: images `encode` takes at once.
         where: the configuration's key, for messages.
@@ -194,7 +196,7 @@ def fill(
         for keys, counts, views, failed in DataLoader(_Views(plans, jobs, transform, batch_size), **loader):
             unreadable, done = unreadable + failed, done + len(keys) + failed
             if keys:
-                writer.write(keys, counts, encode(views))
+                writer.write(keys, counts, encode(views, tiles_among(counts)))
             line.show(done)
         writer.close()
         written = gather((writer.num_bytes, unreadable, done - unreadable))

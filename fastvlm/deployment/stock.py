@@ -69,6 +69,8 @@ def match(model: VLM) -> str:
     if isinstance(resampler, IdentityResampler):
         if not is_llava_mlp(projector):
             wants.append("Llava and FastVlm need projector=mlp projector.norm=false projector.depth=2")
+        elif isinstance(encoder, OpenClipEncoder) and (encoder.norm or encoder.class_token):
+            wants.append("Llava needs encoder.norm=false and encoder.class_token=false")
         elif isinstance(encoder, OpenClipEncoder):
             return "llava"
         elif isinstance(encoder, TimmEncoder) and encoder.num_prefix == 0 and not hasattr(encoder.model, "blocks"):

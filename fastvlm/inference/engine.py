@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fastvlm.data.collate import tiles_among
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
@@ -150,8 +151,12 @@ class Engine:
 
     def _encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
+        is_tile = tiles_among([len(image) if image.ndim == 4 else 1 for image in images])
         chunks = [
-            self.model.encode_images(torch.stack(views[i : i + self.image_batch]).to(self.device))
+            self.model.encode_images(
+                torch.stack(views[i : i + self.image_batch]).to(self.device),
+                None if is_tile is None else is_tile[i : i + self.image_batch].to(self.device),
+            )
             for i in range(0, len(views), self.image_batch)
         ]
         if not chunks:

@@ -1,12 +1,17 @@
-"""Pretrained weights by name, with one plain line when there are none to be had."""
+"""Pretrained weights by name, with one plain line when there are none to be had or they do not fit."""
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
 
 T = TypeVar("T")
+LISTED = 8  # tensors a message names
 
 
 def fetch(build: Callable[[], T], *, what: str, mend: str) -> T:
@@ -24,3 +29,64 @@ def fetch(build: Callable[[], T], *, what: str, mend: str) -> T:
         raise ValueError(f"{what}: {why}; {mend}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def refuse_differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, what: str, mend: str) -> None:
+    """A checkpoint must have every wanted tensor in its shape.
+
+    Raises:
+        ValueError: listing those that are missing or of another shape.
+    """
+    wrong = [
+        f"{key} is {tuple(found[key].shape)} there and {tuple(value.shape)} here"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    missing = [key for key in wanted if key not in found]
+    if wrong:
+        raise ValueError(f"{what}: {len(wrong)} tensors of other shapes: {listed(wrong)}; {mend}")
+    if missing:
+        raise ValueError(f"{what} lacks {len(missing)} of {len(wanted)} tensors: {listed(missing)}; {mend}")
+
+
+def refuse_incomplete(info: Mapping[str, Iterable], kept: Collection[str], *, what: str) -> None:
+    """What `from_pretrained(output_loading_info=True)` of transformers reports and only warns of, as a refusal.
+
+    Args:
+        kept: names of the tensors that are used; others may be missing.
+
+    Raises:
+        ValueError: listing tensors of the model that the checkpoint lacks, or has in another shape.
+    """
+    wrong = [f"{key} is {tuple(a)} there and {tuple(b)} here" for key, a, b in info["mismatched_keys"] if key in kept]
+    if wrong:
+        mend = "its config.json is not that of its weights"
+        raise ValueError(f"{what}: {len(wrong)} tensors of other shapes: {listed(sorted(wrong))}; {mend}")
+    if missing := sorted(key for key in info["missing_keys"] if key in kept):
+        raise ValueError(
+            f"{what} lacks {len(missing)} of {len(kept)} tensors: {listed(missing)}; they would be random: name a "
+            "whole checkpoint of this model type"
+        )
+
+
+def known_config(model_type: str, config: Mapping[str, Any], *, key: str, **more: Any) -> PreTrainedConfig:
+    """The configuration of a model type with these arguments.
+
+    Raises:
+        ValueError: the type or an argument is not known (transformers alone would keep a misspelt one and ignore it).
+    """
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ValueError(f"{key}.model_type={model_type} is not a model type transformers knows") from None
+    for name in config:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, vars(known), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key}.{name} is not an argument of {type(known).__name__}{hint}")
+    return AutoConfig.for_model(model_type, **more, **config)
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

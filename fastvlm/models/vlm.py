@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastvlm.batch import Batch
+from fastvlm.models.fit import check_fit
 from fastvlm.models.llms.language_model import LanguageModel
+from fastvlm.models.norms import frozen_statistics
 from fastvlm.models.slots import empty_slots, hide, take_out
 from fastvlm.models.splice import splice
 
@@ -53,6 +54,7 @@ class VLM(nn.Module):
         image_token_id: int,
     ):
         super().__init__()
+        check_fit(encoder, resampler, projector, llm)
         self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
         self.image_token_id = image_token_id
         self.recipe: dict[str, dict] | None = None  # constructor calls of the parts, where a configuration made them
@@ -72,7 +74,7 @@ class VLM(nn.Module):
 
     @property
     def _resampler_drops(self) -> bool:
-        return getattr(self.resampler, "drops_tokens", False)
+        return any(getattr(part, "drops_tokens", False) for part in (self.encoder, self.resampler))
 
     def num_visual_tokens(self, image_size: int) -> int:
         return self.resampler.num_tokens_out(self.encoder.num_patches(image_size))
@@ -84,16 +86,21 @@ class VLM(nn.Module):
     def normalise(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I 3 H W"]:
         return ((pixel_values - self.pixel_mean) / self.pixel_std).to(self.vision_dtype)
 
-    def encode_patches(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
-        return run(self.encoder, self.normalise(pixel_values))
+    def encode_patches(
+        self, pixel_values: UInt8[Tensor, "I 3 H W"], is_tile: Bool[Tensor, "I"] | None = None
+    ) -> Float[Tensor, "I N D"]:
+        views = (is_tile,) if getattr(self.encoder, "reads_views", False) else ()
+        return run(self.encoder, self.normalise(pixel_values), *views)
 
-    def encode_images(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> Float[Tensor, "I M D"]:
-        return self.project(self.encode_patches(pixel_values))
+    def encode_images(
+        self, pixel_values: UInt8[Tensor, "I 3 H W"], is_tile: Bool[Tensor, "I"] | None = None
+    ) -> Float[Tensor, "I M D"]:
+        return self.project(self.encode_patches(pixel_values, is_tile))
 
     def patches(self, batch: Batch) -> Float[Tensor, "I N D"]:
         """The encoder's output for a batch's images: computed, or as it was cached."""
         if batch.features is None:
-            return self.encode_patches(batch.pixel_values)
+            return self.encode_patches(batch.pixel_values, tiles_of(batch.layouts))
         return batch.features.to(self.vision_dtype)
 
     def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
@@ -174,7 +181,7 @@ class VLM(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embeds = self.llm.embed(input_ids)
         if pixel_values is not None and len(pixel_values):
-            visual = self.arrange(self.encode_images(pixel_values), layouts)
+            visual = self.arrange(self.encode_images(pixel_values, tiles_of(layouts)), layouts)
             embeds = splice(embeds, input_ids, visual, image_token_id=self.image_token_id)
             if self.drops_tokens:
                 embeds, mask = take_out(empty_slots(embeds, input_ids == self.image_token_id), embeds, mask)
@@ -237,25 +244,25 @@ class VLM(nn.Module):
         blank = lambda images: images.new_zeros(1, *images.shape[1:])  # even no images have a size
         features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
-            patches = self.patches(replace(batch, pixel_values=blank(batch.pixel_values), features=features))
+            patches = self.patches(
+                replace(batch, pixel_values=blank(batch.pixel_values), features=features, layouts=None)
+            )
             return self.arrange(self.project(patches)).sum() * 0.0
 
 
-def run(part: nn.Module, x: Tensor) -> Tensor:
-    """`part(x)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
+def run(part: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:
+    """`part(x, *more)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
     learns = x.requires_grad or any(p.requires_grad for p in part.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-        return part(x)
+        return part(x, *more)
 
 
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in `eval()` inside the block."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    try:
-        for norm in norms:
-            norm.eval()
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
+def tiles_of(layouts: Layouts) -> Bool[Tensor, "I"] | None:
+    """Which of the images' views are tiles: all but each image's first. None where every view is an image."""
+    if layouts is None:
+        return None
+    tiles = layouts[:, 0] * layouts[:, 1]
+    views = torch.where(tiles == 1, 1, 1 + tiles)
+    first = torch.zeros(int(views.sum()), dtype=torch.bool, device=layouts.device)
+    first[views.cumsum(0) - views] = True
+    return ~first

@@ -18,9 +18,15 @@ class LanguageStage(Stage):
         loss = answer_loss(hidden, batch.labels, self.model.llm.head, segment_ids=batch.segment_ids)
         source = batch.source_ids.flatten()[loss.index]
         extra = {"source": source}
-        if hasattr(
-            self.model.resampler, "mean_kept"
-        ):  # a mean over images: NaN, which counts nowhere, where there are none
-            kept = self.model.resampler.mean_kept.to(hidden)
-            extra["kept_tokens"] = kept if batch.num_images else torch.full_like(kept, torch.nan)
-        return loss.sum, max(1, batch.num_answer_tokens), loss.losses, extra
+        measured = {}
+        if hasattr(self.model.resampler, "mean_kept"):
+            measured["kept_tokens"] = self.model.resampler.mean_kept.to(hidden)
+        total = loss.sum
+        if take := getattr(self.model.encoder, "take_auxiliary", None):
+            auxiliary, more = take()
+            measured |= more
+            if auxiliary is not None:  # weighted so that the step's is the mean over learned tokens
+                total = total + auxiliary * (batch.num_learned if batch.num_images else 0)
+        # A mean over images: NaN, which counts nowhere, where there are none.
+        extra |= {k: v if batch.num_images else torch.full_like(v, torch.nan) for k, v in measured.items()}
+        return total, max(1, batch.num_answer_tokens), loss.losses, extra

@@ -30,7 +30,7 @@ SQUARE = ImageTransform(image_size=SIZE)
 BUDGET = {"tokens_per_image": 4, "batch_size": 4, "max_tokens": 64, "max_images": 4}
 
 
-def encode(pixels: torch.Tensor) -> torch.Tensor:
+def encode(pixels: torch.Tensor, is_tile=None) -> torch.Tensor:
     """Stands in for an encoder: (I, 3, 8, 8) -> (I, 4, 6), another value for another image."""
     mix = torch.randn(3 * SIZE * SIZE, 24, generator=torch.Generator().manual_seed(0))
     return (pixels.float().flatten(1) @ mix / 1000).unflatten(1, SHAPE)
@@ -243,7 +243,7 @@ from fastvlm.tokens import Tokenizer
 plan = t.make_plan({{"caption": Path({folder!r})}}, Tokenizer({tokenizer!r}, template="roles"), num_steps=20)
 feature_pass.FeatureWriter = lambda store: FeatureWriter(store, chunk_bytes=1)  # every batch is a chunk
 calls = 0
-def encode(pixels):
+def encode(pixels, is_tile=None):
     global calls
     calls += 1
     {then}
@@ -359,7 +359,7 @@ def test_the_data_module_keys_by_size_and_fit_and_hands_the_store_to_its_loaders
         data = MixtureDataModule(mixture, tokenizer=tokenizer, num_steps=2, val_samples=4, **options, **BUDGET)
         data.setup()
         about = data.write_features(
-            lambda pixels: encode(pixels[..., :SIZE, :SIZE]),
+            lambda pixels, is_tile: encode(pixels[..., :SIZE, :SIZE]),
             description={"weights": weights},
             shape=SHAPE,
             dtype=torch.float32,

@@ -28,6 +28,8 @@ from fastvlm.data.validation import ValidationPlan
 from fastvlm.evaluation.questions import read_questions
 from fastvlm.evaluation.short_answers import evaluate_answers
 from fastvlm.inference.engine import Engine
+from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
+from fastvlm.models.vlm import VLM, tiles_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model  # noqa: E402
@@ -154,10 +156,14 @@ def test_the_image_budget_counts_views(tmp_path, tokenizer):
     assert len({plan.fingerprint for plan in plans}) == 3
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+@pytest.fixture(scope="module", params=["one encoder", "one for the global view and one for tiles"])
+def world(request, tmp_path_factory):
     tokenizer = train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokenizer, build_model(tokenizer)
+    model = build_model(tokenizer)
+    if request.param != "one encoder":
+        encoder = MultiGranularityEncoder(model.encoder, build_model(tokenizer, seed=1).encoder).eval()
+        model = VLM(encoder, model.resampler, model.projector, model.llm, image_token_id=tokenizer.image_id).eval()
+    return tokenizer, model
 
 
 def test_a_packed_batch_with_tiles_has_a_visual_token_for_every_slot(tmp_path, world):
@@ -173,6 +179,9 @@ def test_a_packed_batch_with_tiles_has_a_visual_token_for_every_slot(tmp_path, w
         dataset = PlannedDataset(p, tokenizer=tokenizer, image_size=IMAGE_SIZE, transform=transform)
         for batch in (dataset[i] for i in range(p.num_steps)):
             assert batch.num_images > len(batch.keys) or p is val
+            counts = [transform.num_views(*size) for key in batch.keys for size in sizes[int(key.split("-")[-1])]]
+            tiles = [number > 0 for count in counts for number in range(count)]
+            assert tiles == ([] if batch.layouts is None else tiles_of(batch.layouts).tolist())
             with torch.no_grad():
                 assert model(batch).isfinite().all()  # splice counts slots and visual tokens
 

@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from fastvlm.config import compose
 from fastvlm.models.projectors.cross_modal import FORMS, CrossModalAdapter
 from fastvlm.models.projectors.linear import LinearProjector
 from fastvlm.models.projectors.mlp import MLPProjector
@@ -53,6 +54,15 @@ PROJECTORS = {
 # What a YAML alone adds is built as the YAML says.
 CONF = Path(__file__).parents[2] / "conf"
 NEW_RESAMPLERS = sorted({path.stem for path in (CONF / "resampler").glob("*.yaml")} - set(RESAMPLERS))
+
+
+def option(group: str, name: str):
+    """The configuration of an option, of those made of other options with theirs in it."""
+    config = OmegaConf.load(CONF / group / f"{name}.yaml")
+    if "defaults" in config:
+        config = compose("train", [f"{group}={name}"])[group]
+        OmegaConf.set_struct(config, False)
+    return config
 
 
 def build_resampler(name: str, *, in_dim: int, num_tokens: int | None, **options):

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from part_options import relative_error
+from safetensors.torch import load_file, save_file
 from small_parts import SIZES, VOCAB, make_batch, random_ids, small_llm
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -143,3 +145,162 @@ def test_rows_beyond_a_sliding_window_are_refused():
     llm = small_llm("mistral", sliding_window=8)
     with pytest.raises(ValueError, match="rows of 9 positions exceed the sliding window of 8"):
         hidden_of(llm, make_batch([random_ids(9)]))
+
+
+# ------------------------------------------------------------------- every architecture, every back end, one claim
+
+TIED = {"tie_word_embeddings": True}
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
+    "qwen2": {"num_key_value_heads": 2, "intermediate_size": 48, **TIED},
+    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16, **TIED},
+    "smollm2": {"num_key_value_heads": 2, "intermediate_size": 48, **TIED},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "opt-350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0, "do_layer_norm_before": False},
+}
+BACK_ENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
+
+
+def architecture(name, **options):
+    torch.manual_seed(0)
+    model_type = {"smollm2": "llama", "opt-350m": "opt"}.get(name, name)
+    # At the usual spread of random weights what a position sees hardly shows.
+    spread = {"init_std" if model_type == "opt" else "initializer_range": 0.3}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **spread}
+    return from_config(model_type, vocab_size=VOCAB, **(sizes | ARCHITECTURES[name] | options)).eval()
+
+
+def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, softmax_scale=None, causal=True, **_):
+    """What flash-attn's function of this name computes, in float64: (T, heads, d) -> (T, heads, d)."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and causal
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = torch.empty_like(q)
+    for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
+        a, b, c = (x[start:end].transpose(0, 1).double() for x in (q, k, v))
+        scores = a @ b.mT * (softmax_scale or q.shape[-1] ** -0.5)
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        out[start:end] = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ c).transpose(0, 1).to(q.dtype)
+    return out
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """flash-attn's place taken by its definition: what is tested is what we hand it."""
+    refuse = lambda *_, **__: pytest.fail("attention was asked for without the ends of the samples")
+    kwargs = lambda *, softmax_scale=None, is_causal=True, **_: {"softmax_scale": softmax_scale, "causal": is_causal}
+    functions = ((refuse, varlen, refuse, refuse, refuse), (kwargs, refuse))
+    monkeypatch.setattr("fastvlm.models.llms.language_model.is_flash_attn_2_available", lambda: True)
+    target = "transformers.modeling_flash_attention_utils.lazy_import_flash_attention"
+    monkeypatch.setattr(target, lambda *_, **__: functions)
+
+
+@pytest.mark.parametrize("attention", BACK_ENDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_samples_do_not_see_each_other(name, attention, flash):
+    llm = architecture(name, attention=attention)
+    samples = random_ids(5, 7, 1, 3)
+    packed = make_batch([samples, samples[1:3]], length=20)
+    # flex_attention compiles itself, which on a CPU takes longer than the test; uncompiled it computes the same.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = llm.head(hidden_of(llm, packed))
+        llm.hf.config._attn_implementation = "eager"
+        for row, ids in ((0, samples), (1, samples[1:3])):
+            start = 0
+            for sample in ids:
+                alone = llm.hf(input_ids=torch.tensor([sample]), use_cache=False).logits[0]
+                assert relative_error(logits[row, start : start + len(sample)], alone) < 1e-5
+                start += len(sample)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_slots_left_empty_inside_a_sample_part_nothing(attention, flash):
+    """Segment 0 in the midst of a sample, as `slots.hide` leaves it."""
+    llm = architecture("qwen2", attention=attention)
+    ids = torch.tensor(random_ids(9))
+    whole = torch.tensor([[1, 1, 0, 0, 1, 1, 2, 2, 2]])
+    positions = torch.tensor([[0, 1, 0, 0, 2, 3, 0, 1, 2]])
+    with torch.no_grad():
+        logits = llm.head(llm.hidden(llm.embed(ids), positions, whole))
+        for kept in ([0, 1, 4, 5], [6, 7, 8]):
+            llm.hf.config._attn_implementation = "eager"
+            alone = llm.hf(input_ids=ids[:, kept], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[0, kept], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_decodes_from_its_cache_what_it_computes_at_once(name):
+    llm, prompts = architecture(name), random_ids(6, 3)
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, 6 - len(prompt) :], mask[row, 6 - len(prompt) :] = torch.tensor(prompt), 1
+    with torch.no_grad():
+        logits, cache = llm.prefill(llm.embed(ids), mask)
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        logits, _ = llm.step(torch.tensor([7, 8]), mask, cache)
+        for row, more in enumerate(([7], [8])):
+            full = llm.hf(input_ids=torch.tensor([prompts[row] + more]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits[row], full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_saves_and_loads_with_the_original_class(name, tmp_path):
+    llm = architecture(name)
+    llm.hf.save_pretrained(tmp_path)
+    ids = torch.tensor(random_ids(7))
+    with torch.no_grad():
+        ours, theirs = from_pretrained(str(tmp_path), vocab_size=VOCAB).eval(), type(llm.hf).from_pretrained(tmp_path)
+        logits = ours.head(hidden_of(ours, make_batch([ids.tolist()])))
+        torch.testing.assert_close(logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_lacks_tensors_or_has_other_shapes_is_refused_with_the_list(tmp_path):
+    architecture("qwen2").hf.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({k: v for k, v in state.items() if k != key}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ tensors: {key}; they would be random"):
+        from_pretrained(str(tmp_path), vocab_size=VOCAB)
+    save_file(state | {key: torch.zeros(3, 5)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 tensors of other shapes: {key} is \(3, 5\) there and \(48, 32\) here"):
+        from_pretrained(str(tmp_path), vocab_size=VOCAB)
+
+
+def test_an_id_that_cannot_be_fetched_names_the_offline_alternatives(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="llm.path=Qwen/Qwen3-0.6B: .*name a folder .* llm=qwen2_micro") as error:
+        from_pretrained("Qwen/Qwen3-0.6B", vocab_size=VOCAB)
+    assert "\n" not in str(error.value)
+
+
+def test_flash_attention_says_what_it_needs():
+    with pytest.raises(ValueError, match="needs the package flash-attn .* choose llm.attention=sdpa"):
+        small_llm(attention="flash_attention_2")
+
+
+def test_an_unknown_compile_mode_is_refused():
+    with pytest.raises(ValueError, match="llm.compile=fast is none of true, false, default"):
+        small_llm(compile="fast")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_logits_gradients_and_names():
+    batches = [make_batch([random_ids(5, 4)]), make_batch([random_ids(3, 8)])]
+    found = []
+    for compiled in (False, True):
+        llm = small_llm(compile=compiled)
+        for batch in batches:
+            hidden_of(llm, batch).square().sum().backward()
+        found.append({name: p.grad for name, p in llm.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_flex_attention_does_not_mix_packed_samples():
+    llm, samples = architecture("qwen2", attention="flex_attention"), random_ids(5, 7)
+    with torch.no_grad():
+        logits = llm.head(hidden_of(llm, make_batch([samples], length=128)))
+        llm.hf.config._attn_implementation = "eager"
+        alone = llm.hf(input_ids=torch.tensor([samples[1]]), use_cache=False).logits[0]
+    assert relative_error(logits[0, 5:12], alone) < 1e-5

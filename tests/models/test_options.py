@@ -6,21 +6,81 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from part_options import option
 from small_parts import IMAGE_ID, SIZES, VOCAB, make_batch, random_ids, small_encoder, small_llm
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from fastvlm import build
 from fastvlm.models.projectors.mlp import MLPProjector
 from fastvlm.models.resamplers.avgpool import AvgPoolResampler
+from fastvlm.models.resamplers.identity import IdentityResampler
 from fastvlm.models.vlm import VLM
 
 CONF = Path(__file__).parents[2] / "conf"
+TOWER = {"intermediate_size": 32, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 # Full-size encoders are built without memory for their weights; what needs the hub gets none.
-META = {
-    "fastvithd": ({"checkpoint": None}, {}, 1024, 256, 3072),
-    "clip_vit_l14_336": ({"pretrained": None}, {"device": "meta"}, 336, 576, 1024),
-    "timm": ({"name": "vit_base_patch16_224", "pretrained": False}, {}, 224, 196, 768),
+# Name: overrides, image size, patches, width.
+LOCAL = {"pretrained": False}
+FULL = {
+    "fastvithd": ({"checkpoint": None}, 1024, 256, 3072),
+    "multi_scale": ({"encoder": {"checkpoint": None}}, 1024, 256, 4512),
+    "early_exit": ({"encoder": {"checkpoint": None}}, 1024, 256, 3072),
+    "multi_granularity": ({"coarse": {"pretrained": None, "device": "meta"}, "fine": LOCAL}, 336, 576, 1024),
+    "clip_vit_l14_336": ({"pretrained": None, "device": "meta"}, 336, 576, 1024),
+    "mobileclip2_s0": (LOCAL, 256, 64, 1024),
+    "mobileclip2_s3": (LOCAL, 512, 64, 3072),
+    "mobileclip2_s4": (LOCAL, 512, 64, 4096),
+    "fastvit_mci2": (LOCAL, 768, 576, 1280),
+    "siglip_l16_384": (LOCAL, 384, 576, 1024),
+    "siglip_so400m_384": (LOCAL, 384, 729, 1152),
+    "siglip2_l16_384": (LOCAL, 384, 576, 1024),
+    "siglip2_so400m_384": (LOCAL, 384, 576, 1152),
+    "dinov2_l14": (LOCAL, 518, 1369, 1024),
+    "dinov3_l16": (LOCAL, 512, 1024, 1024),
+    "convnext_l_320": (LOCAL, 320, 100, 1536),
+    "convnext_xxl": (LOCAL, 256, 64, 3072),
+    "timm": ({"name": "vit_base_patch16_224", "pretrained": False}, 224, 196, 768),
 }
-MICRO = {"fastvit_micro": (64, 64, 128)}
+MICRO = {
+    "fastvit_micro": (64, 64, 128),
+    "clip_micro": (64, 64, 128),
+    "siglip_micro": (64, 64, 128),
+    "dinov2_micro": (64, 64, 128),
+    "convnext_micro": (64, 64, 128),
+    "multi_scale_micro": (64, 64, 160),
+    "multi_granularity_micro": (64, 64, 128),
+    "early_exit_micro": (64, 64, 128),
+}
+CLIP, SIGLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)), ((0.5,) * 3, (0.5,) * 3)
+IMAGENET, FASTVLM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3)
+STATISTICS = {
+    "clip_vit_l14_336": CLIP,
+    "clip_micro": CLIP,
+    "convnext_micro": CLIP,
+    "convnext_l_320": CLIP,
+    "convnext_xxl": CLIP,
+    "mobileclip2_s3": CLIP,
+    "mobileclip2_s4": CLIP,
+    "mobileclip2_s0": FASTVLM,
+    "fastvit_mci2": FASTVLM,
+    "fastvithd": FASTVLM,
+    "multi_scale": FASTVLM,
+    "early_exit": FASTVLM,
+    "multi_granularity": FASTVLM,  # it applies those of its two itself
+    "multi_granularity_micro": FASTVLM,
+    "siglip_l16_384": SIGLIP,
+    "siglip_so400m_384": SIGLIP,
+    "siglip2_l16_384": SIGLIP,
+    "siglip2_so400m_384": SIGLIP,
+    "siglip_micro": SIGLIP,
+    "timm": SIGLIP,  # of the model named above
+    "dinov2_l14": IMAGENET,
+    "dinov3_l16": IMAGENET,
+    "dinov2_micro": IMAGENET,
+    "fastvit_micro": SIGLIP,
+    "multi_scale_micro": SIGLIP,
+    "early_exit_micro": SIGLIP,
+}
 names = lambda group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 load = lambda group, name: OmegaConf.load(CONF / group / f"{name}.yaml")
 
@@ -33,21 +93,30 @@ def runs(encoder, resampler, projector, llm, image_size):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", names("encoder"))
-def test_an_encoder_builds_and_reports_its_sizes(name):
-    if name in META:
-        overrides, arguments, size, patches, width = META[name]
+@pytest.mark.parametrize("name", [name for name in names("encoder") if name != "transformers"])
+def test_an_encoder_builds_and_reports_its_sizes_and_statistics(name):
+    config = option("encoder", name)
+    if name in FULL:
+        overrides, size, patches, width = FULL[name]
         with torch.device("meta"):
-            encoder = instantiate(OmegaConf.merge(load("encoder", name), overrides), **arguments)
-            out = encoder(torch.zeros(1, 3, size, size))
+            encoder = build.instantiate(OmegaConf.merge(config, overrides), key="encoder").eval()
+            out = encoder(torch.zeros(1, 3, size, size)) if name != "early_exit" else torch.zeros(1, patches, width)
     else:
         size, patches, width = MICRO[name]
-        encoder = instantiate(load("encoder", name))
+        encoder = build.instantiate(config, key="encoder")
         out = encoder(torch.zeros(1, 3, size, size))
-        resampler = AvgPoolResampler(in_dim=encoder.out_dim, num_tokens=4)
+        exits = "exit" in name
+        resampler = IdentityResampler(in_dim=width) if exits else AvgPoolResampler(in_dim=width, num_tokens=4)
         runs(encoder, resampler, MLPProjector(in_dim=resampler.out_dim, out_dim=32), small_llm(), size)
     assert out.shape == (1, patches, width) == (1, encoder.num_patches(size), encoder.out_dim)
-    assert len(encoder.mean) == len(encoder.std) == 3
+    assert (tuple(encoder.mean), tuple(encoder.std)) == STATISTICS[name]
+
+
+def test_every_vision_tower_of_transformers_is_an_option(tmp_path):
+    SiglipVisionModel(SiglipVisionConfig(hidden_size=32, num_hidden_layers=1, **TOWER)).save_pretrained(tmp_path)
+    arguments = {"path": str(tmp_path), "mean": [0.5] * 3, "std": [0.5] * 3}
+    encoder = instantiate(OmegaConf.merge(load("encoder", "transformers"), arguments))
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 32)
 
 
 @pytest.mark.parametrize("name", names("resampler"))

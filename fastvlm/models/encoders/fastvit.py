@@ -71,13 +71,16 @@ class FastViT(nn.Module):
             MobileOne(width, width, kernel=3, stride=stem_stride // 2, groups=width, scale=False),
             MobileOne(width, width, kernel=1),
         )
-        stages = []
+        self.stage_dims = list(dims)
+        self.stage_strides = [stem_stride * 2**i for i in range(len(dims))]
+        stages, self.ends = [], [0]
         for i, (dim, depth, attend) in enumerate(zip(dims, depths, attention)):
             block = AttentionBlock if attend else RepMixerBlock
             options = {"mlp_ratio": mlp_ratio, "kernel": kernel, "layer_scale": layer_scale}
             stages.append(PatchEmbed(width, dim, kernel=kernel) if i else nn.Identity())
             stages.append(RepCPE(dim) if attend else nn.Identity())
             stages.extend(block(dim, **options) for _ in range(depth))
+            self.ends.append(len(stages))
             width = dim
         self.stages = nn.Sequential(*stages)
         self.final = MobileOne(width, self.out_dim, kernel=3, groups=width, squeeze=True)
@@ -96,6 +99,16 @@ class FastViT(nn.Module):
             self.grid(size)
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         return rearrange(self.final(self.stages(x)), "i d h w -> i (h w) d")
+
+    def advance(self, stage: int, x: Float[Tensor, "I C H W"]) -> Float[Tensor, "I D h w"]:
+        """The map of stage i from that of stage i - 1, or from images: width stage_dims[i], stride stage_strides[i]."""
+        if stage == 0:
+            x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.stages[self.ends[stage] : self.ends[stage + 1]](x)
+
+    def finish(self, x: Float[Tensor, "I C h w"]) -> Float[Tensor, "I D h w"]:
+        """What stands behind the last stage."""
+        return self.final(x)
 
     @torch.no_grad()
     def reparameterize(self) -> FastViT:

@@ -1,26 +1,37 @@
-"""The image tower of an `open_clip` model as an encoder: CLIP, SigLIP, DFN, MetaCLIP and their like."""
+"""The image tower of an `open_clip` model as an encoder: CLIP, DFN, MetaCLIP and their like."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
+import torch
+from einops import rearrange, repeat
 from jaxtyping import Float
 from open_clip.transformer import VisionTransformer
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from fastvlm.models.encoders.sizes import grid_of, layer_of, statistics
 from fastvlm.models.hub import fetch
 
 
 class OpenClipEncoder(nn.Module):
-    """Patches of one layer of a vision transformer, without the class token, normalised as it was trained.
+    """Patches of one layer of a vision transformer, normalised as it was trained.
+
+    What no patch depends on (layers above, pooling, the text tower) is left out.
 
     Args:
         name: a model of `open_clip.list_models()`.
         pretrained: a tag of open_clip (from the hub), or a checkpoint file of the whole model; None: random weights.
-        layer: which layer's output to take, from 0, or from the end; LLaVA takes the last but one, -2. There is no
-            final norm behind it.
-        image_size: side of the images; positions of a pretrained model are interpolated to it. None: the model's own.
+        layer: which layer's output to take, from 0, or from the end; LLaVA takes the last but one, -2.
+        norm: the final norm behind that layer; None: behind the last layer only, as in the model itself.
+        class_token: keep the class token, in front of the patches.
+        mean, std: of the images, where they are not those of the checkpoint.
+        image_size: side of the images; positions of a pretrained model are interpolated to it once. None: its own.
+        interpolate: interpolate positions in every forward pass to whatever image comes.
+        gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations.
         options: of `open_clip.create_model`.
 
     Raises:
@@ -34,15 +45,22 @@ class OpenClipEncoder(nn.Module):
         *,
         pretrained: str | None = None,
         layer: int = -1,
+        norm: bool | None = None,
+        class_token: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         image_size: int | None = None,
+        interpolate: bool = False,
+        gradient_checkpointing: bool = False,
         **options: Any,
     ):
         super().__init__()
-        self.name = name
+        self.name, self.class_token, self.interpolate = name, class_token, interpolate
         clip = fetch(
             lambda: open_clip.create_model(name, pretrained=pretrained, force_image_size=image_size, **options),
             what=f"encoder.name={name} with pretrained={pretrained}",
-            mend="without the hub, set encoder.pretrained to a local checkpoint file",
+            mend="without the hub, set encoder.pretrained to a local checkpoint file of the whole model, or take a "
+            "small option with random weights, such as encoder=clip_micro",
         )
         if not isinstance(clip.visual, VisionTransformer):
             raise ValueError(
@@ -50,34 +68,38 @@ class OpenClipEncoder(nn.Module):
             )
         self.visual: VisionTransformer = clip.visual
         depth = len(self.visual.transformer.resblocks)
-        if not -depth <= layer < depth:
-            raise ValueError(f"encoder.layer={layer}, but {name} has {depth} layers")
-        self.layer = layer % depth
-        # Layers above the one that is taken, the pooling and the text tower would be frozen weight that nothing reads.
+        self.layer = layer_of(layer, depth, name=name)
+        self.norm = self.layer == depth - 1 if norm is None else norm
         del self.visual.transformer.resblocks[self.layer + 1 :]
-        self.visual.ln_post, self.visual.proj = nn.Identity(), None
+        self.visual.proj = None
+        if not self.norm:
+            self.visual.ln_post = nn.Identity()
         config = open_clip.get_model_preprocess_cfg(clip)
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.mean, self.std = statistics(mean or config["mean"], std or config["std"], name=name)
         self.out_dim: int = self.visual.conv1.out_channels
         self.stride: int = self.visual.patch_size[0]
         self.image_size: int = self.visual.image_size[0]
+        if gradient_checkpointing:
+            self.visual.set_grad_checkpointing(True)
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        if image_size != self.image_size:
-            raise ValueError(
-                f"image_size={image_size}, but {self.name} has positions for {self.image_size}; "
-                f"set encoder.image_size={image_size} to interpolate them"
-            )
-        return image_size // self.stride, image_size // self.stride
+        fixed = None if self.interpolate else self.image_size
+        return grid_of(image_size, stride=self.stride, name=self.name, fixed=fixed, divides=self.interpolate)
 
     def num_patches(self, image_size: int) -> int:
         height, width = self.grid(image_size)
-        return height * width
+        return height * width + self.class_token
 
     def forward(self, images: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
-        for size in images.shape[-2:]:
-            self.grid(size)
-        out = self.visual.forward_intermediates(
-            images, indices=[self.layer], intermediates_only=True, output_fmt="NLC", stop_early=True
-        )
-        return out["image_intermediates"][0]
+        visual = self.visual
+        x = rearrange(visual.conv1(images), "i d h w -> i (h w) d")
+        first = repeat(visual.class_embedding, "d -> i 1 d", i=len(images)).to(x.dtype)
+        x = torch.cat([first, x], dim=1) + self._positions([self.grid(size)[0] for size in images.shape[-2:]]).to(x)
+        x = visual.ln_pre(visual.patch_dropout(x))
+        x = visual.ln_post(visual.transformer(x))
+        return x if self.class_token else x[:, 1:]
+
+    def _positions(self, grid: list[int]) -> Float[Tensor, "1 N D"]:
+        own = self.visual.positional_embedding[None]
+        side = self.image_size // self.stride
+        return own if grid == [side, side] else resample_abs_pos_embed(own, grid, [side, side], num_prefix_tokens=1)

@@ -11,22 +11,34 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastvlm.models.encoders.checkpoint import load_weights
+from fastvlm.models.encoders.sizes import grid_of, layer_of, statistics
 from fastvlm.models.hub import fetch
 
 
 class TimmEncoder(nn.Module):
-    """Patches of `forward_features`, without class or register tokens, normalised as the model was trained.
+    """Patches of one layer, without register tokens, normalised as the model was trained.
+
+    What no patch depends on (classifier, pooling, layers above the one taken) is left out.
 
     Args:
-        name: a model of `timm.list_models()`.
+        name: a model of `timm.list_models()`, or `name.tag` for one of its checkpoints.
         pretrained: load timm's weights of that name from the hub.
-        checkpoint: load these weights instead: a .safetensors or .pt file of the model itself, or of a larger one that
-            holds it below some prefix (a CLIP, a whole VLM). A classifier in it is left out.
+        checkpoint: load these weights instead: a .safetensors or .pt file of the model itself, of a larger one that
+            holds it below some prefix (a CLIP, a whole VLM), or in the format it was published in.
+        layer: the transformer block whose output is taken, from 0, or from the end; LLaVA takes -2. Of a
+            convolutional or hybrid model only the end, -1.
+        norm: the transformer's final norm behind that layer; None: behind the last layer only, as in the model itself.
+        class_token: keep the class token, in front of the patches.
         mean, std: of the images it was trained on, where the weights are not those timm has in mind.
-        options: of `timm.create_model`, e.g. `img_size` or `dynamic_img_size` for a vision transformer.
+        image_size: side a transformer's learned positions are for; those of a checkpoint are interpolated to it once.
+        interpolate: interpolate positions in every forward pass to whatever image comes.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        options: of `timm.create_model`, e.g. `embed_dim`, `depth`.
 
     Raises:
-        ValueError: no such model, or its weights are not to be had; (forward, grid) an image size it cannot take.
+        ValueError: no such model or layer, its weights are not to be had or do not fit, or a key it has no use for;
+            (forward, grid) an image size it cannot take.
     """
 
     def __init__(
@@ -35,72 +47,124 @@ class TimmEncoder(nn.Module):
         *,
         pretrained: bool = False,
         checkpoint: str | None = None,
+        layer: int = -1,
+        norm: bool | None = None,
+        class_token: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        interpolate: bool = False,
+        gradient_checkpointing: bool = False,
         **options: Any,
     ):
         super().__init__()
-        self.name = name
+        self.name, self.class_token = name, class_token
+        if image_size is not None:
+            options["img_size"] = image_size
+        if interpolate:
+            options["dynamic_img_size"] = True
         from_hub = pretrained and checkpoint is None
         self.model = fetch(
             lambda: timm.create_model(name, pretrained=from_hub, num_classes=0, **options),
             what=f"encoder.name={name} with pretrained={pretrained}",
-            mend="without the hub, set encoder.checkpoint to a local file of its weights",
+            mend="without the hub, set encoder.checkpoint to a local file of its weights, or take a small option with "
+            "random ones, such as encoder=clip_micro",
         )
+        config = self.model.pretrained_cfg
+        self.mean, self.std = statistics(mean or config["mean"], std or config["std"], name=name)
+        self.out_dim: int = self.model.num_features
+        if all(hasattr(self.model, key) for key in ("blocks", "patch_embed", "norm", "num_prefix_tokens")):
+            self._take_layer(layer, norm)
+        else:
+            self._refuse_for_maps(layer=layer != -1, norm=norm is not None, class_token=class_token)
+            self.layer, self.norm, self.num_prefix, self.image_size = None, True, 0, None
+            self.model.head = nn.Identity()
+            self.stride = self.model.feature_info[-1]["reduction"]
+            self.divides = True
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
-        config = self.model.pretrained_cfg
-        self.mean, self.std = tuple(mean or config["mean"]), tuple(std or config["std"])
-        self.out_dim: int = self.model.num_features
-        self.num_prefix = getattr(self.model, "num_prefix_tokens", 0)
-        embed = getattr(self.model, "patch_embed", None)
-        if hasattr(embed, "patch_size"):
-            self.stride = embed.patch_size[0]
-            fixed = getattr(embed, "strict_img_size", False) and embed.img_size is not None
-            self.image_size: int | None = embed.img_size[0] if fixed else None
-        else:
-            self.stride, self.image_size = self.model.feature_info[-1]["reduction"], None
+        if gradient_checkpointing:
+            self.model.set_grad_checkpointing(True)
+
+    def _take_layer(self, layer: int, norm: bool | None) -> None:
+        model = self.model
+        depth = len(model.blocks)
+        self.layer = layer_of(layer, depth, name=self.name)
+        self.norm = self.layer == depth - 1 if norm is None else norm
+        self.num_prefix: int = model.num_prefix_tokens
+        if self.class_token and getattr(model, "cls_token", None) is None:
+            raise ValueError(f"encoder.class_token=true, but {self.name} has no class token; set it to false")
+        model.reset_classifier(0, "")
+        # A norm behind the pooling is of no use to patches, but a model that pools their mean has no other.
+        if self.norm and isinstance(model.norm, nn.Identity):
+            model.norm = getattr(model, "fc_norm", model.norm)
+        model.fc_norm = nn.Identity()
+        del model.blocks[self.layer + 1 :]
+        if not self.norm:
+            model.norm = nn.Identity()
+        embed = model.patch_embed
+        self.stride = embed.patch_size[0]
+        fixed = getattr(embed, "strict_img_size", True) and embed.img_size is not None
+        self.image_size: int | None = embed.img_size[0] if fixed else None
+        # SigLIP's 384 pixels are 27 patches of 14 and a rest: its patches stop short of the border.
+        self.divides = not fixed
+
+    def _refuse_for_maps(self, **given: bool) -> None:
+        for key in [key for key, set_ in given.items() if set_]:
+            raise ValueError(f"encoder.{key}: {self.name} is no plain transformer and has none; leave the key out")
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        if self.image_size not in (None, image_size):
-            raise ValueError(
-                f"image_size={image_size}, but {self.name} has positions for {self.image_size}; "
-                f"set encoder.img_size={image_size} to interpolate them"
-            )
-        if image_size % self.stride:
-            raise ValueError(f"image_size={image_size} is not a multiple of the {self.stride} pixels of {self.name}")
-        return image_size // self.stride, image_size // self.stride
+        return grid_of(image_size, stride=self.stride, name=self.name, fixed=self.image_size, divides=self.divides)
 
     def num_patches(self, image_size: int) -> int:
         height, width = self.grid(image_size)
-        return height * width
+        return height * width + self.class_token
 
     def forward(self, images: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
         for size in images.shape[-2:]:
             self.grid(size)
         features = self.model.forward_features(images.contiguous(memory_format=torch.channels_last))
-        if features.ndim == 3:
-            return features[:, self.num_prefix :]
-        # Hierarchical transformers of timm (Swin) put channels last, convolutional models first.
-        order = "i d h w -> i (h w) d" if features.shape[1] == self.out_dim else "i h w d -> i (h w) d"
-        return rearrange(features, order)
+        if self.layer is None:
+            return rearrange(channels_first(features, self.out_dim), "i d h w -> i (h w) d")
+        patches = features[:, self.num_prefix :]
+        return torch.cat([features[:, :1], patches], dim=1) if self.class_token else patches
+
+    # ------------------------------------------------------------------------------------ stages, of those that have
+
+    @property
+    def stage_dims(self) -> list[int]:
+        """Width of each stage's map. Raises ValueError where there are no stages."""
+        return [info["num_chs"] for info in self._stages()]
+
+    @property
+    def stage_strides(self) -> list[int]:
+        """Pixels a cell of each stage's map stands for, in one direction."""
+        return [info["reduction"] for info in self._stages()]
+
+    def advance(self, stage: int, x: Float[Tensor, "I C H W"]) -> Float[Tensor, "I D h w"]:
+        """The map of stage i from that of stage i - 1, or from images."""
+        if stage == 0:
+            x = self.model.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.model.stages[stage](x)
+
+    def finish(self, x: Float[Tensor, "I C h w"]) -> Float[Tensor, "I D h w"]:
+        """What stands behind the last stage."""
+        return getattr(self.model, "final_conv", getattr(self.model, "norm_pre", nn.Identity()))(x)
+
+    def _stages(self) -> list[dict]:
+        if not all(hasattr(self.model, part) for part in ("stem", "stages")):
+            raise ValueError(
+                f"encoder.name={self.name} has no stages; choose one that has, such as fastvithd or convnext"
+            )
+        return self.model.feature_info
+
+    @torch.no_grad()
+    def reparameterize(self) -> TimmEncoder:
+        """Folds branches and norms of a model that has them (FastViT), in place, for inference."""
+        timm.models.reparameterize_model(self.eval().model, inplace=True)
+        return self
 
 
-def load_weights(model: nn.Module, path: str) -> None:
-    """Strict but for a classifier, from a state dict that holds the model's own keys below any one prefix."""
-    state = fetch(
-        lambda: timm.models.load_state_dict(path),
-        what=f"encoder.checkpoint={path}",
-        mend="name a .safetensors or .pt file of its weights",
-    )
-    wanted = model.state_dict()
-    first = next(iter(wanted))
-    held = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)]
-    if not held:
-        raise ValueError(f"encoder.checkpoint={path} holds no {first}: these are not weights of this model")
-    own = {key.removeprefix(held[0]): value for key, value in state.items() if key.startswith(held[0])}
-    if missing := [key for key in wanted if key not in own]:
-        raise ValueError(
-            f"encoder.checkpoint={path} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} the first"
-        )
-    model.load_state_dict({key: own[key] for key in wanted})
+def channels_first(features: Tensor, dim: int) -> Float[Tensor, "I D h w"]:
+    """Hierarchical transformers of timm (Swin) put channels last, convolutional models first."""
+    return features if features.shape[1] == dim else rearrange(features, "i h w d -> i d h w")

@@ -14,8 +14,13 @@ def side_of(num_patches: int) -> int:
     """
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
-        raise ValueError(f"the encoder yields {num_patches} patches, no square grid; use resampler=perceiver")
+        token = "; without its class token it does: encoder.class_token=false" if is_square(num_patches - 1) else ""
+        raise ValueError(f"the encoder yields {num_patches} patches, no square grid; use resampler=perceiver{token}")
     return side
+
+
+def is_square(number: int) -> bool:
+    return math.isqrt(max(number, 0)) ** 2 == number
 
 
 def check_square(num_tokens: int) -> int:

@@ -16,6 +16,8 @@ class IdentityResampler(nn.Module):
         ValueError: (num_tokens_out, forward) `num_tokens` is given and is not the number of patches.
     """
 
+    keeps_empty = True  # a zero patch, which an encoder left empty, is a zero token
+
     def __init__(self, *, in_dim: int, num_tokens: int | None = None):
         super().__init__()
         self.out_dim, self.num_tokens = in_dim, num_tokens

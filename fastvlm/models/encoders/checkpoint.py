@@ -1,0 +1,50 @@
+"""Weights of a part from a local file: strict, in the original formats, and what does not fit is listed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastvlm.models.hub import fetch, refuse_differences
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Strict but for a classifier, a pooling and other towers, from the model's own keys below any one prefix, or from
+    the format it was published in: timm knows OpenAI's and open_clip's CLIP, Meta's DINOv2, Apple's MobileCLIP and
+    others. Learned positions of another grid are interpolated.
+
+    Raises:
+        ValueError: the file cannot be read or is of another model; the tensors that are missing or of another shape
+            are listed.
+    """
+    state = fetch(
+        lambda: timm.models.load_state_dict(path),
+        what=f"encoder.checkpoint={path}",
+        mend="name a .safetensors or .pt file of its weights",
+    )
+    wanted = model.state_dict()
+    state = below_prefix(state, wanted)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        # Of another model's weights it makes nothing, or an exception of any kind: both are told below.
+        with torch.no_grad(), suppress(Exception):
+            state = convert(state, model)
+    if not any(key in wanted for key in state):
+        first = next(iter(wanted))
+        raise ValueError(f"encoder.checkpoint={path} holds no {first}: these are not weights of this model")
+    refuse_differences(wanted, state, what=f"encoder.checkpoint={path}", mend="name a checkpoint of encoder.name")
+    model.load_state_dict({key: state[key] for key in wanted})
+
+
+def below_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state's entries below the prefix at which the wanted keys stand, or all of them."""
+    first = next(iter(wanted))
+    held = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)]
+    if not held:
+        return dict(state)
+    return {key.removeprefix(held[0]): value for key, value in state.items() if key.startswith(held[0])}
