@@ -1,32 +1,70 @@
-"""Score a finished run on a task.
+"""Score a finished run on one task or several.
 
 python eval.py checkpoint=runs/latest task=embedded
+python eval.py checkpoint=runs/latest task=[vqav2,textvqa,chartqa] task.limit=1000
+python eval.py checkpoint=runs/latest task=vqav2 predictions=answers.json    score answers that stand in a file
 """
 
+from functools import partial
 from pathlib import Path
 
-from fastvlm.config import command
+from fastvlm.config import command, compose_each, take_list
 
 
-def evaluate(config):
-    from fastvlm.build import build_transform, ensure_embedded, instantiate, load_run
+def evaluate(config, *, names=()):
+    from fastvlm.build import build_transform, ensure_embedded, instantiate, load_run, load_tokenizer
     from fastvlm.callbacks.handoff import write_json
+    from fastvlm.evaluation.progress import Progress
+    from fastvlm.evaluation.ranks import find_ranks, start_ranks
     from fastvlm.pipeline import build_task
 
     hardware = instantiate(config.hardware, key="hardware")
     hardware.apply()
-    ensure_embedded(config)
-    model, tokenizer, run = load_run(config.checkpoint, device=hardware.device)
-    task = build_task(config.task)
+    configs = compose_each(config, "task", names)
+    for each in configs.values():
+        ensure_embedded(each)
+    tasks = {name: build_task(each.task) for name, each in configs.items()}
     out = Path(config.out or Path(config.checkpoint) / "eval")
-    images = {"image_size": run.image_size, "transform": build_transform(run)}
-    results = task.run(model, tokenizer, **images, device=hardware.device, out=out)
-    results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
-    write_json(out / "results.json", results)
-    print(task.render(results))
+    ranks = find_ranks(hardware.num_ranks)
+    split = [task for task in tasks.values() if hasattr(task, "predict")] if not config.predictions else []
+    if ranks.rank is None and split:
+        start_ranks(ranks.count)
+    if config.predictions or (ranks.rank is None and len(split) == len(tasks)):
+        tokenizer = load_tokenizer(config.checkpoint)
+    else:
+        device = f"{hardware.device}:{ranks.local}" if hardware.device == "cuda" else hardware.device
+        model, tokenizer, run = load_run(config.checkpoint, device=device)
+        answer = {"image_size": run.image_size, "transform": build_transform(run), "device": device}
+    results = {}
+    for name, task in tasks.items():
+        if config.predictions:
+            if not hasattr(task, "score_file"):
+                raise ValueError(f"predictions=...: task {name} is scored with its model alone")
+            results[name] = task.score_file(config.predictions, tokenizer, out=out)
+        elif hasattr(task, "predict"):
+            if ranks.rank is not None:
+                with Progress(name, shown=ranks.rank == 0) as progress:
+                    share = {"rank": ranks.rank, "num_ranks": ranks.count, "progress": progress}
+                    task.predict(model, tokenizer, **answer, out=out, **share)
+            if ranks.collects:
+                results[name] = task.score(
+                    task.collect(out, wait=None if ranks.rank is None else 3600), tokenizer=tokenizer, out=out
+                )
+        elif ranks.collects:
+            results[name] = task.run(model, tokenizer, **answer, out=out)
+    if not ranks.collects:
+        return None
+    for name, result in results.items():
+        result["predictions"] = result.pop("examples", [])  # all of them are in predictions/
+        print(tasks[name].render(result))
+        if "task" in result:
+            write_json(out / f"{name}.json", result)
+    [only] = results.values() if len(results) == 1 else [None]
+    metrics = {key: value for result in results.values() for key, value in result["metrics"].items()}
+    write_json(out / "results.json", only or {"metrics": metrics, "tasks": list(results)})
     print(f"results: {out / 'results.json'}")
-    return results["metrics"].get("test/exact_match/mean")
+    return metrics.get("test/exact_match/mean", next(iter(metrics.values())))
 
 
 if __name__ == "__main__":
-    command("eval", evaluate)
+    command("eval", partial(evaluate, names=take_list("task")))

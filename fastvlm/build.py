@@ -148,6 +148,36 @@ def ensure_embedded(config: DictConfig) -> None:
     prepare("embedded", out=folder)
 
 
+def read_run(run: str | Path) -> DictConfig:
+    """Configuration of a run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(
+            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
+        )
+    return OmegaConf.load(path)
+
+
+def load_tokenizer(run: str | Path) -> Tokenizer:
+    """The tokenizer of a run or of a saved model, without the model."""
+    return saved_tokenizer(Path(run)) if is_saved(Path(run)) else build_tokenizer(read_run(run))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is a model in the form of `transformers` rather than a run."""
+    return not (folder / "config.yaml").exists() and (folder / "config.json").exists()
+
+
+def saved_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a saved model, with the turns of its own chat template."""
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
+
+
 def load_run(run: str | Path, *, device: str = "cpu"):
     """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
 
@@ -157,14 +187,9 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     from fastvlm.callbacks.handoff import load_component, read_manifest
 
     run = Path(run)
-    path = run / "config.yaml"
-    if not path.exists() and (run / "config.json").exists():
+    if is_saved(run):
         return load_saved(run, device=device)
-    if not path.exists():
-        raise ValueError(
-            f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
-        )
-    config = OmegaConf.load(path)
+    config = read_run(run)
     lineage = run / "lineage.json"
     if not lineage.exists():
         raise ValueError(f"{run}: its stages have not finished; run the same train command again")
@@ -194,6 +219,4 @@ def load_saved(folder: Path, *, device: str = "cpu"):
     else:
         model, own = from_pretrained(str(folder)), views_at(str(folder), key="run")
         views = {"image_size": own.image_size, "image": own.image}
-    template = kind if kind in TEMPLATES else OWN
-    tokenizer = Tokenizer(str(folder), template=template, image_token=OWN)
-    return model.to(device).eval(), tokenizer, OmegaConf.create(views)
+    return model.to(device).eval(), saved_tokenizer(folder), OmegaConf.create(views)

@@ -150,6 +150,7 @@ class EvalConfig:
     hardware: Any = MISSING
     paths: Paths = field(default_factory=Paths)
     out: str | None = None
+    predictions: str | None = None  # score these answers; the model is not asked
 
 
 def run_name() -> str:
@@ -249,6 +250,31 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         if config_name == "train" and not any(o.startswith("name=") for o in overrides):
             overrides.append("name=composed")
         return hydra_compose(config_name, overrides)
+
+
+def take_list(group: str) -> list[str]:
+    """The choices of a group given as a list, `task=[vqav2,textvqa]`, with the command line left at the first of them.
+
+    Hydra itself would merge them into one; `compose_each` makes one configuration of each.
+    """
+    for i, argument in enumerate(sys.argv):
+        if match := re.fullmatch(rf"{group}=\[([\w\s,/-]*)\]", argument):
+            names = [name.strip() for name in match[1].split(",") if name.strip()]
+            if names:
+                sys.argv[i] = f"{group}={names[0]}"
+                return list(dict.fromkeys(names))
+    return []
+
+
+def compose_each(config: DictConfig, group: str, names: list[str]) -> dict[str, DictConfig]:
+    """The configuration once for every choice of a group, by choice; all other overrides hold for each."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if len(names) < 2:
+        return {str(hydra.runtime.choices.get(group)): config}
+    others = [o for o in hydra.overrides.task if not re.match(rf"\+*{group}=", o)]
+    return {name: compose(hydra.job.config_name, [*others, f"{group}={name}"]) for name in names}
 
 
 def explain(error: BaseException, config_name: str) -> str:

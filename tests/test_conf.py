@@ -71,6 +71,11 @@ def test_a_stages_mixture_and_keys_are_set_from_the_command_line():
     assert config.stages.dense.image_size == 128
 
 
+def test_the_evaluation_page_lists_every_task():
+    page = (CONF.parent / "docs" / "evaluation.md").read_text()
+    assert not [f.stem for f in (CONF / "task").glob("*.yaml") if f"`{f.stem}`" not in page]
+
+
 @pytest.mark.parametrize("path", sorted((CONF / "vlm").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_whole_model_brings_its_tokenizer_and_a_pipeline_that_takes_its_own_views(path: Path):
     config = compose("train", [f"vlm={path.stem}", "vlm.path=somewhere"])

@@ -18,6 +18,7 @@ MAY = {
     "stages": {"models", "batch", "tokens"},
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
+    "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},
     "bench": {"inference", "models", "data", "batch", "tokens", "build"},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
@@ -16,7 +16,6 @@ from fastvlm.models.vlm import VLM
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 
-@torch.inference_mode()
 def token_nll(
     model: VLM,
     tokenizer: Tokenizer,
@@ -26,7 +25,23 @@ def token_nll(
     tokens_per_view: int = 1,
     batch_size: int = 64,
 ) -> list[Float[Tensor, "_"]]:
-    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order.
+    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row: see `token_scores`."""
+    scores = token_scores(model, tokenizer, rows, visual, tokens_per_view=tokens_per_view, batch_size=batch_size)
+    return [nll for nll, _ in scores]
+
+
+@torch.inference_mode()
+def token_scores(
+    model: VLM,
+    tokenizer: Tokenizer,
+    rows: Sequence[tuple[list[int], list[int]]],
+    visual: Sequence[Sequence[Float[Tensor, "_ D"]]],
+    *,
+    tokens_per_view: int = 1,
+    batch_size: int = 64,
+) -> list[tuple[Float[Tensor, "_"], Bool[Tensor, "_"]]]:
+    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order, and whether it
+    is the one greedy decoding takes.
 
     Args:
         rows: (input_ids, labels) of one sample each, as `encode_record` makes them; the first token has nothing before
@@ -40,10 +55,12 @@ def token_nll(
     if len(rows) != len(visual):
         raise ValueError(f"{len(rows)} rows came with visual tokens for {len(visual)}")
     longest = max((len(ids) for ids, _ in rows), default=0)
-    if longest > model.llm.max_positions:
+    # The last token of a row is only predicted, so it takes no position.
+    if longest > model.llm.max_positions + 1:
         raise ValueError(f"a row has {longest} tokens, but the model ends at {model.llm.max_positions}")
     device = next(model.parameters()).device
-    scores: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(rows)
+    nothing = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    scores: list[tuple[Tensor, Tensor]] = [nothing] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
@@ -57,19 +74,23 @@ def token_nll(
             labels[i, : len(ids)] = torch.tensor(learned)
             segment_ids[i, : len(ids)] = 1
         input_ids, segment_ids = input_ids.to(device), segment_ids.to(device)
+        if length > model.llm.max_positions:
+            length -= 1
+            input_ids, segment_ids = input_ids[:, :length], segment_ids[:, :length]
         embeds = model.llm.embed(input_ids)  # (B, S, D)
         if images := [image for row in chosen for image in visual[row]]:
             views = rearrange(torch.cat(images), "(i m) d -> i m d", m=tokens_per_view)
             embeds = splice(embeds, input_ids, views, image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
-        hidden = model.read(embeds, input_ids, labels.to(device), position_ids, segment_ids)
+        hidden = model.read(embeds, input_ids, labels[:, :length].to(device), position_ids, segment_ids)
         # Only where the next token is learned: the head is the widest product of a small model.
         at, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         targets = labels[at, before + 1].to(device)
         logits = model.llm.head(hidden[at.to(device), before.to(device)]).float()
         nll = (logits.logsumexp(dim=-1) - logits.gather(-1, targets[:, None])[:, 0]).double().cpu()
+        best = (logits.argmax(dim=-1) == targets).cpu()
         for i, row in enumerate(chosen):
-            scores[row] = nll[at == i]
+            scores[row] = nll[at == i], best[at == i]
     return scores
 
 

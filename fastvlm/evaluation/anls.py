@@ -1,0 +1,59 @@
+"""ANLS of DocVQA: average normalised Levenshtein similarity (Biten et al., arXiv:1905.13648; arXiv:1907.00490, eq. 1).
+
+The competition's own script (rrc.cvc.uab.es) keeps a similarity of exactly 0.5 where the formula drops it, and divides
+by the longer of the two texts as they were given, outer and double spaces included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastvlm.evaluation.protocol import Protocol
+
+THRESHOLD = 0.5
+
+
+def edit_distance(a: Sequence, b: Sequence) -> int:
+    """Levenshtein's distance."""
+    if len(a) < len(b):
+        a, b = b, a
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def anls(prediction: str, answers: Sequence[str], *, threshold: float = THRESHOLD) -> float:
+    """Similarity to the nearest reference in [0, 1]; below the threshold it is 0.
+
+    Raises:
+        ValueError: no reference.
+    """
+    if not answers:
+        raise ValueError("ANLS needs a reference answer")
+    distances = []
+    for answer in answers:
+        length = max(len(answer.upper()), len(prediction.upper()))  # as the script: some letters grow in upper case
+        distance = edit_distance(" ".join(answer.lower().split()), " ".join(prediction.lower().split()))
+        distances.append(distance / length if length else 0.0)
+    similarity = 1 - min(distances)
+    return similarity if similarity >= threshold else 0.0
+
+
+class ANLS(Protocol):
+    """Types are DocVQA's: figure/diagram, form, table/list, ..., a question may have several."""
+
+    metric = "anls"
+
+    def __init__(self, *, threshold: float = THRESHOLD):
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"protocol.threshold={threshold} is not in [0, 1]")
+        self.threshold = threshold
+
+    def grade(self, row: dict) -> dict:
+        return {"score": anls(row["prediction"], row["answers"], threshold=self.threshold)}
+
+    def official(self, rows: Sequence[dict]) -> list[dict]:
+        return [{"questionId": row["question_id"], "answer": row["prediction"]} for row in rows]

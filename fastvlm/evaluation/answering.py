@@ -1,0 +1,221 @@
+"""Windows of questions: read ahead of the model, images encoded once, prompts of like length answered together."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from fastvlm.data.decode import open_image, to_rgb
+from fastvlm.data.index import SourceIndex
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.evaluation.prompts import Prompt, first_question
+from fastvlm.inference.engine import Engine
+
+THUMBNAIL = 160  # pixels of the longer side
+DECODERS = 2  # threads
+
+
+@dataclass
+class Asked:
+    """One question as it lies in the shard, with the digests of its images."""
+
+    key: str
+    record: dict
+    images: list[bytes] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    thumbnail: str = ""  # a data address
+
+    @property
+    def digest(self) -> str:
+        """A name for the images, where the data set gives none."""
+        return "+".join(digest[:16] for digest in self.digests)
+
+    @property
+    def text(self) -> str:
+        """The user's words, images left out."""
+        if "document" in self.record:
+            return ""
+        return "".join(part["text"] for part in first_question(self.record) if part["type"] == "text")
+
+
+def read_window(
+    windows: Sequence[np.ndarray],
+    *,
+    index: SourceIndex,
+    source: Source,
+    transform: ImageTransform | None,
+    shown: frozenset[int],
+) -> Iterator[list[Asked]]:
+    """The questions of every window, read in a thread while the one before is answered.
+
+    Args:
+        windows: rows of the index.
+        transform: None leaves the images unread: only the words are wanted.
+        shown: rows that get a thumbnail.
+
+    Raises:
+        ValueError: a sample that cannot be read: a score over fewer questions would be another score.
+    """
+    reader = ShardReader()
+    faults = index.faults.to_pylist()
+
+    def read(rows: np.ndarray) -> list[Asked]:
+        asked = []
+        for row in rows.tolist():
+            if faults[row]:
+                raise ValueError(f"{index.folder}: sample {index.key(row)} of {index.split} is broken ({faults[row]})")
+            raw = index.read(row, reader)
+            images = list(raw.images) if source.images and transform is not None else []
+            asked.append(
+                Asked(
+                    key=raw.key,
+                    record=source.edit(raw.record),
+                    images=images,
+                    digests=[hashlib.sha256(image).hexdigest() for image in images],
+                    thumbnail=make_thumbnail(raw.images[0]) if row in shown and raw.images else "",
+                )
+            )
+        return asked
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(read, rows) for rows in windows[:1]]
+        for k in range(len(windows)):
+            window = ahead.pop().result()
+            if k + 1 < len(windows):
+                ahead.append(pool.submit(read, windows[k + 1]))
+            yield window
+    reader.close()
+
+
+def answer_window(
+    engine: Engine,
+    asked: Sequence[Asked],
+    *,
+    prompt: Prompt,
+    examples: Sequence[tuple[dict, list[bytes]]] = (),
+    batch_size: int = 32,
+    max_new_tokens: int = 16,
+    stop: Sequence[str] = (),
+    cache: OrderedDict | dict | None = None,
+    cache_bytes: int = 0,
+) -> list[dict]:
+    """`prediction` and `tokens` of every question, greedy, in order; `fault` where it could not be asked.
+
+    An unreadable image and a prompt longer than the model leave the prediction empty: it is scored as it is.
+
+    Args:
+        examples: records and image files that stand before every question.
+        cache: visual tokens by digest, oldest first, kept from window to window up to `cache_bytes`.
+    """
+    cache = {} if cache is None else cache
+    shots = [record for record, _ in examples]
+    before = [(hashlib.sha256(image).hexdigest(), image) for _, images in examples for image in images]
+    needed = dict(before) | {d: image for q in asked for d, image in zip(q.digests, q.images)}
+    visual, broken = encode_new(engine, needed, cache)
+    rows: list[dict] = [{"prediction": "", "tokens": 0} for _ in asked]
+    lengths: dict[int, int] = {}
+    records, shown = {}, {}
+    for i, question in enumerate(asked):
+        digests = [d for d, _ in before] + question.digests
+        if unreadable := [d for d in digests if d in broken]:
+            rows[i]["fault"] = f"image cannot be read: {broken[unreadable[0]]}"
+            continue
+        records[i], shown[i] = prompt.ask(question.record, shots), [visual[d] for d in digests]
+        try:
+            ids = engine.encode_prompt(records[i], slots=[len(v) for v in shown[i]], max_new_tokens=max_new_tokens)
+        except ValueError as error:
+            rows[i]["fault"] = str(error)
+            continue
+        lengths[i] = len(ids)
+    by_length = sorted(lengths, key=lambda i: (lengths[i], i))
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        generations = engine.generate_from_visual(
+            [records[i] for i in batch], [shown[i] for i in batch], max_new_tokens=max_new_tokens, stop=stop
+        )
+        for i, generation in zip(batch, generations):
+            rows[i] = {"prediction": generation.text, "tokens": len(generation.token_ids)}
+    keep(cache, visual, cache_bytes)
+    return rows
+
+
+def encode_new(
+    engine: Engine, images: dict[str, bytes], cache: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Visual tokens of every image by digest, those not in the cache encoded now; and why others cannot be read."""
+    visual = {digest: cache[digest] for digest in images if digest in cache}
+    new = [digest for digest in images if digest not in cache]
+    broken: dict[str, str] = {}
+    if not new:
+        return visual, broken
+    transforms = [engine.transform.restricted(()) for _ in range(DECODERS)]  # each holds room of its own
+
+    def decode(job: tuple[int, list[str]]) -> list[Tensor | str]:
+        thread, digests = job
+        out: list[Tensor | str] = []
+        for digest in digests:
+            try:
+                out.append(transforms[thread](images[digest]))
+            except Exception as error:  # noqa: BLE001  whatever a decoder raises over bytes that are no image
+                out.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return out
+
+    chunks = [new[i : i + engine.image_batch] for i in range(0, len(new), engine.image_batch)]
+    with ThreadPoolExecutor(DECODERS) as pool:
+        jobs = lambda chunk: [pool.submit(decode, (t, chunk[t::DECODERS])) for t in range(DECODERS)]
+        ahead = jobs(chunks[0])
+        for k, chunk in enumerate(chunks):
+            parts = [job.result() for job in ahead]
+            if k + 1 < len(chunks):
+                ahead = jobs(chunks[k + 1])
+            decoded = {chunk[t + DECODERS * i]: view for t in range(DECODERS) for i, view in enumerate(parts[t])}
+            broken |= {digest: why for digest, why in decoded.items() if isinstance(why, str)}
+            good = [digest for digest in chunk if digest not in broken]
+            visual |= dict(zip(good, engine.encode_images([decoded[digest] for digest in good])))
+    return visual, broken
+
+
+def keep(cache: dict[str, Tensor], visual: dict[str, Tensor], most: int) -> None:
+    """Remember these visual tokens as the newest; the oldest go until the rest fits into `most` bytes."""
+    size = lambda tensor: tensor.numel() * tensor.element_size()
+    for digest, tokens in visual.items():
+        cache.pop(digest, None)
+        # A view into a chunk would hold the whole chunk.
+        cache[digest] = tokens.clone() if tokens.untyped_storage().nbytes() > size(tokens) else tokens
+    total = sum(map(size, cache.values()))
+    for digest in list(cache):
+        if total <= most:
+            break
+        total -= size(cache.pop(digest))
+
+
+def make_thumbnail(image: bytes) -> str:
+    """A picture as a data address; "" where it cannot be read."""
+    try:
+        small = to_rgb(open_image(image))
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        stored = io.BytesIO()
+        small.save(stored, "JPEG", quality=75)
+    except Exception:  # noqa: BLE001  the question itself says what is wrong with it
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(stored.getvalue()).decode()
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """A name for a model's weights: shapes, and sixteen values spread over every tensor; training moves some."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 16)].cpu().double() if flat.is_floating_point() else flat[:16].cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {some.tolist()}".encode())
+    return digest.hexdigest()[:16]

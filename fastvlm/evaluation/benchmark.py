@@ -1,0 +1,328 @@
+"""A benchmark: its questions read from shards, answered window by window on every rank, scored by its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastvlm.data.index import SourceIndex
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Source, shuffled
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.evaluation.answering import Asked, answer_window, fingerprint_model, read_window
+from fastvlm.evaluation.predictions import read_rows, write_predictions
+from fastvlm.evaluation.prompts import Prompt, answer_of, split_question
+from fastvlm.evaluation.protocol import Protocol
+from fastvlm.evaluation.scores import describe, make_result
+from fastvlm.inference.engine import Engine
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import Tokenizer
+
+
+class Benchmark:
+    """One data set, one way to ask, one way to score.
+
+    The questions are cut into windows in the order of the index. A window is answered as a whole, in batches that
+    depend on nothing but its questions, and written as a file by atomic rename: a killed run, or one with another
+    number of ranks, goes on with the windows that are missing and ends with the same predictions.
+
+    Args:
+        name: of the task, in metrics and file names.
+        source: the data set; its shards come from `data/prepare.py source=...`.
+        protocol: how answers are scored.
+        split: of the shards.
+        limit: questions, spread over the split; None takes all.
+        instruction, options, ocr, request, form, template: see `Prompt`.
+        shots: examples from the source's train split before every question, always the same ones; 4 are the first 4 of
+            8.
+        stop: strings that end an answer; running text ends at a line break unless told.
+        max_new_tokens: bound of an answer.
+        batch_size: questions answered at once.
+        window: questions a rank takes at a time, and what a kill costs at most.
+        cache_mb: of visual tokens kept for questions about the same image.
+        thumbnails: questions shown with their image on the page beside the predictions.
+        resamples: of the bootstrap (images are drawn, not questions).
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        source: Source,
+        protocol: Protocol,
+        split: str = "val",
+        limit: int | None = None,
+        instruction: str | None = None,
+        options: bool | None = None,
+        ocr: bool = False,
+        request: str | None = None,
+        form: str = "chat",
+        template: str = Prompt.template,
+        shots: int = 0,
+        stop: Sequence[str] | None = None,
+        max_new_tokens: int = 16,
+        batch_size: int = 32,
+        window: int = 128,
+        cache_mb: int = 512,
+        thumbnails: int = 200,
+        resamples: int = 1000,
+    ):
+        for key, value, least in (
+            ("shots", shots, 0),
+            ("max_new_tokens", max_new_tokens, 1),
+            ("batch_size", batch_size, 1),
+            ("window", window, 1),
+            ("limit", 1 if limit is None else limit, 1),
+        ):
+            if value < least:
+                raise ValueError(f"task {name}: {key}={value} must be at least {least}")
+        self.name, self.source, self.protocol, self.split, self.limit = name, source, protocol, split, limit
+        self.prompt = Prompt(instruction, options, ocr, request, form, template)
+        self.shots, self.max_new_tokens = shots, max_new_tokens
+        self.stop = tuple(stop) if stop is not None else ("\n",) if form == "document" else ()
+        self.batch_size, self.window, self.cache_mb = batch_size, window, cache_mb
+        self.thumbnails, self.resamples = thumbnails, resamples
+
+    def run(
+        self,
+        model: VLM,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        transform: ImageTransform | None = None,
+        device: str | torch.device = "cpu",
+        out: str | Path | None = None,
+    ) -> dict:
+        """Answer and score in this process; see `make_result` for what comes back.
+
+        Args:
+            image_size: side of a view (pixels), as the last stage saw them.
+            transform: from a file to its views, as the last stage saw them; None pads to squares.
+            out: folder that gets `predictions/<name>.jsonl` and its kin, and where an interrupted run goes on.
+        """
+        out = Path(out) if out is not None else None
+        where = {"image_size": image_size, "transform": transform}
+        windows = self.predict(model, tokenizer, **where, device=device, out=out)
+        return self.score([row for window in windows for row in window], tokenizer=tokenizer, out=out)
+
+    def render(self, result: dict) -> str:
+        """The result as a table for the terminal."""
+        return describe(result)
+
+    def questions(self, tokenizer: Tokenizer) -> tuple[SourceIndex, list[np.ndarray]]:
+        """The index of the split, and the rows of every window.
+
+        Raises:
+            ValueError: no shards, or none of their samples is left.
+        """
+        if not self.source.has_split(self.split):
+            raise ValueError(
+                f"task {self.name}: no {self.split} shards in {self.source.path}; make them with "
+                f"`python data/prepare.py source={self.source.name} path=<the data set>`"
+            )
+        index = self.source.load(self.split, tokenizer)
+        rows, _ = self.source.select(index)
+        if self.limit is not None and self.limit < len(rows):
+            rows = rows[np.linspace(0, len(rows) - 1, self.limit).round().astype(int)]
+        if not len(rows):
+            raise ValueError(f"task {self.name}: the {self.split} split of {self.source.path} holds no question")
+        return index, [rows[i : i + self.window] for i in range(0, len(rows), self.window)]
+
+    def predict(
+        self,
+        model: VLM,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        transform: ImageTransform | None = None,
+        device: str | torch.device = "cpu",
+        out: Path | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[dict]]:
+        """Answer this rank's windows; with `out`, those that are not answered yet.
+
+        Returns:
+            The rows of this rank's windows in order, unscored.
+        """
+        engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
+        index, windows = self.questions(tokenizer)
+        folder = self.parts(out, engine, index, windows) if out is not None else None
+        mine = range(rank, len(windows), num_ranks)
+        shown = self.shown(windows)
+        examples = self.examples(tokenizer)
+        cache: dict = {}
+        answered, done, total = [], 0, sum(len(windows[k]) for k in mine)
+        missing = [k for k in mine if folder is None or not (folder / f"{k:06d}.json").exists()]
+        batches = read_window(
+            [windows[k] for k in missing], index=index, source=self.source, transform=engine.transform, shown=shown
+        )
+        for k in mine:
+            file = folder / f"{k:06d}.json" if folder is not None else None
+            if k in missing:
+                asked = next(batches)
+                rows = answer_window(
+                    engine,
+                    asked,
+                    prompt=self.prompt,
+                    examples=examples,
+                    batch_size=self.batch_size,
+                    max_new_tokens=self.max_new_tokens,
+                    stop=self.stop,
+                    cache=cache,
+                    cache_bytes=self.cache_mb << 20,
+                )
+                rows = [self.row_of(question) | row for question, row in zip(asked, rows)]
+                if file is not None:
+                    beside = file.with_name(f".{file.name}.{os.getpid()}")
+                    beside.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+                    beside.replace(file)
+            else:
+                rows = json.loads(file.read_text(encoding="utf-8"))
+            answered.append(rows)
+            done += len(rows)
+            progress(done, total)
+        return answered
+
+    def collect(self, out: Path, *, wait: float | int | None = None) -> list[dict]:
+        """The rows of all windows, in order, as the ranks wrote them.
+
+        Args:
+            wait: seconds without a new window after which the others are given up; None does not wait at all.
+
+        Raises:
+            ValueError: windows are missing.
+        """
+        folder = Path(json.loads((out / "predictions" / f".{self.name}.json").read_text())["parts"])
+        count = json.loads((folder / "windows.json").read_text())["windows"]
+        there, since = -1, time.monotonic()
+        while len(found := sorted(folder.glob("[0-9]*.json"))) < count:
+            if len(found) > there:
+                there, since = len(found), time.monotonic()
+            if wait is None or time.monotonic() - since > wait:
+                raise ValueError(
+                    f"task {self.name}: {count - len(found)} of {count} windows in {folder} are not answered; run the "
+                    "same command again"
+                )
+            time.sleep(0.2)
+        return [row for file in found for row in json.loads(file.read_text(encoding="utf-8"))]
+
+    def score(self, rows: Sequence[dict], *, tokenizer: Tokenizer | None = None, out: Path | None = None) -> dict:
+        """Score answered rows; with `out`, write the predictions, their page and the official result file."""
+        result = make_result(self.name, rows, protocol=self.protocol, split=self.split, resamples=self.resamples)
+        result |= {"asked": self.describe_prompt(), "data": str(self.source.path)}
+        if out is not None:
+            result["examples"] = write_predictions(out, result, protocol=self.protocol)
+        return result
+
+    def score_file(self, path: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> dict:
+        """Score answers that stand in a file: our predictions, JSON lines or a list of `question_id` and an answer.
+
+        Raises:
+            ValueError: the file holds answers to other questions, not all, or one twice.
+        """
+        index, windows = self.questions(tokenizer)
+        answers, named_by = read_rows(path)
+        rows, which = [], f"task {self.name} ({self.split} split)"
+        read = read_window(windows, index=index, source=self.source, transform=None, shown=frozenset())
+        for question in (question for window in read for question in window):
+            row = self.row_of(question)
+            if (name := str(row[named_by])) not in answers:
+                raise ValueError(
+                    f"{path} has no answer to question {name} of {which}, or not to each of that id; it holds answers "
+                    f"such as to {next(iter(answers), 'none')}: is it of another task, split or limit?"
+                )
+            rows.append(row | {"prediction": answers.pop(name)})
+        if answers and self.limit is None:
+            raise ValueError(
+                f"{path} answers {len(answers)} questions that {which} does not ask, such as "
+                f"{next(iter(answers))}: is it of another task or split?"
+            )
+        return self.score(rows, tokenizer=tokenizer, out=out)
+
+    def describe_prompt(self) -> dict:
+        """How the questions were put: what a score cannot be compared without."""
+        said = {"form": self.prompt.form, "shots": self.shots, "ocr_tokens": self.prompt.ocr}
+        instruction = self.prompt.request if self.prompt.instruction is None else self.prompt.instruction
+        return said | {"instruction": "as in the shards" if instruction is None else instruction}
+
+    def examples(self, tokenizer: Tokenizer) -> list[tuple[dict, list[bytes]]]:
+        """Records and image files of the shots.
+
+        Raises:
+            ValueError: there is no train split, or it is too small.
+        """
+        if not self.shots:
+            return []
+        if not self.source.has_split("train"):
+            raise ValueError(
+                f"task {self.name}: shots={self.shots} are taken from train shards, and {self.source.path} has none; "
+                f"make them with `python data/prepare.py source={self.source.name} splits=train,{self.split} ...`"
+            )
+        index = self.source.load("train", tokenizer)
+        rows, _ = self.source.select(index)
+        faults, reader, found = index.faults.to_pylist(), ShardReader(), []
+        for row in rows[shuffled(len(rows), "shots", self.name)].tolist():
+            if len(found) == self.shots:
+                break
+            if not faults[row]:
+                raw = index.read(row, reader)
+                found.append((self.source.edit(raw.record), list(raw.images) if self.source.images else []))
+        reader.close()
+        if len(found) < self.shots:
+            raise ValueError(f"task {self.name}: shots={self.shots}, but train holds {len(found)} readable samples")
+        return found
+
+    def shown(self, windows: Sequence[np.ndarray]) -> frozenset[int]:
+        """Rows that get a thumbnail, spread over the split."""
+        rows = np.concatenate(windows)
+        places = np.linspace(0, len(rows) - 1, min(self.thumbnails, len(rows))).round().astype(int)
+        return frozenset(rows[places].tolist())
+
+    def row_of(self, question: Asked) -> dict:
+        """What the predictions file says of a question, but for its answer."""
+        meta = dict(question.record.get("meta") or {})
+        answers = meta.pop("answers", None) or [answer_of(question.record)]
+        text, _, _ = split_question(question.text, meta)
+        return {
+            "key": question.key,
+            "question_id": meta.pop("question_id", question.record.get("id")),
+            "image_id": meta.pop("image_id", question.digest),
+            "type": str(meta.pop("type", "") or ""),
+            "question": text,
+            "answers": [str(answer) for answer in answers],
+            "meta": {key: value for key, value in meta.items() if key not in ("turns", "ocr_tokens")},
+        } | ({"thumbnail": question.thumbnail} if question.thumbnail else {})
+
+    def parts(self, out: Path, engine: Engine, index: SourceIndex, windows: Sequence[np.ndarray]) -> Path:
+        """The folder of answered windows: another model, data set or prompt has another one."""
+        transform = engine.transform
+        said = {
+            "task": [self.name, self.split, index.checksum, [rows.tolist() for rows in windows]],
+            "prompt": [repr(self.prompt), self.shots, self.stop, self.max_new_tokens, self.batch_size, self.window],
+            "source": [self.source.system, self.source.images],
+            "image": [transform.image_size, transform.fit, transform.tiles, transform.padding],
+            "model": fingerprint_model(engine.model),
+        }
+        name = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+        folder = out / "predictions" / f".{self.name}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in (
+            (folder / "windows.json", {"windows": len(windows)}),
+            (out / "predictions" / f".{self.name}.json", {"parts": str(folder)}),
+        ):
+            beside = path.with_name(f"{path.name}.{os.getpid()}")
+            beside.write_text(json.dumps(content))
+            beside.replace(path)
+        return folder

@@ -1,0 +1,55 @@
+"""POPE: is the object there? RUCAIBox/POPE@3df3ba1b `evaluate.py` (Li et al., arXiv:2305.10355)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastvlm.evaluation.protocol import Protocol, mean
+
+
+def read_yes_no(prediction: str) -> str:
+    """Of the first sentence, without commas: no where one of its words is No, no or not, otherwise yes."""
+    words = prediction.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def yes_no_figures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 (yes is positive) and the share of yes; what is not defined is 0."""
+    pairs = [(a == "yes", b != "no") for a, b in zip(said, truth, strict=True)]
+    tp, tn = pairs.count((True, True)), pairs.count((False, False))
+    precision = _ratio(tp, tp + pairs.count((True, False)))
+    recall = _ratio(tp, tp + pairs.count((False, True)))
+    return {
+        "accuracy": _ratio(tp + tn, len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_share": _ratio(sum(a for a, _ in pairs), len(pairs)),
+    }
+
+
+class Pope(Protocol):
+    """`f1_mean` over the categories random, popular and adversarial is the figure LLaVA and FastVLM report as POPE."""
+
+    def grade(self, row: dict) -> dict:
+        said = read_yes_no(row["prediction"])
+        return {"score": float(said == ("no" if row["answers"][0] == "no" else "yes")), "parsed": said}
+
+    def summarise(self, rows: Sequence[dict]) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        f1 = []
+        for kind in sorted({row["type"] for row in rows}):
+            chosen = [row for row in rows if row["type"] == kind]
+            mine = yes_no_figures([row["parsed"] for row in chosen], [row["answers"][0] for row in chosen])
+            figures |= {f"{name}/{kind}": value for name, value in mine.items() if name != "accuracy"}
+            f1.append(mine["f1"])
+        both = yes_no_figures([row["parsed"] for row in rows], [row["answers"][0] for row in rows])
+        figures |= {name: value for name, value in both.items() if name != "accuracy"}
+        return figures | {"f1_mean": mean(f1)}
+
+    def official(self, rows: Sequence[dict]) -> list[dict]:
+        return [{"question": row["question"], "answer": row["prediction"]} for row in rows]
+
+
+def _ratio(part: float | int, whole: float | int) -> float:
+    return part / whole if whole else 0.0

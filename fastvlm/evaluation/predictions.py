@@ -1,0 +1,137 @@
+"""Predictions on disk: a line a question, a page to look at, and the file the benchmark's own scorer takes."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastvlm.evaluation.protocol import Protocol
+
+NAMES = ("key", "question_id", "questionId", "image_id", "sent_id", "image")  # of a question, in result files
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a }
+article { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem; padding: .8rem 0; border-top: 1px solid #ddd }
+img { max-width: 11rem } .score { font-weight: 600 } .right .score { color: #17693b } .wrong .score { color: #a1260d }
+dt { color: #666; font-size: .85em } dd { margin: 0 0 .3rem; white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 40rem) { article { grid-template-columns: 1fr } }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } article { border-color: #444 } }
+"""
+
+
+def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[dict]:
+    """`predictions/<task>.jsonl`, `<task>.html` with the thumbnails in `<task>/`, `<task>_official.json`.
+
+    Returns:
+        The rows that have a picture, in the form of a run's report.
+    """
+    folder, name = out / "predictions", result["task"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in result["predictions"]:
+        if thumbnail := row.pop("thumbnail", ""):
+            file = Path(name) / (re.sub(r"[^\w-]+", "-", row["key"]) + ".jpg")
+            (folder / name).mkdir(exist_ok=True)
+            (folder / file).write_bytes(base64.b64decode(thumbnail.split(",", 1)[1]))
+            row["image"] = file.as_posix()
+    rows = result["predictions"]
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
+    write_text(folder / f"{name}.html", render_page(result))
+    examples = []
+    for row in [row for row in rows if row.get("image")][:12]:
+        examples.append(
+            {
+                "type": row["type"],
+                "prompt": row["question"],
+                "reference": row["answers"][0],
+                "prediction": row["prediction"],
+                "correct": row["score"] >= 0.5,
+                "image": (Path("predictions") / row["image"]).as_posix(),
+            }
+        )
+    return examples
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside, then rename."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def render_page(result: dict) -> str:
+    """Questions with their pictures, the lowest scores first; one file, no script."""
+    show = 100 if result["percent"] else 1
+    total = result["table"][-1]
+    low, high = result["interval"]
+    head = f"{result['task']}: {result['metric'].replace('_', ' ')} {show * total[result['metric']]:.2f}"
+    body = [f"<h1>{html.escape(head)}</h1>"]
+    body.append(f"<p>{total['n']} questions of the {result['split']} split, 95 % {show * low:.2f}-{show * high:.2f}. ")
+    shown = sorted((row for row in result["predictions"] if row.get("image")), key=lambda row: row["score"])
+    body.append(f"Shown are {len(shown)} of them, the lowest scores first.</p>")
+    for row in shown:
+        said = [
+            ("question", row["question"]),
+            ("said", row["prediction"]),
+            ("right", " | ".join(count(row["answers"]))),
+        ]
+        if row.get("parsed") not in (None, row["prediction"]):
+            said.insert(2, ("read as", str(row["parsed"])))
+        if row.get("fault"):
+            said.append(("fault", row["fault"]))
+        words = "".join(f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>" for key, value in said)
+        kind = "right" if row["score"] >= 0.5 else "wrong"
+        score = f"{row['score']:.2f}" + (f" · {row['type']}" if row["type"] else "")
+        body.append(
+            f'<article class="{kind}"><img src="{html.escape(row["image"], quote=True)}" alt="" loading="lazy">'
+            f'<div><span class="score">{html.escape(score)}</span><dl>{words}</dl></div></article>'
+        )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(result['task'])}</title><style>{STYLE}</style>{''.join(body)}</html>\n"
+    )
+
+
+def count(answers: Sequence[str]) -> list[str]:
+    """Distinct answers, the most frequent first, with how often."""
+    times = {answer: answers.count(answer) for answer in dict.fromkeys(answers)}
+    ordered = sorted(times, key=lambda answer: -times[answer])
+    return [answer if times[answer] == 1 else f"{answer} ({times[answer]})" for answer in ordered]
+
+
+def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
+    """Answers of a file by key (our JSON lines) or question id (as the official scorers take it), and by which of them.
+
+    Raises:
+        ValueError: no such file, no answers in it, or two for one question.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"predictions={path}: {error.strerror or error}") from None
+    try:
+        rows = json.loads(text) if text.lstrip()[:1] == "[" else None
+        if rows is None:
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            whole = len(lines) == 1 and not {"prediction", "answer"} & set(lines[0])
+            rows = [{"question_id": k, "answer": v} for k, v in lines[0].items()] if whole else lines
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"predictions={path} is neither JSON nor JSON lines ({error})") from None
+    answers: dict[str, str] = {}
+    for row in rows:
+        named = next((row[k] for k in NAMES if k in row), None)
+        said = next((row[k] for k in ("prediction", "answer", "caption", "response") if k in row), None)
+        if isinstance(said, dict):
+            said = next(iter(said.values()), None)
+        if named is None or not isinstance(said, str):
+            raise ValueError(f"predictions={path}: a row has no question_id or no answer in words: {str(row)[:80]}")
+        if str(named) in answers:
+            raise ValueError(f"predictions={path} answers question {named} twice")
+        answers[str(named)] = said
+    if not answers:
+        raise ValueError(f"predictions={path} holds no answer")
+    return answers, "key" if "key" in rows[0] else "question_id"

@@ -1,0 +1,49 @@
+"""How far an evaluation is: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Called with (done, total); use as a context manager.
+
+    Args:
+        name: what is counted, such as the task's name.
+        shown: False for ranks that are not the first.
+        every: seconds between two lines where there is no terminal.
+    """
+
+    def __init__(self, name: str, *, shown: bool = True, every: float = 30.0):
+        self.name, self.shown, self.every = name, shown, every
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+        self.bar = self.task = None
+
+    def __enter__(self) -> Progress:
+        if self.shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn(self.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task(self.name, total=None, rate="")
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        # What a run before this one answered comes at once and says nothing about the pace.
+        self.first = done if self.first is None else self.first
+        rate = (done - self.first) / (now - self.start) if now > self.start else 0.0
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} questions/s" if rate else "")
+        elif self.shown and (now - self.last > self.every):
+            self.last = now
+            print(f"{self.name}: {done} of {total} questions, {rate:.1f} questions/s", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.stop()

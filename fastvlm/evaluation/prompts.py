@@ -1,0 +1,140 @@
+"""How a question of a benchmark is put: its instruction, its options, recognised text, and examples before it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# The lines that shards carry under a question; each names the form of the answer.
+INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+    "Answer the question with a single word.",
+    "When the provided information is insufficient, respond with 'Unanswerable'.",
+)
+OCR = "Reference OCR token:"
+FORMS = ("chat", "document")
+
+
+@dataclass
+class Prompt:
+    """From a record of a shard to the record that is asked.
+
+    Args:
+        instruction: the line under the question; None leaves what the shard has, "" leaves none.
+        options: list `meta.choices` under the question, lettered; False takes such a list away, None leaves it.
+        ocr: say `meta.ocr_tokens` under the question, as LLaVA does; without it such a line is taken away.
+        request: what is asked of a document (an image with its caption); None for a bare image.
+        form: chat, turns of a conversation; or document, running text that goes on, for models without instruction
+            tuning.
+        template: the running text of one question, with `{question}` and `{answer}`; images stand before it.
+
+    Raises:
+        ValueError: an unknown form, or a template without its two places.
+    """
+
+    instruction: str | None = None
+    options: bool | None = None
+    ocr: bool = False
+    request: str | None = None
+    form: str = "chat"
+    template: str = "Question: {question} Short answer: {answer}\n"
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ValueError(f"task.form={self.form} is none of {', '.join(FORMS)}")
+        if self.template.count("{question}") > 1 or self.template.count("{answer}") != 1:
+            raise ValueError(f"task.template={self.template!r} needs {{answer}} once and {{question}} at most once")
+
+    def ask(self, record: dict, examples: Sequence[dict] = ()) -> dict:
+        """The record that asks, after the examples; it ends where the answer begins."""
+        asked = [*(self.question(example) for example in examples), self.question(record)]
+        answers = [*(answer_of(example) for example in examples), None]
+        if self.form == "document":
+            parts = [part for content, answer in zip(asked, answers) for part in self._continue(content, answer)]
+            return {"document": parts}
+        system = [m for m in record.get("messages", ()) if m["role"] == "system"]
+        messages = list(system)
+        for content, answer in zip(asked, answers):
+            messages.append({"role": "user", "content": content})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        return {"messages": messages}
+
+    def question(self, record: dict) -> list[dict]:
+        """The parts of a record's question, as this prompt puts it."""
+        if "document" in record:
+            images = [part for part in record["document"] if part["type"] == "image"]
+            return [*images, *([{"type": "text", "text": self.request}] if self.request else [])]
+        content = copy.deepcopy(first_question(record))
+        meta = record.get("meta") or {}
+        text, listed, instruction = split_question(last_text(content), meta)
+        set_last_text(content, self._dress(text, listed, instruction, meta))
+        return content
+
+    def _dress(self, text: str, listed: str, instruction: str, meta: dict) -> str:
+        lines = [text, listed if self.options is None else ""]
+        if self.options and meta.get("choices"):
+            lines += list_choices(meta["choices"])
+        if self.ocr:
+            if meta.get("ocr_tokens") is None:
+                raise ValueError("task.ocr=true, but the shards hold no meta.ocr_tokens; prepare them with its file")
+            lines.append(f"{OCR} {', '.join(map(str, meta['ocr_tokens']))}")
+        lines.append(instruction if self.instruction is None else self.instruction)
+        if self.form == "document":
+            lines.pop()  # running text names the form by its own words
+        return "\n".join(line for line in lines if line)
+
+    def _continue(self, content: list[dict], answer: str | None) -> list[dict]:
+        images = [part for part in content if part["type"] == "image"]
+        words = "".join(part["text"] for part in content if part["type"] == "text")
+        before, after = self.template.replace("{question}", words).split("{answer}")
+        # A space before the answer is the answer's: tokens of words begin with theirs.
+        text = before.rstrip(" ") if answer is None else before + answer + after
+        return [*images, *([{"type": "text", "text": text}] if text else [])]
+
+
+def first_question(record: dict) -> list[dict]:
+    """Content of a record's first user turn, as parts."""
+    content = next(m["content"] for m in record["messages"] if m["role"] == "user")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def answer_of(record: dict) -> str:
+    """The first answer a record gives: the assistant's, or a document's text."""
+    if "document" in record:
+        return "".join(part["text"] for part in record["document"] if part["type"] == "text").strip()
+    content = next(m["content"] for m in record["messages"] if m["role"] == "assistant")
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+def last_text(content: Sequence[dict]) -> str:
+    return next((part["text"] for part in reversed(content) if part["type"] == "text"), "")
+
+
+def set_last_text(content: list[dict], text: str) -> None:
+    for part in reversed(content):
+        if part["type"] == "text":
+            part["text"] = text
+            return
+    content.append({"type": "text", "text": text})
+
+
+def list_choices(choices: Sequence[str]) -> list[str]:
+    """`A. wood`, `B. metal`, ..."""
+    return [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
+
+
+def split_question(text: str, meta: dict) -> tuple[str, str, str]:
+    """The bare question, its options as they were listed under it, and the instruction below; recognised text is left
+    out."""
+    lines, instruction = text.split("\n"), []
+    while len(lines) > 1 and lines[-1] in INSTRUCTIONS:
+        instruction.insert(0, lines.pop())
+    if len(lines) > 1 and lines[-1].startswith(OCR):
+        lines.pop()
+    text, listed = "\n".join(lines), "\n".join(list_choices(meta.get("choices") or ()))
+    if not listed or not text.endswith(f"\n{listed}"):
+        listed = ""
+    return text.removesuffix(f"\n{listed}") if listed else text, listed, "\n".join(instruction)

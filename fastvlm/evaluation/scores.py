@@ -1,0 +1,125 @@
+"""From scored rows to a result: the mean, what it breaks down into, and how sure it is."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastvlm.evaluation.protocol import Protocol, mean
+
+LEVEL = 0.95
+
+
+def cluster_interval(
+    scores: Sequence[float | int],
+    clusters: Sequence[object],
+    *,
+    level: float = LEVEL,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, clusters drawn whole.
+
+    Questions about one image are no independent draws, so images are what is drawn. The same seed draws the same
+    clusters, which is what a paired comparison rests on.
+    """
+    low, high = np.quantile(
+        resampled_means(scores, clusters, resamples=resamples, seed=seed), [(1 - level) / 2, (1 + level) / 2]
+    )
+    return float(low), float(high)
+
+
+def resampled_means(
+    scores: Sequence[float | int], clusters: Sequence[object], *, resamples: int, seed: int = 0
+) -> np.ndarray:
+    """(resamples,) float64: the mean score of as many clusters, drawn with replacement."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(map(str, clusters)))}
+    member = np.array([names[str(name)] for name in clusters])
+    sums = np.bincount(member, weights=np.asarray(scores, dtype=np.float64), minlength=len(names))
+    sizes = np.bincount(member, minlength=len(names))
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        drawn = rng.integers(len(names), size=len(names))
+        means[i] = sums[drawn].sum() / sizes[drawn].sum()
+    return means
+
+
+def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: str, resamples: int = 1000) -> dict:
+    """Score rows and sum them up.
+
+    Returns:
+        `predictions` (the rows with their scores), `table` (a row a group, then all), `metrics` (flat,
+        `test/<task>/<metric>[/<group>]`), `interval`, and `faults` (questions that could not be asked, by reason).
+    """
+    scored = [dict(row) | grade for row, grade in zip(rows, protocol.score(rows), strict=True)]
+    counted = [row for row in scored if protocol.counts(row)]
+    for row in scored:
+        if not protocol.counts(row):
+            row["counted"] = False
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in counted:
+        for group in dict.fromkeys(protocol.groups(row)):
+            groups[group].append(row)
+    key, table = protocol.metric, []
+    chosen = [(group, groups[group]) for group in sorted(groups)] if len(groups) > 1 else []
+    for group, members in [*chosen, ("all", counted)]:
+        scores, clusters = [m["score"] for m in members], [m["image_id"] for m in members]
+        low, high = cluster_interval(scores, clusters, resamples=resamples) if scores else (0.0, 0.0)
+        table.append(
+            {"type": group, "mean": group == "all", "n": len(members), key: mean(scores), "low": low, "high": high}
+        )
+    metrics = {f"test/{name}/{key}" + ("" if row["mean"] else f"/{row['type']}"): row[key] for row in table}
+    figures = protocol.summarise(counted) if counted else {}
+    metrics |= {f"test/{name}/{figure}": float(value) for figure, value in figures.items()}
+    metrics[f"test/{name}/num_questions"] = float(len(counted))
+    faults: dict[str, int] = defaultdict(int)
+    for row in scored:
+        if row.get("fault"):
+            faults[row["fault"].split(":")[0]] += 1
+    if lengths := [row["tokens"] for row in scored if "tokens" in row]:
+        metrics[f"test/{name}/answer_length"] = mean(lengths)
+    return {
+        "task": name,
+        "metric": key,
+        "percent": protocol.percent,
+        "split": split,
+        "metrics": metrics,
+        "table": table,
+        "figures": figures,
+        "interval": [table[-1]["low"], table[-1]["high"]],
+        "faults": dict(faults),
+        "predictions": scored,
+    }
+
+
+def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
+    """The table for a terminal of `width` columns; of more than `most` groups the largest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    key, show = result["metric"], 100 if result["percent"] else 1
+    asked = result.get("asked") or {}
+    how = f"{result['split']} split"
+    if asked:
+        how += f", {asked['shots']} shots, {asked['form']}, {'with' if asked['ocr_tokens'] else 'without'} OCR tokens"
+    table = Table()
+    for i, column in enumerate(("questions of", "n", key.replace("_", " "), "95 %")):
+        table.add_column(column, justify="right" if i else "left")
+    rows = result["table"]
+    kept = sorted(range(len(rows) - 1), key=lambda i: -rows[i]["n"])[:most]
+    for i in [*sorted(kept), len(rows) - 1]:
+        row = rows[i]
+        interval = f"{show * row['low']:.2f}-{show * row['high']:.2f}"
+        table.add_row(row["type"], str(row["n"]), f"{show * row[key]:.2f}", interval, end_section=i == len(rows) - 2)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(f"{result['task']}: {key.replace('_', ' ')} x {show} ({how})", highlight=False)
+    console.print(table, highlight=False)
+    if figures := result["figures"]:
+        console.print(", ".join(f"{name} {show * value:.2f}" for name, value in figures.items()), highlight=False)
+    for why, count in result["faults"].items():
+        console.print(f"{count} questions could not be asked, their answers are empty: {why}", highlight=False)
+    return console.file.getvalue().rstrip("\n")

@@ -1,0 +1,111 @@
+"""Our models in lmms-eval, by its entry point `lmms_eval.models`; in an environment where both are installed:
+
+    lmms-eval --model fastvlm --model_args run=runs/latest --tasks vqav2_val --batch_size 16
+
+`benchmarks/requirements-lmms-eval.txt` makes that environment. VLMEvalKit has no plugins; it reaches a model through
+the server, as an OpenAI-compatible address.
+"""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from tqdm import tqdm
+
+from fastvlm.build import build_transform, load_run
+from fastvlm.inference.engine import Engine
+
+
+class FastVLM(lmms):
+    """A finished run as a chat model of lmms-eval.
+
+    Args:
+        run: run directory.
+        batch_size: requests answered at once.
+        device: cpu, cuda or cuda:<n>; a GPU where there is one unless told.
+        max_new_tokens: bound of an answer where the task gives none.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        run: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_new_tokens: int | str = 128,
+        **others,
+    ):
+        super().__init__()
+        if others:
+            raise ValueError(f"model_args: {next(iter(others))} is none of run, batch_size, device, max_new_tokens")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer, config = load_run(run, device=device)
+        size, transform = config.image_size, build_transform(config)
+        self.engine = Engine(model, tokenizer, image_size=size, transform=transform, device=device)
+        self.batch_size, self.device = int(batch_size), torch.device(device)
+        self.max_new_tokens = int(max_new_tokens)
+
+    def generate_until(self, requests) -> list[GenerationResult]:
+        """Answers in the order of the requests, in batches as they come, as the harness's own models do."""
+        results: list[GenerationResult] = []
+        groups: list[list] = []
+        for request in requests:
+            same = groups and len(groups[-1]) < self.batch_size and groups[-1][0].args[2] == request.args[2]
+            groups[-1].append(request) if same else groups.append([request])
+        for group in tqdm(groups, desc="fastvlm", disable=self.rank != 0):
+            records, images = zip(*(self._read(request) for request in group))
+            options = group[0].args[2]
+            until = options.get("until") or []
+            generations = self.engine.generate(
+                records,
+                images,
+                max_new_tokens=int(options.get("max_new_tokens") or self.max_new_tokens),
+                temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
+                stop=[until] if isinstance(until, str) else until,
+            )
+            for generation in generations:
+                counts = TokenCounts(output_tokens=len(generation.token_ids))
+                results.append(GenerationResult(text=generation.text, token_counts=counts))
+        return results
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError("answers are generated; likelihoods of text are lm-eval's (task=mmlu)")
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("tasks of several rounds are not answered")
+
+    def _read(self, request) -> tuple[dict, list]:
+        """The conversation of a request and the views of its images."""
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).model_dump()["messages"]
+        images, turns = [], []
+        for message in messages:
+            content = []
+            for part in message["content"]:
+                if part["type"] == "text":
+                    content.append({"type": "text", "text": part["text"]})
+                elif part["type"] == "image":
+                    content.append({"type": "image"})
+                    images.append(self.engine.transform(to_bytes(part["url"])))
+                else:
+                    raise ValueError(
+                        f"task {task} shows a part of type {part['type']}; this model reads text and images"
+                    )
+            turns.append({"role": message["role"], "content": content})
+        return {"messages": turns}, images
+
+
+def to_bytes(image: Image.Image | str) -> bytes:
+    """An image as a file without loss; a path's own bytes."""
+    if isinstance(image, str):
+        with open(image, "rb") as file:
+            return file.read()
+    stored = io.BytesIO()
+    image.convert("RGB").save(stored, "BMP")
+    return stored.getvalue()

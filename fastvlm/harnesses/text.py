@@ -1,0 +1,144 @@
+"""lm-eval's model interface over our language model, for what learning to see may have cost the words.
+
+    python eval.py checkpoint=runs/latest task=mmlu        needs `pip install 'fastvlm[eval]'`
+
+Requests are answered as lm-eval's own `HFLM` does: the same tokens are scored, contexts are cut off on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.evaluation.likelihood import token_scores
+from fastvlm.inference.engine import Engine
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as in HFLM
+
+
+class TextModel(LM):
+    """Answers lm-eval's three kinds of requests without any image.
+
+    Args:
+        batch_size: rows scored or answered at once.
+    """
+
+    def __init__(
+        self,
+        model: VLM,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        device: str | torch.device = "cpu",
+        batch_size: int = 16,
+    ):
+        super().__init__()
+        self.engine = Engine(model, tokenizer, image_size=image_size, device=device)
+        self.words, self.batch_size = tokenizer, batch_size
+        self.max_length = self.engine.model.llm.max_positions
+        self.chats: dict[str, list[dict]] = {}  # by the text they were written as
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.words.fingerprint
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text. It is remembered: a word of it that spells a special token stays a word."""
+        template = self.words.template
+        turns = [template.before[m["role"]] + m["content"] + template.after[m["role"]] for m in chat_history]
+        text = template.start + "".join(turns) + (template.before["assistant"] if add_generation_prompt else "")
+        self.chats[text] = [{"role": m["role"], "content": m["content"]} for m in chat_history]
+        return text
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding says it) of every continuation after its context."""
+        pairs = [self.encode_pair(*request.args) for request in requests]
+        rows = [self._row(context, continuation) for context, continuation in pairs]
+        scores = self._score(rows)
+        return [(-float(nll.sum()), bool(best.all())) for nll, best in scores]
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        """Log-probability of every whole text, in windows that overlap as little as they can."""
+        totals = []
+        for (text,) in (request.args for request in requests):
+            ids = self.words.encode_text(text)
+            windows = map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=ids, prefix_token=self._prefix()[-1], max_seq_len=self.max_length, context_len=1
+                ),
+            )
+            scores = self._score([self._row(list(context), list(target)) for context, target in windows])
+            totals.append(-sum(float(nll.sum()) for nll, _ in scores))
+        return totals
+
+    def generate_until(self, requests) -> list[str]:
+        """Greedy text after every context, up to one of the task's stop strings."""
+        answers = [""] * len(requests)
+        groups: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            options = request.args[1]
+            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+                raise ValueError("this model answers greedily; set do_sample: false in the task's generation_kwargs")
+            until = options.get("until") or []
+            until = (until,) if isinstance(until, str) else tuple(until)
+            groups.setdefault((until, options.get("max_gen_toks", MAX_NEW_TOKENS)), []).append(i)
+        for (until, limit), members in groups.items():
+            # The context keeps at least its half where the model is short.
+            limit = min(limit, self.max_length // 2)
+            records = {i: self._record(requests[i].args[0], self.max_length - limit) for i in members}
+            lengths = {i: len(self.engine.encode_prompt(records[i], slots=[], max_new_tokens=limit)) for i in members}
+            ordered = sorted(members, key=lambda i: (lengths[i], i))
+            for start in range(0, len(ordered), self.batch_size):
+                batch = ordered[start : start + self.batch_size]
+                said = self.engine.generate(
+                    [records[i] for i in batch], [[] for _ in batch], max_new_tokens=limit, stop=until
+                )
+                for i, generation in zip(batch, said):
+                    answers[i] = generation.text
+        return answers
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, cut where the context's own tokens end; its last spaces belong to what follows."""
+        if context in self.chats:
+            return self._ids({"messages": self.chats[context]}), self.words.encode_text(continuation)
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        if not stripped:
+            return self._prefix(), self.words.encode_text(continuation)
+        document = lambda text: self._ids({"document": [{"type": "text", "text": text}]})
+        before, whole = document(stripped), document(stripped + continuation)
+        # Where both grow into one token there, what follows is read by itself.
+        return before, whole[len(before) :] or self.words.encode_text(continuation)
+
+    def _prefix(self) -> list[int]:
+        return self.words.encode_template(self.words.template.start) or [self.words.document_end_id]
+
+    def _ids(self, record: dict) -> list[int]:
+        return encode_record(record, self.words, tokens_per_image=0, prompt=True).input_ids
+
+    def _record(self, context: str, most: int) -> dict:
+        """The record that asks, its oldest words left out where it is longer than `most` tokens."""
+        if context in self.chats:
+            return {"messages": self.chats[context]}
+        record = {"document": [{"type": "text", "text": context}]}
+        ids = self._ids(record)
+        if len(ids) <= most:
+            return record
+        spare = len(ids) - len(self.words.encode_text(context))
+        text = self.words.hf.decode(ids[len(ids) - most + spare :], clean_up_tokenization_spaces=False)
+        return {"document": [{"type": "text", "text": text}]}
+
+    def _row(self, context: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
+        ids = [*context, *target][-(self.max_length + 1) :]
+        learned = min(len(target), len(ids) - 1)  # the first token has nothing before it
+        return ids, [IGNORE_INDEX] * (len(ids) - learned) + ids[len(ids) - learned :]
+
+    def _score(self, rows: Sequence[tuple[list[int], list[int]]]):
+        return token_scores(self.engine.model, self.words, rows, [[]] * len(rows), batch_size=self.batch_size)

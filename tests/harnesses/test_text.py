@@ -1,0 +1,156 @@
+"""lm-eval over our language model: its own HFLM over the same weights says the same."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from tiny_vlm import IMAGE_SIZE  # noqa: E402
+
+from fastvlm.harnesses.text import TextModel  # noqa: E402
+from fastvlm.harnesses.text_guard import TextGuard  # noqa: E402
+
+TEXT = "the small grey digit stands left of the seven and nine is below three "
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_model, tiny_tokenizer):
+    return TextModel(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_model, tiny_tokenizer):
+    from lm_eval.models.huggingface import HFLM
+
+    # Ours ends where the decoder says; theirs is told.
+    return HFLM(
+        pretrained=tiny_model.llm.hf,
+        tokenizer=tiny_tokenizer.hf,
+        backend="causal",
+        batch_size=1,
+        max_length=256,
+        device="cpu",
+        prefix_token_id=tiny_tokenizer.document_end_id,
+    )
+
+
+def requests(kind: str, *arguments) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+
+
+def test_likelihoods_are_hflms(ours, theirs):
+    pairs = [("the digit", " seven"), ("what is", " a small grey nine"), (TEXT * 2, "three"), ("digit ", "nine z")]
+    pairs += [(TEXT * 30, " above"), ("which number", " " + "here " * 20)]  # the first is longer than the model
+    mine, expected = (m.loglikelihood(requests("loglikelihood", *pairs)) for m in (ours, theirs))
+    for (a, a_best), (b, b_best) in zip(mine, expected):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4) and a_best == b_best
+
+
+def test_a_greedy_continuation_is_called_greedy(ours, tiny_model, tiny_tokenizer):
+    said = ours.engine.generate([{"document": [{"type": "text", "text": "the digit"}]}], [[]], max_new_tokens=3)[0]
+    ids, _ = ours.encode_pair("the digit", " x")
+    rows = [(ids + said.token_ids, [-100] * len(ids) + said.token_ids)]
+    assert said.token_ids and ours._score(rows)[0][1].all()
+
+
+def test_whole_texts_are_hflms_windows_included(ours, theirs):
+    texts = [("the seven",), (TEXT * 40,), (TEXT,)]
+    mine, expected = (m.loglikelihood_rolling(requests("loglikelihood_rolling", *texts)) for m in (ours, theirs))
+    assert mine == pytest.approx(expected, rel=1e-4)
+
+
+def test_generated_text_is_hflms(ours, theirs):
+    asked = [("the digit", {"until": ["\n"], "max_gen_toks": 12, "do_sample": False})]
+    asked += [
+        (TEXT, {"until": ["e"], "max_gen_toks": 20, "do_sample": False}),
+        ("what", {"until": [], "max_gen_toks": 5}),
+    ]
+    mine = ours.generate_until(requests("generate_until", *asked))
+    expected = theirs.generate_until(requests("generate_until", *asked))
+    assert [text.strip() for text in expected] == mine
+
+
+def test_a_chat_prompt_is_the_models_own_and_its_words_stay_words(ours):
+    history = [{"role": "user", "content": "is <|image|> here"}]
+    text = ours.apply_chat_template(history)
+    ids, continuation = ours.encode_pair(text, " seven")
+    assert ids == ours._ids({"messages": history}) and continuation == ours.words.encode_text(" seven")
+    assert ours.words.image_id not in ids
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A choice task, a generation task and lm-eval's own HumanEval, over rows that lie here."""
+    rows = [
+        {"q": f"which number {word}", "choices": ["seven", "nine"], "label": i % 2} for i, word in enumerate("abcd")
+    ]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    program = {
+        "task_id": "t/0",
+        "prompt": "def add(a, b):\n",
+        "entry_point": "add",
+        "canonical_solution": "    return a + b\n",
+    }
+    program["test"] = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
+    (tmp_path / "code.json").write_text(json.dumps(program))
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s}}\ntest_split: test\n"
+    (tmp_path / "pick.yaml").write_text(
+        "task: pick\noutput_type: multiple_choice\n"
+        + data % (tmp_path / "rows.json")
+        + "doc_to_text: '{{q}}'\ndoc_to_target: label\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "tiny_code.yaml").write_text(
+        "include: humaneval\n"
+        if False
+        else "task: tiny_code\nunsafe_code: true\noutput_type: generate_until\n"
+        + data % (tmp_path / "code.json")
+        + "doc_to_text: '{{prompt}}'\ndoc_to_target: \"{{test}}\\ncheck({{entry_point}})\"\n"
+        "metric_list: [{metric: !function code.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}]\n"
+        "generation_kwargs: {until: ['\\nclass'], max_gen_toks: 8, do_sample: false}\n"
+        "filter_list:\n- name: create_test\n"
+        "  filter: [{function: custom, filter_fn: !function code.build_predictions}]\n"
+    )
+    (tmp_path / "code.py").write_text("from lm_eval.tasks.humaneval.utils import build_predictions, pass_at_k\n")
+    return tmp_path
+
+
+def test_tasks_run_and_their_samples_are_kept(tasks, tiny_model, tiny_tokenizer):
+    guard = TextGuard(["pick"], include=str(tasks), limit=4, batch_size=2)
+    result = guard.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=tasks / "out")
+    assert 0 <= result["metrics"]["test/pick/acc"] <= 1
+    assert len((tasks / "out/predictions/pick.jsonl").read_text().splitlines()) == 4
+    assert "test/pick/acc: " in guard.render(result)
+
+
+def test_code_is_run_only_with_leave_and_then_in_the_sandbox(tasks, tiny_model, tiny_tokenizer, monkeypatch):
+    from fastvlm.harnesses import sandbox
+
+    try:
+        sandbox.check_sandbox()
+    except ValueError as error:
+        pytest.skip(str(error))
+    import sys
+
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)
+    options = {"include": str(tasks), "limit": 1}
+    with pytest.raises(ValueError, match="allow it with task.run_code=true"):
+        TextGuard(["tiny_code"], **options).run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)
+    wrong = TextGuard(["tiny_code"], run_code=True, **options).run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert wrong["metrics"]["test/tiny_code/pass@1/create_test"] == 0
+    monkeypatch.setattr(TextModel, "generate_until", lambda self, requests: ["    return a + b\n"] * len(requests))
+    right = TextGuard(["tiny_code"], run_code=True, **options).run(
+        tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=tasks / "out"
+    )
+    assert right["metrics"]["test/tiny_code/pass@1/create_test"] == 1
+
+
+def test_an_unknown_task_and_none_are_one_line(tiny_model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="lm-eval has no task mmluu"):
+        TextGuard(["mmluu"]).run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    with pytest.raises(ValueError, match="task.tasks is empty"):
+        TextGuard([])
+    assert torch.is_grad_enabled()
