@@ -4,6 +4,7 @@ python train.py                                      the embedded run: minutes o
 python train.py resampler=perceiver                  exchange a part
 python train.py stages.dense.image_size=64           change a stage
 python train.py -m seed=0,1,2                        a sweep
+python train.py -m experiment=llava_align            a study: its whole grid, then table, plots and verdicts
 python train.py --cfg job                            everything that can be set
 """
 
@@ -11,9 +12,18 @@ from fastvlm.config import command
 
 
 def train(config):
-    from fastvlm.pipeline import Pipeline
+    from fastvlm.study.cell import finished_cell, objective
 
-    return Pipeline(config).run()["metrics"].get("test/exact_match/mean")
+    if config.dry_run:
+        from fastvlm.study.dry_run import dry_run
+
+        return dry_run(config)
+    results = finished_cell(config)
+    if results is None:
+        from fastvlm.pipeline import Pipeline
+
+        results = Pipeline(config).run()
+    return objective(results, names=list(config.objective))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,11 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts, default=str).encode()).digest()[:4], "big")
 
 
+def part_seed(config: DictConfig, part: str) -> int:
+    """Seed of a part's first weights: the run's, unless `part_seeds` names the part."""
+    return (config.get("part_seeds") or {}).get(part, config.seed)
+
+
 def build_transform(config: DictConfig):
     """The image transform of a stage, or of a run that `load_run` opened: of its last stage."""
     from fastvlm.data.augment import Augmentation
@@ -102,7 +107,7 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
         return instantiate(config.vlm, key="vlm", tokenizer=tokenizer, vocab_size=len(tokenizer))
 
     def part(name: str, **extra):
-        torch.manual_seed(seed_of(config.seed, name))
+        torch.manual_seed(seed_of(part_seed(config, name), name))
         return instantiate(config[name], key=name, **extra)
 
     state = torch.get_rng_state()

@@ -97,6 +97,7 @@ class StageConfig:
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
+    seed: int | None = None  # of this stage; the run's where null
     cache_features: bool = False  # a frozen encoder's outputs are written once and read in place of images
 
 
@@ -123,6 +124,13 @@ class TrainConfig:
 
     name: str = MISSING
     seed: int = 0
+    part_seeds: dict[str, int] = field(default_factory=dict)  # part -> seed of its first weights, where not the run's
+    study: Any = None  # what an experiment asks: its arms at each scale; see experiments/README.md
+    arm: str | None = None  # of the study
+    scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's own sizes, data and steps)
+    objective: list[str] = field(default_factory=lambda: ["test/exact_match/mean"])  # metrics a sweeper optimises
+    dry_run: bool = False  # everything but the data and the training: parts without weights, sources, plan sizes
+    max_steps: int | None = None  # no stage runs longer: to see whether everything works
     overwrite: bool = False  # a run directory of another configuration is replaced, not refused
     paths: Paths = field(default_factory=Paths)
     tokenizer: Any = MISSING
@@ -200,6 +208,8 @@ def check(config: DictConfig) -> None:
     wrong = []
     for name, stage in config.get("stages", {}).items():
         where = f"stages.{name}"
+        if config.get("max_steps"):
+            stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
         if (stage.steps is None) == (stage.epochs is None):
             wrong.append(f"{where}: give exactly one of steps and epochs")
         for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
@@ -243,10 +253,12 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
+    from fastvlm.study.arms import expand
+
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = relax(list(overrides))
+        overrides = relax(expand(list(overrides)))
         if config_name == "train" and not any(o.startswith("name=") for o in overrides):
             overrides.append("name=composed")
         return hydra_compose(config_name, overrides)
@@ -286,6 +298,10 @@ def explain(error: BaseException, config_name: str) -> str:
         group, _, choice = match[1].rpartition("/")
         folder = CONF / group
         options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+        if group == "experiment":
+            from fastvlm.study.arms import STUDIES
+
+            options = sorted(p.parent.name for p in STUDIES.glob("*/study.yaml"))
         near = difflib.get_close_matches(choice, options, 1, 0.3)
         hint = f"; did you mean {group}={near[0]}?" if near else ""
         return f"{group or config_name}={choice} is no option{hint} Options: {', '.join(options) or 'none'}"
@@ -328,8 +344,14 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` under Hydra's command line; a user's mistake is one line on stderr and exit status 2."""
     import hydra
 
+    from fastvlm.study.arms import expand
+
     register()
-    sys.argv[1:] = relax(sys.argv[1:])
+    typed = list(sys.argv)
+    try:
+        sys.argv[1:] = relax(expand(sys.argv[1:]))
+    except ValueError as error:
+        refuse(str(error))
     # Exceptions reach us whole, and we say what they mean; cells and ranks inherit both variables.
     show_traceback = "HYDRA_FULL_ERROR" in os.environ and "FASTVLM_ONE_LINE" not in os.environ
     if not show_traceback:
@@ -337,6 +359,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     def checked(config: DictConfig):
         try:
+            config = with_arm(config)
             check(config)
             value = task(config)
         except ValueError as error:
@@ -349,10 +372,10 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             what = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
             refuse(
                 f"a loader process was killed ({what}); out of memory? The same command goes on from the last "
-                f"checkpoint: {shlex.join(sys.argv)}"
+                f"checkpoint: {shlex.join(typed)}"
             )
         except KeyboardInterrupt:
-            print(f"\ninterrupted; the same command goes on from here: {shlex.join(sys.argv)}", file=sys.stderr)
+            print(f"\ninterrupted; the same command goes on from here: {shlex.join(typed)}", file=sys.stderr)
             sys.exit(130)
         if (result := os.environ.get("FASTVLM_CELL_RESULT")) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             Path(result).write_text(json.dumps({"value": value}))
@@ -360,6 +383,9 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     try:
         hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
+    except KeyboardInterrupt:  # a sweep: its cells have said nothing of it
+        print(f"\ninterrupted; finished cells are kept, the same command goes on: {shlex.join(typed)}", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if show_traceback:
             raise
@@ -368,6 +394,31 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         if isinstance(error, ValueError):  # a sweep whose cells failed
             refuse(str(error))
         raise
+
+
+def with_arm(config: DictConfig) -> DictConfig:
+    """The configuration with its study's arm applied: a launcher that runs cells in processes of its own (joblib,
+    submitit) hands them on as they were composed, without it.
+
+    Raises:
+        ValueError: a study without an arm.
+    """
+    study = config.get("study")
+    if study is None or study.get("applied"):
+        return config
+    if config.arm is None:
+        if config.dry_run:
+            return config
+        have = ", ".join(study.get(config.scale, {}).get("arms", {}))
+        raise ValueError(f"experiment={study.name} is a grid: add -m for all its cells, or arm=<one of {have}>")
+    return compose("train", typed_overrides())
+
+
+def typed_overrides() -> list[str]:
+    """The overrides of the command that runs, without Hydra's own; none outside one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def loader_died(error: BaseException) -> bool:

@@ -3,85 +3,35 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import build_model, build_tokenizer, build_transform, instantiate, seed_of, settle_views
+from fastvlm.build import (
+    build_model,
+    build_tokenizer,
+    build_transform,
+    instantiate,
+    part_seed,
+    seed_of,
+    settle_views,
+)
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
-from fastvlm.config import ROOT
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
 from fastvlm.hardware import Hardware
-
-# What only tells where and how fast: never part of a stage's or a run's identity.
-INCIDENTAL = (
-    "name",
-    "paths",
-    "hardware",
-    "logger",
-    "overwrite",
-    "log_every",
-    "checkpoint_every",
-    "num_samples",
-    "image_size",
-    "data",
-)
-# The code that decides a trained weight.
-CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-
-
-# The code that decides what an encoder says of an image.
-ENCODING = (
-    "models/encoders",
-    "models/pretrained",
-    "models/vlm.py",
-    "data/transforms.py",
-    "data/decode.py",
-    "data/tiling.py",
-)
-
-
-@cache
-def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Hash of the source that determines what a stage learns; documents and reports may change freely."""
-    package = ROOT / "fastvlm"
-    files = sorted(
-        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def commit() -> str:
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("-dirty" if dirty else "")
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+from fastvlm.identity import ENCODING, INCIDENTAL, SCORING, code_hash, commit, hash_of, machine, remember
+from fastvlm.study.cell import CELL
+from fastvlm.study.recorded import NOTE, begin, flat_cost
 
 
 def say(message: str) -> None:
@@ -154,15 +104,16 @@ class Pipeline:
         import torch
 
         self.hardware.apply()
-        start = time.time()
+        start, made = time.time(), self.made()
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if first:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
+        tokenizer = self.tokenizer.fingerprint
         self.initial = {
-            n: hash_of([self.resolved[n] or self.resolved["vlm"], self.config.seed, self.tokenizer.fingerprint])
+            n: hash_of([self.resolved[n] or self.resolved["vlm"], part_seed(self.config, n), tokenizer])
             for n in self.model.parts
         }
         self.lineage: dict[str, str] = {}
@@ -171,13 +122,17 @@ class Pipeline:
         tracking = instantiate(self.config.logger, key="logger") if first else None
         run_id = None
         if tracking:
-            tags = {"commit": commit(), "seed": str(self.config.seed), "config": hash_of(self.identity())}
-            run_id = tracking.pipeline_run(self.config.name, tags=tags, config=self.resolved)
+            run_id = begin(tracking, self.config, made=made, resolved=self.resolved)
         status, stages = "FAILED", []
         try:
             for name, stage in self.config.stages.items():
                 stages.append(self.run_stage(name, stage, tracking, run_id))
-            results = {"metrics": {}, "seconds": {s["name"]: s["seconds"] for s in stages}}
+            results = {
+                "metrics": {},
+                "seconds": {s["name"]: s["seconds"] for s in stages},
+                "cost": {s["name"]: stage_costs(s["metrics"]) for s in stages if self.counts(s["name"])},
+                "made": made,
+            }
             if first:
                 folders = {part: str(folder) for part, folder in self.folders.items()}
                 write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
@@ -186,11 +141,14 @@ class Pipeline:
                 results = self.evaluate(results, stages)
                 results["seconds"]["total"] = time.time() - start
                 write_json(self.run_dir / "results.json", results)
+                remember(self.run_dir, self.runs, self.resolved)
                 report = self.report(results, stages)
                 if tracking:
-                    tracking.log_metrics(run_id, results["metrics"], step=0)
+                    tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
                     tracking.log_artifact(run_id, report)
                     tracking.log_artifact(run_id, self.run_dir / "config.yaml")
+                    if self.config.study:
+                        write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": run_id})
                 say(f"report: {report}")
             status = "FINISHED"
             return results
@@ -200,9 +158,30 @@ class Pipeline:
         finally:
             if tracking:
                 tracking.finish(run_id, status)
+                if self.config.study and CELL not in os.environ:  # else the sweep ends the study's own run
+                    tracking.finish(tracking.study_run(self.config.study.name, scale=self.config.scale))
 
     def identity(self) -> dict:
         return {k: v for k, v in self.resolved.items() if k not in INCIDENTAL}
+
+    def made(self) -> dict:
+        """By what the results were made, so that a finished cell of a study is known again."""
+        hw = self.hardware
+        ran = {"ranks": hw.num_ranks, "accelerator": hw.accelerator, "precision": hw.precision, "threads": hw.threads}
+        return {
+            "commit": commit(),
+            "code": code_hash(SCORING),
+            "config": hash_of(self.identity()),
+            "hardware": machine() | ran,
+            "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    def counts(self, name: str) -> bool:
+        """Whether a stage's cost is the run's: one with a seed of its own stands in for a pretrained part."""
+        return self.config.stages[name].get("seed") is None
+
+    def stage_seed(self, stage: DictConfig) -> int:
+        return self.config.seed if stage.get("seed") is None else stage.seed
 
     def summary(self) -> str:
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.model.parts.items()}
@@ -237,7 +216,7 @@ class Pipeline:
             num_steps=stage.steps,
             epochs=stage.epochs,
             accumulate=self.hardware.accumulate,
-            seed=seed_of(self.config.seed, name),
+            seed=seed_of(self.stage_seed(stage), name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
             pack_window=stage.pack_window,
@@ -273,13 +252,14 @@ class Pipeline:
         stage_config = OmegaConf.to_container(config, resolve=True)
         stage_config.pop("cache_features")  # the same function, computed earlier
         stage_config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
+        stage_config.pop("seed")  # stands below
         identity = {
             "stage": name,
             "config": stage_config,
             "data": data.plan.fingerprint,
             "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
             "precision": self.hardware.precision,
-            "seed": self.config.seed,
+            "seed": self.stage_seed(config),
             "code": code_hash(),
         }
         if data.plan.num_images and build_transform(config).augment:
@@ -373,6 +353,7 @@ class Pipeline:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from fastvlm.callbacks.cost import count_forward, learned_shares, stage_cost
         from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
@@ -392,7 +373,7 @@ class Pipeline:
             warmup_steps=config.warmup_steps,
             decay=config.decay,
             final=config.final,
-            seed=self.config.seed,
+            seed=self.stage_seed(config),
         )
         plain = OmegaConf.to_container(config, resolve=True)
         freezing = StageFreezing(
@@ -418,13 +399,18 @@ class Pipeline:
             "steps": steps,
         }
         metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
+        size = {"image_size": config.image_size, "length": config.max_tokens}
+        # A whole pretrained model has a chain of its own between its parts.
+        forward = None if self.config.vlm else count_forward(self.model, parts=list(config.parts), **size)
 
         def finish() -> dict[str, float]:
+            cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
+            cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
             freezing.merge()
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
-            return known | (self.score_text() if "llm" in config.parts else {})
+            return known | cost | (self.score_text() if "llm" in config.parts else {})
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
         checkpoints = ModelCheckpoint(
@@ -447,7 +433,7 @@ class Pipeline:
             Progress(),
             Provenance(
                 config={"stage": name, **identity["config"], "cache_features": config.cache_features},
-                seeds={"seed": self.config.seed},
+                seeds={"seed": self.stage_seed(config)},
             ),
             checkpoints,
             handoff,
@@ -558,6 +544,10 @@ class Pipeline:
         from fastvlm.report import write_report
 
         return write_report(self.run_dir, title=self.config.name, stages=stages, results=results, config=self.resolved)
+
+
+def stage_costs(metrics: dict) -> dict[str, float]:
+    return {k.removeprefix("cost/"): v for k, v in metrics.items() if k.startswith("cost/")}
 
 
 def build_task(config: DictConfig):

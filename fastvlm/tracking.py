@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,17 @@ class MLflowTracking:
             log_params(self.uri, run_id, config)
         return run_id
 
+    def study_run(self, study: str, *, scale: str) -> str:
+        """The run that a study's cells are nested below: found, or begun by the first that asks."""
+        from filelock import FileLock
+
+        self.prepare()
+        tags = {"kind": "study", "study": study, "scale": scale}
+        root = artifact_root(self.uri)
+        with FileLock(f"{root}.lock", timeout=300) if root else nullcontext():
+            found = self.find_run(tags)
+            return found or start_run(self.uri, self.experiment, f"{study} ({scale})", tags=tags)
+
     def stage_logger(
         self,
         stage_name: str,
@@ -332,6 +344,9 @@ class NoTracking:
         pass
 
     def pipeline_run(self, name, tags=None, config=None, *, run_id=None, parent=None) -> None:
+        return None
+
+    def study_run(self, study, *, scale) -> None:
         return None
 
     def stage_logger(self, stage_name, parent=None, tags=None, *, folder=None, run_id=None) -> None:

@@ -18,6 +18,8 @@ MAY = {
     "stages": {"models", "batch", "tokens"},
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
+    "identity": set(),
+    "study": {"identity", "tracking", "build", "config", "callbacks", "models"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
@@ -19,6 +20,7 @@ from fastvlm.inference.kv_cache import KVCache
 from fastvlm.models.llms.language_model import LanguageModel
 
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 FIXED_ROTATIONS = ("default", "linear", "llama3")  # the others depend on the length so far
 
 
@@ -92,7 +94,7 @@ class FastDecoder:
         keys, values = cache.update(rotate(k.transpose(1, 2), cos, sin), v, i)
         out = self._attend(q, keys, values, mask)
         x = x + attention.o_proj(out)
-        return x + layer.mlp(norm(layer.post_attention_layernorm, x))
+        return x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Float[Tensor, "B S E"]:
         rows, _, length, _ = q.shape
@@ -125,6 +127,13 @@ class FastDecoder:
             cos, sin = self.decoder.rotary_emb(x, positions[None])
             self._rotations = held = (cos[0], sin[0])
         return held
+
+
+def feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
+    """The gated layer; its widest tensors are written over, because fresh memory costs as much as the arithmetic."""
+    if not isinstance(mlp.act_fn, SILU):
+        return mlp(x)
+    return mlp.down_proj(F.silu(mlp.gate_proj(x), inplace=True).mul_(mlp.up_proj(x)))
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:

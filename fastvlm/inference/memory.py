@@ -19,9 +19,10 @@ MIN_PREFIX = 4  # below this many positions a look into the store costs as much 
 
 
 def image_key(views: UInt8[Tensor, "*v 3 H W"]) -> bytes:
-    """Names an image by the pixels the encoder sees."""
+    """Names an image by the pixels the encoder sees and by how its views lie."""
     pixels = views.movedim(-3, -1).contiguous().cpu().numpy()  # decoders write channels last: mostly no copy
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+    shape = repr((pixels.shape, getattr(views, "view_layout", None)))
+    return hashlib.blake2b(shape.encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 class BoundedStore:

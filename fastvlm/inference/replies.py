@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -50,25 +51,32 @@ def cost(generation: Generation, job: Any) -> dict:
 
 
 class BodyLimit:
-    """Refuses a body of more bytes than allowed, by its header or, where that is missing or lies, by counting."""
+    """Refuses a body of more bytes than allowed, by its header or, where that is missing or lies, by counting; and one
+    that takes longer than `seconds` to come."""
 
-    def __init__(self, app: Any, *, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: Any, *, max_bytes: int, seconds: float = 60.0):
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
-            return await self._refuse(send)
-        body, more = b"", True
-        while more and scope["method"] in ("POST", "PUT", "PATCH"):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                return await self._refuse(send)
+            return await self._refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+        chunks, size, more = [], 0, scope["method"] in ("POST", "PUT", "PATCH")
+        try:
+            async with asyncio.timeout(self.seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size, more = size + len(chunks[-1]), message.get("more_body", False)
+                    if size > self.max_bytes:
+                        return await self._refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+        except TimeoutError:
+            return await self._refuse(send, 408, f"the request did not come within {self.seconds:g} s")
+        body = b"".join(chunks)
         given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> dict:
@@ -76,9 +84,8 @@ class BodyLimit:
 
         return await self.app(scope, replay, send)
 
-    async def _refuse(self, send: Any) -> None:
-        message = f"a request of more than {self.max_bytes} bytes"
+    async def _refuse(self, send: Any, status: int, message: str) -> None:
         body = json.dumps(error_body(message, kind="invalid_request_error")).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})

@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prefix_store_bytes=settings.prefix_store_mb * MEGABYTE,
     )
     app = create_app(engine, settings)
-    # Longer than a slow client needs, shorter than one who only holds the connection.
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="info", timeout_keep_alive=30)
+    # Beyond those that are answered and those that wait there is room for the page and for refusals; memory is bounded.
+    connections = settings.max_rows + settings.max_waiting + 64
+    uvicorn.run(app, host=settings.host, port=settings.port, timeout_keep_alive=30, limit_concurrency=connections)
 
 
 if __name__ == "__main__":

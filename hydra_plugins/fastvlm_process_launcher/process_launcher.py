@@ -8,12 +8,17 @@ its ranks agree, its memory is its own, and its failure leaves the other cells a
 import json
 import logging
 import os
+import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
@@ -27,14 +32,28 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ProcessLauncherConfig:
+    """`hydra.launcher.parallel`: cells at once; null is one, and for a study as many as there are GPUs, else cores."""
+
     _target_: str = "hydra_plugins.fastvlm_process_launcher.process_launcher.ProcessLauncher"
+    parallel: Any = None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConfig, provider="fastvlm")
 
 
 class ProcessLauncher(Launcher):
-    """Cells run one after another, each as `python <script> <overrides>`; its objective comes back through a file."""
+    """Each cell runs as `python <script> <overrides>`; its objective comes back through a file.
+
+    One at a time they share this terminal. Several at a time each get a log file, an equal share of the cores (or a GPU
+    of their own), and a line here when they begin and end.
+    """
+
+    def __init__(self, parallel: int | None = None):
+        if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
+            raise ValueError(f"hydra.launcher.parallel={parallel} must be a number of 1 or more, or null")
+        self.parallel = parallel
+        self.raise_failed = True  # a sweeper that is told of failures sets it to False
+        self.running: set[subprocess.Popen] = set()
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -42,33 +61,131 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        cells = [self.cell(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
-        if failed := [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]:
+        study = self.config.get("study")
+        if study is not None:
+            from fastvlm.study.sweep import prepare
+
+            prepare(self.config, [list(overrides) for overrides in job_overrides])
+        slots = self.slots(len(job_overrides))
+        free: queue.Queue = queue.Queue()
+        for slot in slots:
+            free.put(slot)
+        jobs = [(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        if len(slots) == 1:
+            cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
+        else:
+            cells = self.side_by_side(jobs, free, len(slots))
+        if study is not None:
+            from fastvlm.study.sweep import conclude
+
+            conclude(self.config, [list(overrides) for overrides in job_overrides])
+        failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
+        if failed and self.raise_failed:
             # Raised once all have had their turn; the same command again runs the failed ones alone.
             raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
         return cells
 
-    def cell(self, index: int, overrides: list[str]) -> JobReturn:
+    def slots(self, num_jobs: int) -> list[dict[str, str]]:
+        """The environment of each cell that runs at the same time as others: its threads, its GPU."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = self.config.get("hardware", {}).get("devices", "auto")
+        ranks = devices if isinstance(devices, int) else 1
+        gpus = visible_gpus() if self.config.get("hardware", {}).get("accelerator", "auto") != "cpu" else []
+        number = self.parallel
+        if number is None:
+            room = len(gpus) // ranks if gpus else cores // ranks
+            number = max(1, room) if self.config.get("study") is not None else 1
+        number = max(1, min(number, num_jobs))
+        if number == 1:
+            return [{}]
+        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // (number * ranks))))
+        slots = [{"OMP_NUM_THREADS": str(threads)} for _ in range(number)]
+        for place, slot in enumerate(slots if gpus else []):
+            own = [gpus[(place * ranks + rank) % len(gpus)] for rank in range(ranks)]
+            slot["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        return slots
+
+    def side_by_side(self, jobs: list, free: queue.Queue, number: int) -> list:
+        def run(job) -> JobReturn:
+            slot = free.get()
+            try:
+                return self.cell(*job, slot, quiet=True)
+            finally:
+                free.put(slot)
+
+        pool = ThreadPoolExecutor(number)
+        futures = [pool.submit(run, job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            for future in futures:
+                future.cancel()
+            for process in list(self.running):  # a terminal has told them too; a `kill` of this process has not
+                process.send_signal(signal.SIGINT)
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def cell(self, index: int, overrides: list[str], environment: dict[str, str], *, quiet: bool) -> JobReturn:
         # Hydra hands `~group` on as `~group=null`, which asks for a group whose choice is null.
         overrides = [o.removesuffix("=null") if o.startswith("~") else o for o in overrides]
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = f"cell_{index}", index
-        print(f"\n#{index} {' '.join(filter_overrides(overrides)) or '(defaults)'}", flush=True)
+        title = f"#{index} {' '.join(filter_overrides(overrides)) or '(defaults)'}"
+        begun = time.time()
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "result.json"
-            done = subprocess.run(
-                [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides],
-                env=os.environ | {RESULT: str(result)},
-                check=False,
-            )
+            output = self.log_file(index, overrides) if quiet else None
+            print(f"{title}  -> {output}" if quiet else f"\n{title}", flush=True)
+            status = self.run_process(overrides, os.environ | environment | {RESULT: str(result)}, output)
             value = json.loads(result.read_text())["value"] if result.exists() else None
         cell = JobReturn(overrides=overrides, cfg=config, hydra_cfg=index, working_dir=os.getcwd(), task_name="train")
-        if done.returncode == 0:
+        if status == 0:
             cell.status, cell.return_value = JobStatus.COMPLETED, value
-        else:
-            if done.returncode in (130, -2):
-                raise KeyboardInterrupt
-            print(f"#{index} failed (status {done.returncode}); the other cells go on", file=sys.stderr, flush=True)
-            cell.status = JobStatus.FAILED
+            if quiet:
+                print(f"{title}  done in {time.time() - begun:.0f} s: {value}", flush=True)
+            return cell
+        if status in (130, -2):
+            raise KeyboardInterrupt
+        why = f": {last_line(output)}" if output else ""
+        print(f"#{index} failed (status {status}){why}; the other cells go on", file=sys.stderr, flush=True)
+        cell.status = JobStatus.FAILED
         return cell
+
+    def run_process(self, overrides: list[str], environment: dict[str, str], output: Path | None) -> int:
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides]
+        with open(output, "w") if output else open(os.devnull) as stream:
+            to_file = {"stdout": stream, "stderr": subprocess.STDOUT} if output else {}
+            process = subprocess.Popen(command, env=environment, **to_file)
+            self.running.add(process)
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+            finally:
+                self.running.discard(process)
+
+    def log_file(self, index: int, overrides: list[str]) -> Path:
+        folder = Path(self.config.paths.runs) / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        label = "".join(c if c.isalnum() or c in "=.,-" else "_" for c in ",".join(filter_overrides(overrides)))
+        return folder / f"{label[:120] or 'defaults'}.log"
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs a cell may be given, without importing torch."""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
+
+
+def last_line(file: Path) -> str:
+    lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("error: ") if lines else "it said nothing"

@@ -1,5 +1,6 @@
 """The server as clients meet it: a uvicorn process, spoken to by the openai client and by raw HTTP."""
 
+import asyncio
 import base64
 import json
 import queue
@@ -14,6 +15,7 @@ import pytest
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.replies import BodyLimit
 from fastvlm.inference.sampling import Sampling
 from fastvlm.inference.scheduler import Busy, Job, Scheduler
 from fastvlm.inference.settings import parse_settings
@@ -296,6 +298,34 @@ def test_settings_mistakes_are_one_line():
             parse_settings(["run=x", argument])
     with pytest.raises(ValueError, match="run=DIR"):
         parse_settings([])
+
+
+def test_a_request_that_does_not_come_is_given_up():
+    sent = []
+
+    async def app(scope, receive, send):
+        raise AssertionError("the application is not asked")
+
+    async def ask(*messages) -> None:
+        waiting = iter(messages)
+
+        async def receive():
+            return next(waiting, None) or await asyncio.sleep(60)
+
+        async def send(message):
+            sent.append(message)
+
+        limit = BodyLimit(app, max_bytes=10, seconds=0.05)
+        await limit({"type": "http", "method": "POST", "headers": []}, receive, send)
+
+    asyncio.run(ask({"type": "http.request", "body": b"x", "more_body": True}))
+    assert sent[0]["status"] == 408
+    sent.clear()
+    asyncio.run(ask({"type": "http.request", "body": b"x" * 11}))
+    assert sent[0]["status"] == 413
+    sent.clear()
+    asyncio.run(ask({"type": "http.disconnect"}))
+    assert sent == []
 
 
 @pytest.mark.slow

@@ -137,7 +137,6 @@ class Likeness(nn.Module):
     def __init__(self, texts: Float[Tensor, "L D"]):
         super().__init__()
         self.register_buffer("texts", F.normalize(texts, dim=-1))
-        self.out_dim = len(texts)
 
     def forward(self, tokens: Float[Tensor, "I 1 D"]) -> Float[Tensor, "I 1 L"]:
         return F.normalize(tokens, dim=-1) @ self.texts.to(tokens.dtype).T

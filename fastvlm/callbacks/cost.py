@@ -1,0 +1,138 @@
+"""What a stage costs: floating-point operations, counted on one forward pass of each part and multiplied out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class ForwardFlops:
+    """Operations (two for a multiply-add) of one forward pass, as torch's FlopCounterMode counts them: products and
+    convolutions, no norms or activations.
+
+    `view[part]` is for one view; a row of S positions costs `linear * S + square * S**2`, a logit row `head`.
+    """
+
+    view: dict[str, float]
+    linear: float
+    square: float
+    head: float
+
+    def rows(self, lengths: np.ndarray, rows: int) -> float:
+        """Of `rows` rows at each of the padded `lengths`."""
+        lengths = lengths.astype(np.float64)
+        return float(rows * (self.linear * lengths + self.square * lengths**2).sum())
+
+
+@torch.no_grad()
+def count_forward(model: nn.Module, *, parts: list[str], image_size: int, length: int) -> ForwardFlops:
+    """Count a VLM's forward pass; the model is left as it was.
+
+    Args:
+        parts: what the stage computes with.
+        image_size: side of a view (pixels).
+        length: positions of a row, about; the costs at two lengths give the linear and the quadratic term.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        view: dict[str, float] = {}
+        if "encoder" in parts:
+            parameter = next(model.encoder.parameters())
+            x = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+            for name in ("encoder", "resampler", "projector"):
+                if name in parts:
+                    view[name], x = _count(getattr(model, name), x)
+        linear = square = head = 0.0
+        if "llm" in parts:
+            small, large = max(8, length // 2), max(16, length)
+            at_small, at_large = (_count_row(model.llm, n) for n in (small, large))
+            square = (at_large / large - at_small / small) / (large - small)
+            linear = at_large / large - square * large
+            head = 2.0 * model.llm.dim * model.llm.vocab_size
+    finally:
+        for module, training in modes:
+            module.training = training
+    return ForwardFlops(view, linear, square, head)
+
+
+def _count(part: nn.Module, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+    with FlopCounterMode(display=False) as counter:
+        y = part(x)
+    return float(counter.get_total_flops()), y
+
+
+def _count_row(llm: nn.Module, length: int) -> float:
+    parameter = next(llm.parameters())
+    embeds = torch.zeros(1, length, llm.dim, device=parameter.device, dtype=parameter.dtype)
+    positions = torch.arange(length, device=parameter.device)[None]
+    with FlopCounterMode(display=False) as counter:
+        llm.hidden(embeds, positions, torch.ones_like(positions))
+    return float(counter.get_total_flops())
+
+
+def learned_shares(model: nn.Module) -> dict[str, float]:
+    """For each part the share of its parameters that learn, as `requires_grad` stands now."""
+    shares = {}
+    for name, part in model.parts.items():
+        counts = [(p.numel(), p.requires_grad) for p in part.parameters()]
+        shares[name] = sum(n for n, learns in counts if learns) / max(1, sum(n for n, _ in counts))
+    return shares
+
+
+def training_flops(
+    forward: ForwardFlops, learned: dict[str, float], *, lengths: np.ndarray, rows: int, views: int, logits: int
+) -> float:
+    """Operations of a stage: forward, gradients of activations, gradients of weights.
+
+    A part's weight gradients cost its forward pass times the share of it that learns; its activation gradients cost
+    the forward pass where something before it learns, else that share again. A frozen encoder is counted in every step,
+    also where its outputs are cached.
+
+    Args:
+        learned: share of each part that learns.
+        lengths: padded row length of every step.
+        rows: rows of a step.
+        views: views of all steps.
+        logits: positions at which the head is asked.
+    """
+    total, before = 0.0, False
+    costs = {name: flops * views for name, flops in forward.view.items()}
+    if forward.linear:
+        costs["llm"] = forward.rows(lengths, rows) + forward.head * logits
+    for name, flops in costs.items():
+        share = learned.get(name, 0.0)
+        total += flops * (1 + share + (1 if before else share))
+        before = before or share > 0
+    return total
+
+
+def stage_cost(forward: ForwardFlops, learned: dict[str, float], plan) -> dict[str, float]:
+    """`cost/...` of a stage whose plan is `plan`: tokens (padding not counted), views, steps, operations."""
+    tokens, images = plan.row_sizes()  # (steps, rows of a step)
+    num_tokens, num_views = int(tokens.sum()), int(images.sum())
+    flops = training_flops(
+        forward,
+        learned,
+        lengths=tokens.max(axis=1),
+        rows=tokens.shape[1],
+        views=num_views,
+        logits=num_learned(plan),
+    )
+    return {
+        "cost/steps": float(tokens.shape[0]),
+        "cost/tokens": float(num_tokens),
+        "cost/views": float(num_views),
+        "cost/flops": flops,
+    }
+
+
+def num_learned(plan) -> int:
+    """Learned tokens of all steps."""
+    samples = int(plan.report(())["samples"])
+    return int(plan.costs(samples, "answer_tokens")[1].sum()) if samples else 0

@@ -1,0 +1,117 @@
+"""What a study decides its claims on: short answers, the likelihood of whole held-out records, time to first token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvlm.data.conversation import encode_record
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.evaluation.first_token import first_token_ms
+from fastvlm.evaluation.likelihood import token_nll
+from fastvlm.evaluation.questions import read_questions
+from fastvlm.evaluation.short_answers import ShortAnswers
+from fastvlm.inference.engine import Engine
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
+
+
+class Panel(ShortAnswers):
+    """`ShortAnswers`, and beside it `test/nll/<source>` (nats per learned token) of every record of `held_out`.
+
+    A document of several images is scored by how many images with their words stand before: `test/nll/<source>/0` is
+    what follows its first image, `/1` its second. That is likelihood with examples in the context, of the same kind of
+    document as in training; it is no in-context learning of a new task.
+
+    Args:
+        held_out: sources of documents or conversations by name.
+        records: of each of them; spread over the split.
+        first_token: questions whose time to first token is measured; 0 leaves it out.
+        options: those of `ShortAnswers`.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        *,
+        held_out: dict[str, Source] | None = None,
+        records: int = 200,
+        first_token: int = 6,
+        **options,
+    ):
+        super().__init__(sources, **options)
+        self.held_out, self.records, self.first_token = held_out or {}, records, first_token
+
+    def run(
+        self,
+        model: VLM,
+        tokenizer: Tokenizer,
+        *,
+        image_size: int,
+        transform: ImageTransform | None = None,
+        device: str | torch.device = "cpu",
+        out: str | Path | None = None,
+    ) -> dict:
+        result = super().run(model, tokenizer, image_size=image_size, transform=transform, device=device, out=out)
+        for row in result["table"]:
+            if not row["mean"] and row["nll"] is not None:
+                result["metrics"][f"test/answer_nll/{row['type']}"] = row["nll"]
+        engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
+        for name, source in self.held_out.items():
+            result["metrics"] |= self.score_records(engine, name, source)
+        if self.first_token:
+            name, source = next(iter(self.sources.items()))
+            index = source.load(self.split, tokenizer)
+            asked = read_questions(index, source=name, limit=1, transform=engine.transform)
+            result["metrics"] |= first_token_ms(engine, asked[: self.first_token])
+        return result
+
+    def score_records(self, engine: Engine, name: str, source: Source) -> dict[str, float]:
+        index = source.load(self.split, engine.tokenizer)
+        rows, _ = source.select(index)
+        rows = rows[:: max(1, len(rows) // self.records)][: self.records]
+        reader = ShardReader()
+        raws = [index.read(int(row), reader) for row in rows]
+        reader.close()
+        images = [[engine.transform(data) for data in raw.images] for raw in raws]
+        visual = iter(engine.encode_images([image for row in images for image in row]))
+        shown: list[list[Tensor]] = [[next(visual) for _ in row] for row in images]
+        encoded = [
+            encode_record(source.edit(raw.record), engine.tokenizer, tokens_per_image=[len(v) for v in row])
+            for raw, row in zip(raws, shown)
+        ]
+        scores = token_nll(
+            engine.model,
+            engine.tokenizer,
+            [(e.input_ids, e.labels) for e in encoded],
+            shown,
+            tokens_per_view=engine.tokens_per_image,
+            batch_size=32,
+        )
+        sums: dict[str, list[float]] = {}
+        for e, score, row in zip(encoded, scores, shown):
+            before = images_before(
+                e.input_ids, e.labels, image_id=engine.tokenizer.image_id, sizes=[len(v) for v in row]
+            )
+            for nats, place in zip(score.tolist(), before):
+                for key in (f"test/nll/{name}", *([f"test/nll/{name}/{place - 1}"] if place and len(row) > 1 else [])):
+                    total = sums.setdefault(key, [0.0, 0])
+                    total[0] += nats
+                    total[1] += 1
+        return {key: nats / count for key, (nats, count) in sums.items()}
+
+
+def images_before(input_ids: list[int], labels: list[int], *, image_id: int, sizes: list[int]) -> list[int]:
+    """For every scored token (its label is learned and it is not the first) the number of images before it."""
+    ends, places, slots = [], [], 0
+    for size in sizes:
+        ends.append(size + (ends[-1] if ends else 0))
+    for position, (token, label) in enumerate(zip(input_ids, labels)):
+        slots += token == image_id
+        if position and label != IGNORE_INDEX:
+            places.append(sum(slots >= end for end in ends))
+    return places

@@ -1,0 +1,135 @@
+"""What makes a run the run it is: configuration, the code that decides its numbers, commit. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What only tells where, how fast and under which heading: never part of a stage's or a run's identity.
+INCIDENTAL = (
+    "name",
+    "paths",
+    "hardware",
+    "logger",
+    "overwrite",
+    "log_every",
+    "checkpoint_every",
+    "num_samples",
+    "image_size",
+    "data",
+    "study",
+    "arm",
+    "scale",
+    "dry_run",
+    "objective",
+)
+# The code that decides a trained weight.
+CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
+# The code that decides what an encoder says of an image.
+ENCODING = (
+    "models/encoders",
+    "models/pretrained",
+    "models/vlm.py",
+    "data/transforms.py",
+    "data/decode.py",
+    "data/tiling.py",
+)
+# The code that decides a result: what trains, and what scores.
+SCORING = (*CODE, "evaluation", "inference", "pipeline.py", "callbacks/cost.py")
+
+
+@cache
+def code_hash(code: tuple[str, ...] = CODE) -> str:
+    """Hash of the source that determines what a stage learns; documents and reports may change freely."""
+    package = ROOT / "fastvlm"
+    files = sorted(
+        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+    )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def commit() -> str:
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if dirty else "")
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def identity(resolved: dict) -> dict:
+    """The part of a resolved configuration that decides a run's results."""
+    return {key: value for key, value in resolved.items() if key not in INCIDENTAL}
+
+
+def machine() -> dict[str, Any]:
+    """What the seconds of a result were measured on."""
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"cpu": names[0] if names else "unknown", "cores": cores}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def finished(run_dir: Path, resolved: dict) -> dict | None:
+    """The results of a run directory that holds this very configuration, made by this very code; None otherwise."""
+    results = read_results(run_dir)
+    return results if results is not None and _same(results, resolved) else None
+
+
+def read_results(run_dir: Path) -> dict | None:
+    try:
+        return json.loads((run_dir / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _same(results: dict, resolved: dict) -> bool:
+    made = results.get("made", {})
+    return made.get("config") == hash_of(identity(resolved)) and made.get("code") == code_hash(SCORING)
+
+
+def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
+    """Note where this configuration's results are, for a cell of another study that is the same."""
+    note = _note(runs, resolved)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    beside = note.with_suffix(f".{os.getpid()}")
+    beside.write_text(os.path.relpath(run_dir, runs))
+    beside.replace(note)
+
+
+def elsewhere(runs: Path, resolved: dict) -> Path | None:
+    """The run directory of another name that holds these very results."""
+    try:
+        run_dir = runs / _note(runs, resolved).read_text()
+    except OSError:
+        return None
+    return run_dir if finished(run_dir, resolved) is not None else None
+
+
+def _note(runs: Path, resolved: dict) -> Path:
+    return runs / "cells" / f"{hash_of(identity(resolved))}-{code_hash(SCORING)}"

@@ -1,0 +1,152 @@
+"""A study's arms: named lists of command-line overrides, for each scale. Light: every command of a sweep imports it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = Path(os.environ.get("FASTVLM_STUDIES", ROOT / "experiments"))
+SCALES = ("micro", "paper")
+
+
+@dataclass(frozen=True)
+class Study:
+    """experiments/<name>/study.yaml.
+
+    Args:
+        question: the comment it opens with.
+        arms: scale -> arm -> overrides, those of `all` included.
+        grid: hydra.sweeper.params.
+    """
+
+    name: str
+    folder: Path
+    question: str
+    arms: dict[str, dict[str, list[str]]]
+    grid: dict[str, str]
+
+    def overrides(self, arm: str, scale: str) -> list[str]:
+        """Raises:
+        ValueError: no such scale or arm, with the ones there are.
+        """
+        if scale not in self.arms:
+            raise ValueError(f"scale={scale}: experiment={self.name} has {', '.join(self.arms)}")
+        if arm not in self.arms[scale]:
+            have = list(self.arms[scale])
+            near = difflib.get_close_matches(arm, have, 1)
+            hint = f"; did you mean arm={near[0]}?" if near else ""
+            raise ValueError(
+                f"arm={arm}: experiment={self.name} has no such arm at scale={scale}{hint} Arms: {', '.join(have)}"
+            )
+        return self.arms[scale][arm]
+
+
+def study_names(root: Path = STUDIES) -> list[str]:
+    """All experiments whose file has arms, in alphabetical order."""
+    return sorted(file.parent.name for file in root.glob("*/study.yaml") if has_arms(file))
+
+
+def has_arms(file: Path) -> bool:
+    return OmegaConf.load(file).get("study") is not None
+
+
+def load_study(name: str, *, root: Path = STUDIES) -> Study:
+    """Read a study.
+
+    Raises:
+        ValueError: no such study; a scale without arms.
+    """
+    file = root / name / "study.yaml"
+    if not file.is_file() or not has_arms(file):
+        have = study_names(root)
+        near = difflib.get_close_matches(name, have, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is no study{hint} Studies: {', '.join(have)}")
+    text = file.read_text(encoding="utf-8")
+    plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    arms: dict[str, dict[str, list[str]]] = {}
+    for scale in SCALES:
+        given = plain["study"].get(scale)
+        if given is None:
+            continue
+        if not isinstance(given, dict) or not given.get("arms"):
+            raise ValueError(f"{file}: study.{scale}.arms names no arm")
+        shared = list(given.get("all") or [])
+        arms[scale] = {str(arm): merge(shared, list(own or [])) for arm, own in given["arms"].items()}
+    comment = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    question = comment[0] if comment else ""
+    grid = plain.get("hydra", {}).get("sweeper", {}).get("params", {})
+    return Study(name, file.parent, question, arms, {key: str(value) for key, value in grid.items()})
+
+
+def key_of(override: str) -> str:
+    """What an override sets: `a.b` of `++a.b=1`, `stages.align.mixture` of `mixture@stages.align.mixture=x`."""
+    return override.split("=", 1)[0].lstrip("+~").split("@")[-1]
+
+
+def merge(first: list[str], then: list[str]) -> list[str]:
+    """Overrides in order; a later one replaces an earlier one of the same key."""
+    keys = {key_of(o) for o in then}
+    return [o for o in first if key_of(o) not in keys] + then
+
+
+def value_of(arguments: list[str], key: str) -> str | None:
+    given = [a.split("=", 1)[1] for a in arguments if re.match(rf"\+*{key}=", a)]
+    return given[-1] if given else None
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """`experiment=<study> arm=<arm> [scale=...] [seed=...]` with the arm's overrides written out; all else unchanged.
+
+    What stands on the command line itself wins over the arm. A sweep (-m) is left to its cells, each of which comes
+    here. The run gets the name of its cell, so that it is found again.
+    """
+    study_name, arm = value_of(arguments, "experiment"), value_of(arguments, "arm")
+    if study_name is None or arm is None or {"-m", "--multirun"} & set(arguments):
+        return arguments
+    if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
+        return arguments
+    study = load_study(study_name)
+    scale, seed = value_of(arguments, "scale") or "micro", value_of(arguments, "seed") or "0"
+    own = study.overrides(arm, scale)
+    options, given = split_options(arguments)
+    extra = sorted(a for a in given if not is_silent(a))
+    named = [] if value_of(given, "name") else [f"name={cell_name(study_name, scale, arm, seed, extra)}"]
+    head = [a for a in given if key_of(a) == "experiment"]
+    rest = [a for a in given if key_of(a) != "experiment"]
+    return [*options, *head, *merge(own, rest), *named, f"++study.applied={arm}"]
+
+
+# What a cell may differ in and still be the same cell: what names it, and what only tells where and how it runs.
+SILENT = ("experiment", "arm", "scale", "seed", "hardware", "logger", "overwrite", "name", "dry_run", "num_samples")
+SILENT += ("log_every", "checkpoint_every", "paths", "hydra", "objective")
+
+
+def is_silent(override: str) -> bool:
+    return key_of(override).split(".")[0].split("/")[0] in SILENT
+
+
+def cell_name(study: str, scale: str, arm: str, seed: str | int, extra: list[str] = ()) -> str:
+    """Name, and folder below runs/, of a cell; what was changed beside the arm is part of it."""
+    # No character that Hydra's grammar would read: the name is handed on as an override.
+    tail = "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '_', o.lstrip('+'))}" for o in extra)
+    return f"studies/{study}/{scale}/{arm}-seed{seed}{tail}"
+
+
+def split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(options with the values that follow them, such as `--cfg job`; overrides)."""
+    options, overrides, rest = [], [], iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"):
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options, overrides

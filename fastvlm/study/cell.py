@@ -1,0 +1,61 @@
+"""One cell of a study or sweep: whether it is done, and the number it is worth to a sweeper."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.identity import elsewhere, finished
+
+CELL = "FASTVLM_CELL_RESULT"  # set by the launcher
+
+
+def finished_cell(config: DictConfig) -> dict | None:
+    """Results of this cell where it is done: same configuration, same code. A run outside a sweep or study is not
+    looked for: it evaluates again, as it always did."""
+    in_sweep = config.study is not None or CELL in os.environ
+    if not in_sweep or config.overwrite:
+        return None
+    runs = Path(config.paths.runs).resolve()
+    run_dir = runs / config.name
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    results = finished(run_dir, resolved)
+    if results is None and (other := elsewhere(runs, resolved)) is not None:
+        # The same cell under another study's name, a baseline most often: its results are these.
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        if not run_dir.exists():
+            shutil.copytree(other, run_dir, symlinks=True)
+        else:
+            for name in ("results.json", "config.yaml", "lineage.json"):
+                shutil.copyfile(other / name, run_dir / name)
+        results = finished(run_dir, resolved)
+        run_dir = other
+    if results is not None:
+        print(f"{config.name}: done before ({run_dir})", flush=True)
+        if config.study is not None:
+            from fastvlm.study.recorded import record_finished
+
+            record_finished(config, results=results, resolved=resolved, run_dir=runs / config.name)
+    return results
+
+
+def objective(results: dict, *, names: list[str]) -> float | list[float] | None:
+    """What the sweeper is told: the metric, or a list where it weighs several.
+
+    Raises:
+        ValueError: a metric this run has not, unless it is the one metric of the default and there was no task.
+    """
+    metrics = results["metrics"]
+    if not metrics:
+        return None
+    for name in names:
+        if name not in metrics:
+            near = difflib.get_close_matches(name, metrics, 1, 0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"objective: the task yields no {name}{hint}")
+    values = [float(metrics[name]) for name in names]
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,126 @@
+"""What a study is to decide: experiments/<study>/claims.yaml, one entry a claim."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastvlm.study.arms import Study
+
+DIRECTIONS = ("higher", "lower", "same")
+STATUSES = ("paper", "official-repository", "secondary", "derived", "unverified")
+
+
+@dataclass
+class Claim:
+    """One sentence that runs can contradict.
+
+    Args:
+        claim: the sentence.
+        paper, table: where it comes from.
+        metric: decides; `beside` is shown with it.
+        direction: of the metric in the first arm against the second: higher, lower, same.
+        steps: [first, second] arm at equal optimiser steps.
+        compute: the pair at equal operations; left out where the pair of `steps` has about as many.
+        margin: `same` needs one; with a direction, what the difference must exceed, below 0 for "no worse than".
+        size: the paper's difference in words.
+        optimum: [first, second], each arm -> the value it was given: the claim is then not about the metric but about
+            the value at which it is best, on a log scale; `steps` names an arm of each for the cost.
+        figures: the paper's numbers, rows of paper.csv by their `key`.
+    """
+
+    claim: str
+    paper: str
+    table: str
+    metric: str
+    direction: str
+    steps: list[str]
+    beside: list[str] = field(default_factory=list)
+    compute: list[str] = field(default_factory=list)
+    margin: float = 0.0
+    size: str = ""
+    figures: list[str] = field(default_factory=list)
+    optimum: list[dict[str, float]] = field(default_factory=list)
+
+
+def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
+    """Read and check a study's claims; those whose arms this scale does not have are left out.
+
+    Raises:
+        ValueError: no file, an unknown key, a pair whose arm exists at no scale, a direction that is none.
+    """
+    file = study.folder / "claims.yaml"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: a study without a claim decides nothing")
+    claims = []
+    for number, entry in enumerate(OmegaConf.load(file), 1):
+        where = f"{file}, claim {number}"
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(Claim), entry)
+            claim = Claim(**OmegaConf.to_container(merged, throw_on_missing=True))
+        except (OmegaConfBaseException, TypeError) as error:
+            raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        check(claim, study, where=where)
+        if {*claim.steps, *claim.compute, *(arm for one in claim.optimum for arm in one)} <= study.arms.get(
+            scale, {}
+        ).keys():
+            claims.append(claim)
+    return claims
+
+
+def check(claim: Claim, study: Study, *, where: str) -> None:
+    if claim.direction not in DIRECTIONS:
+        raise ValueError(f"{where}: direction={claim.direction} is none of {', '.join(DIRECTIONS)}")
+    if claim.direction == "same" and claim.margin <= 0:
+        raise ValueError(f"{where}: direction=same needs a margin above 0")
+    arms = sorted({arm for at in study.arms.values() for arm in at})
+    if claim.optimum and (len(claim.optimum) != 2 or min(map(len, claim.optimum)) < 3):
+        raise ValueError(f"{where}: optimum names two sets of three arms or more, each with its value")
+    for basis in ("steps", "compute"):
+        pair = getattr(claim, basis)
+        if len(pair) != 2 and (pair or basis == "steps"):
+            raise ValueError(f"{where}: {basis} names two arms, the one that the claim favours first")
+        for arm in (*pair, *(arm for one in claim.optimum for arm in one)):
+            if arm not in arms:
+                near = difflib.get_close_matches(arm, arms, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                have = ", ".join(arms)
+                raise ValueError(f"{where}: {basis}: there is no arm {arm}{hint} Arms: {have}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a paper, with how far to trust it."""
+
+    key: str
+    table: str
+    setting: str
+    metric: str
+    value: str
+    status: str
+
+
+def load_figures(folder: Path) -> dict[str, Figure]:
+    """paper.csv of a study by key: key, table, setting, metric, value, status.
+
+    Raises:
+        ValueError: an unknown status, or a key that stands twice.
+    """
+    file = folder / "paper.csv"
+    figures: dict[str, Figure] = {}
+    if not file.is_file():
+        return figures
+    with open(file, newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            figure = Figure(**row)
+            if figure.status not in STATUSES:
+                raise ValueError(f"{file}: {figure.key}: status={figure.status} is none of {', '.join(STATUSES)}")
+            if figure.key in figures:
+                raise ValueError(f"{file}: {figure.key} stands twice")
+            figures[figure.key] = figure
+    return figures

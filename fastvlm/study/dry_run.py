@@ -1,0 +1,187 @@
+"""Everything of a run but its data, weights and training: `dry_run=true` proves a configuration on any machine.
+
+Parts are built in their own sizes on torch's meta device, which holds shapes and no numbers; trainable patterns are
+matched, mixtures built, and the stages' sizes and operations told.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import instantiate
+from fastvlm.callbacks.cost import count_forward
+from fastvlm.config import check, compose, typed_overrides
+from fastvlm.models.trainable import last_layers, select_trainable
+from fastvlm.models.vlm import VLM
+from fastvlm.study.arms import load_study
+
+# Sizes of language models of the hub, as their config.json there says.
+ARCHITECTURES = {
+    "lmsys/vicuna-7b-v1.5": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-1.5B": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+}
+ARCHITECTURES["Qwen/Qwen2.5-1.5B-Instruct"] = ARCHITECTURES["Qwen/Qwen2.5-1.5B"]
+
+
+def dry_run(config: DictConfig) -> None:
+    """Check one configuration, or with a study and no arm all of its arms at this scale; say their sizes.
+
+    Raises:
+        ValueError: the first thing that would not run.
+    """
+    if config.study is None or config.arm is not None:
+        describe(config)
+        return
+    study = load_study(config.study.name)
+    typed = typed_overrides() or [f"experiment={study.name}"]
+    for arm in study.arms.get(config.scale, {}):
+        one = compose("train", [*typed, f"scale={config.scale}", f"arm={arm}"])
+        check(one)
+        describe(one)
+
+
+def describe(config: DictConfig) -> list[dict[str, float]]:
+    """Print and return the stages' sizes: `parameters`, `learns`, `steps`, `positions`, `flops`."""
+    model = build_without_weights(config)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
+    print(f"\n{config.get('arm') or config.name}: " + ", ".join(f"{n} {c / 1e6:,.1f}M" for n, c in counts.items()))
+    stages = []
+    for name, stage in config.stages.items():
+        stages.append(describe_stage(name, stage, model))
+    if config.task is not None:
+        for group in ("sources", "held_out"):
+            for source, given in (config.task.get(group) or {}).items():
+                instantiate(given, key=f"task.{group}.{source}")
+    sys.stdout.flush()
+    return stages
+
+
+def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]:
+    mixture = instantiate(stage.mixture, key=f"stages.{name}.mixture")
+    trainable = {k: v for k, v in stage.trainable.items() if v is not None}
+    if stage.get("last_layers"):
+        for layer in last_layers(model.llm, stage.last_layers.num, where=f"stages.{name}.last_layers"):
+            trainable[f"llm.{layer}"] = stage.last_layers.lr
+    rates = {}
+    if trainable or not stage.get("lora"):
+        rates = select_trainable(model, trainable, where=f"stages.{name}.trainable")
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    learns = sum(sizes[n] for n in rates)
+    reads = {"encoder", "llm"} <= set(stage.parts)
+    tokens = model.num_visual_tokens(stage.image_size) if reads else 0
+    if tokens >= stage.max_tokens:
+        raise ValueError(f"stages.{name}: an image is {tokens} tokens, but rows end at max_tokens={stage.max_tokens}")
+    forward = count_forward(model, parts=list(stage.parts), image_size=stage.image_size, length=stage.max_tokens)
+    row = forward.linear * stage.max_tokens + forward.square * stage.max_tokens**2
+    step = stage.batch_size * (row + sum(forward.view.values()))  # one view a row, no gradients
+    steps = stage.steps
+    length = f"{steps:,} steps" if steps else f"{stage.epochs:g} epochs (steps are known once the shards are here)"
+    size = f"{stage.batch_size:,} rows of {stage.max_tokens:,}"
+    view = f", {stage.image_size} px = {tokens} tokens" if reads else ""
+    total = f"; {steps * stage.batch_size * stage.max_tokens / 1e9:,.3g}G positions at most" if steps else ""
+    learnt = f"learns {learns / 1e6:,.1f}M" + (" and LoRA" if stage.get("lora") else "")
+    print(f"  {name}: {length} x {size}{view}{total}; {learnt}")
+    print(f"    forward, one view a row: {step / 1e12:,.3g} TFLOP a step")
+    for source_name, source in mixture.sources.items():
+        share = f"{mixture.weights[source_name]:.0%} of {mixture.unit}" if mixture.weights else "as much as it holds"
+        where = present(source.path)
+        print(f"    {source_name} {share}: {where}")
+    return {"learns": learns, "steps": steps or 0, "tokens": tokens, "flops": step}
+
+
+def present(path) -> str:
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    first = str(paths[0])
+    if "://" in first or any(Path(p).exists() for p in paths):
+        return first
+    return f"{first} is not here yet; conf/source/ says how to make it"
+
+
+def build_without_weights(config: DictConfig) -> VLM:
+    """The VLM of a configuration on the meta device.
+
+    Raises:
+        ValueError: the language model is neither in ARCHITECTURES nor a folder here.
+    """
+    with torch.device("meta"):
+        encoder = instantiate(bare(config.encoder), key="encoder")
+        resampler = instantiate(config.resampler, key="resampler", in_dim=encoder.out_dim)
+        llm_config, vocab_size = bare_llm(config.llm)
+        llm = instantiate(llm_config, key="llm", vocab_size=vocab_size)
+        projector = instantiate(config.projector, key="projector", in_dim=resampler.out_dim, out_dim=llm.dim)
+        model = VLM(encoder, resampler, projector, llm, image_token_id=0)
+    return model.to("meta")
+
+
+def bare(config: DictConfig) -> DictConfig:
+    """A part's configuration without the weights it would load, in every constructor below it."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+
+    def strip(node):
+        if isinstance(node, list):
+            return [strip(value) for value in node]
+        if not isinstance(node, dict):
+            return node
+        target = str(node.get("_target_", ""))
+        kept = {k: strip(v) for k, v in node.items() if k not in ("checkpoint", "pretrained")}
+        if "open_clip" in target:
+            kept["device"] = "meta"  # create_model moves to a device of its own
+        return kept
+
+    return OmegaConf.create(strip(plain))
+
+
+def bare_llm(config: DictConfig) -> tuple[DictConfig, int]:
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    if not plain["_target_"].endswith("from_pretrained"):
+        return config, plain.get("vocab_size", 32000)
+    path = str(plain["path"])
+    if path in ARCHITECTURES:
+        architecture = dict(ARCHITECTURES[path])
+    elif (Path(path) / "config.json").exists():
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(path)
+        known = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        architecture = {k: getattr(found, k) for k in known if hasattr(found, k)} | {"model_type": found.model_type}
+        architecture |= {"vocab_size": found.vocab_size, "max_position_embeddings": found.max_position_embeddings}
+    else:
+        raise ValueError(
+            f"llm.path={path}: its sizes are not known here; name a folder with config.json, or one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    vocab_size = architecture.pop("vocab_size")
+    return OmegaConf.create({"_target_": "fastvlm.models.llms.from_config", **architecture}), vocab_size

@@ -1,0 +1,97 @@
+"""Plots of a study: every arm's seeds beside its mean, and what accuracy costs in time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from fastvlm.study.arms import Study
+from fastvlm.study.cells import Cell
+from fastvlm.study.claims import Claim
+from fastvlm.study.readme import shown_metrics
+from fastvlm.study.verdicts import mean_interval
+
+
+def make_plots(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, folder: Path, scale: str) -> list[str]:
+    """Write `<scale>.svg`, and `<scale>_pareto.svg` where a claim is about time to first token; their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The same numbers make the same bytes.
+    style = {"svg.hashsalt": study.name, "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
+    style |= {"axes.spines.right": False}
+    arms = [arm for arm in study.arms[scale] if any(cell.arm == arm for cell in cells)]
+    names = []
+    with plt.rc_context(style):
+        names.append(_save(_arms(plt, arms, cells, claims), folder / f"{scale}.svg", plt))
+        about_time = any("ttft" in metric for claim in claims for metric in (claim.metric, *claim.beside))
+        if about_time and (figure := _pareto(plt, arms, cells)) is not None:
+            names.append(_save(figure, folder / f"{scale}_pareto.svg", plt))
+    return names
+
+
+def _save(figure, path: Path, plt) -> str:
+    figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    plt.close(figure)
+    return path.name
+
+
+def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
+    deciding = list(dict.fromkeys(claim.metric for claim in claims))
+    always = {*deciding, "test/answer_nll", "test/exact_match/mean"}
+    wanted = [metric for metric, _ in shown_metrics(cells, claims) if metric in always]
+    labels = dict(shown_metrics(cells, claims))
+    figure, axes = plt.subplots(
+        1, len(wanted), figsize=(1.6 + 2.4 * len(wanted), 0.8 + 0.32 * len(arms)), sharey=True, squeeze=False
+    )
+    for axis, metric in zip(axes[0], wanted):
+        for place, arm in enumerate(arms):
+            values = [cell.metrics[metric] for cell in cells if cell.arm == arm and metric in cell.metrics]
+            if not values:
+                continue
+            axis.plot(values, [place] * len(values), "o", color="#9aa4b2", markersize=3.5, zorder=1)
+            low, high = mean_interval(values)
+            if len(values) > 1:
+                axis.plot([low, high], [place, place], color="#2f5fc4", linewidth=1.6, zorder=2)
+            axis.plot([mean(values)], [place], "D", color="#2f5fc4", markersize=4.5, zorder=3)
+        axis.set_xlabel(labels[metric])
+        axis.set_yticks(range(len(arms)), arms)
+        axis.grid(axis="x", color="#e2e4e8", linewidth=0.6)
+        axis.margins(y=0.15)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    return figure
+
+
+def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
+    """Exact match against milliseconds to the first token; the arms none other beats in both are joined."""
+    points = {}
+    for arm in arms:
+        mine = [c for c in cells if c.arm == arm and {"test/ttft_ms", "test/exact_match/mean"} <= c.metrics.keys()]
+        if mine:
+            points[arm] = tuple(mean(c.metrics[m] for c in mine) for m in ("test/ttft_ms", "test/exact_match/mean"))
+    if len(points) < 2:
+        return None
+    figure, axis = plt.subplots(figsize=(4.6, 3.1))
+    for arm, (time, score) in points.items():
+        axis.plot(time, score, "D", color="#2f5fc4", markersize=5)
+        axis.annotate(arm, (time, score), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    front = pareto_front(list(points.values()))
+    axis.plot(*zip(*front), color="#d9680f", linewidth=1, zorder=0)
+    axis.set_xlabel("time to first token, ms")
+    axis.set_ylabel("exact match")
+    axis.grid(color="#e2e4e8", linewidth=0.6)
+    axis.margins(0.15)
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, worth) those that no other point matches at no more cost and no less worth, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, worth in sorted(set(points), key=lambda p: (p[0], -p[1])):
+        if not front or worth > front[-1][1]:
+            front.append((cost, worth))
+    return front

@@ -1,0 +1,206 @@
+"""A study's README.md and the catalogue of all studies, from its cells and verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+from fastvlm.study.arms import Study
+from fastvlm.study.cells import Cell, Decided, mean_cost, seeds
+from fastvlm.study.claims import Claim, Figure
+from fastvlm.study.verdicts import ALPHA, OPEN, POWER, fewest_seeds
+
+SHOWN = (
+    ("test/answer_nll", "answer NLL"),
+    ("test/exact_match/mean", "exact match"),
+    ("test/text_perplexity", "prose perplexity"),
+    ("test/nll/captions", "captions NLL"),
+    ("test/nll/interleaved/1", "second image NLL"),
+    ("test/nll/long_form", "long answers NLL"),
+    ("test/answer_length", "answer length"),
+    ("test/ttft_ms", "first token, ms"),
+)
+BASIS = {"steps": "equal steps", "compute": "equal compute"}
+
+
+def number(value: float, *, digits: int = 3) -> str:
+    """Three significant digits, without an exponent where none is needed."""
+    if not math.isfinite(value):
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+        return f"{value:.{min(decimals, 4)}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "-"
+    return number(mean(values)) + (f" ± {number(stdev(values), digits=2)}" if len(values) > 1 else "")
+
+
+def row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [row(header), "|" + "---|" * len(header), *(row(cells) for cells in rows)]
+
+
+def shown_metrics(cells: Sequence[Cell], claims: Sequence[Claim]) -> list[tuple[str, str]]:
+    """What the table of arms has: what every study shows, and what this one's claims turn on."""
+    named = [m for claim in claims for m in (claim.metric, *claim.beside)]
+    have = {name for cell in cells for name in cell.metrics}
+    known = [(m, label) for m, label in SHOWN if m in have]
+    extra = [(m, m.removeprefix("test/")) for m in dict.fromkeys(named) if m in have and m not in dict(SHOWN)]
+    return known + extra
+
+
+def arms_table(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, scale: str) -> list[str]:
+    metrics = shown_metrics(cells, claims)
+    rows = []
+    for arm in study.arms[scale]:
+        mine = [cell for cell in cells if cell.arm == arm]
+        if not mine:
+            continue
+        cost = [f"{mean_cost(mine, arm, 'tokens'):,.0f}", number(mean_cost(mine, arm, "flops") / 1e12)]
+        cost.append(f"{mean_cost(mine, arm, 'seconds'):.0f}")
+        values = [spread([cell.metrics[m] for cell in mine if m in cell.metrics]) for m, _ in metrics]
+        rows.append([f"`{arm}`", str(len(mine)), *values, *cost])
+    header = ["arm", "seeds", *(label for _, label in metrics), "tokens", "TFLOP", "seconds"]
+    return table(header, rows)
+
+
+def say_verdict(decided: Decided) -> str:
+    """One cell of the table of verdicts."""
+    if decided.verdict is None:
+        return f"- ({decided.why})"
+    v = decided.verdict
+    if v.num_seeds == 1:
+        return f"**{OPEN}**: one seed has no spread; {fewest_seeds()} are the fewest that can decide"
+    text = f"**{v.outcome}**" if v.outcome != OPEN else f"**{OPEN}**"
+    text += f" {number(v.mean)} [{number(v.low)}, {number(v.high)}], p = {number(v.p, digits=2)}, n = {v.num_seeds}"
+    if v.outcome == OPEN:
+        text += f"; about {v.needed} seeds would tell" if v.needed else "; over 1,000 seeds would be needed"
+    return text
+
+
+def headline(decided: Sequence[Decided]) -> str:
+    """The verdict of a claim in a few words: that of the deciding metric at equal steps, and at equal compute."""
+    deciding = [d for d in decided if d.metric == d.claim.metric]
+    said = {d.basis: d.verdict.outcome if d.verdict else "no such arm" for d in deciding}
+    if said["steps"] == said["compute"]:
+        return said["steps"]
+    return f"{said['steps']} at equal steps; {said['compute']} at equal compute"
+
+
+def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, Figure]) -> list[str]:
+    lines = [f"### {claim.claim}", "", f"{claim.paper}, {claim.table}. {claim.size}".strip(), ""]
+    if claim.figures:
+        theirs = [figures[key] for key in claim.figures]
+        lines += table(
+            ["the paper's", "metric", "value", "status"],
+            [[f.setting.replace("|", "/"), f.metric, f.value, f.status] for f in theirs],
+        )
+        lines.append("")
+    rows = []
+    for metric in dict.fromkeys(d.metric for d in decided):
+        two = {d.basis: d for d in decided if d.metric == metric}
+        name = f"{metric.removeprefix('test/')}{' (decides)' if metric == claim.metric else ''}"
+        rows.append(
+            [
+                name,
+                *(f"`{two[b].pair[0]}` against `{two[b].pair[1]}`: {say_verdict(two[b])}" for b in BASIS),
+            ]
+        )
+    wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same but for {claim.margin:g}"}
+    lines += table(["metric", *BASIS.values()], rows)
+    if claim.optimum:
+        lines += [
+            "",
+            "The difference is in log2 of the value at which the metric is best in each set of arms.",
+        ]
+        return [*lines, ""]
+    lines += ["", f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {wanted[claim.direction]}."]
+    return [*lines, ""]
+
+
+def readme(
+    study: Study,
+    *,
+    claims: dict[str, list[Claim]],
+    figures: dict[str, Figure],
+    results: dict[str, tuple[list[Cell], list[list[Decided]]]],
+    plots: dict[str, list[str]],
+    notes: str = "",
+    missing: dict[str, list[str]],
+) -> str:
+    """README.md of a study: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
+    lines = [f"# {study.name}", "", study.question, ""]
+    lines += ["```sh", f"python train.py -m experiment={study.name}   # the grid; done cells are not run again"]
+    arm = next(iter(study.arms["micro"] if "micro" in study.arms else study.arms["paper"]))
+    lines += [f"python train.py experiment={study.name} arm={arm} seed=0   # one cell"]
+    if "paper" in study.arms:
+        lines += [f"python train.py experiment={study.name} scale=paper dry_run=true"]
+    lines += [f"python -m fastvlm.study report={study.name}   # this page again", "```", ""]
+    for scale, (cells, decided) in results.items():
+        lines += [f"## Scale: {scale}", ""]
+        if not cells:
+            count = len(study.arms.get(scale, {})) * len(seeds(study))
+            lines += [f"Not run: {count} cells are planned.", ""]
+            lines += [f"- {claim.claim} ({claim.paper}, {claim.table}): not run" for claim in claims[scale]]
+            lines += [""] + paper_table(figures)
+            continue
+        for claim, of_claim in zip(claims[scale], decided):
+            lines += claim_section(claim, of_claim, figures)
+        lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
+        lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
+        lines += [origin(cells), ""]
+        if lacks := missing[scale]:
+            named = "; ".join(lacks[:6]) + (" ..." if len(lacks) > 6 else "")
+            lines += [f"{len(lacks)} planned cells are not here: {named}.", ""]
+    if notes:
+        lines += ["## Notes", "", notes.strip(), ""]
+    return "\n".join([*lines, RULES, ""])
+
+
+RULES = (
+    "Differences are in favour of the claim: mean over paired seeds with its 95 % interval. A verdict needs an exact "
+    f"sign-flip p of at most {ALPHA} and a one-sided {1 - ALPHA:.0%} interval on the same side; p values are not "
+    f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Cost "
+    "is that of the stages an arm trains itself, without those that stand in for pretrained parts; means over seeds, ± "
+    "is the standard deviation."
+)
+
+
+def paper_table(figures: dict[str, Figure]) -> list[str]:
+    if not figures:
+        return []
+    rows = [[f.table, f.setting.replace("|", "/"), f.metric, f.value, f.status] for f in figures.values()]
+    return [*table(["the paper's", "setting", "metric", "value", "status"], rows), ""]
+
+
+def origin(cells: Sequence[Cell]) -> str:
+    """Where and by what the cells were made, in a line."""
+    commits = {c.about["commit"][:9] + ("-dirty" if "dirty" in c.about["commit"] else "") for c in cells}
+    keys = ("accelerator", "cpu", "threads", "precision")
+    machines = {"{}: {}, {} thread(s), {}".format(*(c.about[k] for k in keys)) for c in cells}
+    return f"{len(cells)} cells, commit {', '.join(sorted(commits))}; {'; '.join(sorted(machines))}."
+
+
+def catalogue(entries: Sequence[dict[str, str]]) -> str:
+    """experiments/README.md: a line a claim, over all studies."""
+    lines = [
+        "# Studies",
+        "",
+        "Made by `python -m fastvlm.study report=all`; edit the studies, not this page. A study is a folder:",
+        "`study.yaml` (arms and grid), `claims.yaml` (what decides), `paper.csv` (the paper's figures, their status),",
+        "`results.csv`, `README.md` and plots. `python train.py -m experiment=<study>` runs one; `scale=paper` takes",
+        "the paper's own sizes, data and steps. `LOG.md` says what was tried.",
+        "",
+    ]
+    header = ["study", "claim", "paper's figure", "ours (in favour of the claim)", "verdict", "cost of a cell"]
+    keys = ("study", "claim", "paper", "ours", "verdict", "cost")
+    return "\n".join([*lines, *table(header, [[entry[k] for k in keys] for entry in entries]), ""])

@@ -1,0 +1,99 @@
+"""A study in MLflow: a run of its own, its cells nested below it, stages below those; and back from there to rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fastvlm.study.arms import Study
+from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, planned
+
+NOTE = "mlflow.json"
+
+
+def flat_cost(results: dict) -> dict[str, float]:
+    """`cost/...` over the stages of a run, as metrics."""
+    stages = list(results.get("cost", {}).values())
+    return {f"cost/{key}": sum(stage.get(key, 0.0) for stage in stages) for key in COST} if stages else {}
+
+
+def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | None:
+    """Start the MLflow run of a pipeline. A study's cell goes below the study and, done again, on in its own run."""
+    tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed), "config": made["config"]}
+    if config.study is None:
+        return tracking.pipeline_run(config.name, tags=tags, config=resolved)
+    tags |= {"kind": "cell", "study": config.study.name, "scale": config.scale, "arm": config.arm}
+    tags |= {f"hardware.{key}": str(value) for key, value in made["hardware"].items()}
+    same = {key: tags[key] for key in ("kind", "study", "scale", "arm", "seed", "config")}
+    parent = tracking.study_run(config.study.name, scale=config.scale)
+    name = f"{config.arm}, seed {config.seed}"
+    return tracking.pipeline_run(name, tags=tags, config=resolved, parent=parent, run_id=tracking.find_run(same))
+
+
+def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_dir: Path) -> None:
+    """Give a cell that was done before, perhaps under another study's name or without a logger, its MLflow run."""
+    note = run_dir / NOTE
+    uri = config.logger.get("uri")
+    if uri is None or (note.exists() and json.loads(note.read_text()).get("uri") == uri):
+        return
+    from fastvlm.build import instantiate
+
+    tracking = instantiate(config.logger, key="logger")
+    run_id = begin(tracking, config, made=results["made"], resolved=resolved)
+    tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
+    tracking.finish(run_id)
+    note.write_text(json.dumps({"uri": uri, "run_id": run_id}))
+
+
+def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], metrics: dict[str, float]) -> None:
+    """The study's table, plots and page as artifacts of its run, and its end."""
+    run_id = tracking.study_run(study.name, scale=scale)
+    for file in files:
+        tracking.log_artifact(run_id, file)
+    if metrics:
+        tracking.log_metrics(run_id, metrics)
+    tracking.finish(run_id)
+
+
+def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvlm") -> tuple[list[Cell], list[str]]:
+    """The finished cells of a study that an MLflow store holds, and a line for each planned one it does not.
+
+    Raises:
+        ValueError: the store has no such experiment.
+    """
+    from fastvlm.tracking import absolute_uri, import_mlflow
+
+    import_mlflow()
+    from mlflow import MlflowClient
+
+    uri = absolute_uri(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ValueError(f"{uri} does not exist; name the store with uri=sqlite:////path/to/mlflow.db")
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise ValueError(f"{uri} holds no experiment {experiment}")
+    query = f"tags.kind = 'cell' and tags.study = '{study.name}' and tags.scale = '{scale}' and status = 'FINISHED'"
+    runs = client.search_runs([found.experiment_id], query, order_by=["attributes.end_time DESC"], max_results=10_000)
+    newest: dict[tuple[str, int], Any] = {}
+    for run in runs:
+        newest.setdefault((run.data.tags["arm"], int(run.data.tags["seed"])), run)
+    cells, missing = [], []
+    for arm, seed in planned(study, scale=scale):
+        run = newest.get((arm, seed))
+        if run is None:
+            missing.append(f"arm={arm} seed={seed} is not in {uri}")
+        else:
+            cells.append(_cell(run.data.tags, run.data.metrics))
+    return cells, missing
+
+
+def _cell(tags: dict[str, str], metrics: dict[str, float]) -> Cell:
+    about = {key: tags.get(key, tags.get(f"hardware.{key}", "")) for key in ABOUT}
+    cost = {key: metrics.get(f"cost/{key}", 0.0) for key in COST}
+    kept = {k: v for k, v in sorted(metrics.items()) if k.startswith("test/") and not NOT_KEPT.match(k)}
+    return Cell(about, cost, kept)

@@ -1,0 +1,186 @@
+"""A sweeper that searches: Optuna proposes values, cells tell it what they were worth.
+
+`hydra-optuna-sweeper` is bound to Optuna 2, whose storage does not work beside the SQLAlchemy that MLflow needs, and
+without storage a search cannot go on. This one keeps its trials in a file, weighs several objectives, and runs through
+whatever launcher is chosen.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+SAMPLERS = ("tpe", "random", "nsga2", "gp")
+
+
+@dataclass
+class OptunaSweeperConfig:
+    """`hydra/sweeper=optuna`. Ranges stand in `params` or on the command line, in Hydra's words: `choice(4,16)`,
+    `range(1,5)`, `interval(1e-4,1e-2)`, `tag(log,interval(1e-4,1e-2))`."""
+
+    _target_: str = "hydra_plugins.fastvlm_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    directions: list[str] = field(default_factory=lambda: ["maximize"])  # of the run's `objective`, one each
+    n_trials: int = 20
+    batch: int = 1  # trials proposed at once; a parallel launcher runs them side by side
+    sampler: str = "tpe"
+    seed: int = 0
+    study: str | None = None  # name of the search; its trials are kept under it. Null: made of what is searched
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConfig, provider="fastvlm")
+
+
+class OptunaSweeper(Sweeper):
+    """Proposes, launches, tells; the same command goes on until `n_trials` have ended."""
+
+    def __init__(
+        self,
+        directions: Sequence[str] = ("maximize",),
+        n_trials: int = 20,
+        batch: int = 1,
+        sampler: str = "tpe",
+        seed: int = 0,
+        study: str | None = None,
+        params: DictConfig | None = None,
+    ):
+        if wrong := [d for d in directions if d not in ("maximize", "minimize")]:
+            raise ValueError(f"hydra.sweeper.directions: {wrong[0]} is neither maximize nor minimize")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"hydra.sweeper.sampler={sampler} is none of {', '.join(SAMPLERS)}")
+        if n_trials < 1 or batch < 1:
+            raise ValueError(f"hydra.sweeper.n_trials={n_trials} and batch={batch} must be 1 or more")
+        self.directions, self.n_trials, self.batch = list(directions), n_trials, batch
+        self.sampler, self.seed, self.study = sampler, seed, study
+        self.params = {} if params is None else OmegaConf.to_container(params)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise ValueError("hydra/sweeper=optuna needs Optuna: pip install 'fastvlm[sweep]'") from None
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        logging.getLogger("optuna").setLevel(logging.WARNING)
+        fixed, searched = self.ranges(arguments, optuna.distributions)
+        if not searched:
+            raise ValueError("nothing to search: give a range, such as resampler.num_tokens=choice(4,16)")
+        name = self.study or ",".join(sorted(searched))
+        folder = Path(self.config.paths.runs) / "searches"
+        folder.mkdir(parents=True, exist_ok=True)
+        label = "".join(c if c.isalnum() or c in ".,-" else "_" for c in name)[:100]
+        study = optuna.create_study(
+            study_name=name,
+            storage=JournalStorage(JournalFileBackend(str(folder / f"{label}.log"))),
+            sampler=self.make_sampler(optuna.samplers, folder / f"{label}.log"),
+            directions=self.directions,
+            load_if_exists=True,
+        )
+        if (before := [d.name.lower() for d in study.directions]) != self.directions:
+            raise ValueError(
+                f"the search {name} was begun with directions {before}; choose another hydra.sweeper.study"
+            )
+        self.launcher.raise_failed = False  # a failed trial is told to the search, which goes on
+        while (left := self.n_trials - self.ended(study, optuna)) > 0:
+            trials = [study.ask(searched) for _ in range(min(self.batch, left))]
+            jobs = [[*fixed, *(f"{key}={trial.params[key]}" for key in searched)] for trial in trials]
+            try:
+                cells = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            except BaseException:
+                for trial in trials:  # they never ended; the next run proposes afresh
+                    study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+                raise
+            for trial, cell in zip(trials, cells):
+                self.tell(study, trial, cell, optuna)
+        self.conclude(study, folder / f"{label}.json")
+
+    def ranges(self, arguments: list[str], distributions) -> tuple[list[str], dict[str, Any]]:
+        """(overrides that every trial has, what is searched by key)."""
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        # Hydra hands a group's file on as strings; a number or list there is one value.
+        given = [f"{key}={value}" for key, value in self.params.items()]
+        overrides: list[Override] = parser.parse_overrides([*given, *arguments])
+        parsed = {o.get_key_element().lstrip("+"): o for o in overrides}
+        fixed, searched = [], {}
+        for key, override in parsed.items():
+            value = override.value()
+            if not override.is_sweep_override():
+                fixed.append(override.input_line)
+            elif isinstance(value, ChoiceSweep):
+                choices = [str(v) if not isinstance(v, bool | int | float | str) else v for v in value.list]
+                searched[key] = distributions.CategoricalDistribution(choices)
+            elif isinstance(value, RangeSweep):
+                whole = all(float(v).is_integer() for v in (value.start, value.stop, value.step))
+                kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+                last = value.stop - value.step  # Hydra's range ends before its stop
+                searched[key] = kind(value.start, last, step=value.step)
+            elif isinstance(value, IntervalSweep):
+                log = "log" in value.tags
+                whole = isinstance(value.start, int) and isinstance(value.end, int)
+                kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+                searched[key] = kind(value.start, value.end, log=log)
+            else:
+                raise ValueError(f"{override.input_line}: write choice(...), range(...) or interval(...)")
+        return fixed, searched
+
+    def make_sampler(self, samplers, journal: Path):
+        # A search that goes on must not draw its first proposals again.
+        seed = self.seed + (len(journal.read_bytes().splitlines()) if journal.exists() else 0)
+        return {
+            "tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, self.n_trials // 3))),
+            "random": lambda: samplers.RandomSampler(seed=seed),
+            "nsga2": lambda: samplers.NSGAIISampler(seed=seed),
+            "gp": lambda: samplers.GPSampler(seed=seed),
+        }[self.sampler]()
+
+    @staticmethod
+    def ended(study, optuna) -> int:
+        return len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
+
+    def tell(self, study, trial, cell, optuna) -> None:
+        """Raises:
+        ValueError: the run's `objective` has another number of metrics than `directions`.
+        """
+        if cell.status is not JobStatus.COMPLETED or cell.return_value is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            states = [t.state for t in study.get_trials(deepcopy=False)]
+            if states.count(optuna.trial.TrialState.FAIL) > self.n_trials:
+                raise ValueError(f"{states.count(optuna.trial.TrialState.FAIL)} trials have failed; the search ends")
+            return
+        values = cell.return_value if isinstance(cell.return_value, list | tuple) else [cell.return_value]
+        if len(values) != len(self.directions):
+            raise ValueError(
+                f"objective has {len(values)} metrics, hydra.sweeper.directions {len(self.directions)}; give one each"
+            )
+        study.tell(trial, [float(value) for value in values])
+
+    def conclude(self, study, file: Path) -> None:
+        """Say and write the best trial, or with several objectives those that no other beats in all of them."""
+        best = study.best_trials if len(self.directions) > 1 else [study.best_trial]
+        best = sorted(best, key=lambda trial: trial.values)
+        names = list(self.config.get("objective", ["objective"]))
+        rows = [{"trial": t.number, "params": t.params, "values": dict(zip(names, t.values))} for t in best]
+        file.write_text(json.dumps({"directions": self.directions, "best": rows}, indent=1))
+        print(f"\nbest of {len(study.trials)} trials ({file})")
+        for row in rows:
+            values = ", ".join(f"{name} {value:.4g}" for name, value in row["values"].items())
+            print(f"  #{row['trial']} {values}: {' '.join(f'{k}={v}' for k, v in row['params'].items())}", flush=True)

@@ -1,0 +1,108 @@
+"""Arms are command-line overrides: what they expand to, and what a wrong one is told."""
+
+import pytest
+
+from fastvlm.config import check, compose
+from fastvlm.study.arms import cell_name, expand, key_of, load_study, merge, study_names
+from fastvlm.study.cells import planned
+from fastvlm.study.claims import load_claims, load_figures
+
+STUDIES = study_names()
+
+
+def test_an_arm_is_written_out_and_the_command_line_wins_over_it():
+    given = ["experiment=llava_align", "arm=skip_long", "seed=3", "stages.instruct.steps=9"]
+    overrides = expand(given)
+    assert overrides[0] == "experiment=llava_align" and "~stages.align" in overrides
+    assert "stages.instruct.steps=9" in overrides and "stages.instruct.steps=217" not in overrides
+    assert "name=studies/llava_align/micro/skip_long-seed3-stages.instruct.steps_9" in overrides
+    config = compose("train", given)
+    assert list(config.stages) == ["encoder", "base", "instruct"] and config.stages.instruct.steps == 9
+
+
+def test_a_sweep_and_a_plain_command_are_left_alone():
+    for arguments in (
+        ["-m", "experiment=llava_align", "arm=align,skip"],
+        ["experiment=seeds", "seed=1"],
+        ["resampler=avgpool"],
+        ["experiment=llava_align"],
+    ):
+        assert expand(arguments) == arguments
+    once = expand(["experiment=llava_align", "arm=skip"])
+    assert expand(once) == once
+
+
+def test_a_flag_keeps_its_value_and_its_place_before_the_overrides():
+    overrides = expand(["experiment=llava_align", "--cfg", "job", "arm=skip"])
+    assert overrides[:3] == ["--cfg", "job", "experiment=llava_align"]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("a.b=1", "a.b"), ("++a=1", "a"), ("~a", "a"), ("mixture@stages.align.mixture=x", "stages.align.mixture")],
+)
+def test_two_overrides_of_one_key_are_known_as_such(override, key):
+    assert key_of(override) == key
+    assert merge(["first=1", override], [f"{key}=2"]) == ["first=1", f"{key}=2"]
+
+
+def test_what_changes_nothing_learned_changes_no_cells_name():
+    plain = expand(["experiment=llava_align", "arm=skip", "seed=1"])
+    silent = expand(["experiment=llava_align", "arm=skip", "seed=1", "logger=none", "hardware.num_workers=1"])
+    name = f"name={cell_name('llava_align', 'micro', 'skip', 1)}"
+    assert name in plain and name in silent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["experiment=llava_algn", "arm=skip"], "did you mean llava_align"),
+        (["experiment=llava_align", "arm=skp"], "did you mean arm=skip"),
+        (["experiment=llava_align", "arm=skip", "scale=big"], "scale=big: experiment=llava_align has micro"),
+    ],
+)
+def test_an_unknown_study_arm_or_scale_names_the_nearest(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        expand(arguments)
+
+
+def compose_arm(name: str, scale: str, arm: str):
+    config = compose("train", [f"experiment={name}", f"arm={arm}", f"scale={scale}", "seed=1"])
+    check(config)
+    assert config.name == f"studies/{name}/{scale}/{arm}-seed1"
+    return {k: v for k, v in config.items() if k not in ("name", "arm", "study")}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_last_arm_of_every_study_composes_at_micro_scale(name):
+    study = load_study(name)
+    assert "micro" in study.arms and study.question
+    assert all(planned(study, scale=scale) for scale in study.arms)
+    compose_arm(name, "micro", list(study.arms["micro"])[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_composes_at_its_scale_and_none_is_anothers_twin(name):
+    for scale, arms in load_study(name).arms.items():
+        seen = []
+        for arm in arms:
+            plain = compose_arm(name, scale, arm)
+            assert plain not in seen, f"{arm} is another arm's twin"
+            seen.append(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in STUDIES if "paper" in load_study(n).arms])
+def test_every_arm_passes_a_dry_run_at_the_papers_own_sizes(cli, name):
+    done = cli("train.py", f"experiment={name}", "scale=paper", "dry_run=true", timeout=900)
+    assert all(f"\n{arm}: encoder " in done.stdout for arm in load_study(name).arms["paper"])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_claim_names_arms_and_figures_that_exist(name):
+    study = load_study(name)
+    claims, figures = load_claims(study), load_figures(study.folder)
+    assert claims
+    assert all(key in figures for claim in claims for key in claim.figures)
+    assert len({claim.claim for claim in claims}) == len(claims)

@@ -1,0 +1,48 @@
+"""Sweeping beyond grids: a search that goes on, and launchers of other hands."""
+
+import json
+
+import pytest
+
+from tests.conftest import TINY
+
+pytest.importorskip("optuna")
+SMALL = [o for o in TINY if o != "~task"] + ["pipeline=align", "task=panel", "task.limit=1", "task.records=2"]
+SMALL += ["task.first_token=1", "task.text_limit=1", "max_steps=1"]
+SEARCH = [
+    *("-m", *SMALL, "hydra/sweeper=optuna", "objective=[test/answer_nll,test/ttft_ms]"),
+    *("hydra.sweeper.directions=[minimize,minimize]", "resampler.num_tokens=choice(4,16)"),
+    "stages.align.trainable.projector=tag(log,interval(1e-4,1e-2))",
+]
+
+
+@pytest.mark.slow
+def test_a_search_of_two_objectives_ends_in_its_front_and_the_same_command_goes_on(cli, tmp_path):
+    first = cli("train.py", *SEARCH, "hydra.sweeper.n_trials=2")
+    assert first.stdout.count("\n#") == 2 and "best of 2 trials" in first.stdout
+    (file,) = (tmp_path / "runs" / "searches").glob("*.json")
+    best = json.loads(file.read_text())["best"]
+    assert best and all(set(row["values"]) == {"test/answer_nll", "test/ttft_ms"} for row in best)
+    assert all(row["params"]["resampler.num_tokens"] in (4, 16) for row in best)
+    again = cli("train.py", *SEARCH, "hydra.sweeper.n_trials=2")
+    assert again.stdout.count("\n#") == 0 and "best of 2 trials" in again.stdout
+    more = cli("train.py", *SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.batch=2")
+    assert more.stdout.count("\n#") == 1 and "best of 3 trials" in more.stdout
+
+
+@pytest.mark.slow
+def test_a_search_without_a_range_or_with_a_wrong_direction_is_one_line(cli):
+    done = cli("train.py", "-m", *SMALL, "hydra/sweeper=optuna", check=False)
+    assert done.returncode == 2 and "nothing to search: give a range" in done.stderr
+    done = cli("train.py", *SEARCH, "hydra.sweeper.directions=[minimise,minimize]", check=False)
+    assert done.returncode != 0 and "minimise is neither maximize nor minimize" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]]
+)
+def test_joblib_and_submitit_run_the_same_cells(cli, tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].split('=')[1].split('_')[0]}_launcher")
+    cli("train.py", "-m", *SMALL, *launcher, "seed=0,1")
+    assert len(list((tmp_path / "runs").glob("*seed*/results.json"))) == 2
