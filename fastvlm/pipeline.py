@@ -526,7 +526,8 @@ class Pipeline:
                 "the encoder; write the features with hardware.strategy=ddp, or set it false"
             )
         if config.cache_features:
-            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            made = self.resolved["encoder"] or self.resolved["vlm"]
+            description = {"encoder": made, "code": code_hash(ENCODING)}
             cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
             callbacks.insert(1, cached)
         if self.config.num_samples and "llm" in config.parts and self.hardware.shards:
