@@ -32,7 +32,7 @@ TEXT = 32  # positions of the prompt that are no image
 DEFAULTS = {
     "only": "",
     "modes": "eager,levers",
-    "levers": "reparameterize,channels_last,bf16,int8_dynamic,compile",
+    "levers": "fast,compile",
     "threads": "1",
     "device": "cpu",
     "repeats": "3",

@@ -41,7 +41,8 @@ class DynamicInt8Linear(nn.Module):
         rows = x.float()
         scale = None
         if rows.numel() > self.in_features:
-            scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
+            least, most = rows.aminmax(dim=-1, keepdim=True)
+            scale = torch.maximum(most, -least).clamp_min_(1e-12)
             rows = rows / scale
         out = torch.ops.quantized.linear_dynamic(rows, self.packed, False)
         if scale is not None:

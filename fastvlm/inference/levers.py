@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -23,12 +25,13 @@ LEVERS = {
     "bf16": "all parts in bfloat16; with int8_dynamic the language model's activations stay float32",
     "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
+    "keep_memory": "freed memory stays with the process, so that it need not be cleared again (exact; CPU with glibc)",
     "compile": "encoder: torch.compile with its weights frozen; the first image of each size waits for the compiler",
 }
 # What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
 # the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
 FAST = {
-    "cpu": ("reparameterize", "channels_last", "bf16", "int8_dynamic"),
+    "cpu": ("reparameterize", "channels_last", "bf16", "int8_dynamic", "keep_memory"),
     "cuda": ("reparameterize", "channels_last", "bf16"),
 }
 
@@ -83,6 +86,8 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     for kind in KINDS:
         if f"int8_{kind}" in names:
             quantise_linears(model.llm, kind=kind)
+    if "keep_memory" in names:
+        keep_memory()
     if "compile" in names:
         compile_encoder(model)
     return names
@@ -94,7 +99,17 @@ def _nothing_to_do(model: VLM, name: str) -> str:
         return f"{type(model.encoder).__name__} has no branches to fold"
     if name.startswith("int8") and not any(map(is_wide_linear, model.llm.modules())):
         return f"the language model has no linear layers of {SMALLEST} or wider"
+    if name == "keep_memory" and (platform.libc_ver()[0] != "glibc" or next(model.parameters()).is_cuda):
+        return "this is not a CPU under glibc"
     return ""
+
+
+def keep_memory() -> None:
+    """Ask glibc never to hand freed memory back: large tensors else come as pages that the kernel clears each time."""
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def compile_encoder(model: VLM) -> None:

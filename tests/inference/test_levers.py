@@ -111,4 +111,6 @@ def test_a_lever_that_finds_nothing_to_do_is_refused(tiny_model):
     model.encoder = nn.Flatten()
     with pytest.raises(ValueError, match="Flatten has no branches to fold"):
         apply_levers(model, ["reparameterize"])
-    assert apply_levers(copy.deepcopy(tiny_model), "fast") == ("reparameterize", "channels_last", "bf16")
+    assert apply_levers(copy.deepcopy(tiny_model), "fast") == tuple(
+        lever for lever in FAST["cpu"] if lever != "int8_dynamic"
+    )
