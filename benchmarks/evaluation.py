@@ -88,10 +88,13 @@ def answers_to(answer: str) -> list[str]:
 
 def read_pictures(count: int):
     """(picture, question, answer) of the embedded training questions, several to a picture."""
+    from fastvlm.build import ensure_embedded
     from fastvlm.config import compose
     from fastvlm.data.shards import find_shards, parse_sample, scan_shard
 
-    folder = Path(compose("eval", ["checkpoint=x"]).paths.data) / "embedded" / "short_qa"
+    config = compose("eval", ["checkpoint=x"])
+    ensure_embedded(config)
+    folder = Path(config.paths.data) / "embedded" / "short_qa"
     made = 0
     for shard in find_shards(folder, "train"):
         data = shard.read_bytes()

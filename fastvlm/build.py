@@ -104,7 +104,7 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     from fastvlm.models.vlm import VLM
 
     if config.get("vlm"):
-        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer)
+        return instantiate(config.vlm, key="vlm", tokenizer=tokenizer, vocab_size=len(tokenizer))
 
     def part(name: str, **extra):
         torch.manual_seed(seed_of(part_seed(config, name), name))

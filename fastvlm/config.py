@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastvlm.hardware import is_first_rank
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
@@ -40,6 +42,33 @@ class Lora:
 class LastLayers:
     num: int = MISSING
     lr: float = MISSING
+
+
+METHODS = {
+    "full": ("lr",),
+    "frozen": (),
+    "partial": ("lr", "num"),
+    "lora": ("lr",),
+    "dora": ("lr",),
+}
+QUANTISED = ("int8", "nf4", "fp4", "torchao_int8", "torchao_fp8")
+DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
+
+
+@dataclass
+class Adapt:
+    """How one part learns in a stage; `adapt.encoder=frozen` is short for `adapt.encoder={method: frozen}`."""
+
+    method: str = MISSING  # full, frozen, partial (the last `num` layers), lora, dora (arXiv:2402.09353)
+    lr: float | None = None
+    weight_decay: float | None = None  # of matrices and tables; the optimiser's own where null
+    warmup_steps: int | None = None  # the stage's where null
+    num: int | None = None
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: list[str] | None = None  # last parts of layer names; null for every layer that takes an adapter
+    quantise: str | None = None  # what frozen linear layers are held in: int8, nf4, fp4, torchao_int8, torchao_fp8
 
 
 @dataclass
@@ -70,9 +99,11 @@ class StageConfig:
         default_factory=lambda: ["encoder", "resampler", "projector", "llm"]
     )  # what it computes with
     mixture: Any = MISSING
-    trainable: dict[str, float | None] = field(default_factory=dict)  # pattern over parameter names -> learning rate
-    lora: Any = None  # a Lora, or null
-    last_layers: Any = None  # a LastLayers, or null
+    # Pattern over parameter names -> learning rate, or {lr, weight_decay, warmup_steps}; null freezes.
+    trainable: dict[str, Any] = field(default_factory=dict)
+    adapt: dict[str, Any] = field(default_factory=dict)  # part -> an Adapt, or the name of a method that needs no rate
+    lora: Any = None  # a Lora, or null; short for adapt.llm with method lora
+    last_layers: Any = None  # a LastLayers, or null; short for adapt.llm with method partial
     steps: int | None = None  # optimiser steps; or epochs
     epochs: float | None = None  # passes over as many samples as the mixture holds
     image_size: int | None = 64  # side of a view, pixels; null: the pretrained model's own (vlm), and its `image`
@@ -83,17 +114,11 @@ class StageConfig:
     packing: bool = True
     pack_window: int | None = None  # samples packed together; null: a thousand, or those of a hundred rows
     sort_window: int = 0  # without packing: samples of like length share a step within windows of so many; 0 for not
-    optimizer: Any = field(
-        default_factory=lambda: {
-            "_target_": "torch.optim.AdamW",
-            "_partial_": True,
-            "betas": [0.9, 0.98],
-            "weight_decay": 0.05,
-        }
-    )
+    optimizer: Any = MISSING  # from conf/optimizer
     warmup_steps: int = 20
-    decay: str = "cosine"
-    final: float = 0.1
+    decay: str = "cosine"  # or linear, constant, wsd, wsd_sqrt
+    decay_steps: int | None = None  # of wsd: so many at the end; a fifth of the stage where null
+    final: float = 0.1  # of the peak rate, at the end
     clip: float | None = 1.0
     validate_every: int | None = None  # optimiser steps; a stage always validates at its end
     val_samples: int = 256
@@ -180,12 +205,12 @@ def run_name() -> str:
 
 # Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
 PARTS = "encoder|resampler|projector|llm|vlm|tokenizer|task|hardware|logger|mixture"
-CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable))\."
+CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable|adapt))\."
 
 
 def relax(overrides: list[str]) -> list[str]:
     """`hardware.num_workers=0` works without a plus; `build.instantiate` refuses what the constructor does not take."""
-    return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.trainable=", o) else o for o in overrides]
+    return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.(trainable|adapt)=", o) else o for o in overrides]
 
 
 def register() -> None:
@@ -237,14 +262,63 @@ def check(config: DictConfig) -> None:
                     wrong.append(f"{where}.{key}: {str(error).splitlines()[0]}; it takes {takes}")
                     continue
                 wrong += [f"{where}.{key}.{missing} must be given" for missing in OmegaConf.missing_keys(stage[key])]
-        if stage.decay not in ("cosine", "linear", "constant"):
-            wrong.append(f"{where}.decay={stage.decay} is none of cosine, linear, constant")
+        wrong += wrong_adapt(stage, where)
+        if stage.decay not in DECAYS:
+            wrong.append(f"{where}.decay={stage.decay} is none of {', '.join(DECAYS)}")
+        if stage.decay_steps is not None and not stage.decay.startswith("wsd"):
+            wrong.append(
+                f"{where}.decay_steps is for decay=wsd and wsd_sqrt; {stage.decay} decays over the whole stage"
+            )
     if "data" in config and config.data.on_change not in ("refuse", "replan", "restart"):
         wrong.append(f"data.on_change={config.data.on_change} is none of refuse, replan, restart")
     if "stages" in config and not config.stages:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def wrong_adapt(stage: DictConfig, where: str) -> list[str]:
+    """What is wrong with a stage's `adapt`, whose entries are brought into full form on the way."""
+    wrong = []
+    for part, value in list((stage.get("adapt") or {}).items()):
+        here = f"{where}.adapt.{part}"
+        if value is None:
+            del stage.adapt[part]
+            continue
+        if part not in ("encoder", "resampler", "projector", "llm"):
+            wrong.append(f"{here}: {part} is none of encoder, resampler, projector, llm")
+            continue
+        value = {"method": value} if isinstance(value, str) else value
+        try:
+            stage.adapt[part] = one = OmegaConf.merge(OmegaConf.structured(Adapt), value)
+        except OmegaConfBaseException as error:
+            takes = ", ".join(Adapt.__dataclass_fields__)
+            wrong.append(f"{here}: {str(error).splitlines()[0]}; it takes {takes}")
+            continue
+        if OmegaConf.is_missing(one, "method") or one.method not in METHODS:
+            given = "missing" if OmegaConf.is_missing(one, "method") else one.method
+            wrong.append(f"{here}.method={given} is none of {', '.join(METHODS)}")
+            continue
+        needs = [key for key in METHODS[one.method] if one[key] is None]
+        wrong += [f"{here}.{key} must be given: method={one.method} needs it" for key in needs]
+        if one.method == "frozen" and one.lr is not None:
+            wrong.append(f"{here}.lr={one.lr:g}, but method=frozen; set method=full, or leave the rate out")
+        if one.quantise is not None and one.quantise not in QUANTISED:
+            wrong.append(f"{here}.quantise={one.quantise} is none of {', '.join(QUANTISED)}")
+        if one.quantise is not None and one.method == "full":
+            wrong.append(f"{here}.quantise={one.quantise}, but method=full leaves nothing frozen; set method=lora")
+        if one.quantise is not None and part not in ("encoder", "llm"):
+            wrong.append(f"{here}.quantise: only encoder and llm are worth it; leave it out")
+        clash = [key for key in (part, *(["lora", "last_layers"] if part == "llm" else [])) if given_too(stage, key)]
+        wrong += [f"{here} and {where}.{'trainable.' * (key == part)}{key} both say how {part} learns; set one to null"
+                  for key in clash]  # fmt: skip
+    return wrong
+
+
+def given_too(stage: DictConfig, key: str) -> bool:
+    if key in ("lora", "last_layers"):
+        return stage.get(key) is not None
+    return stage.trainable.get(key) is not None
 
 
 def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig:
@@ -377,7 +451,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except KeyboardInterrupt:
             print(f"\ninterrupted; the same command goes on from here: {shlex.join(typed)}", file=sys.stderr)
             sys.exit(130)
-        if (result := os.environ.get("FASTVLM_CELL_RESULT")) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if (result := os.environ.get("FASTVLM_CELL_RESULT")) and is_first_rank():
             Path(result).write_text(json.dumps({"value": value}))
         return value
 

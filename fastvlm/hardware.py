@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,29 +18,59 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+def under_slurm() -> bool:
+    """Whether `srun` started this process as one of its tasks; a shell of Slurm's is not meant (Lightning's rule)."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of all machines, however it was started: alone, by Lightning, torchrun or srun."""
+    for key in ("RANK", "SLURM_PROCID"):
+        if key in os.environ and (key == "RANK" or under_slurm()):
+            return os.environ[key] == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
 @dataclass(kw_only=True)
 class Hardware:
     """Where training runs. Everything given is passed on to Lightning's Trainer; `auto` is resolved here.
 
     Args:
         accelerator: auto, cpu or gpu.
-        devices: how many of them, or auto for all GPUs (one on a CPU).
+        devices: how many of them, or auto for all GPUs (one on a CPU; under srun its tasks a node).
         precision: auto, or Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
-        strategy: auto, ddp, fsdp, ... (Lightning's names).
-        num_nodes: machines.
+        strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded (torch's
+            FSDP2).
+        num_nodes: machines, or auto for those of the Slurm job (one outside of it).
         num_workers: loader processes a rank, or auto.
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
         accumulate: micro-batches an optimiser step; the global batch stays the stage's.
+        rows_per_device: a micro-batch has no more rows than this; steps are cut into more micro-batches instead.
+        memory_gib: what a device may hold; null for what it has. Only the estimate before a run asks; with it models of
+            any size are estimated.
+        quantise: what the frozen linear layers of the language model are held in, in stages that do not train it
+            whole: int8, nf4, fp4, torchao_int8, torchao_fp8. A stage's `adapt.llm.quantise` goes before it.
+        gradient_checkpointing: recompute the layers of encoder and language model in the backward pass.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none, or a strategy is not known or cannot work here.
     """
 
     accelerator: str = "auto"
     devices: int | str = "auto"
     precision: str = "auto"
     strategy: str = "auto"
-    num_nodes: int = 1
+    num_nodes: int | str = 1
     num_workers: int | str = "auto"
     threads: int | str = "auto"
     accumulate: int = 1
+    rows_per_device: int | None = None
+    memory_gib: float | int | None = None
+    quantise: str | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self):
         import torch
@@ -51,14 +83,26 @@ class Hardware:
                 "hardware.accelerator=gpu, but torch sees no CUDA device; use hardware=cpu or hardware=auto"
             )
         on_gpu = self.accelerator == "gpu"
+        if self.num_nodes == "auto":
+            self.num_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) if under_slurm() else 1
         if self.devices == "auto":
-            self.devices = torch.cuda.device_count() if on_gpu else 1
+            tasks = os.environ.get("SLURM_NTASKS_PER_NODE") if under_slurm() else None
+            self.devices = int(tasks) if tasks else torch.cuda.device_count() if on_gpu else 1
         self.devices = int(self.devices)
+        if on_gpu and self.devices > torch.cuda.device_count():
+            raise ValueError(
+                f"hardware.devices={self.devices}, but torch sees {torch.cuda.device_count()} CUDA devices; "
+                f"set hardware.devices={torch.cuda.device_count()}"
+            )
         if self.precision == "auto":
             fast = torch.cuda.is_bf16_supported() if on_gpu else has_fast_bf16()
             self.precision = "bf16-mixed" if fast else "16-mixed" if on_gpu else "32-true"
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"hardware.strategy={self.strategy} is none of {', '.join(STRATEGIES)}")
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
+        if self.rows_per_device is not None and self.rows_per_device < 1:
+            raise ValueError(f"hardware.rows_per_device={self.rows_per_device} must be at least 1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.num_workers == "auto":
             # On two cores a loader process takes from the step what it gives: 15 % slower on the embedded run.
@@ -68,11 +112,16 @@ class Hardware:
 
     @property
     def num_ranks(self) -> int:
-        return int(self.devices) * self.num_nodes
+        return int(self.devices) * int(self.num_nodes)
 
     @property
     def device(self) -> str:
         return "cuda" if self.accelerator == "gpu" else "cpu"
+
+    @property
+    def shards(self) -> bool:
+        """Whether a rank holds only a share of the weights."""
+        return self.strategy == "fsdp"
 
     def apply(self) -> None:
         """Settings of this process that torch keeps globally."""
@@ -81,21 +130,82 @@ class Hardware:
         torch.set_num_threads(int(self.threads))
         torch.set_float32_matmul_precision("high")
 
-    def trainer(self) -> dict:
-        """Keyword arguments for Lightning's Trainer."""
-        strategy = self.strategy
-        if strategy == "ddp":
-            from lightning.pytorch.strategies import DDPStrategy
+    @property
+    def memory(self) -> float:
+        """Bytes one rank may hold: `memory_gib`, or what its GPU has, or its share of this machine's free memory."""
+        import psutil
+        import torch
 
-            # Every trainable parameter is touched in every step (the VLM sees to it), so nothing is searched for.
-            strategy = DDPStrategy(
-                find_unused_parameters=False, process_group_backend=None if self.device == "cuda" else "gloo"
-            )
+        if self.memory_gib is not None:
+            return float(self.memory_gib * 2**30)
+        if self.accelerator == "gpu":
+            return float(torch.cuda.get_device_properties(0).total_memory)
+        return psutil.virtual_memory().available / self.devices
+
+    def forget_peak(self) -> None:
+        """`peak_gib` counts from here on."""
+        import torch
+
+        if self.accelerator == "gpu":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            with contextlib.suppress(OSError):  # a container may forbid it; the peak is then that of the process
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_gib(self) -> float:
+        """Most memory held since `forget_peak`: by tensors on a GPU, by this whole process on a CPU."""
+        import resource
+
+        import torch
+
+        if self.accelerator == "gpu":
+            return torch.cuda.max_memory_allocated() / 2**30
+        status = Path("/proc/self/status")
+        if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+            return int(found[1]) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def micro_batches(self, batch_size: int) -> int:
+        """Micro-batches of an optimiser step of `batch_size` rows: the fewest that keep `rows_per_device`.
+
+        Rows that do not divide among ranks and micro-batches are refused by the data module.
+        """
+        rows, rest = divmod(batch_size, self.num_ranks)
+        if self.rows_per_device is None or rest:
+            return self.accumulate
+        limit = min(self.rows_per_device, max(1, rows // self.accumulate))
+        return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= limit)
+
+    def trainer(self, accumulate: int | None = None) -> dict:
+        """Keyword arguments for Lightning's Trainer.
+
+        Args:
+            accumulate: micro-batches a step, `micro_batches(batch_size)`; None for `self.accumulate`.
+        """
         return dict(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
             precision=self.precision,
-            strategy=strategy,
-            accumulate_grad_batches=self.accumulate,
+            strategy=self._strategy(),
+            accumulate_grad_batches=self.accumulate if accumulate is None else accumulate,
         )
+
+    def _strategy(self):
+        backend = None if self.device == "cuda" else "gloo"
+        if self.strategy == "ddp":
+            from lightning.pytorch.strategies import DDPStrategy
+
+            # Every trainable parameter is touched in every step (the VLM sees to it), so nothing is searched for.
+            return DDPStrategy(find_unused_parameters=False, process_group_backend=backend)
+        if self.strategy == "fsdp":
+            from lightning.pytorch.strategies import ModelParallelStrategy
+
+            # One file with the whole state: a run can go on with another number of ranks.
+            return ModelParallelStrategy(
+                data_parallel_size=self.num_ranks,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+                process_group_backend=backend,
+            )
+        return self.strategy

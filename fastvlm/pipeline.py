@@ -28,14 +28,14 @@ from fastvlm.build import (
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, load_component, read_manifest, write_json
 from fastvlm.data.replan import Seen, changes, read_description, seen_before, write_order
-from fastvlm.hardware import Hardware
+from fastvlm.hardware import Hardware, is_first_rank
 from fastvlm.identity import ENCODING, INCIDENTAL, SCORING, code_hash, commit, hash_of, machine, remember
 from fastvlm.study.cell import CELL
 from fastvlm.study.recorded import NOTE, begin, flat_cost
 
 
 def say(message: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if is_first_rank():
         print(message, flush=True)
 
 
@@ -44,7 +44,7 @@ def only_one(folder: Path):
     """Two cells that share a stage train it once: the second waits here and then finds it finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -103,9 +103,11 @@ class Pipeline:
         """Returns the run's results (also in results.json): metrics, table, seconds a stage."""
         import torch
 
+        from fastvlm.models.recompute import recompute_layers
+
         self.hardware.apply()
         start, made = time.time(), self.made()
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        first = is_first_rank()
         if first:
             self.claim_run_dir()
         self.tokenizer = build_tokenizer(self.config)
@@ -118,7 +120,11 @@ class Pipeline:
         }
         self.lineage: dict[str, str] = {}
         self.folders: dict[str, Path] = {}
+        if self.hardware.gradient_checkpointing:
+            recompute_layers(self.model.parts)
         say(self.summary())
+        for line in self.memory_notes():
+            say(line)
         tracking = instantiate(self.config.logger, key="logger") if first else None
         run_id = None
         if tracking:
@@ -196,6 +202,86 @@ class Pipeline:
             f"{hw.num_workers} loader workers"
         )
 
+    def memory_notes(self) -> list[str]:
+        """What each stage will need on a device, and for one that will not fit the keys that mend it.
+
+        Models of less than fifty million parameters are left out unless `hardware.memory_gib` is given.
+        """
+        if self.hardware.memory_gib is None and sum(p.numel() for p in self.model.parameters()) < 5e7:
+            return []
+        lines, has = [], self.hardware.memory
+        for name, stage in self.config.stages.items():
+            try:
+                need = self.stage_memory(name, stage)
+            except Exception as error:  # noqa: BLE001  whatever a model does that cannot be done without numbers
+                lines.append(f"memory   {name}: not known before it runs ({type(error).__name__} without numbers)")
+                continue
+            lines.append(f"memory   {name}: {need} of {has / 2**30:.2f}")
+            if need.total > has:
+                mend = "; ".join(self.mend_memory(name, stage, need.largest))
+                lines.append(f"         {name} will not fit, {need.largest} being most of it: {mend}")
+        return lines
+
+    def stage_memory(self, name: str, stage: DictConfig):
+        """The estimate for one stage: full rows, and as many images as they have room for."""
+        import torch
+
+        from fastvlm.models.memory import estimate
+
+        plain, hw = OmegaConf.to_container(stage, resolve=True), self.hardware
+        rows = max(1, stage.batch_size // hw.num_ranks // hw.micro_batches(stage.batch_size))
+        reads_images = "encoder" in stage.parts
+        per_image = self.model.num_visual_tokens(stage.image_size) if {"encoder", "llm"} <= set(stage.parts) else 1
+        per_row = min(stage.max_images, max(1, stage.max_tokens // per_image)) if "llm" in stage.parts else 1
+        freezing = self.freezing(name, plain, self.runs / "unused")
+        dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+        return estimate(
+            self.model,
+            apply=lambda model: {n: one["lr"] for n, one in freezing.adapted(model).items()},
+            quantised=freezing.quantised,
+            optimizer=instantiate(stage.optimizer, key=f"stages.{name}.optimizer"),
+            rows=rows,
+            tokens=stage.max_tokens,
+            images=rows * per_row if reads_images else 0,
+            image_size=stage.image_size,
+            parts=stage.parts,
+            autocast=dtypes.get(hw.precision),
+            shards=hw.num_ranks if hw.shards else 1,
+        )
+
+    def mend_memory(self, name: str, stage: DictConfig, largest: str) -> list[str]:
+        """Keys that make a stage's largest share of memory smaller, the cheapest first."""
+        here, hw, out = f"stages.{name}", self.hardware, []
+        rows = max(1, stage.batch_size // hw.num_ranks // hw.micro_batches(stage.batch_size))
+        if largest in ("activations", "logits"):
+            if rows > 1:
+                out.append(f"hardware.rows_per_device={rows // 2}")
+            if not hw.gradient_checkpointing and largest == "activations":
+                out.append("hardware.gradient_checkpointing=true")
+            out.append(f"{here}.max_tokens={stage.max_tokens // 2}")
+        elif largest == "weights":
+            out += [] if hw.quantise else ["hardware.quantise=int8 (or nf4)"]
+            out += [] if hw.shards or hw.num_ranks == 1 else ["hardware.strategy=fsdp"]
+            out.append("llm.dtype=bfloat16 for pretrained weights")
+        else:
+            out.append(f"{here}.adapt.llm='{{method: lora, lr: 1e-4}}' in place of training it whole")
+            if largest == "optimiser" and "8bit" not in str(stage.optimizer):
+                out.append(f"optimizer@{here}.optimizer=adamw8bit")
+            out += [] if hw.shards or hw.num_ranks == 1 else ["hardware.strategy=fsdp"]
+        return out
+
+    def freezing(self, name: str, plain: dict, folder: Path) -> StageFreezing:
+        return StageFreezing(
+            plain["trainable"],
+            path=folder / "freezing.json",
+            last_layers=plain["last_layers"],
+            lora=plain["lora"],
+            adapt=plain["adapt"],
+            quantise=self.hardware.quantise,
+            name=name,
+        )
+
     def data(self, name: str, stage: DictConfig):
         from fastvlm.data.datamodule import MixtureDataModule
 
@@ -215,7 +301,7 @@ class Pipeline:
             packing=stage.packing,
             num_steps=stage.steps,
             epochs=stage.epochs,
-            accumulate=self.hardware.accumulate,
+            accumulate=self.hardware.micro_batches(stage.batch_size),
             seed=seed_of(self.stage_seed(stage), name),
             num_workers=self.hardware.num_workers,
             val_samples=stage.val_samples,
@@ -258,7 +344,7 @@ class Pipeline:
             "config": stage_config,
             "data": data.plan.fingerprint,
             "parts": {part: [self.initial[part], self.lineage.get(part)] for part in config.parts},
-            "precision": self.hardware.precision,
+            "precision": [self.hardware.precision, self.hardware.quantise],
             "seed": self.stage_seed(config),
             "code": code_hash(),
         }
@@ -294,7 +380,7 @@ class Pipeline:
         }
 
     def link(self, name: str, folder: Path) -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             links = self.run_dir / "stages"
             links.mkdir(parents=True, exist_ok=True)
             beside = links / f".{name}.{os.getpid()}"
@@ -341,7 +427,7 @@ class Pipeline:
         data.replan(seen_before(stopped, step))
         identity["data"] = data.plan.fingerprint
         say(f"\n{name}: planned anew from step {step}: {changed}")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             folder = self.runs / "stages" / f"{name}-{hash_of(identity)[:12]}"
             folder.mkdir(parents=True, exist_ok=True)
             if (stopped / "metrics.jsonl").exists():
@@ -373,16 +459,11 @@ class Pipeline:
             warmup_steps=config.warmup_steps,
             decay=config.decay,
             final=config.final,
+            decay_steps=config.decay_steps,
             seed=self.stage_seed(config),
         )
         plain = OmegaConf.to_container(config, resolve=True)
-        freezing = StageFreezing(
-            plain["trainable"],
-            path=folder / "freezing.json",
-            last_layers=plain["last_layers"],
-            lora=plain["lora"],
-            name=name,
-        )
+        freezing = self.freezing(name, plain, folder)
         parents = {
             p: {"hash": self.lineage[p], "folder": str(self.folders[p])} for p in config.parts if p in self.lineage
         }
@@ -406,10 +487,11 @@ class Pipeline:
         def finish() -> dict[str, float]:
             cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
             cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
-            freezing.merge()
+            freezing.merge(self.model)
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
             }
+            known["train/peak_memory_gib"] = self.hardware.peak_gib()
             return known | cost | (self.score_text() if "llm" in config.parts else {})
 
         handoff = StageHandoff(folder / "handoff", manifest=manifest, finish=finish)
@@ -438,22 +520,30 @@ class Pipeline:
             checkpoints,
             handoff,
         ]
+        if config.cache_features and self.hardware.shards:
+            raise ValueError(
+                f"stages.{name}.cache_features=true, but with hardware.strategy={self.hardware.strategy} no rank holds "
+                "the encoder; write the features with hardware.strategy=ddp, or set it false"
+            )
         if config.cache_features:
-            description = {"encoder": self.resolved["encoder"], "code": code_hash(ENCODING)}
+            made = self.resolved["encoder"] or self.resolved["vlm"]
+            description = {"encoder": made, "code": code_hash(ENCODING)}
             cached = CachedFeatures(name=name, description=description, path=folder / "features.json", say=say)
             callbacks.insert(1, cached)
-        if self.config.num_samples and "llm" in config.parts:
+        if self.config.num_samples and "llm" in config.parts and self.hardware.shards:
+            say(f"\n{name}: no samples are drawn at validations: with {self.hardware.strategy} no rank holds the model")
+        elif self.config.num_samples and "llm" in config.parts:
             records = partial(held_out_records, data.mixture, self.tokenizer, transform=build_transform(config))
             callbacks.insert(3, Samples(self.config.num_samples, generate=self.generator(config), records=records))
         if self.config.data.longest_first:
             callbacks.insert(1, LongestFirst(data.plan, say=say))
         trainer = L.Trainer(
-            **self.hardware.trainer(),
+            **self.hardware.trainer(data.accumulate),
             default_root_dir=str(folder),
             max_epochs=1,
             max_steps=steps,
             gradient_clip_val=config.clip,
-            val_check_interval=validation_interval(config.validate_every, steps) * self.hardware.accumulate,
+            val_check_interval=validation_interval(config.validate_every, steps) * data.accumulate,
             num_sanity_val_steps=0,
             logger=logger or False,
             callbacks=callbacks,
@@ -465,26 +555,20 @@ class Pipeline:
         )
         loaded = ", ".join(f"{p} <- {Path(self.folders[p]).parent.name}" for p in config.parts if p in self.folders)
         new = ", ".join(p for p in config.parts if p not in self.folders)
-        learns = ", ".join(f"{p} {r:g}" for p, r in plain["trainable"].items() if r is not None)
-        extras = [f"LoRA r={plain['lora']['r']} {plain['lora']['lr']:g}"] if plain["lora"] else []
-        extras += (
-            [f"last {plain['last_layers']['num']} layers {plain['last_layers']['lr']:g}"]
-            if plain["last_layers"]
-            else []
-        )
         say(
             f"\n{name}: {steps} steps x {config.batch_size} rows"
             f"{f', {config.image_size} px' if data.plan.num_images else ''}; "
-            f"learns {', '.join(filter(None, [learns, *extras]))}"
+            f"learns {', '.join(learning(plain))}"
             f"\n  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}"
             + (f"\n  going on from {resume.name}" if resume else "")
         )
         for line in data.plan.notes():
             say(f"  {line}")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not resume_of(folder, data.plan):
+        if is_first_rank() and not resume_of(folder, data.plan):
             write_order(data.plan, folder)
             write_json(folder / "identity.json", identity)
         status = "FAILED"
+        self.hardware.forget_peak()
         try:
             trainer.fit(
                 stage,
@@ -499,6 +583,8 @@ class Pipeline:
             if logger:
                 tracking.finish(logger.run_id, status)
         say("\n".join("  " + line for line in freezing.table().splitlines()))
+        holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
+        say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
         if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
             for old in (*folder.glob("step=*.ckpt"), folder / "order.npz"):
@@ -518,7 +604,7 @@ class Pipeline:
         """Perplexity on the task's held-out text, for every stage's manifest: what the images cost the words."""
         if self.task is None or getattr(self.task, "text", None) is None:
             return {}
-        self.model.eval()
+        self.model.to(self.hardware.device).eval()
         return {k: float(v) for k, v in self.task.score_text(self.model, self.tokenizer).items()}
 
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
@@ -581,6 +667,22 @@ def resume_of(folder: Path, plan) -> bool:
     )
 
 
+def learning(stage: dict) -> list[str]:
+    """What a stage's configuration says of what learns, in few words."""
+    rates = {p: r["lr"] if isinstance(r, dict) else r for p, r in stage["trainable"].items()}
+    out = [f"{part} {rate:g}" for part, rate in rates.items() if rate is not None]
+    adapt = dict(stage["adapt"])
+    if stage["lora"]:
+        out.append(f"LoRA r={stage['lora']['r']} {stage['lora']['lr']:g}")
+    if stage["last_layers"]:
+        out.append(f"last {stage['last_layers']['num']} layers {stage['last_layers']['lr']:g}")
+    for part, one in adapt.items():
+        how = {"lora": f"LoRA r={one['r']}", "dora": f"DoRA r={one['r']}", "partial": f"last {one['num']} layers"}
+        held = f" over {one['quantise']}" if one["quantise"] else ""
+        out += [f"{part} {how.get(one['method'], '')}{held} {one['lr']:g}"] if one["lr"] is not None else []
+    return out
+
+
 def validation_interval(every: int | None, steps: int) -> int:
     return min(every or steps, steps)
 
@@ -609,5 +711,6 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)

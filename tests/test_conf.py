@@ -19,6 +19,7 @@ CONSTRUCTORS = [
     "source",
     "mixture",
     "hardware",
+    "optimizer",
     "logger",
     "task",
 ]

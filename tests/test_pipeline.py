@@ -64,11 +64,12 @@ def test_frozen_parts_come_out_of_a_stage_bit_for_bit(cli, tmp_path):
 
 
 def kill_at_step_8(arguments: list[str], runs: Path, env: dict) -> None:
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 120
     while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)  # with its other ranks
     assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
 
 
@@ -96,12 +97,16 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
     assert steps == sorted(steps)
 
 
-def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(cli, embedded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
+    cli, embedded, tmp_path, monkeypatch, devices
+):
     data = tmp_path / "data"
     shutil.copytree(embedded, data)
     monkeypatch.setenv("FASTVLM_DATA", str(data))
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=changed"]
     arguments += ["stages.dense.batch_size=4", "mixture@stages.dense.mixture=embedded_45_45_10"]
+    arguments.append(f"hardware.devices={devices}")
     runs = tmp_path / "runs"
     kill_at_step_8(arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
     (stopped,) = (runs / "stages").iterdir()
@@ -143,25 +148,102 @@ def run_here(arguments: list[str], data: Path, runs: Path) -> subprocess.Complet
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
+RANKS = [*TINY, "pipeline=dense", "stages.dense.steps=3", "stages.dense.image_size=64", "stages.dense.batch_size=4"]
+# BatchNorm sees a rank's own images; frozen, one rank and two are the same function.
+RANKS += ["encoder.mlp_ratio=2.0", "stages.dense.trainable.encoder=null", "stages.dense.trainable.llm=1e-3"]
+RANKS += ["hardware.num_workers=0"]
+
+
+def learned_by(cli, tmp_path: Path, name: str, *arguments: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights that a run of one stage hands on; the stage is put aside, so that no other run finds it."""
+    cli("train.py", *RANKS, *arguments, f"name={name}")
+    stage = (tmp_path / "runs" / name / "stages" / "dense").resolve()
+    weights = {file.stem: load_file(file) for file in (stage / "handoff").glob("*.safetensors")}
+    stage.rename(tmp_path / f"{stage.name}-{name}")
+    return weights
+
+
+def assert_same_weights(ours, theirs) -> None:
+    assert ours.keys() == theirs.keys()
+    for part in theirs:
+        for key, value in theirs[part].items():
+            torch.testing.assert_close(
+                ours[part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("mixture", ["embedded_base", "embedded_align"])
 def test_two_ranks_learn_what_one_learns_with_and_without_images(cli, tmp_path, mixture):
-    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=3", f"mixture@stages.dense.mixture={mixture}"]
-    arguments += ["stages.dense.image_size=64", "stages.dense.batch_size=4", "encoder.mlp_ratio=2.0"]
-    # BatchNorm sees a rank's own images; frozen, the two runs are the same function.
-    arguments += ["stages.dense.trainable.encoder=null", "hardware.num_workers=0", "stages.dense.trainable.llm=1e-3"]
-    weights = []
-    for devices in (1, 2):
-        cli("train.py", *arguments, f"hardware.devices={devices}", f"name=ranks{devices}")
-        stage = (tmp_path / "runs" / f"ranks{devices}" / "stages" / "dense").resolve()
-        weights.append({p: load_file(stage / "handoff" / f"{p}.safetensors") for p in ("projector", "llm")})
-        for old in (tmp_path / "runs" / "stages").iterdir():
-            old.rename(tmp_path / f"{old.name}-{devices}")
-    for part, ours in weights[0].items():
-        for key, value in ours.items():
-            torch.testing.assert_close(
-                weights[1][part][key], value, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-            )
+    one, two = (
+        learned_by(cli, tmp_path, f"ranks{n}", f"mixture@stages.dense.mixture={mixture}", f"hardware.devices={n}")
+        for n in (1, 2)
+    )
+    assert_same_weights(two, one)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        # Text and images: in some steps one rank has images and the other has none.
+        "embedded_45_45_10",
+        pytest.param("embedded_base", marks=pytest.mark.slow),
+        pytest.param("embedded_align", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_share_the_weights_learn_what_one_learns(cli, tmp_path, mixture):
+    options = [f"mixture@stages.dense.mixture={mixture}", "stages.dense.trainable.llm=null"]
+    options += ["stages.dense.adapt.llm={method: lora, lr: 1e-3}"]
+    one = learned_by(cli, tmp_path, "one", *options)
+    two = learned_by(cli, tmp_path, "two", *options, "hardware.devices=2", "hardware.strategy=fsdp")
+    assert set(one) == {"resampler", "projector", "llm"} and not any("lora" in key for key in two["llm"])
+    assert_same_weights(two, one)
+    (proof,) = tmp_path.glob("dense-*-two/freezing.json")
+    rows = json.loads(proof.read_text())["rows"]
+    assert any(r["part"] == "encoder" and not r["trainable"] and not r["changed"] for r in rows)
+    assert all(r["changed"] + r["buffers"] >= r["tensors"] for r in rows if r["trainable"])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_stage_killed_while_ranks_share_the_weights_goes_on_and_ends_with_the_same_weights(cli, embedded, tmp_path):
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=16", "checkpoint_every=4", "name=killed"]
+    arguments += ["stages.dense.batch_size=4", "hardware.num_workers=0", "hardware.devices=2", "hardware.strategy=fsdp"]
+    arguments += ["optimizer@stages.dense.optimizer=muon", "stages.dense.trainable.llm=1e-3"]
+    cli("train.py", *arguments)
+    (undisturbed,) = (tmp_path / "runs" / "stages").iterdir()
+    runs = tmp_path / "killed"
+    env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.time() + 120
+    while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from step=" in done.stdout, done.stderr
+    (stage,) = (runs / "stages").iterdir()
+    for name in ("encoder", "resampler", "projector", "llm"):
+        ours, theirs = (load_file(s / "handoff" / f"{name}.safetensors") for s in (stage, undisturbed))
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_adapters_over_four_bits_train_resume_and_hand_on_plain_weights(cli, tmp_path, strategy):
+    pytest.importorskip("bitsandbytes")
+    arguments = [*TINY, "pipeline=instruct", "stages.instruct.steps=4", "stages.instruct.lora=null", "name=four"]
+    arguments += ["stages.instruct.adapt.llm={method: dora, lr: 1e-3, quantise: nf4}", "hardware.num_workers=0"]
+    arguments += ["checkpoint_every=2", f"hardware.strategy={strategy}", f"hardware.devices={1 + (strategy == 'ddp')}"]
+    cli("train.py", *arguments)
+    (file,) = (tmp_path / "runs" / "stages").glob("*/handoff/llm.safetensors")
+    weights = load_file(file)
+    assert all(value.dtype == torch.float32 for value in weights.values())
+    assert not any("lora" in key or "codes" in key for key in weights)
 
 
 def test_lora_and_last_layers_hand_on_plain_weights(cli, tmp_path):

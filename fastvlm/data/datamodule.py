@@ -176,7 +176,8 @@ class MixtureDataModule(L.LightningDataModule):
     def val_dataloader(self) -> PlanLoader | list:
         if self.val_plan is None:
             return []
-        return self._loader(PlannedDataset(self.val_plan, **self._ranks(), **self._reading), start=0)
+        options = {"accumulate": self.accumulate, **self._ranks(), **self._reading}
+        return self._loader(PlannedDataset(self.val_plan, **options), start=0)
 
     def _loader(self, dataset: PlannedDataset, *, start: int) -> PlanLoader:
         return PlanLoader(

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastvlm.tokens import OWN
+
 KEYS = ("run", "out", "form", "import", "check", "vision_tower")
 PROCESSORS = {"AutoImageProcessor": "PartsVLMImageProcessor", "AutoProcessor": "PartsVLMProcessor"}
 FORMS = ("auto", "ours", "stock")
@@ -71,7 +73,7 @@ def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]
     parts = {name: (type(p).__name__, sum(x.numel() for x in p.parameters())) for name, p in model.parts.items()}
     kind, notes = "ours", []
     if isinstance(model, PretrainedVLM):
-        kind = save_pretrained_vlm(model, config_dict, folder)
+        kind = save_pretrained_vlm(model, tokenizer, config_dict, folder)
     else:
         stock = None
         if form != "ours":
@@ -120,13 +122,15 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_id).save_pretrained(folder)
 
 
-def save_pretrained_vlm(model, config: dict[str, Any], folder: Path) -> str:
+def save_pretrained_vlm(model, tokenizer, config: dict[str, Any], folder: Path) -> str:
     """A pretrained model in its own class, with the files of its processor."""
     if model._restore is None:
         raise ValueError("the traditional mode is two models and has no folder of one; name both: vlm=traditional")
     stock = model.restored()
     stock.save_pretrained(folder)
     copy_processor(config["vlm"]["path"], folder)
+    if tokenizer.template.name != OWN and tokenizer.template.image == ("", ""):
+        tokenizer.save(folder)  # its turns and their tokens; marks around images are the processor's own
     return type(stock).__name__
 
 

@@ -5,6 +5,7 @@
 | open_clip vision transformer | identity | MLP without norm, two layers | LlavaForConditionalGeneration |
 | timm, convolutional (FastViTHD) | identity | MLP without norm, two layers | FastVlmForConditionalGeneration |
 | timm SigLIP | pixel_shuffle | linear without bias or norm | Idefics3ForConditionalGeneration |
+| timm SigLIP | avgpool, no positions | linear, no bias, RMS norm (llm: gemma3_text) | Gemma3ForConditionalGeneration |
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from fastvlm.deployment.weights import clip_weights, siglip_weights
 from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from fastvlm.models.encoders.timm_encoder import TimmEncoder
 from fastvlm.models.pretrained.whole import PretrainedVLM
 from fastvlm.models.projectors.linear import LinearProjector
 from fastvlm.models.projectors.mlp import MLPProjector
+from fastvlm.models.resamplers.avgpool import AvgPoolResampler
 from fastvlm.models.resamplers.identity import IdentityResampler
 from fastvlm.models.resamplers.pixel_shuffle import PixelShuffleResampler
 from fastvlm.models.vlm import VLM
@@ -81,8 +84,15 @@ def match(model: VLM) -> str:
             return "idefics3"
         else:
             wants.append("Idefics3 needs a SigLIP of timm as its encoder and no norm in its projector")
+    elif isinstance(resampler, AvgPoolResampler) and resampler.positions is None:
+        if model.llm.hf.config.model_type != "gemma3_text":
+            wants.append("Gemma3 needs a gemma3_text as its language model")
+        elif isinstance(projector, LinearProjector) and isinstance(projector[0], nn.RMSNorm) and is_siglip(encoder):
+            return "gemma3"
+        else:
+            wants.append("Gemma3 needs a SigLIP of timm and projector=linear projector.bias=false projector.norm=rms")
     else:
-        wants.append("stock classes have resampler=identity or resampler=pixel_shuffle")
+        wants.append("stock classes have resampler=identity or pixel_shuffle, or avgpool with positions=false")
     made = ", ".join(f"{name} {type(part).__name__}" for name, part in model.parts.items())
     raise NoStockClass(f"{made}: no class of transformers has these parts; {wants[0]}")
 
@@ -134,63 +144,6 @@ def mlp_weights(projector: nn.Module) -> dict[str, Tensor]:
         for i, linear in ((1, first), (2, second))
         for name, value in linear.state_dict().items()
     }
-
-
-def split_qkv(fused: Tensor, name: str, kind: str) -> dict[str, Tensor]:
-    return {f"{name}.{part}_proj.{kind}": piece for part, piece in zip("qkv", fused.chunk(3))}
-
-
-def clip_weights(visual: nn.Module) -> dict[str, Tensor]:
-    """An open_clip vision transformer's weights under the names of `CLIPVisionModel`."""
-    state, out = visual.state_dict(), {}
-    plain = {
-        "class_embedding": "embeddings.class_embedding",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "conv1.weight": "embeddings.patch_embedding.weight",
-        "ln_pre.weight": "pre_layrnorm.weight",
-        "ln_pre.bias": "pre_layrnorm.bias",
-    }
-    inner = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }
-    for name, value in state.items():
-        if name in plain:
-            out[plain[name]] = value
-            continue
-        _, _, layer, rest = name.split(".", 3)
-        to = f"encoder.layers.{layer}"
-        if rest.startswith("attn.in_proj_"):
-            out |= split_qkv(value, f"{to}.self_attn", rest.removeprefix("attn.in_proj_"))
-        else:
-            module, _, kind = rest.rpartition(".")
-            out[f"{to}.{inner[module]}.{kind}"] = value
-    return out
-
-
-def siglip_weights(vit: nn.Module) -> dict[str, Tensor]:
-    """A timm SigLIP's weights under the names of Idefics3's vision model."""
-    out = {}
-    inner = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
-    for name, value in vit.state_dict().items():
-        if name == "pos_embed":
-            out["embeddings.position_embedding.weight"] = value[0]
-        elif name.startswith("patch_embed.proj."):
-            out["embeddings.patch_embedding." + name.removeprefix("patch_embed.proj.")] = value
-        elif name.startswith("norm."):
-            out["post_layernorm." + name.removeprefix("norm.")] = value
-        elif name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            to, (module, _, kind) = f"encoder.layers.{layer}", rest.rpartition(".")
-            if module == "attn.qkv":
-                out |= split_qkv(value, f"{to}.self_attn", kind)
-            else:
-                out[f"{to}.{'self_attn.out_proj' if module == 'attn.proj' else inner[module]}.{kind}"] = value
-        # The rest is the attention pooling of the classifier, which nothing reads.
-    return out
 
 
 def activation(module: nn.Module) -> str:
@@ -334,5 +287,50 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
     return stock, processor, notes
 
 
+def build_gemma3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
+    vit, text = model.encoder.model, language(model)[0]
+    block, tokens = vit.blocks[0], model.num_visual_tokens(image_size)
+    vision = hf.SiglipVisionConfig(
+        hidden_size=vit.embed_dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=image_size,
+        patch_size=model.encoder.stride,
+        hidden_act=activation(block.mlp.act),
+        layer_norm_eps=block.norm1.eps,
+        vision_use_head=False,
+    )
+    config = hf.Gemma3Config(
+        vision_config=vision,
+        text_config=text,
+        mm_tokens_per_image=tokens,
+        image_token_index=model.image_token_id,
+        boi_token_index=tokenizer.image_id,
+        eoi_token_index=tokenizer.image_id,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    stock = hf.Gemma3ForConditionalGeneration(config)
+    tower = {f"vision_tower.{name}": value for name, value in siglip_weights(vit).items()}
+    norm, linear = model.projector
+    connector = {
+        "multi_modal_projector.mm_input_projection_weight": linear.weight.T,
+        "multi_modal_projector.mm_soft_emb_norm.weight": norm.weight - 1,  # Gemma's norm multiplies by 1 + weight
+    }
+    fill(stock, model, text="language_model", vision=tower, connector=connector)
+    # Llava's processor writes the slots alone, which is what the model has seen.
+    processor, notes = llava_processor(model, tokenizer, image_size, image, class_token=False)
+    return stock, processor, [*notes, GEMMA3_ELSEWHERE]
+
+
+GEMMA3_ELSEWHERE = (
+    "with this folder's processor transformers gives the run's answers; vLLM, llama.cpp and MLX have Gemma 3's own "
+    "processing, which puts marks around an image and lets its tokens see each other both ways"
+)
 IDEFICS3_MARKS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
-BUILDERS: dict[str, Callable] = {"llava": build_llava, "fast_vlm": build_fast_vlm, "idefics3": build_idefics3}
+BUILDERS: dict[str, Callable] = {
+    "llava": build_llava,
+    "fast_vlm": build_fast_vlm,
+    "idefics3": build_idefics3,
+    "gemma3": build_gemma3,
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from fastvlm.evaluation.protocol import Protocol
 
@@ -59,11 +60,14 @@ def trim(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+# Ten annotators a question mostly say the same few thousand things.
+@lru_cache(1 << 16)
 def normalise_official(text: str) -> str:
     """The form in which VQAv2's scorer compares answers that are not unanimous."""
     return normalise_words(strip_punctuation(trim(text)))
 
 
+@lru_cache(1 << 16)
 def normalise_evalai(text: str) -> str:
     """The form in which TextVQA's scorer compares all answers: commas, question marks and 's go first."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()

@@ -183,9 +183,7 @@ def describe(model: VLM, *, image_size: int, image: dict | None = None) -> Parts
         )
     parts: dict[str, Any] = {}
     for name in ("encoder", "resampler", "projector"):
-        arguments = {key: value for key, value in recipe[name].items() if key not in ("pretrained", "checkpoint")}
-        # Weights come from the folder; what they were first loaded from may not be there.
-        parts[name] = arguments | ({"pretrained": None} if "pretrained" in recipe[name] else {})
+        parts[name] = without_weights(recipe[name], getattr(model, name))
         check_target(parts[name])
     parts["encoder_statistics"] = {"mean": list(model.encoder.mean), "std": list(model.encoder.std)}
     parts["llm"] = {"config": model.llm.hf.config.to_dict(), "attention": model.llm.attention}
@@ -202,6 +200,31 @@ def describe(model: VLM, *, image_size: int, image: dict | None = None) -> Parts
             "AutoModelForImageTextToText": "remote_code.PartsVLMForConditionalGeneration",
         },
     )
+
+
+def without_weights(arguments: dict, part: nn.Module) -> dict:
+    """A constructor call that makes the part with random weights: they come from the folder, and what they were first
+    loaded from may not be there."""
+    out = {}
+    for key, value in arguments.items():
+        nested = isinstance(value, dict) and "_target_" in value
+        out[key] = without_weights(value, getattr(part, key)) if nested else value
+    if "pretrained" in out:
+        out["pretrained"] = None
+    out.pop("checkpoint", None)
+    module, _, name = str(out["_target_"]).rpartition(".")
+    if name == "from_pretrained":  # of transformers: its configuration stands in for its path
+        fields = part.hf.config.to_dict()
+        known = vars(AutoConfig.for_model(fields["model_type"]))
+        own = {key: value for key, value in fields.items() if key in known and key not in ("model_type", "dtype")}
+        out = {key: value for key, value in out.items() if key not in ("path", "dtype")} | {
+            "_target_": f"{module}.from_config",
+            "model_type": fields["model_type"],
+            "config": own,
+            "mean": list(part.mean),
+            "std": list(part.std),
+        }
+    return out
 
 
 def check_target(arguments: dict) -> None:

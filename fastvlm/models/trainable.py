@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,31 +15,63 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
 
 
-def select_trainable(
-    model: nn.Module, patterns: dict[str, float | None], *, where: str = "trainable"
-) -> dict[str, float]:
+SETTINGS = ("lr", "weight_decay", "warmup_steps")
+Rate = float | dict[str, float | None] | None
+
+
+def select_trainable(model: nn.Module, patterns: dict[str, Rate], *, where: str = "trainable") -> dict[str, float]:
     """Parameter name -> learning rate; the longest pattern that matches a name decides, and null excludes.
 
     Raises:
         ValueError: a pattern matches no parameter, or nothing is left to learn. The name of a part that has no
             parameters (pooling) is fine: a stage's rates stay what they are when a part is exchanged.
     """
+    return {name: settings["lr"] for name, settings in select_settings(model, patterns, where=where).items()}
+
+
+def select_settings(
+    model: nn.Module, patterns: dict[str, Rate], *, where: str = "trainable"
+) -> dict[str, dict[str, float]]:
+    """Parameter name -> `lr` and, where its pattern says so, `weight_decay` and `warmup_steps`; see `select_trainable`.
+
+    Args:
+        patterns: pattern -> learning rate, null, or a mapping `{lr, weight_decay, warmup_steps}`.
+    """
     names = [name for name, _ in model.named_parameters()]
     bare = {name for name, child in model.named_children() if not any(True for _ in child.parameters())}
+    values = {pattern: read_settings(value, where=f"{where}.{pattern}") for pattern, value in patterns.items()}
     for pattern in patterns:
         if pattern not in bare and not any(matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, sorted({n.split(".")[0] for n in names} | set(names)), 1, 0.4)
             hint = f"; the nearest name is {near[0]}" if near else ""
             raise ValueError(f"{where}: the pattern {pattern!r} matches no parameter of the model{hint}")
-    rates = {}
+    chosen = {}
     for name in names:
         hits = [pattern for pattern in patterns if matches(name, pattern)]
-        rate = patterns[max(hits, key=len)] if hits else None
-        if rate is not None:
-            rates[name] = float(rate)
-    if not rates:
+        settings = values[max(hits, key=len)] if hits else None
+        if settings is not None:
+            chosen[name] = settings
+    if not chosen:
         raise ValueError(f"{where} leaves nothing to learn; name a part with a learning rate, such as projector: 1e-3")
-    return rates
+    return chosen
+
+
+def read_settings(value: Rate, *, where: str) -> dict[str, float] | None:
+    """A pattern's value in full; None freezes.
+
+    Raises:
+        ValueError: an unknown key, or a mapping without a rate.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return {"lr": float(value)}
+    if unknown := [key for key in value if key not in SETTINGS]:
+        raise ValueError(f"{where}.{unknown[0]} is none of {', '.join(SETTINGS)}")
+    if value.get("lr") is None:
+        raise ValueError(f"{where} has no lr; give one, or null in place of the mapping to freeze")
+    given = {key: value[key] for key in SETTINGS if value.get(key) is not None}
+    return {key: int(v) if key == "warmup_steps" else float(v) for key, v in given.items()}
 
 
 def apply_trainable(model: nn.Module, rates: dict[str, float]) -> None:
@@ -58,31 +91,97 @@ def set_mode(module: nn.Module, training: bool) -> None:
         set_mode(child, training)
 
 
-def last_layers(llm: nn.Module, num: int, *, where: str = "last_layers") -> list[str]:
-    """Names, below the language model, of its last `num` decoder layers."""
-    for name, child in llm.named_modules():
-        if isinstance(child, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
-            if num > len(child):
-                raise ValueError(f"{where}.num={num}, but the language model has {len(child)} layers")
-            return [f"{name}.{i}" for i in range(len(child) - num, len(child))]
-    raise ValueError(f"{where}: no list of decoder layers found in {type(llm).__name__}")
+LISTS = ("layers", "h", "blocks", "resblocks", "stages")
 
 
-def add_lora(module: nn.Module, *, r: int, alpha: float, dropout: float, targets: list[str], where: str = "lora"):
+def named_layers(part: nn.Module) -> dict[str, nn.Module]:
+    """The outermost list of layers of a part: a language model's decoder layers, an encoder's blocks or stages."""
+    for name, child in part.named_modules():
+        if isinstance(child, nn.ModuleList | nn.Sequential) and name.split(".")[-1] in LISTS:
+            # A place without parameters (an identity between two stages) is no layer.
+            return {f"{name}.{i}": one for i, one in enumerate(child) if any(True for _ in one.parameters())}
+    return {}
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    return list(named_layers(part).values())
+
+
+def last_layers(part: nn.Module, num: int, *, where: str = "last_layers") -> list[str]:
+    """Names, below a part, of its last `num` layers.
+
+    Raises:
+        ValueError: the part has no list of layers, or a shorter one.
+    """
+    names = list(named_layers(part))
+    if not names:
+        raise ValueError(f"{where}: no list of layers found in {type(part).__name__}")
+    if num > len(names):
+        what = "the language model" if where.endswith("last_layers") else type(part).__name__
+        raise ValueError(f"{where}.num={num}, but {what} has {len(names)} layers")
+    return names[len(names) - num :]
+
+
+def adaptable(module: nn.Module) -> dict[str, type]:
+    """Last part of a name -> kind of every layer that takes an adapter."""
+    # nn.MultiheadAttention reads its output projection past its forward: an adapter there would never be asked.
+    hidden = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
+    found = {}
+    for name, m in module.named_modules():
+        # FastViT's and ConvNeXt's feed-forward layers are 1 x 1 convolutions. Other ones are often read past their
+        # forward too (to be folded into a norm), where an adapter would learn nothing.
+        pointwise = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and name.split(".")[-1] in ("fc1", "fc2")
+        if (isinstance(m, nn.Linear | nn.MultiheadAttention) or pointwise) and id(m) not in hidden:
+            found[name] = type(m)
+    return found
+
+
+def add_lora(
+    module: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: list[str] | None,
+    dora: bool = False,
+    where: str = "lora",
+):
     """Put peft's LoRA layers into `module` in place and return the tuner, which `merge_lora` takes.
 
-    Source: Hu et al., arXiv:2106.09685; peft's `LoraModel`.
+    Args:
+        targets: last parts of layer names, or None for all that `adaptable` names but the head that makes logits.
+        dora: learn magnitudes beside directions.
+
+    Raises:
+        ValueError: a target is not there.
+
+    Source: Hu et al., arXiv:2106.09685; DoRA: Liu et al., arXiv:2402.09353; peft's `LoraModel`.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    linear = {name.split(".")[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    if missing := [t for t in targets if t not in linear]:
-        raise ValueError(
-            f"{where}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(sorted(linear))}"
-        )
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
-    return LoraModel(module, config, "default")
+    layers = adaptable(module)
+    if targets is None:
+        one = dict(module.named_modules())
+        tables = {id(m.weight) for m in one.values() if isinstance(m, nn.Embedding)}
+        if hasattr(module, "get_output_embeddings"):
+            tables.add(id(getattr(module.get_output_embeddings(), "weight", None)))
+        # DoRA has no form for attention as one module.
+        chosen = [n for n, kind in layers.items() if id(getattr(one[n], "weight", None)) not in tables]
+        chosen = [n for n in chosen if not (dora and layers[n] is nn.MultiheadAttention)]
+        if not chosen:
+            raise ValueError(f"{where}: {type(module).__name__} has no layer that takes an adapter")
+    else:
+        last = {name.split(".")[-1] for name in layers}
+        if missing := [t for t in targets if t not in last]:
+            raise ValueError(
+                f"{where}.targets: no linear layer is named {', '.join(missing)}; there are {', '.join(sorted(last))}"
+            )
+        chosen = [name for name in layers if name.split(".")[-1] in targets]
+    options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_dora=dora)
+    # A string is matched against whole names; a list would also match the end of another name.
+    pattern = "|".join(re.escape(name) for name in chosen)
+    return LoraModel(module, LoraConfig(target_modules=pattern, **options), "default")
 
 
 def merge_lora(tuner) -> None:

@@ -31,14 +31,22 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         groups = [{"lr": lr, "weight_decay": weight_decay, **group} for group in params]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self.inner = []
         matrices = [g for g in self.param_groups if g.get("kind") == "matrix"]
         others = [g for g in self.param_groups if g.get("kind") != "matrix"]
-        # The groups are shared, not copied: a schedule that sets a rate here sets it there.
-        self.inner = []
         if matrices:
             self.inner.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.inner.append(torch.optim.AdamW(others, betas=tuple(betas)))
+        self.share()
+
+    def share(self) -> None:
+        """One state and the very same groups here and inside: a schedule that sets a rate here sets it there, and what
+        is saved has the form of any optimiser's state."""
+        for optimizer in self.inner:
+            ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            optimizer.param_groups = [g for g in self.param_groups if ours.issuperset(map(id, g["params"]))]
+            optimizer.state = self.state
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -50,11 +58,6 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.step()
         return loss
 
-    def state_dict(self) -> dict:
-        return {"inner": [optimizer.state_dict() for optimizer in self.inner]}
-
     def load_state_dict(self, state: dict) -> None:
-        for optimizer, one in zip(self.inner, state["inner"], strict=True):
-            optimizer.load_state_dict(one)
-        # Loading replaces the inner groups; take them over, so that the schedule still reaches them.
-        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+        super().load_state_dict(state)
+        self.share()

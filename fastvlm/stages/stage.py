@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from fastvlm.batch import Batch
+from fastvlm.models.sharding import gather, shard, share_statistics
 from fastvlm.models.trainable import set_mode
 
+DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
 
-def learning_rate_factor(step: int, *, num_steps: int, warmup_steps: int, decay: str, final: float) -> float:
-    """Linear warm-up, then `cosine` or `linear` decay to `final` of the peak, or `constant`."""
+
+def learning_rate_factor(
+    step: int, *, num_steps: int, warmup_steps: int, decay: str, final: float, decay_steps: int | None = None
+) -> float:
+    """Share of the peak rate at a step, counted from 0: linear warm-up, then one of
+
+    `cosine`, `linear`: down to `final` over all that is left.
+    `constant`: the peak.
+    `wsd`, `wsd_sqrt`: the peak, and over the last `decay_steps` (a fifth of the stage if null) down to `final`, by a
+        line or as 1 - sqrt(progress). Hu et al., arXiv:2404.06395, section 4; Haegele et al., arXiv:2405.18392.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
-    shape = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[decay]
+    begin = warmup_steps
+    if decay.startswith("wsd"):
+        begin = max(warmup_steps, num_steps - (num_steps // 5 if decay_steps is None else decay_steps))
+    progress = min(1.0, max(0, step - begin) / max(1, num_steps - begin))
+    if decay == "cosine":
+        shape = (1 + math.cos(math.pi * progress)) / 2
+    elif decay == "wsd_sqrt":
+        shape = 1 - math.sqrt(progress)
+    else:
+        shape = 1.0 if decay == "constant" else 1 - progress
     return final + (1 - final) * shape
 
 
@@ -26,14 +47,15 @@ class Stage(L.LightningModule):
     """What every stage shares: the optimiser over what learns, the schedule, and frozen parts kept in eval.
 
     `learning_rates` (parameter name -> peak rate) is filled in by the StageFreezing callback before the optimiser is
-    made; without it nothing may learn. A subclass says what the loss is, in `objective`.
+    made; without it nothing may learn. So is `learning_settings`, which may add a parameter's own `weight_decay` and
+    `warmup_steps`. A subclass says what the loss is, in `objective`.
 
     Args:
         model: the VLM.
         name: the stage's key in `stages`.
         num_steps: optimiser steps of the whole stage.
         optimizer: called with parameter groups.
-        warmup_steps, decay, final: see `learning_rate_factor`.
+        warmup_steps, decay, final, decay_steps: see `learning_rate_factor`.
         seed: every step draws its randomness (dropout, noise) from (seed, step), so that a resumed run repeats it.
     """
 
@@ -47,13 +69,37 @@ class Stage(L.LightningModule):
         warmup_steps: int = 0,
         decay: str = "cosine",
         final: float = 0.1,
+        decay_steps: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.model, self.name, self.num_steps, self.seed = model, name, num_steps, seed
         self.make_optimizer = optimizer
-        self.schedule = dict(num_steps=num_steps, warmup_steps=warmup_steps, decay=decay, final=final)
+        self.schedule = dict(
+            num_steps=num_steps, warmup_steps=warmup_steps, decay=decay, final=final, decay_steps=decay_steps
+        )
         self.learning_rates: dict[str, float] = {}
+        self.learning_settings: dict[str, dict[str, float]] = {}
+        self.whole: list[nn.Module] = []  # the plain model while a sharded copy learns; a list hides it from the module
+
+    def configure_model(self) -> None:
+        """Under FSDP the stage trains a sharded copy; `gather` brings what was learned back into the model."""
+        if self.device_mesh is None or self.whole:
+            return
+        self.whole.append(self.model.to("cpu"))
+        self.model = copy.deepcopy(self.model)
+        shard(
+            self,
+            self.device_mesh["data_parallel"],
+            parts=self.model.parts,
+            methods=("training_step", "validation_step"),
+        )
+
+    def gather(self) -> None:
+        """The whole model again, with what was learned, where it was trained in shards. Every rank must call it."""
+        if self.whole:
+            gather(self.model, self.whole[0])
+            self.model = self.whole.pop()
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Loss sum, what it is divided by over all ranks and micro-batches, and its parts.
@@ -75,24 +121,28 @@ class Stage(L.LightningModule):
         tables |= {id(p) for name, p in named.items() if "lm_head" in name or "lora_" in name}
         if not self.learning_rates or set(named) != set(self.learning_rates):
             raise RuntimeError(f"stage {self.name}: the StageFreezing callback has not set what learns")
-        named_rates = [(p, self.learning_rates[name], name.split(".")[0]) for name, p in named.items()]
-        named_rates += [(p, max(self.learning_rates.values()), "head") for p in self.head_parameters()]
+        settings = {name: self.learning_settings.get(name, {}) for name in named}
+        rows = [(p, self.learning_rates[name], name.split(".")[0], settings[name]) for name, p in named.items()]
+        rows += [(p, max(self.learning_rates.values()), "head", {}) for p in self.head_parameters()]
         groups: dict[tuple, list[nn.Parameter]] = {}
-        for parameter, rate, part in named_rates:
+        for parameter, rate, part, own in rows:
             matrix = parameter.ndim == 2 and id(parameter) not in tables and part != "head"
             kind = "matrix" if matrix else "table" if parameter.ndim >= 2 else "vector"
-            groups.setdefault((part, rate, kind), []).append(parameter)
+            # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
+            decay = 0.0 if kind == "vector" else own.get("weight_decay")
+            groups.setdefault((part, rate, kind, decay, own.get("warmup_steps")), []).append(parameter)
         optimizer = self.make_optimizer(
             [
-                # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
                 {"params": p, "lr": rate, "name": part, "kind": kind}
-                | ({"weight_decay": 0.0} if kind == "vector" else {})
-                for (part, rate, kind), p in groups.items()
+                | ({} if decay is None else {"weight_decay": decay})
+                for (part, rate, kind, decay, _), p in groups.items()
             ]
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, **self.schedule)
-        )
+        schedules = [
+            partial(learning_rate_factor, **self.schedule | ({} if warmup is None else {"warmup_steps": warmup}))
+            for *_, warmup in groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -100,6 +150,8 @@ class Stage(L.LightningModule):
         return [p for name, p in self.named_parameters() if not name.startswith("model.")]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.whole:
+            share_statistics(self.model)
         torch.manual_seed((self.seed * 1_000_003 + self.name_seed) % 2**31 + batch_idx)
 
     @property

@@ -157,7 +157,7 @@ def test_an_original_llava_becomes_our_parts(unpad, tmp_path):
         if unpad:
             sequence = model.arrange(tokens, torch.tensor([[1, 2, 28, 56]])).flatten(0, 1)
             newline = state["model.image_newline"]
-            expected = torch.cat([tokens[0], *(torch.cat([*tokens[1:, r], newline[None]]) for r in rows_of(2))])
+            expected = torch.cat([tokens[0], *(torch.cat([*tokens[1:, r], newline[None]]) for r in rows_of(4))])
             assert torch.equal(sequence[: len(expected)], expected) and not sequence[len(expected) :].any()
     views = views_at(folder)
     assert views.image_size == SIDE

@@ -21,7 +21,7 @@ from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 QUESTION = "what is in the image?"
 # (width, height): one that pads its tiles, and a square
 SIZES = {"qwen2_vl": [(84, 84)], "fast_vlm": [(90, 70)]}
-PADDED = [(100, 44), (56, 56), (40, 150)]
+PADDED = [(100, 44), (56, 56), (40, 150), (300, 60), (60, 300)]
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,14 @@ def test_an_image_is_a_sequence_and_a_map_and_text_its_embeddings(checkpoint):
     for kind, side in (("llava", 28), ("qwen2_vl", 56)):
         model = from_pretrained(str(checkpoint(kind)))
         views = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-        views[:, :, :PATCH, PATCH : 2 * PATCH] = 255  # the second patch of the first row
+        patch = model.encoder.patch
+        views[:, :, :patch, patch : 2 * patch] = 255  # the second patch of the first row
         with torch.no_grad():
             encoding = model.encode_image(views)
             blank = model.encode_image(torch.zeros_like(views))
         assert encoding.sequence.shape == (1, model.num_visual_tokens(side), model.llm.dim)
         moved = (encoding.spatial - blank.spatial).norm(dim=1)[0]
-        assert moved.shape == (side // PATCH, side // PATCH) and moved.argmax() == 1
+        assert moved.shape == (side // patch, side // patch) and moved.argmax() == 1
         ids = torch.tensor([[7, 8]])
         assert torch.equal(model.encode_text(ids), model.llm.embed(ids))
 
@@ -199,6 +200,18 @@ def test_every_parameter_of_a_part_has_a_gradient_so_that_ranks_agree(checkpoint
         loss.backward()
         without = [name for name, p in model.named_parameters() if p.grad is None]
         assert not without, (kind, without)
+
+
+def test_the_embedding_grows_for_tokens_a_template_adds(checkpoint):
+    for kind in ("llava", "qwen2_vl"):
+        model, before = (from_pretrained(str(checkpoint(kind)), vocab_size=size) for size in (400, None))
+        assert model.llm.vocab_size == 400
+        ids = torch.tensor([[7, 399]])
+        where = (torch.arange(2)[None], torch.ones_like(ids))
+        grown = model.llm.head(model.llm.hidden(model.llm.embed(ids), *where))
+        short = before.llm.head(before.llm.hidden(before.llm.embed(ids[:, :1]), *(x[:, :1] for x in where)))
+        assert grown.shape[-1] == 400
+        assert relative_error(grown[:, :1, : short.shape[-1]], short) <= 1e-5
 
 
 def test_lora_goes_into_the_language_model_and_merges(checkpoint):

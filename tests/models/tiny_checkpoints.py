@@ -9,7 +9,7 @@ import transformers as t
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 WORDS = "what is in the image? a red square and two blue circles, on the left: yes no one three. User Assistant USER"
-SIDE, PATCH = 28, 14
+SIDE, FINE, PATCH = 28, 7, 14  # FINE: of CLIP and SigLIP, so that padding of tiles covers whole patches
 VISION = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
 TEXT = dict(
     hidden_size=32,
@@ -52,11 +52,11 @@ def tiny_tokenizer(*, image: str, specials: tuple[str, ...] = (), template: str 
 
 
 def clip_vision(**more):
-    return t.CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=16, **VISION, **more)
+    return t.CLIPVisionConfig(image_size=SIDE, patch_size=FINE, projection_dim=16, **VISION, **more)
 
 
 def siglip_vision(**more):
-    return t.SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **VISION, **more)
+    return t.SiglipVisionConfig(image_size=SIDE, patch_size=FINE, **VISION, **more)
 
 
 def text_config(cls, tokenizer, **more):
@@ -76,7 +76,7 @@ def llava():
     processor = t.LlavaProcessor(
         image_processor=images,
         tokenizer=tok,
-        patch_size=PATCH,
+        patch_size=FINE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
@@ -97,7 +97,7 @@ def llava_next():
     processor = t.LlavaNextProcessor(
         image_processor=images,
         tokenizer=tok,
-        patch_size=PATCH,
+        patch_size=FINE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
@@ -122,7 +122,7 @@ def llava_onevision():
         image_processor=images,
         tokenizer=tok,
         video_processor=t.LlavaOnevisionVideoProcessor(size=SQUARE),
-        num_image_tokens=(SIDE // PATCH) ** 2,
+        num_image_tokens=(SIDE // FINE) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4",
         image_token="<image>",
@@ -170,7 +170,7 @@ def paligemma():
         hidden_size=32,
     )
     images = t.SiglipImageProcessor(size=SQUARE)
-    images.image_seq_length = (SIDE // PATCH) ** 2
+    images.image_seq_length = (SIDE // FINE) ** 2
     return t.PaliGemmaForConditionalGeneration(config), t.PaliGemmaProcessor(image_processor=images, tokenizer=tok)
 
 

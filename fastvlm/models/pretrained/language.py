@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastvlm.models.llms.language_model import LanguageModel
 
+NO_FLASH = "vlm.attention=flash_attention_2 knows neither PaliGemma's mask nor Qwen2-VL's positions; set sdpa or auto"
+
 
 def with_head(decoder: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
     """A causal language model of the decoder's own class around a decoder and a head that are there already.
@@ -52,6 +54,9 @@ class DecoderWithHead(PreTrainedModel):
 class MRoPELanguageModel(LanguageModel):
     """Positions have three axes (B, S, 3): time, height, width; on text all three are the same (arXiv 2409.12191)."""
 
+    def _hidden_by_sequence(self, *args) -> Tensor:
+        raise ValueError(NO_FLASH)
+
     def _decode(self, inputs_embeds: Tensor, position_ids: Tensor, mask, cache) -> Tensor:
         if position_ids.ndim == 2:
             position_ids = position_ids[..., None].expand(-1, -1, 3)
@@ -90,6 +95,9 @@ class PrefixLanguageModel(LanguageModel):
 
     prefix: Bool[Tensor, "B S"] | None = None
     whole_prompts = True  # keys of a prompt's start are of no use under another end
+
+    def _hidden_by_sequence(self, *args) -> Tensor:
+        raise ValueError(NO_FLASH)
 
     def _mask(self, segment_ids: Tensor, inputs_embeds: Tensor):
         if self.prefix is None:

@@ -29,6 +29,7 @@ def from_pretrained(
     *,
     model_type: str | None = None,
     vision_tower: str | None = None,
+    vocab_size: int | None = None,
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     dtype: str = "float32",
@@ -39,6 +40,7 @@ def from_pretrained(
         path: a folder `save_pretrained` wrote, or a hub id.
         model_type: what the configuration must say; None takes any of `FAMILIES`.
         vision_tower: where `path` holds an original LLaVA without its CLIP (LLaVA-1.5): folder or hub id of that.
+        vocab_size: the tokenizer's length; the embedding grows where a template has tokens the model has not.
         attention: as `LanguageModel` takes it.
         dtype: of the weights in memory; float32 lets mixed precision keep exact ones.
 
@@ -46,7 +48,7 @@ def from_pretrained(
         ValueError: no model there, another `model_type`, one that is not known here, or weights of other shapes.
     """
     if original_config(path) is not None:
-        hf = load_original(path, vision_tower=vision_tower, dtype=dtype)
+        hf = grown(load_original(path, vision_tower=vision_tower, dtype=dtype), vocab_size)
         model = take_apart(hf, path=path, attention=attention)
         return checkpointed(model, gradient_checkpointing).eval()
     config = fetch(lambda: AutoConfig.from_pretrained(path), what=f"vlm.path={path}", mend=OFFLINE)
@@ -67,7 +69,14 @@ def from_pretrained(
         mend=OFFLINE,
     )
     refuse_misfits(told, f"vlm.path={path}")
-    return checkpointed(take_apart(hf, path=path, attention=attention), gradient_checkpointing).eval()
+    model = take_apart(grown(hf, vocab_size), path=path, attention=attention)
+    return checkpointed(model, gradient_checkpointing).eval()
+
+
+def grown(hf: PreTrainedModel, vocab_size: int | None) -> PreTrainedModel:
+    if vocab_size is not None and vocab_size > hf.get_input_embeddings().weight.shape[0]:
+        hf.resize_token_embeddings(vocab_size)
+    return hf
 
 
 def checkpointed(model: PretrainedVLM, wanted: bool) -> PretrainedVLM:

@@ -86,7 +86,9 @@ def traditional(
         return_tensors="pt",
     )
     with torch.no_grad():
-        texts = both.eval().get_text_features(**ids).pooler_output
+        # Nor does it mask the padding.
+        seen = {"input_ids": ids["input_ids"]} if both.config.model_type == "siglip" else ids
+        texts = both.eval().get_text_features(**seen).pooler_output
     encoder = PooledTower(both, mean=processor.image_mean, std=processor.image_std)
     return PretrainedVLM(
         encoder,
@@ -135,7 +137,6 @@ class Likeness(nn.Module):
     def __init__(self, texts: Float[Tensor, "L D"]):
         super().__init__()
         self.register_buffer("texts", F.normalize(texts, dim=-1))
-        self.out_dim = len(texts)
 
     def forward(self, tokens: Float[Tensor, "I 1 D"]) -> Float[Tensor, "I 1 L"]:
         return F.normalize(tokens, dim=-1) @ self.texts.to(tokens.dtype).T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class PretrainedVLM(VLM):
             return position_ids
         is_slot = input_ids == self.image_token_id
         return image_positions(position_ids, is_slot, position_ids == 0, side=side_of_images(is_slot))
+
+    def save_pretrained(self, folder: str | Path, **views) -> None:
+        """Write it in its own class; this VLM is of no use afterwards. The processor's files stay where they lie."""
+        self.restored().save_pretrained(folder)
 
     def restored(self) -> nn.Module:
         """The model in its own class again, with the weights as they are now."""

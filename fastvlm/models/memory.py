@@ -1,0 +1,169 @@
+"""What a stage will need on one device, known before it begins: nothing is computed, only shapes are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fastvlm.models.quantised import KINDS, frozen_linears
+from fastvlm.models.vlm import VLM
+
+GIB = 2**30
+CHUNK = 2048  # learned tokens whose logits are held at a time: `answer_loss`
+
+
+@dataclass
+class Memory:
+    """Bytes on one device at a step's peak. The parts are added up, though not all of them are there at one moment."""
+
+    weights: float
+    gradients: float
+    optimiser: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def largest(self) -> str:
+        return max(fields(self), key=lambda f: getattr(self, f.name)).name
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {getattr(self, f.name) / GIB:.2f}" for f in fields(self))
+        return f"{self.total / GIB:.2f} GiB ({parts})"
+
+
+def copy_with(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The same modules over other tensors: nothing of the model's own is copied."""
+    memo = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        other = make(tensor)
+        if isinstance(tensor, nn.Parameter):
+            other = nn.Parameter(other, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = other
+    return copy.deepcopy(model, memo)
+
+
+def shape_of(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def estimate(
+    model: VLM,
+    *,
+    apply: Callable[[nn.Module], dict[str, float]],
+    optimizer: Callable[[Iterable[dict]], torch.optim.Optimizer],
+    rows: int,
+    tokens: int,
+    images: int,
+    image_size: int,
+    parts: Iterable[str],
+    learned_tokens: int | None = None,
+    quantised: Callable[[nn.Module, dict], dict[str, str]] = lambda model, rates: {},
+    autocast: torch.dtype | None = None,
+    shards: int = 1,
+) -> Memory:
+    """Memory of one optimiser step of a micro-batch.
+
+    Activations are what autograd would keep of a forward pass over tensors without storage; the largest pass between
+    two layers is not seen. Under sharding weights, gradients and optimiser state are cut; one layer is whole at a time.
+
+    Args:
+        apply: makes a copy of the model learn as the stage says (adapters, frozen parts); returns the rates.
+        optimizer: the stage's, called with parameter groups.
+        rows, tokens, images, image_size: of a micro-batch; images count views.
+        parts: what the stage computes with.
+        learned_tokens: of a micro-batch; all its positions where not known.
+        quantised: part -> what its frozen linear layers will be held in.
+        autocast: the dtype of mixed precision.
+        shards: ranks that share the weights.
+    """
+    device = next(model.llm.parameters()).device
+    fake = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
+    rates = apply(fake)
+    for name, parameter in fake.named_parameters():
+        parameter.requires_grad_(name in rates)
+    weights = sum(t.numel() * t.element_size() for t in (*fake.parameters(), *fake.buffers()))
+    for part, kind in quantised(fake, rates).items():
+        module = getattr(fake, part)
+        hf = getattr(module, "hf", None)
+        keep = [hf.get_output_embeddings()] if hf is not None else []
+        for _, _, layer in frozen_linears(module, keep=keep):
+            weights -= layer.weight.numel() * (layer.weight.element_size() - KINDS[kind][1])
+    learning = [(name, p) for name, p in fake.named_parameters() if name in rates]
+    gradients = sum(p.numel() * p.element_size() for _, p in learning)
+    state = sum(p.numel() * bytes_a_number(optimizer, kind_of(name, p, fake)) for name, p in learning)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = copy_with(fake, lambda tensor: shape_of(tensor, device))
+        activations = activation_bytes(fake, rows, tokens, images, image_size, set(parts), autocast)
+    logits = 0.0
+    if "llm" in parts:
+        held = min(CHUNK, learned_tokens or rows * tokens)
+        # The head's output, its float copy, the softmax that is kept and the gradient.
+        logits = float(held * model.llm.vocab_size * (4 + 4 + 4 + (2 if autocast else 4)))
+    return Memory(weights / shards, gradients / shards, state / shards, activations, logits)
+
+
+def kind_of(name: str, parameter: Tensor, model: nn.Module) -> str:
+    """As `Stage.configure_optimizers` groups them."""
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    if parameter.ndim == 2 and id(parameter) not in tables and "lm_head" not in name and "lora_" not in name:
+        return "matrix"
+    return "table" if parameter.ndim >= 2 else "vector"
+
+
+def bytes_a_number(optimizer: Callable, kind: str, _known: dict = {}) -> float:  # noqa: B006
+    """Optimiser state of one learned number, found by one step on a stand-in of 128 x 128."""
+    key = (repr(optimizer), kind)
+    if key not in _known:
+        stand_in = nn.Parameter(torch.zeros(128, 128) if kind != "vector" else torch.zeros(128))
+        stand_in.grad = torch.ones_like(stand_in)
+        made = optimizer([{"params": [stand_in], "lr": 1e-3, "kind": kind, "name": "stand-in"}])
+        made.step()
+        # State of the parameter's own form or of a row and a column of it; tables of constants do not grow.
+        held = [v for v in made.state[stand_in].values() if torch.is_tensor(v) and v.ndim]
+        held = [v for v in held if v.numel() * 128 >= stand_in.numel()]
+        held = [v for v in held if v.numel() != 256]  # bitsandbytes' code books
+        _known[key] = sum(v.numel() * v.element_size() for v in held) / stand_in.numel()
+    return _known[key]
+
+
+def activation_bytes(
+    model: VLM, rows: int, tokens: int, images: int, image_size: int, parts: set[str], autocast: torch.dtype | None
+) -> float:
+    """Bytes that autograd keeps of one forward pass, each storage once, weights not counted."""
+    own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, object] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in own:
+            kept[id(storage)] = storage  # held, so that no other storage takes its place
+        return tensor
+
+    device = next(model.llm.parameters()).device
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        visual = None
+        if "encoder" in parts and images:
+            pixels = torch.zeros(images, 3, image_size, image_size, dtype=torch.uint8, device=device)
+            visual = model.encode_images(pixels) if "llm" in parts else model.encode_patches(pixels)
+        if "llm" in parts:
+            text = model.llm.embed(torch.zeros(rows, tokens, dtype=torch.long, device=device))
+            if visual is not None:
+                # Splicing as `splice` does it, at places that need not be searched for.
+                slots = torch.arange(min(visual.shape[0] * visual.shape[1], rows * tokens), device=device)
+                flat = text.reshape(rows * tokens, -1)
+                text = flat.index_copy(0, slots, visual.flatten(0, 1)[: len(slots)].to(flat.dtype)).view_as(text)
+            segments = torch.ones(rows, tokens, dtype=torch.long, device=device)
+            model.llm.hidden(text, segments.cumsum(1) - 1, segments)
+    return float(sum(storage.nbytes() for storage in kept.values()))

@@ -1,0 +1,172 @@
+"""Frozen linear layers whose weights are held in eight or four bits while adapters beside them learn (QLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# kind -> (library, bytes a weight takes): codes and the scales beside them.
+KINDS = {
+    "int8": ("bitsandbytes", 1.0),
+    "nf4": ("bitsandbytes", 0.516),
+    "fp4": ("bitsandbytes", 0.516),
+    "torchao_int8": ("torchao", 1.0),
+    "torchao_fp8": ("torchao", 1.0),
+}
+
+
+def library(kind: str, *, where: str = "quantise"):
+    """The library that quantises `kind`, imported.
+
+    Raises:
+        ValueError: no such kind, or its library is not installed.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"{where}={kind} is none of {', '.join(KINDS)}")
+    name = KINDS[kind][0]
+    try:
+        return __import__(name)
+    except ImportError:
+        raise ValueError(f"{where}={kind} needs {name}: pip install 'fastvlm[quant]'") from None
+
+
+class QuantisedLinear(nn.Module):
+    """`nn.Linear` with a frozen weight in few bits; the input's gradient is exact for the weight as quantised.
+
+    `int8`: rows scaled to int8, outlier features of the input (above 6) kept in 16 bits (LLM.int8, arXiv:2208.07339).
+    `nf4`, `fp4`: blocks of 64 in four bits, their scales in eight (QLoRA, arXiv:2305.14314). Both by bitsandbytes.
+    `torchao_int8`, `torchao_fp8`: rows scaled, inputs as they are.
+
+    The codes are parameters that never learn, so that they move with the module and the freezing proof sees them. They
+    are left out of checkpoints: the weights they come from are known, and quantising is deterministic.
+
+    bitsandbytes' own layer is not used: on a CPU with AVX512-BF16 its forward pass in eval mode repacks the weights for
+    good, after which layers without bias train with no gradient and no error; and it casts biases in place.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str):
+        super().__init__()
+        self.kind, self.in_features, self.out_features = kind, linear.in_features, linear.out_features
+        self.dtype, self.bias, self.state = linear.weight.dtype, linear.bias, None
+        weight = linear.weight.detach()
+        if kind == "int8":
+            from bitsandbytes.functional import int8_vectorwise_quant
+
+            codes, scale, _ = int8_vectorwise_quant(weight.half().contiguous())
+            self.scale = nn.Parameter(scale, requires_grad=False)
+        elif kind in ("nf4", "fp4"):
+            from bitsandbytes.functional import quantize_4bit
+
+            codes, self.state = quantize_4bit(weight.contiguous(), quant_type=kind, compress_statistics=True)
+        else:
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+            copy = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+            copy.weight = nn.Parameter(weight, requires_grad=False)
+            quantize_(copy, Int8WeightOnlyConfig() if kind == "torchao_int8" else Float8WeightOnlyConfig())
+            codes = copy.weight.detach()
+        self.codes = nn.Parameter(codes, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in): the weight that this layer computes with, in the dtype of the layer it was made from."""
+        if self.kind == "int8":
+            return (self.codes.float() * (self.scale / 127)[:, None]).to(self.dtype)
+        if self.state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(self.codes.data, self.state).to(self.dtype)
+        return self.codes.dequantize().to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.state is not None:
+            from bitsandbytes import matmul_4bit
+
+            y = matmul_4bit(x, self.codes, self.state)
+        elif self.kind == "int8":
+            from bitsandbytes import MatmulLtState, matmul
+
+            state = MatmulLtState()
+            state.CB, state.SCB = self.codes.data, self.scale.data
+            # On a CPU this flag chooses between exact inputs and quantised ones: the same in training and evaluation.
+            state.has_fp16_weights, state.threshold, state.is_training = False, 6.0, True
+            y = matmul(x, self.codes, state=state)
+        else:
+            return F.linear(x, self.codes, bias).to(x.dtype)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def restore(self) -> nn.Linear:
+        """A plain layer that computes the same function."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight.detach().clone(), requires_grad=False), self.bias
+        return linear
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.state is not None:
+            self.state.to(self.codes.device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, errors):
+        bias = state_dict.get(prefix + "bias")
+        if bias is not None and self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+def frozen_linears(module: nn.Module, *, keep: Iterable[nn.Module] = ()) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, attribute, layer) of every linear layer with a frozen weight of its own.
+
+    Left out: layers of `keep` and below, heads whose weight is also an embedding, and what `nn.MultiheadAttention`
+    reads past its layers' forward.
+    """
+    shared: dict[int, int] = {}
+    for one in module.modules():
+        for parameter in one.parameters(recurse=False):
+            shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    kept = {id(one) for part in keep for one in part.modules()}
+    for parent in list(module.modules()):
+        if isinstance(parent, nn.MultiheadAttention):
+            continue
+        for name, child in list(parent.named_children()):
+            plain = type(child) is nn.Linear and id(child) not in kept
+            if plain and not child.weight.requires_grad and shared[id(child.weight)] == 1:
+                yield parent, name, child
+
+
+def quantise(module: nn.Module, kind: str, *, keep: Iterable[nn.Module] = (), where: str = "quantise") -> int:
+    """Put `QuantisedLinear` in place of every frozen linear layer; returns how many weights that are.
+
+    Raises:
+        ValueError: no such kind, its library is missing, or there is no frozen linear layer.
+    """
+    library(kind, where=where)
+    count = 0
+    for parent, name, child in frozen_linears(module, keep=keep):
+        setattr(parent, name, QuantisedLinear(child, kind))
+        count += child.weight.numel()
+    if not count:
+        raise ValueError(f"{where}={kind}: there is no frozen linear layer; a part that learns whole has none")
+    return count
+
+
+def dequantise(module: nn.Module) -> None:
+    """Plain layers again, computing what the quantised ones computed."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantisedLinear):
+                setattr(parent, name, child.restore())
+
+
+def quantised_layers(module: nn.Module) -> list[tuple[str, QuantisedLinear]]:
+    return [(name, one) for name, one in module.named_modules() if isinstance(one, QuantisedLinear)]

@@ -1,0 +1,89 @@
+"""What a run runs on: refusals in one line, the first rank however it was started, micro-batches from a limit."""
+
+import pytest
+
+from fastvlm.config import CONF
+from fastvlm.hardware import STRATEGIES, Hardware, is_first_rank
+
+
+def cpu(**options):
+    return Hardware(accelerator="cpu", precision="32-true", **options)
+
+
+@pytest.mark.parametrize(
+    "rows, ranks, accumulate, batch, expected",
+    [
+        (None, 1, 1, 8, 1),
+        (None, 1, 4, 8, 4),
+        (8, 1, 1, 8, 1),
+        (3, 1, 1, 8, 4),  # 8 rows in 2 of 4 would be too many, so 4 of 2
+        (2, 2, 1, 8, 2),
+        (1, 1, 1, 7, 7),
+        (100, 1, 2, 8, 2),
+    ],
+)
+def test_micro_batches_are_the_fewest_that_keep_the_limit(rows, ranks, accumulate, batch, expected):
+    hardware = cpu(devices=ranks, rows_per_device=rows, accumulate=accumulate)
+    found = hardware.micro_batches(batch)
+    assert found == expected and batch % (found * ranks) == 0
+    assert rows is None or batch // (found * ranks) <= rows
+
+
+@pytest.mark.parametrize(
+    "env, first",
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_JOB_NAME": "train"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "train"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_there_is_one_first_rank(monkeypatch, env, first):
+    for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    assert is_first_rank() == first
+
+
+def test_under_slurm_nodes_and_devices_are_the_jobs(monkeypatch):
+    for key, value in {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    hardware = cpu(num_nodes="auto")
+    assert (hardware.devices, hardware.num_nodes, hardware.num_ranks, hardware.strategy) == (4, 2, 8, "ddp")
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
+    assert cpu(num_nodes="auto").num_ranks == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strategy": "fsdp1"}, "hardware.strategy=fsdp1 is none of auto, ddp, fsdp"),
+        ({"rows_per_device": 0}, "hardware.rows_per_device=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        cpu(**options)
+
+
+def test_fsdp_shards_over_all_ranks_and_writes_one_file():
+    strategy = cpu(devices=2, num_nodes=2, strategy="fsdp").trainer()["strategy"]
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (4, 1)
+    assert not strategy._save_distributed_checkpoint
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "hardware").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_hardware_file_names_what_there_is(path):
+    from omegaconf import OmegaConf
+
+    from fastvlm.models.quantised import KINDS
+
+    config = OmegaConf.load(path)
+    assert config.get("strategy", "auto") in STRATEGIES
+    assert config.get("quantise") in (None, *KINDS)
