@@ -65,6 +65,7 @@ def test_a_stage_that_learns_the_encoder_is_refused_in_one_line(cli, cache):
     assert not cache.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_write_shares_and_pass_steps_in_which_one_has_no_image(cli, tmp_path, cache):
     # One sample a rank and step, of captions and of text: a rank often has no image while the other has one.

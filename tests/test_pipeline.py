@@ -173,7 +173,7 @@ def assert_same_weights(ours, theirs) -> None:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("mixture", ["embedded_base", "embedded_align"])
+@pytest.mark.parametrize("mixture", ["embedded_base", pytest.param("embedded_align", marks=pytest.mark.slow)])
 def test_two_ranks_learn_what_one_learns_with_and_without_images(cli, tmp_path, mixture):
     one, two = (
         learned_by(cli, tmp_path, f"ranks{n}", f"mixture@stages.dense.mixture={mixture}", f"hardware.devices={n}")

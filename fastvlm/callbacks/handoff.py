@@ -120,7 +120,7 @@ class StageHandoff(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         if trainer.global_step < stage.num_steps:
             return
-        stage.gather()
+        stage.gather_weights()
         trained = {name.split(".")[0] for name in stage.learning_rates}
         metrics = self.finish()
         if trainer.is_global_zero:

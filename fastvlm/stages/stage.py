@@ -83,7 +83,7 @@ class Stage(L.LightningModule):
         self.whole: list[nn.Module] = []  # the plain model while a sharded copy learns; a list hides it from the module
 
     def configure_model(self) -> None:
-        """Under FSDP the stage trains a sharded copy; `gather` brings what was learned back into the model."""
+        """Under FSDP the stage trains a sharded copy; `gather_weights` brings what was learned back into the model."""
         if self.device_mesh is None or self.whole:
             return
         self.whole.append(self.model.to("cpu"))
@@ -95,7 +95,7 @@ class Stage(L.LightningModule):
             methods=("training_step", "validation_step"),
         )
 
-    def gather(self) -> None:
+    def gather_weights(self) -> None:
         """The whole model again, with what was learned, where it was trained in shards. Every rank must call it."""
         if self.whole:
             gather(self.model, self.whole[0])
