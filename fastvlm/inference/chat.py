@@ -42,7 +42,7 @@ def converse(dialogue: Dialogue) -> None:
         except KeyboardInterrupt:
             print("\n[stopped]")
         except (ValueError, OSError) as error:
-            print(f"{error} (/clear forgets the conversation)", file=sys.stderr)
+            print(error, file=sys.stderr)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -73,10 +73,9 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
             values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise ValueError(f"{argument}: {key} takes {'true or false' if kind is bool else kind.__name__}") from None
-        if kind in (int, float) and values[key] < (
-            0 if key in ("max_waiting", "port", "max_images") or "store" in key else 1
-        ):
-            raise ValueError(f"{argument}: too small")
+        least = 0 if key in MAY_BE_ZERO else 1
+        if kind in (int, float) and values[key] < least:
+            raise ValueError(f"{argument}: {key} must be at least {least}")
     if not values.get("run"):
         raise ValueError("run=DIR names the run to serve, e.g. run=runs/latest; see --help")
     return Settings(**values)

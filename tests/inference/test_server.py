@@ -291,7 +291,7 @@ def test_settings_mistakes_are_one_line():
         "prot=1": "did you mean port=",
         "port=x": "port takes int",
         "allow_private=maybe": "true or false",
-        "max_rows=0": "too small",
+        "max_rows=0": "max_rows must be at least 1",
     }
     for argument, named in mistakes.items():
         with pytest.raises(ValueError, match=named):
