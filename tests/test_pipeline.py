@@ -193,14 +193,19 @@ def test_two_ranks_learn_what_one_learns_with_and_without_images(cli, tmp_path, 
     ],
 )
 def test_ranks_that_share_the_weights_learn_what_one_learns(cli, tmp_path, mixture):
-    options = [f"mixture@stages.dense.mixture={mixture}", "stages.dense.trainable.llm=null"]
-    options += ["stages.dense.adapt.llm={method: lora, lr: 1e-3}"]
-    one = learned_by(cli, tmp_path, "one", *options)
-    two = learned_by(cli, tmp_path, "two", *options, "hardware.devices=2", "hardware.strategy=fsdp")
+    options = [*RANKS, f"mixture@stages.dense.mixture={mixture}", "stages.dense.trainable.llm=null"]
+    options += ["stages.dense.adapt.llm={method: lora, lr: 1e-3}", "stages.dense.val_samples=8", "name=run"]
+    ranks = {1: [], 2: ["hardware.devices=2", "hardware.strategy=fsdp"]}
+    folders = {n: tmp_path / f"{n} ranks" for n in ranks}
+    runs = [{"runs": str(folders[n]), "ranks": n, "overrides": options + more} for n, more in ranks.items()]
+    cli("tests/forked_runs.py", json.dumps(runs))
+    one, two = (
+        {file.stem: load_file(file) for file in folder.glob("run/stages/dense/handoff/*.safetensors")}
+        for folder in folders.values()
+    )
     assert set(one) == {"resampler", "projector", "llm"} and not any("lora" in key for key in two["llm"])
     assert_same_weights(two, one)
-    (proof,) = tmp_path.glob("dense-*-two/freezing.json")
-    rows = json.loads(proof.read_text())["rows"]
+    rows = json.loads((folders[2] / "run/stages/dense/freezing.json").read_text())["rows"]
     assert any(r["part"] == "encoder" and not r["trainable"] and not r["changed"] for r in rows)
     assert all(r["changed"] + r["buffers"] >= r["tensors"] for r in rows if r["trainable"])
 

@@ -2,10 +2,10 @@
 
 | encoder | resampler | projector | class |
 |---|---|---|---|
-| open_clip vision transformer | identity | MLP without norm, two layers | LlavaForConditionalGeneration |
+| CLIP; SigLIP of transformers | identity | MLP without norm, two layers | LlavaForConditionalGeneration |
 | timm, convolutional (FastViTHD) | identity | MLP without norm, two layers | FastVlmForConditionalGeneration |
-| timm SigLIP | pixel_shuffle | linear without bias or norm | Idefics3ForConditionalGeneration |
-| timm SigLIP | avgpool, no positions | linear, no bias, RMS norm (llm: gemma3_text) | Gemma3ForConditionalGeneration |
+| SigLIP of timm or transformers | pixel_shuffle | linear without bias or norm | Idefics3ForConditionalGeneration |
+| the same | avgpool, no positions | linear, no bias, RMS norm (llm: gemma3_text) | Gemma3ForConditionalGeneration |
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from fastvlm.deployment.weights import clip_weights, siglip_weights
+from fastvlm.deployment.towers import NoStockClass, clip_tower, is_clip, is_siglip, siglip_tower
 from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from fastvlm.models.encoders.timm_encoder import TimmEncoder
+from fastvlm.models.encoders.transformers_encoder import TransformersEncoder
 from fastvlm.models.pretrained.whole import PretrainedVLM
 from fastvlm.models.projectors.linear import LinearProjector
 from fastvlm.models.projectors.mlp import MLPProjector
@@ -28,10 +29,6 @@ from fastvlm.models.resamplers.identity import IdentityResampler
 from fastvlm.models.resamplers.pixel_shuffle import PixelShuffleResampler
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
-
-
-class NoStockClass(ValueError):
-    """The parts equal no class of `transformers`; the message says which part is the odd one, and what would fit."""
 
 
 def export_stock(
@@ -65,32 +62,36 @@ def match(model: VLM) -> str:
         NoStockClass: none.
     """
     encoder, resampler, projector = model.encoder, model.resampler, model.projector
+    siglip = is_siglip(encoder, norm=True)
     wants: list[str] = []
     if isinstance(resampler, IdentityResampler):
         if not is_llava_mlp(projector):
             wants.append("Llava and FastVlm need projector=mlp projector.norm=false projector.depth=2")
-        elif isinstance(encoder, OpenClipEncoder) and (encoder.norm or encoder.class_token):
-            wants.append("Llava needs encoder.norm=false and encoder.class_token=false")
-        elif isinstance(encoder, OpenClipEncoder):
+        elif is_clip(encoder) or is_siglip(encoder, norm=False):
             return "llava"
+        elif isinstance(encoder, OpenClipEncoder | TransformersEncoder):
+            wants.append("Llava needs CLIP or SigLIP with encoder.norm=false and encoder.class_token=false")
         elif isinstance(encoder, TimmEncoder) and encoder.num_prefix == 0 and not hasattr(encoder.model, "blocks"):
             return "fast_vlm"
         else:
-            wants.append("Llava needs an open_clip encoder, FastVlm a convolutional one of timm (encoder=fastvithd)")
+            wants.append(
+                "Llava needs a CLIP or SigLIP of open_clip or transformers, FastVlm a convolutional encoder of timm "
+                "(encoder=fastvithd)"
+            )
     elif isinstance(resampler, PixelShuffleResampler):
         if not (isinstance(projector, LinearProjector) and projector[1].bias is None):
             wants.append("Idefics3 needs projector=linear projector.bias=false")
-        elif isinstance(projector[0], nn.Identity) and is_siglip(encoder):
+        elif isinstance(projector[0], nn.Identity) and siglip:
             return "idefics3"
         else:
-            wants.append("Idefics3 needs a SigLIP of timm as its encoder and no norm in its projector")
+            wants.append("Idefics3 needs a SigLIP of timm or transformers with its norm, and no norm in its projector")
     elif isinstance(resampler, AvgPoolResampler) and resampler.positions is None:
         if model.llm.hf.config.model_type != "gemma3_text":
             wants.append("Gemma3 needs a gemma3_text as its language model")
-        elif isinstance(projector, LinearProjector) and isinstance(projector[0], nn.RMSNorm) and is_siglip(encoder):
+        elif isinstance(projector, LinearProjector) and isinstance(projector[0], nn.RMSNorm) and siglip:
             return "gemma3"
         else:
-            wants.append("Gemma3 needs a SigLIP of timm and projector=linear projector.bias=false projector.norm=rms")
+            wants.append("Gemma3 needs a SigLIP and projector=linear projector.bias=false projector.norm=rms")
     else:
         wants.append("stock classes have resampler=identity or pixel_shuffle, or avgpool with positions=false")
     made = ", ".join(f"{name} {type(part).__name__}" for name, part in model.parts.items())
@@ -103,18 +104,6 @@ def is_llava_mlp(projector: nn.Module) -> bool:
     first, act, second, norm = projector
     linear = isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
     return linear and isinstance(act, nn.GELU) and isinstance(norm, nn.Identity)
-
-
-def is_siglip(encoder: nn.Module) -> bool:
-    vit = getattr(encoder, "model", None)
-    return (
-        isinstance(encoder, TimmEncoder)
-        and all(hasattr(vit, name) for name in ("patch_embed", "pos_embed", "blocks", "norm"))
-        and encoder.num_prefix == 0
-        and isinstance(vit.norm_pre, nn.Identity)
-        and isinstance(vit.norm, nn.LayerNorm)
-        and vit.pos_embed is not None
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
@@ -144,16 +133,6 @@ def mlp_weights(projector: nn.Module) -> dict[str, Tensor]:
         for i, linear in ((1, first), (2, second))
         for name, value in linear.state_dict().items()
     }
-
-
-def activation(module: nn.Module) -> str:
-    name = type(module).__name__
-    if isinstance(module, nn.GELU):
-        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
-    known = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "GELUTanhMlp": "gelu"}
-    if name not in known:
-        raise NoStockClass(f"encoder: {name} is no activation of the stock class")
-    return known[name]
 
 
 def image_processor(encoder: nn.Module, image_size: int, image: dict) -> tuple[hf.ImageProcessingMixin, list[str]]:
@@ -188,33 +167,24 @@ def llava_processor(model: VLM, tokenizer: Tokenizer, image_size: int, image: di
 
 
 def build_llava(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
-    visual = model.encoder.visual
-    blocks, text = visual.transformer.resblocks, language(model)[0]
-    vision = hf.CLIPVisionConfig(
-        hidden_size=visual.conv1.out_channels,
-        intermediate_size=blocks[0].mlp.c_fc.out_features,
-        num_hidden_layers=len(blocks),
-        num_attention_heads=blocks[0].attn.num_heads,
-        image_size=model.encoder.image_size,
-        patch_size=visual.conv1.kernel_size[0],
-        hidden_act=activation(blocks[0].mlp.gelu),
-        layer_norm_eps=blocks[0].ln_1.eps,
-        projection_dim=visual.conv1.out_channels,
-    )
+    text, clip = language(model)[0], is_clip(model.encoder)
+    tower = clip_tower(model.encoder, image_size) if clip else siglip_tower(model.encoder, image_size)
+    more = {"projection_dim": model.encoder.out_dim} if clip else {"vision_use_head": False}
+    vision = (hf.CLIPVisionConfig if clip else hf.SiglipVisionConfig)(**tower.sizes, **more)
     config = hf.LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=model.image_token_id,
         vision_feature_layer=-1,  # layers above the one that is read are gone
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if clip else "full",
         projector_hidden_act="gelu",
         image_seq_length=model.num_visual_tokens(image_size),
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     stock = hf.LlavaForConditionalGeneration(config)
-    tower = {f"vision_tower.{name}": value for name, value in clip_weights(visual).items()}
-    fill(stock, model, text="language_model", vision=tower, connector=mlp_weights(model.projector))
-    return stock, *llava_processor(model, tokenizer, image_size, image, class_token=True)
+    named = {f"vision_tower.{name}": value for name, value in tower.weights.items()}
+    fill(stock, model, text="language_model", vision=named, connector=mlp_weights(model.projector))
+    return stock, *llava_processor(model, tokenizer, image_size, image, class_token=clip)
 
 
 def build_fast_vlm(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
@@ -238,18 +208,8 @@ def build_fast_vlm(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
 
 
 def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
-    vit, text = model.encoder.model, language(model)[0]
-    block = vit.blocks[0]
-    vision = hf.Idefics3VisionConfig(
-        hidden_size=vit.embed_dim,
-        intermediate_size=block.mlp.fc1.out_features,
-        num_hidden_layers=len(vit.blocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=image_size,
-        patch_size=model.encoder.stride,
-        hidden_act=activation(block.mlp.act),
-        layer_norm_eps=block.norm1.eps,
-    )
+    text, tower = language(model)[0], siglip_tower(model.encoder, image_size)
+    vision = hf.Idefics3VisionConfig(**tower.sizes)
     config = hf.Idefics3Config(
         vision_config=vision,
         text_config=text,
@@ -259,9 +219,9 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     stock = hf.Idefics3ForConditionalGeneration(config)
-    tower = {f"vision_model.{name}": value for name, value in siglip_weights(vit).items()}
+    named = {f"vision_model.{name}": value for name, value in tower.weights.items()}
     connector = {"connector.modality_projection.proj.weight": model.projector[1].weight}
-    fill(stock, model, text="text_model", vision=tower, connector=connector)
+    fill(stock, model, text="text_model", vision=named, connector=connector)
     images = hf.Idefics3ImageProcessor(
         size={"longest_edge": image_size},
         max_image_size={"longest_edge": image_size},
@@ -288,19 +248,8 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
 
 
 def build_gemma3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
-    vit, text = model.encoder.model, language(model)[0]
-    block, tokens = vit.blocks[0], model.num_visual_tokens(image_size)
-    vision = hf.SiglipVisionConfig(
-        hidden_size=vit.embed_dim,
-        intermediate_size=block.mlp.fc1.out_features,
-        num_hidden_layers=len(vit.blocks),
-        num_attention_heads=block.attn.num_heads,
-        image_size=image_size,
-        patch_size=model.encoder.stride,
-        hidden_act=activation(block.mlp.act),
-        layer_norm_eps=block.norm1.eps,
-        vision_use_head=False,
-    )
+    text, tower = language(model)[0], siglip_tower(model.encoder, image_size)
+    vision, tokens = hf.SiglipVisionConfig(**tower.sizes, vision_use_head=False), model.num_visual_tokens(image_size)
     config = hf.Gemma3Config(
         vision_config=vision,
         text_config=text,
@@ -311,13 +260,13 @@ def build_gemma3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict)
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     stock = hf.Gemma3ForConditionalGeneration(config)
-    tower = {f"vision_tower.{name}": value for name, value in siglip_weights(vit).items()}
+    named = {f"vision_tower.{name}": value for name, value in tower.weights.items()}
     norm, linear = model.projector
     connector = {
         "multi_modal_projector.mm_input_projection_weight": linear.weight.T,
         "multi_modal_projector.mm_soft_emb_norm.weight": norm.weight - 1,  # Gemma's norm multiplies by 1 + weight
     }
-    fill(stock, model, text="language_model", vision=tower, connector=connector)
+    fill(stock, model, text="language_model", vision=named, connector=connector)
     # Llava's processor writes the slots alone, which is what the model has seen.
     processor, notes = llava_processor(model, tokenizer, image_size, image, class_token=False)
     return stock, processor, [*notes, GEMMA3_ELSEWHERE]

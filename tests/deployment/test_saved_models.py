@@ -41,6 +41,28 @@ FASTVIT = {
     "std": [0.2, 0.3, 0.25],
 }
 TIMM = "fastvlm.models.encoders.timm_encoder.TimmEncoder"
+TOWER = {
+    "_target_": "fastvlm.models.encoders.transformers_encoder.from_config",
+    "config": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+    },
+    "mean": [0.4, 0.5, 0.6],
+    "std": [0.2, 0.3, 0.25],
+}
+# Of three layers the first two are read, without a norm behind them, as LLaVA reads CLIP.
+LLAVA_TOWER = TOWER | {"layer": -2, "norm": False}
+SHUFFLE = {"_target_": "fastvlm.models.resamplers.pixel_shuffle.PixelShuffleResampler"}
+LINEAR = {"_target_": "fastvlm.models.projectors.linear.LinearProjector", "bias": False}
+AVERAGE = {
+    "_target_": "fastvlm.models.resamplers.avgpool.AvgPoolResampler",
+    "num_tokens": 4,
+    "positions": False,
+}
 FORMS = {
     "ours": {
         "encoder": FASTVIT,
@@ -76,8 +98,8 @@ FORMS = {
             "depth": 2,
             "num_heads": 2,
         },
-        "resampler": {"_target_": "fastvlm.models.resamplers.pixel_shuffle.PixelShuffleResampler"},
-        "projector": {"_target_": "fastvlm.models.projectors.linear.LinearProjector", "bias": False},
+        "resampler": SHUFFLE,
+        "projector": LINEAR,
         "size": 64,
     },
     "Gemma3ForConditionalGeneration": {
@@ -89,12 +111,39 @@ FORMS = {
             "depth": 2,
             "num_heads": 2,
         },
-        "resampler": {
-            "_target_": "fastvlm.models.resamplers.avgpool.AvgPoolResampler",
-            "num_tokens": 4,
-            "positions": False,
-        },
-        "projector": {"_target_": "fastvlm.models.projectors.linear.LinearProjector", "bias": False, "norm": "rms"},
+        "resampler": AVERAGE,
+        "projector": LINEAR | {"norm": "rms"},
+        "size": 64,
+        "llm": "gemma3_text",
+    },
+    "LlavaForConditionalGeneration, CLIP of transformers": {
+        "encoder": LLAVA_TOWER | {"model_type": "clip_vision_model"},
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 32,
+    },
+    "LlavaForConditionalGeneration, CLIP of transformers at another size": {
+        "encoder": LLAVA_TOWER | {"model_type": "clip_vision_model", "image_size": 48},
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 48,
+    },
+    "LlavaForConditionalGeneration, SigLIP of transformers": {
+        "encoder": LLAVA_TOWER | {"model_type": "siglip_vision_model"},
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 32,
+    },
+    "Idefics3ForConditionalGeneration, SigLIP of transformers": {
+        "encoder": TOWER | {"model_type": "siglip_vision_model"},
+        "resampler": SHUFFLE,
+        "projector": LINEAR,
+        "size": 32,
+    },
+    "Gemma3ForConditionalGeneration, SigLIP of transformers": {
+        "encoder": TOWER | {"model_type": "siglip_vision_model", "interpolate": True},
+        "resampler": AVERAGE,
+        "projector": LINEAR | {"norm": "rms"},
         "size": 64,
         "llm": "gemma3_text",
     },
@@ -217,11 +266,12 @@ def test_our_form_loads_in_a_fresh_process(how, built, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == answer
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.endswith("Generation")])
+@pytest.mark.parametrize("form", [form for form in FORMS if "Generation" in form])
 def test_a_stock_class_from_the_folder_has_our_logits_and_our_answer(form, built, tmp_path):
     model, tokenizer, size = built(form)
     stock, processor, notes = export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
-    assert type(stock).__name__ == form and bool(notes) == form.startswith("Gemma3")
+    name = form.split(",")[0]
+    assert type(stock).__name__ == name and bool(notes) == form.startswith("Gemma3")
     stock.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     stock, processor = (
@@ -245,8 +295,16 @@ def test_a_stock_class_from_the_folder_has_our_logits_and_our_answer(form, built
         "FastVlmForConditionalGeneration": {"vLLM": False, "llama.cpp": False, "MLX-VLM": False},
         "Idefics3ForConditionalGeneration": {"vLLM": True, "llama.cpp": True, "MLX-VLM": True},
         "Gemma3ForConditionalGeneration": {"vLLM": True, "llama.cpp": True, "MLX-VLM": True},
-    }[form]
+    }[name]
     assert {engine: verdicts[engine].loads for engine in expected} == expected
+
+
+def test_a_tower_read_with_its_norm_is_no_llava(built):
+    model, tokenizer, size = built("Idefics3ForConditionalGeneration, SigLIP of transformers")
+    llava = built("LlavaForConditionalGeneration, SigLIP of transformers")[0]
+    other = VLM(model.encoder, llava.resampler, llava.projector, llava.llm, image_token_id=tokenizer.image_id)
+    with pytest.raises(NoStockClass, match="Llava needs CLIP or SigLIP with encoder.norm=false"):
+        export_stock(other, tokenizer, image_size=size)
 
 
 def test_parts_that_equal_no_stock_class_say_which_one_is_odd(built):

@@ -1,0 +1,268 @@
+"""What adapters and few bits save and cost against training the language model whole.
+
+    python benchmarks/adapting.py > benchmarks/adapting.md               # both small models; about fifteen minutes
+    python benchmarks/adapting.py models=embedded rounds=5               # about three minutes
+    python benchmarks/adapting.py models=qwen2_1_5b rows=4               # for a GPU
+
+Every arm is a process of its own: the model with random weights, real batches of the embedded instructions, whole
+optimiser steps (forward, backward, clipping, AdamW). Resampler and projector learn in all arms, the encoder in none.
+What is held is counted tensor by tensor: weights with the scales beside their codes, gradients, the optimiser's state,
+and what autograd keeps of one forward pass. The peak is the process's on a CPU, above what it held before there was a
+model, and the allocator's on a GPU. Arms take turns; seconds are given as the median over the rounds of an arm's
+over `full`'s, by CPU time on a CPU and by the clock on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+QWEN2 = ["llm=qwen2_micro"]
+MODELS = {
+    "embedded": [],  # the embedded run's
+    "qwen2_140m": [
+        *QWEN2,
+        "llm.hidden_size=1024",
+        "llm.intermediate_size=2816",
+        "llm.num_hidden_layers=12",
+        "llm.num_attention_heads=16",
+        "llm.num_key_value_heads=4",
+    ],
+    "qwen2_1_5b": [  # Qwen2.5-1.5B's shape
+        *QWEN2,
+        "llm.hidden_size=1536",
+        "llm.intermediate_size=8960",
+        "llm.num_hidden_layers=28",
+        "llm.num_attention_heads=12",
+        "llm.num_key_value_heads=2",
+    ],
+}
+VOCABULARY = {"qwen2_1_5b": 151_936}  # where it is not the embedded data's
+ADAPTERS = "method: lora, lr: 1e-4, r: 8, alpha: 16"
+ARMS = {
+    "full": "{method: full, lr: 1e-4}",
+    "lora": f"{{{ADAPTERS}}}",
+    "int8": f"{{{ADAPTERS}, quantise: int8}}",
+    "nf4": f"{{{ADAPTERS}, quantise: nf4}}",
+    "torchao_int8": f"{{{ADAPTERS}, quantise: torchao_int8}}",
+    "torchao_int4": f"{{{ADAPTERS}, quantise: torchao_int4}}",
+}
+WORDS = {"full": "full fine-tuning", "lora": "LoRA", "int8": "8-bit (int8) + LoRA", "nf4": "4-bit (nf4) + LoRA"}
+MIB = 2**20
+
+
+def storages(tensors) -> int:
+    """Bytes of all storages behind them, each once."""
+    found = {}
+    for tensor in tensors:
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+        for one in [getattr(tensor, name) for name in names] or [tensor]:
+            found[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def weights_of(model) -> list:
+    """Parameters, buffers, and what bitsandbytes keeps beside its codes."""
+    import torch
+
+    from fastvlm.models.quantised import quantised_layers
+
+    held = [*model.parameters(), *model.buffers()]
+    for _, layer in quantised_layers(model):
+        states = [layer.state, getattr(layer.state, "state2", None)]
+        held += [v for state in states if state is not None for v in vars(state).values() if torch.is_tensor(v)]
+    return held
+
+
+def kept_by_autograd(forward, model) -> tuple[object, int]:
+    """A forward pass's output, and bytes that it keeps for the backward pass, weights left out."""
+    import torch
+
+    own = {t.untyped_storage()._cdata for t in weights_of(model)}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward()
+    return out, sum(storage.nbytes() for storage in kept.values())
+
+
+def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
+    """One arm in this process."""
+    import torch
+
+    from fastvlm.build import build_model, build_tokenizer, instantiate
+    from fastvlm.config import check, compose
+    from fastvlm.pipeline import Pipeline
+
+    stage = "stages.instruct"
+    overrides = ["pipeline=instruct", "~task", "logger=none", "num_samples=0", f"{stage}.lora=null", *MODELS[model]]
+    overrides += [f"{stage}.batch_size={rows}", f"{stage}.max_tokens={tokens}", f"{stage}.steps={steps + 2}"]
+    overrides += [f"{stage}.val_samples=0", f"{stage}.adapt.llm={ARMS[arm]}"]
+    config = compose("train", overrides)
+    check(config)
+    pipeline = Pipeline(config)
+    hardware, options = pipeline.hardware, config.stages.instruct
+    hardware.apply()
+    pipeline.tokenizer = build_tokenizer(config)
+    on_gpu = hardware.device == "cuda"
+    before = resident()
+    pipeline.model = build_model(config, pipeline.tokenizer)
+    if model in VOCABULARY:
+        pipeline.model.llm.hf.resize_token_embeddings(VOCABULARY[model], mean_resizing=False)
+    parameters = sum(p.numel() for p in pipeline.model.parameters())
+    estimated = pipeline.stage_memory("instruct", options).total
+    data = pipeline.data("instruct", options)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    pipeline.model.to(hardware.device)
+    module = instantiate(
+        options.objective,
+        key="objective",
+        model=pipeline.model,
+        name="instruct",
+        num_steps=steps,
+        optimizer=instantiate(options.optimizer, key="optimizer"),
+    )
+    from omegaconf import OmegaConf
+
+    pipeline.freezing("instruct", OmegaConf.to_container(options, resolve=True), Path("unused")).apply(module)
+    optimizer = module.configure_optimizers()["optimizer"]
+    learned = [p for p in module.parameters() if p.requires_grad]
+    precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(hardware.precision)
+    found: dict = {}
+    times: list[tuple[float, float]] = []
+
+    def settle() -> None:
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building left behind is no part of a step
+        hardware.forget_peak()
+
+    def forward(batch):
+        with torch.autocast(hardware.device, precision or torch.bfloat16, enabled=precision is not None):
+            return module.training_step(batch)["loss"]
+
+    for step in range(steps + 2):
+        batch = next(batches).to(hardware.device)
+        if step == 1:
+            settle()
+        begun = time.perf_counter(), time.process_time()
+        if step == 0:
+            loss, found["activations"] = kept_by_autograd(lambda b=batch: forward(b), pipeline.model)
+        else:
+            loss = forward(batch)
+        loss.backward()
+        if step == 0:
+            found["gradients"] = storages(p.grad for p in learned)
+        del loss
+        torch.nn.utils.clip_grad_norm_(learned, options.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize()
+        if step >= 2:
+            times.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    found["weights"] = storages(weights_of(pipeline.model))
+    state = [v for one in optimizer.state.values() for v in one.values() if torch.is_tensor(v)]
+    found["optimiser"] = storages(state)
+    found["peak"] = hardware.peak_gib() * 2**30 - (0 if on_gpu else before)
+    return found | {
+        "estimate": estimated,
+        "learned": sum(p.numel() for p in learned),
+        "parameters": parameters,
+        "seconds": statistics.median(one[0 if on_gpu else 1] for one in times),
+        "precision": hardware.precision,
+        "machine": torch.cuda.get_device_name() if on_gpu else f"{processor()}, {hardware.threads} threads",
+    }
+
+
+def resident() -> int:
+    import psutil
+
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(model: str, found: dict[str, list[dict]]) -> str:
+    """Markdown of one model's arms; memory in MiB."""
+    first = found["full"][0]
+    lines = [
+        f"## {model}: {first['parameters'] / 1e6:.1f}M parameters",
+        "",
+        f"{first['machine']}, {first['precision']}.",
+        "",
+        "| arm | learns | weights | gradients | optimiser | activations | peak | of full's | estimate | step time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for arm, rounds in found.items():
+        one = {key: statistics.median(r[key] for r in rounds) for key in ("peak", "seconds")}
+        full = statistics.median(r["peak"] for r in found["full"])
+        pace = statistics.median(r["seconds"] / f["seconds"] for r, f in zip(rounds, found["full"], strict=True))
+        parts = [rounds[0][key] / MIB for key in ("weights", "gradients", "optimiser", "activations")]
+        sizes = " | ".join(f"{part:,.1f}" for part in parts)
+        lines.append(
+            f"| {WORDS.get(arm, f'{arm} + LoRA')} | {rounds[0]['learned'] / rounds[0]['parameters']:.1%} | {sizes} | "
+            f"{one['peak'] / MIB:,.1f} | {one['peak'] / full:.2f} | {rounds[0]['estimate'] / MIB:,.1f} | {pace:.2f}x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    options = {"models": "embedded,qwen2_140m", "arms": "full,lora,int8,nf4", "rounds": "3", "steps": "4"}
+    options |= {"rows": "2", "tokens": "256", "arm": ""}
+    for argument in sys.argv[1:]:
+        key, _, value = argument.partition("=")
+        if key not in options:
+            sys.exit(f"error: unknown key {key}; there are {', '.join(options)}")
+        options[key] = value
+    models, arms = options["models"].split(","), options["arms"].split(",")
+    for kind, names, known in (("models", models, MODELS), ("arms", arms, ARMS)):
+        if unknown := [name for name in names if name not in known]:
+            sys.exit(f"error: {kind}={unknown[0]} is none of {', '.join(known)}")
+    numbers = {key: int(options[key]) for key in ("rows", "tokens", "steps")}
+    if options["arm"]:
+        print(json.dumps(measure(models[0], options["arm"], **numbers)))
+        return
+    arms = ["full", *(arm for arm in arms if arm != "full")]
+    command = " ".join(["python benchmarks/adapting.py", *sys.argv[1:]])
+    print(f"# Adapting\n\nBy `{command}`. MiB; {__doc__.split(chr(10) * 2)[2].replace(chr(10), ' ')}\n")
+    for model in models:
+        found: dict[str, list[dict]] = {arm: [] for arm in arms}
+        for number in range(int(options["rounds"])):
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                same = [f"{key}={value}" for key, value in numbers.items()]
+                child = [sys.executable, __file__, f"models={model}", f"arm={arm}", *same]
+                done = subprocess.run(child, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"error: {model} {arm}: {done.stderr.strip().splitlines()[-1]}")
+                found[arm].append(json.loads(done.stdout.splitlines()[-1]))
+                line = f"{model} {arm}, round {number + 1}: {found[arm][-1]['seconds']:.2f} s a step"
+                print(f"{line}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        print(table(model, found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
