@@ -51,7 +51,7 @@ METHODS = {
     "lora": ("lr",),
     "dora": ("lr",),
 }
-QUANTISED = ("int8", "nf4", "fp4", "torchao_int8", "torchao_fp8")
+QUANTISED = ("int8", "nf4", "fp4", "torchao_int8", "torchao_fp8", "torchao_int4")
 DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
 
 
@@ -68,7 +68,7 @@ class Adapt:
     alpha: float = 16
     dropout: float = 0.0
     targets: list[str] | None = None  # last parts of layer names; null for every layer that takes an adapter
-    quantise: str | None = None  # what frozen linear layers are held in: int8, nf4, fp4, torchao_int8, torchao_fp8
+    quantise: str | None = None  # what frozen linear layers are held in: one of QUANTISED
 
 
 @dataclass

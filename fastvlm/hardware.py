@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-STRATEGIES = ("auto", "ddp", "fsdp")
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_zero3")
 
 
 def under_slurm() -> bool:
@@ -43,7 +44,7 @@ class Hardware:
         devices: how many of them, or auto for all GPUs (one on a CPU; under srun its tasks a node).
         precision: auto, or Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
         strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded (torch's
-            FSDP2).
+            FSDP2); deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (GPUs, the package deepspeed).
         num_nodes: machines, or auto for those of the Slurm job (one outside of it).
         num_workers: loader processes a rank, or auto.
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
@@ -52,7 +53,8 @@ class Hardware:
         memory_gib: what a device may hold; null for what it has. Only the estimate before a run asks; with it models of
             any size are estimated.
         quantise: what the frozen linear layers of the language model are held in, in stages that do not train it
-            whole: int8, nf4, fp4, torchao_int8, torchao_fp8. A stage's `adapt.llm.quantise` goes before it.
+            whole: int8, nf4, fp4, torchao_int8, torchao_fp8, torchao_int4. A stage's own `adapt.llm.quantise` goes
+            before it.
         gradient_checkpointing: recompute the layers of encoder and language model in the backward pass.
 
     Raises:
@@ -99,6 +101,8 @@ class Hardware:
             self.precision = "bf16-mixed" if fast else "16-mixed" if on_gpu else "32-true"
         if self.strategy not in STRATEGIES:
             raise ValueError(f"hardware.strategy={self.strategy} is none of {', '.join(STRATEGIES)}")
+        if self.strategy == "deepspeed_zero3":
+            self._check_deepspeed(on_gpu)
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
         if self.rows_per_device is not None and self.rows_per_device < 1:
@@ -121,7 +125,23 @@ class Hardware:
     @property
     def shards(self) -> bool:
         """Whether a rank holds only a share of the weights."""
-        return self.strategy == "fsdp"
+        return self.strategy in ("fsdp", "deepspeed_zero3")
+
+    def _check_deepspeed(self, on_gpu: bool) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install 'fastvlm[deepspeed]'; "
+                "hardware.strategy=fsdp shares the weights without it"
+            )
+        if not on_gpu:
+            raise ValueError(
+                "hardware.strategy=deepspeed_zero3 needs CUDA devices; on a CPU hardware.strategy=fsdp shares weights"
+            )
+        if self.precision == "16-mixed":
+            raise ValueError(
+                "hardware.precision=16-mixed is nothing for hardware.strategy=deepspeed_zero3; set bf16-mixed, or "
+                "32-true where the GPU has no bf16"
+            )
 
     def apply(self) -> None:
         """Settings of this process that torch keeps globally."""
@@ -186,7 +206,8 @@ class Hardware:
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            precision=self.precision,
+            # DeepSpeed is told of autocast in its own configuration: else it would hold weights and norms in 16 bits.
+            precision="32-true" if self.strategy == "deepspeed_zero3" else self.precision,
             strategy=self._strategy(),
             accumulate_grad_batches=self.accumulate if accumulate is None else accumulate,
         )
@@ -208,4 +229,19 @@ class Hardware:
                 save_distributed_checkpoint=False,
                 process_group_backend=backend,
             )
+        if self.strategy == "deepspeed_zero3":
+            from lightning.pytorch.strategies import DeepSpeedStrategy
+
+            return DeepSpeedStrategy(config=self.deepspeed())
         return self.strategy
+
+    def deepspeed(self) -> dict:
+        """DeepSpeed's own configuration: ZeRO stage 3 over weights in fp32, matrix products in this precision."""
+        autocast = {"enabled": self.precision == "bf16-mixed", "dtype": "bfloat16"}
+        return {
+            "zero_optimization": {"stage": 3, "contiguous_gradients": True, "overlap_comm": self.device == "cuda"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "torch_autocast": autocast,
+            "train_micro_batch_size_per_gpu": 1,  # for its log alone: the plan says what a rank gets
+        }

@@ -432,7 +432,7 @@ class Pipeline:
             folder.mkdir(parents=True, exist_ok=True)
             if (stopped / "metrics.jsonl").exists():
                 shutil.copyfile(stopped / "metrics.jsonl", folder / "metrics.jsonl")
-            shutil.copyfile(checkpoint, folder / f".{checkpoint.name}")
+            (shutil.copytree if checkpoint.is_dir() else shutil.copyfile)(checkpoint, folder / f".{checkpoint.name}")
             os.replace(folder / f".{checkpoint.name}", folder / checkpoint.name)
 
     def train(self, name, config, data, folder: Path, key: str, identity: dict, tracking, run_id: str | None) -> None:
@@ -520,6 +520,7 @@ class Pipeline:
             checkpoints,
             handoff,
         ]
+        self.check_deepspeed(name, config)
         if config.cache_features and self.hardware.shards:
             raise ValueError(
                 f"stages.{name}.cache_features=true, but with hardware.strategy={self.hardware.strategy} no rank holds "
@@ -588,7 +589,32 @@ class Pipeline:
         if trainer.is_global_zero:
             write_json(folder / "shares.json", data.plan.report())
             for old in (*folder.glob("step=*.ckpt"), folder / "order.npz"):
-                old.unlink(missing_ok=True)
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    def check_deepspeed(self, name: str, stage: DictConfig) -> None:
+        """
+        Raises:
+            ValueError: the stage asks for what DeepSpeed's flat shards cannot give.
+        """
+        if self.hardware.strategy != "deepspeed_zero3":
+            return
+        here, instead = f"stages.{name}", "or share the weights by hardware.strategy=fsdp"
+        kind = stage.optimizer.get("_target_", "").rsplit(".", 1)[-1]
+        if kind in ("MuonAdamW", "Adafactor"):
+            raise ValueError(
+                f"{here}.optimizer: {kind} needs whole matrices, and hardware.strategy=deepspeed_zero3 hands out flat "
+                f"pieces of them; set optimizer@{here}.optimizer=adamw, {instead}"
+            )
+        held = [f"{here}.adapt.{part}.quantise" for part, one in stage.adapt.items() if one.quantise]
+        if held or self.hardware.quantise:
+            raise ValueError(
+                f"{(held or ['hardware.quantise'])[0]}: hardware.strategy=deepspeed_zero3 cannot cut weights held in "
+                f"few bits; set it to null, {instead}"
+            )
+        if self.config.data.longest_first:
+            raise ValueError(
+                f"data.longest_first=true: hardware.strategy=deepspeed_zero3 cannot try a step; set it false, {instead}"
+            )
 
     def generator(self, stage: DictConfig):
         from fastvlm.inference.engine import Engine
@@ -689,6 +715,8 @@ def validation_interval(every: int | None, steps: int) -> int:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     found = sorted(folder.glob("step=*.ckpt"), key=lambda p: int(p.stem.split("=")[1]))
+    # DeepSpeed's are folders, whole when the last file is written.
+    found = [path for path in found if not path.is_dir() or (path / "latest").exists()]
     return found[-1] if found else None
 
 

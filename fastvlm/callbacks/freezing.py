@@ -11,17 +11,15 @@ import lightning as L
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from fastvlm.models.quantised import dequantise, quantise, quantised_layers
+from fastvlm.models.pieces import held_of, is_shard, size_of
+from fastvlm.models.quantised import dequantise, heads_of, quantise, quantised_layers
 from fastvlm.models.trainable import Rate, add_lora, apply_trainable, last_layers, merge_lora, select_settings
 
 
 def digest(tensor: Tensor) -> str:
     """Hash of a tensor's very bytes; of a sharded one, of this rank's shard."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to_local()
+    tensor = held_of(tensor).detach()
     if hasattr(tensor, "__tensor_flatten__"):  # codes and scales of torchao
         return "".join(digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     flat = tensor.cpu().contiguous().reshape(-1)
@@ -127,7 +125,7 @@ class StageFreezing(L.Callback):
             self.stashed[part] = self.path.parent / f".{part}.{os.getpid()}.safetensors"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_model(module, str(self.stashed[part]))
-        quantise(module, kind, keep=heads(module), where=f"stages.{self.name}.adapt.{part}.quantise")
+        quantise(module, kind, keep=heads_of(module), where=f"stages.{self.name}.adapt.{part}.quantise")
         # They never learn and are equal on every rank: DDP need not know of them, nor could it send all their kinds.
         names = [f"model.{part}.{name}.{p}" for name, _ in quantised_layers(module) for p in ("codes", "scale")]
         ignored = getattr(stage, "_ddp_params_and_buffers_to_ignore", [])
@@ -196,7 +194,7 @@ class StageFreezing(L.Callback):
                 row["lr"].append(rates[name])
             changed = name in moved
             row["tensors"] += 1
-            row["parameters"] += tensor.numel() if is_parameter else 0
+            row["parameters"] += size_of(tensor) if is_parameter else 0
             row["buffers"] += not is_parameter
             row["changed" if changed else "unchanged"] += 1
             if changed and not learns:
@@ -211,7 +209,7 @@ class StageFreezing(L.Callback):
     def moved(self, model: nn.Module) -> set[str]:
         """Names of tensors whose bytes are others than before the first step; of a sharded one, on any rank."""
         here = {name: digest(tensor) != self.before[name] for name, tensor in tensors(model)}
-        if any(isinstance(p, DTensor) for p in model.parameters()):
+        if any(is_shard(p) for p in model.parameters()):
             flags = torch.tensor(list(here.values()), dtype=torch.int32, device=next(model.buffers()).device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             here = dict(zip(here, flags.bool().tolist(), strict=True))
@@ -231,12 +229,6 @@ class StageFreezing(L.Callback):
                 f"{row['changed']:>4} of {row['tensors']:>3} {row['buffers']:>7}"
             )
         return "\n".join(lines)
-
-
-def heads(module: nn.Module) -> list[nn.Module]:
-    """What turns hidden states into logits stays exact: errors there are errors of every logit."""
-    hf = getattr(module, "hf", None)
-    return [hf.get_output_embeddings()] if hf is not None else []
 
 
 def tensors(model: nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from fastvlm.models.quantised import KINDS, frozen_linears
+from fastvlm.models.quantised import KINDS, fits_int4, frozen_linears, heads_of
 from fastvlm.models.vlm import VLM
 
 GIB = 2**30
@@ -93,9 +93,9 @@ def estimate(
     weights = sum(t.numel() * t.element_size() for t in (*fake.parameters(), *fake.buffers()))
     for part, kind in quantised(fake, rates).items():
         module = getattr(fake, part)
-        hf = getattr(module, "hf", None)
-        keep = [hf.get_output_embeddings()] if hf is not None else []
-        for _, _, layer in frozen_linears(module, keep=keep):
+        for _, _, layer in frozen_linears(module, keep=heads_of(module)):
+            if kind == "torchao_int4" and not fits_int4(layer):
+                continue
             weights -= layer.weight.numel() * (layer.weight.element_size() - KINDS[kind][1])
     learning = [(name, p) for name, p in fake.named_parameters() if name in rates]
     gradients = sum(p.numel() * p.element_size() for _, p in learning)

@@ -15,7 +15,9 @@ KINDS = {
     "fp4": ("bitsandbytes", 0.516),
     "torchao_int8": ("torchao", 1.0),
     "torchao_fp8": ("torchao", 1.0),
+    "torchao_int4": ("torchao", 0.625),
 }
+GROUP = 64  # weights of a row that share a scale and a zero in torchao_int4; its kernels take 32, 64, 128
 
 
 def library(kind: str, *, where: str = "quantise"):
@@ -39,6 +41,7 @@ class QuantisedLinear(nn.Module):
     `int8`: rows scaled to int8, outlier features of the input (above 6) kept in 16 bits (LLM.int8, arXiv:2208.07339).
     `nf4`, `fp4`: blocks of 64 in four bits, their scales in eight (QLoRA, arXiv:2305.14314). Both by bitsandbytes.
     `torchao_int8`, `torchao_fp8`: rows scaled, inputs as they are.
+    `torchao_int4`: groups of 64 with a scale and a zero each (tinygemm), packed as the kernel of the device wants it.
 
     The codes are parameters that never learn, so that they move with the module and the freezing proof sees them. They
     are left out of checkpoints: the weights they come from are known, and quantising is deterministic.
@@ -61,6 +64,8 @@ class QuantisedLinear(nn.Module):
             from bitsandbytes.functional import quantize_4bit
 
             codes, self.state = quantize_4bit(weight.contiguous(), quant_type=kind, compress_statistics=True)
+        elif kind == "torchao_int4":
+            codes = int4_codes(weight)
         else:
             from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
@@ -79,6 +84,9 @@ class QuantisedLinear(nn.Module):
             from bitsandbytes.functional import dequantize_4bit
 
             return dequantize_4bit(self.codes.data, self.state).to(self.dtype)
+        if self.kind == "torchao_int4":  # only its kernel knows how it is packed
+            rows = torch.eye(self.in_features, dtype=self.codes.dtype, device=self.codes.device)
+            return F.linear(rows, self.codes).T.to(self.dtype)
         return self.codes.dequantize().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +105,8 @@ class QuantisedLinear(nn.Module):
             # On a CPU this flag chooses between exact inputs and quantised ones: the same in training and evaluation.
             state.has_fp16_weights, state.threshold, state.is_training = False, 6.0, True
             y = matmul(x, self.codes, state=state)
+        elif self.kind == "torchao_int4":
+            y = Int4Product.apply(x, self)
         else:
             return F.linear(x, self.codes, bias).to(x.dtype)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -108,6 +118,14 @@ class QuantisedLinear(nn.Module):
         return linear
 
     def _apply(self, fn, recurse: bool = True):
+        if self.kind == "torchao_int4":
+            device = fn(torch.empty(0, device=self.codes.device)).device
+            if device.type not in (self.codes.device.type, "meta"):  # another kernel, another way to pack
+                codes = int4_codes(self.weight.detach().to(device))
+                self.codes = nn.Parameter(codes, requires_grad=False)
+            if self.bias is not None:
+                self.bias.data = fn(self.bias.data)
+            return self
         super()._apply(fn, recurse)
         if self.state is not None:
             self.state.to(self.codes.device)
@@ -122,6 +140,61 @@ class QuantisedLinear(nn.Module):
         if bias is not None and self.bias is not None:
             with torch.no_grad():
                 self.bias.copy_(bias)
+
+
+class Int4Product(torch.autograd.Function):
+    """x @ weight.T by torchao's kernel, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x.to(layer.codes.dtype), layer.codes).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.weight.to(gradient.dtype), None
+
+
+def int4_codes(weight: Tensor) -> Tensor:
+    """torchao's packed form of a weight for the device it is on.
+
+    Raises:
+        ValueError: this torchao has no kernel for the device.
+    """
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    if weight.device.type == "cpu":
+        try:
+            from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig as Config
+        except ImportError:
+            raise ValueError(NO_INT4.format("on a CPU from 0.18 on")) from None
+        config = Config(group_size=GROUP, set_inductor_config=False)
+    else:
+        if torch.cuda.get_device_capability(weight.device) < (8, 0):
+            raise ValueError(NO_INT4.format("for GPUs of compute capability 8.0 and above"))
+        weight = weight.to(torch.bfloat16)
+        config = Int4WeightOnlyConfig(
+            group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+        )
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, config)
+    return linear.weight.detach()
+
+
+NO_INT4 = "quantise=torchao_int4: torchao has its kernel {}; set nf4, which runs everywhere"
+
+
+def fits_int4(linear: nn.Linear) -> bool:
+    """Whether torchao's kernels take its shape: whole groups, and outputs in sixteens."""
+    return linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
+
+
+def heads_of(module: nn.Module) -> list[nn.Module]:
+    """What turns hidden states into logits stays exact: errors there are errors of every logit. Towers have none."""
+    hf = getattr(module, "hf", None)
+    head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
+    return [] if head is None else [head]
 
 
 def frozen_linears(module: nn.Module, *, keep: Iterable[nn.Module] = ()) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -153,10 +226,13 @@ def quantise(module: nn.Module, kind: str, *, keep: Iterable[nn.Module] = (), wh
     library(kind, where=where)
     count = 0
     for parent, name, child in frozen_linears(module, keep=keep):
+        if kind == "torchao_int4" and not fits_int4(child):
+            continue
         setattr(parent, name, QuantisedLinear(child, kind))
         count += child.weight.numel()
     if not count:
-        raise ValueError(f"{where}={kind}: there is no frozen linear layer; a part that learns whole has none")
+        sized = f" of {GROUP} inputs or a multiple" if kind == "torchao_int4" else ""
+        raise ValueError(f"{where}={kind}: there is no frozen linear layer{sized}; a part that learns whole has none")
     return count
 
 

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state in shards over the ranks: torch's FSDP2 on our parts."""
+"""Weights, gradients and optimiser state in shards over the ranks: torch's FSDP2 on our parts, and DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
+from fastvlm.models.pieces import whole_of
 from fastvlm.models.quantised import quantised_layers
 from fastvlm.models.trainable import layers_of
 
@@ -51,8 +51,8 @@ def gather(sharded: nn.Module, whole: nn.Module) -> None:
     targets = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
         if parameter.requires_grad:
-            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            targets[name].copy_(value)
+            with whole_of(parameter) as value:
+                targets[name].copy_(value)
     buffers = dict(whole.named_buffers())
     for name, buffer in sharded.named_buffers():
         dist.broadcast(buffer, src=0)

@@ -11,12 +11,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastvlm.batch import Batch
 from fastvlm.models.fit import check_fit
 from fastvlm.models.llms.language_model import LanguageModel
 from fastvlm.models.norms import frozen_statistics
+from fastvlm.models.pieces import is_shard
 from fastvlm.models.slots import empty_slots, hide, take_out
 from fastvlm.models.splice import splice
 
@@ -237,7 +237,7 @@ class VLM(nn.Module):
         """Whether another rank may be waiting for this one's vision gradients, or for its shard of the weights."""
         path = [p for part in (self.encoder, self.resampler, self.projector) for p in part.parameters()]
         learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in path)
-        return learns or any(isinstance(p, DTensor) for p in path)
+        return learns or any(is_shard(p) for p in path)
 
     def _zero_from_blank_image(self, batch: Batch) -> Float[Tensor, ""]:
         """0, with every trainable vision parameter in its graph. Norm statistics do not see the blank image."""

@@ -83,17 +83,28 @@ class Stage(L.LightningModule):
         self.whole: list[nn.Module] = []  # the plain model while a sharded copy learns; a list hides it from the module
 
     def configure_model(self) -> None:
-        """Under FSDP the stage trains a sharded copy; `gather_weights` brings what was learned back into the model."""
-        if self.device_mesh is None or self.whole:
+        """Where ranks share the weights the stage trains a sharded copy; `gather_weights` brings what was learned back
+        into the model. FSDP2 is applied here, DeepSpeed cuts the copy itself when the optimiser is made."""
+        if self.whole or (self.device_mesh is None and not self.by_deepspeed):
             return
         self.whole.append(self.model.to("cpu"))
         self.model = copy.deepcopy(self.model)
+        if self.by_deepspeed:
+            return
         shard(
             self,
             self.device_mesh["data_parallel"],
             parts=self.model.parts,
             methods=("training_step", "validation_step"),
         )
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self._trainer is not None and getattr(self._trainer.strategy, "zero_stage_3", False)
+
+    def on_train_end(self) -> None:
+        if self.by_deepspeed:  # before its tear-down takes the shards to the CPU, where they cannot meet
+            self.gather_weights()
 
     def gather_weights(self) -> None:
         """The whole model again, with what was learned, where it was trained in shards. Every rank must call it."""
@@ -163,6 +174,8 @@ class Stage(L.LightningModule):
         # DDP averages gradients over ranks and Lightning divides by the accumulated micro-batches; the denominator
         # already counts all of them, so both are undone here.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches if self._trainer is not None else 1
+        if self.by_deepspeed:  # it divides once more by what it accumulates itself
+            scale *= self.trainer.accumulate_grad_batches
         out["loss"] = out["loss"] * scale
         return out
 

@@ -9,7 +9,7 @@ from torch import nn
 from fastvlm.models.quantised import KINDS, QuantisedLinear, frozen_linears, quantise
 
 # The share of a weight that is lost: half a step of 255, of 16 levels by quantile, of three bits of mantissa.
-LOST = {"int8": 0.006, "torchao_int8": 0.006, "nf4": 0.10, "fp4": 0.12, "torchao_fp8": 0.03}
+LOST = {"int8": 0.006, "torchao_int8": 0.006, "nf4": 0.10, "fp4": 0.12, "torchao_fp8": 0.03, "torchao_int4": 0.11}
 
 
 def make(kind: str, *, bias: bool = True) -> tuple[nn.Linear, QuantisedLinear, torch.Tensor]:
@@ -63,12 +63,33 @@ def test_it_is_bitsandbytes_own_layer(kind):
     torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
-def test_torchao_is_torchaos_own_weight():
+@pytest.mark.parametrize("kind", ["torchao_int8", "torchao_int4"])
+def test_torchao_is_torchaos_own_weight(kind):
     torchao = pytest.importorskip("torchao.quantization")
-    linear, layer, x = make("torchao_int8")
+    linear, layer, x = make(kind)
     theirs = nn.Sequential(copy.deepcopy(linear))
-    torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
+    if kind == "torchao_int8":
+        config = torchao.Int8WeightOnlyConfig()
+    else:
+        config = pytest.importorskip("torchao.prototype.quantization.int4").PrototypeInt4WeightOnlyConfig(group_size=64)
+    torchao.quantize_(theirs, config)
     torch.testing.assert_close(layer(x), theirs(x), rtol=0, atol=0)
+
+
+def test_four_bits_packed_anew_from_their_own_weight_are_the_same_bits():
+    _, layer, _ = make("torchao_int4")
+    again = QuantisedLinear(layer.restore(), "torchao_int4")
+    assert relative(again.weight, layer.weight) < 1e-6
+    assert (again.codes.qdata != layer.codes.qdata).float().mean() < 0.01  # a value between two codes
+
+
+def test_layers_that_four_bit_kernels_do_not_take_are_left_alone():
+    pytest.importorskip("torchao")
+    net = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 72), nn.Linear(72, 64)).requires_grad_(False)
+    assert quantise(net, "torchao_int4") == 128 * 64
+    assert [type(layer) for layer in net] == [QuantisedLinear, nn.Linear, nn.Linear]
+    with pytest.raises(ValueError, match="there is no frozen linear layer of 64 inputs or a multiple"):
+        quantise(net[1:], "torchao_int4")
 
 
 def test_it_leaves_no_codes_in_a_state_dict_and_loads_without_them():
