@@ -1,5 +1,7 @@
 """What a run runs on: refusals in one line, the first rank however it was started, micro-batches from a limit."""
 
+import importlib.util
+
 import pytest
 
 from fastvlm.config import CONF
@@ -76,6 +78,58 @@ def test_fsdp_shards_over_all_ranks_and_writes_one_file():
     strategy = cpu(devices=2, num_nodes=2, strategy="fsdp").trainer()["strategy"]
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (4, 1)
     assert not strategy._save_distributed_checkpoint
+
+
+def test_deepspeed_is_refused_where_it_cannot_run_with_what_runs_there(monkeypatch):
+    real, found = importlib.util.find_spec, {"deepspeed": None}
+    find = lambda name, *more: found[name] if name in found else real(name, *more)
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    with pytest.raises(ValueError, match=r"needs deepspeed: pip install 'fastvlm\[deepspeed\]'; hardware.strategy=fs"):
+        cpu(devices=2, strategy="deepspeed_zero3")
+    found["deepspeed"] = "there"
+    with pytest.raises(ValueError, match="needs CUDA devices; on a CPU hardware.strategy=fsdp shares weights"):
+        cpu(devices=2, strategy="deepspeed_zero3")
+
+
+def test_deepspeed_shards_weights_in_fp32_and_multiplies_in_bf16():
+    hardware = cpu(devices=2, strategy="fsdp")
+    hardware.strategy, hardware.precision = "deepspeed_zero3", "bf16-mixed"
+    told = hardware.deepspeed()
+    assert hardware.shards and told["zero_optimization"]["stage"] == 3
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert not {"bf16", "fp16", "gradient_accumulation_steps"} & set(told)  # Lightning and the plan say these
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimizer@stages.dense.optimizer=muon", "stages.dense.optimizer: MuonAdamW needs whole matrices.*=adamw, or"),
+        ("stages.dense.adapt.llm={method: lora, lr: 1, quantise: nf4}", "stages.dense.adapt.llm.quantise: .* few bits"),
+        ("hardware.quantise=int8", "hardware.quantise: .* few bits; set it to null, or share"),
+        ("data.longest_first=true", "data.longest_first=true: .* cannot try a step; set it false"),
+    ],
+)
+def test_what_deepspeeds_flat_shards_cannot_do_is_said_before_a_stage_begins(tiny_config, override, message):
+    from fastvlm.config import check
+    from fastvlm.pipeline import Pipeline
+
+    config = tiny_config("pipeline=dense", "stages.dense.trainable.llm=null", override)
+    check(config)
+    pipeline = Pipeline(config)
+    pipeline.check_deepspeed("dense", config.stages.dense)
+    pipeline.hardware.strategy = "deepspeed_zero3"
+    with pytest.raises(ValueError, match=message):
+        pipeline.check_deepspeed("dense", config.stages.dense)
+
+
+def test_a_checkpoint_in_pieces_counts_when_its_last_file_is_written(tmp_path):
+    from fastvlm.pipeline import newest_checkpoint
+
+    (tmp_path / "step=2.ckpt").write_bytes(b"")
+    (tmp_path / "step=4.ckpt").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step=2.ckpt"
+    (tmp_path / "step=4.ckpt" / "latest").write_text("checkpoint")
+    assert newest_checkpoint(tmp_path).name == "step=4.ckpt"
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "hardware").glob("*.yaml")), ids=lambda p: p.stem)
