@@ -1,5 +1,6 @@
 """Shared fixtures: a small embedded data set built once a session, and a quick command line over it."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from fastvlm.warm import WarmProcess, WarmPython  # noqa: E402
 
 # A tiny model and short stages: what is tested is the machinery, not the learning.
 TINY = [
@@ -45,30 +48,52 @@ def embedded(tmp_path_factory) -> Path:
     return folder
 
 
+class Commands:
+    """Commands as a user gives them, from processes that have the libraries imported; what they print is kept."""
+
+    def __init__(self, folder: Path):
+        self.python, self.folder, self.count = WarmPython(), folder, itertools.count()
+
+    def start(self, command: list[str], **place) -> WarmProcess:
+        number = next(self.count)
+        with open(self.folder / f"{number}.out", "w") as out, open(self.folder / f"{number}.err", "w") as err:
+            process = self.python.start(command, stdout=out, stderr=err, **place)
+        process.output = lambda: tuple((self.folder / f"{number}.{name}").read_text() for name in ("out", "err"))
+        return process
+
+    def run(self, command: list[str], *, timeout: float = 200.0, **place) -> subprocess.CompletedProcess:
+        """As `subprocess.run(..., capture_output=True, text=True)`; at the time limit its whole session is killed."""
+        process = self.start(command, **place)
+        try:
+            process.wait(float(timeout))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with its ranks and loader workers
+            process.wait()
+            pytest.fail("\n".join([f"{' '.join(command)} took more than {timeout} s", *process.output()]))
+        return subprocess.CompletedProcess(process.args, process.returncode, *process.output())
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.python.close()
+
+
 @pytest.fixture
-def cli(embedded, tmp_path):
+def cli_place(embedded, tmp_path):
+    """Environment and folder of a user whose data and runs lie in temporary folders."""
+    own = {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(tmp_path / "runs")}
+    own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return lambda **more: {"env": os.environ | own | more, "cwd": tmp_path}
+
+
+@pytest.fixture
+def cli(commands, cli_place):
     """Run a script of the repository as a user does; returns the finished process."""
 
-    def run(script: str, *args: str, check: bool = True, timeout: int = 200) -> subprocess.CompletedProcess:
-        env = os.environ | {
-            "FASTVLM_DATA": str(embedded),
-            "FASTVLM_RUNS": str(tmp_path / "runs"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, str(ROOT / script), *args]
-        pipe = subprocess.PIPE
-        # A session of its own: when time is up its ranks and loader workers go with it.
-        process = subprocess.Popen(
-            command, env=env, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        )
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            out, err = process.communicate()
-            pytest.fail(f"{' '.join(args)} took more than {timeout} s\n{out}\n{err}")
-        done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    def run(script: str, *args: str, check: bool = True, timeout: float = 200.0) -> subprocess.CompletedProcess:
+        done = commands.run([str(ROOT / script), *args], timeout=timeout, **cli_place())
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,16 +28,12 @@ def stride(tmp_path) -> Path:
     return folder
 
 
-def test_one_file_and_one_yaml_outside_the_repository_train_and_take_their_own_key(stride, embedded, tmp_path):
-    environment = os.environ | {
-        "FASTVLM_DATA": str(embedded),
-        "FASTVLM_RUNS": str(tmp_path / "runs"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{stride}",
-    }
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, "pipeline=align", "stages.align.steps=2", "name=mine"]
+def test_one_file_and_one_yaml_outside_the_repository_train_and_take_their_own_key(
+    stride, commands, cli_place, tmp_path
+):
+    command = [str(ROOT / "train.py"), *TINY, "pipeline=align", "stages.align.steps=2", "name=mine"]
     command += [f"hydra.searchpath=[file://{stride}/conf]", "resampler=stride", "resampler.stride=4"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = commands.run(command, **cli_place(PYTHONPATH=f"{ROOT}{os.pathsep}{stride}"))
     assert done.returncode == 0, done.stdout + done.stderr
     # It has no parameters; the stage's rate for the resampler is no mistake for that.
     assert "resampler StrideResampler 0.00M" in done.stdout

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -63,9 +62,8 @@ def test_frozen_parts_come_out_of_a_stage_bit_for_bit(cli, tmp_path):
     assert not (stage / "handoff" / "encoder.safetensors").exists()
 
 
-def kill_at_step_8(arguments: list[str], runs: Path, env: dict) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+def kill_at_step_8(commands, arguments: list[str], runs: Path, env: dict) -> None:
+    process = commands.start([str(ROOT / "train.py"), *arguments], env=env)
     deadline = time.time() + 120
     while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.005)
@@ -73,7 +71,7 @@ def kill_at_step_8(arguments: list[str], runs: Path, env: dict) -> None:
     assert process.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
 
 
-def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tmp_path):
+def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, commands, embedded, tmp_path):
     # The encoder learns, so that BatchNorm statistics and the position in the plan must both come back.
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=killed"]
     arguments += ["stages.dense.image_size=64", "stages.dense.batch_size=4", "hardware.num_workers=1"]
@@ -82,11 +80,11 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
 
     runs = tmp_path / "killed"
     env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    kill_at_step_8(arguments, runs, env)
+    kill_at_step_8(commands, arguments, runs, env)
     (stage,) = (runs / "stages").iterdir()
     assert not (stage / "handoff" / "manifest.json").exists()
 
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=env, capture_output=True, text=True)
+    done = commands.run([str(ROOT / "train.py"), *arguments], env=env)
     assert done.returncode == 0, done.stderr
     assert "going on from step=" in done.stdout
     for name in ("encoder", "resampler", "projector"):
@@ -99,7 +97,7 @@ def test_a_killed_stage_goes_on_and_ends_with_the_same_weights(cli, embedded, tm
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
-    cli, embedded, tmp_path, monkeypatch, devices
+    commands, embedded, tmp_path, monkeypatch, devices
 ):
     data = tmp_path / "data"
     shutil.copytree(embedded, data)
@@ -108,22 +106,22 @@ def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
     arguments += ["stages.dense.batch_size=4", "mixture@stages.dense.mixture=embedded_45_45_10"]
     arguments.append(f"hardware.devices={devices}")
     runs = tmp_path / "runs"
-    kill_at_step_8(arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
+    kill_at_step_8(commands, arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
     (stopped,) = (runs / "stages").iterdir()
     step = newest_checkpoint(stopped).stem.split("=")[1]
 
     captions = data / "embedded" / "captions"
     rewrite_without_first_sample(captions)
-    refused = run_here(arguments, data, runs)
+    refused = run_here(commands, arguments, data, runs)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert f"stage dense stopped at step {step} and its data have changed since: shards of captions" in refused.stderr
     assert newest_checkpoint(stopped).exists()
 
     arguments.append("data.on_change=replan")
-    done = run_here(arguments, data, runs)
+    done = run_here(commands, arguments, data, runs)
     assert f"dense: planned anew from step {step}: shards of captions" in done.stdout, done.stderr
     assert f"going on from step={step}.ckpt" in done.stdout and "report:" in done.stdout
-    assert "dense: finished before" in run_here(arguments, data, runs).stdout
+    assert "dense: finished before" in run_here(commands, arguments, data, runs).stdout
     stage = (runs / "changed" / "stages" / "dense").resolve()
     steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 24 and stage != stopped
@@ -142,10 +140,9 @@ def rewrite_without_first_sample(folder: Path) -> None:
             writer.write(sample.key, sample.record, sample.images)
 
 
-def run_here(arguments: list[str], data: Path, runs: Path) -> subprocess.CompletedProcess:
+def run_here(commands, arguments: list[str], data: Path, runs: Path) -> subprocess.CompletedProcess:
     env = os.environ | {"FASTVLM_DATA": str(data), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    return commands.run([str(ROOT / "train.py"), *arguments], env=env)
 
 
 RANKS = [*TINY, "pipeline=dense", "stages.dense.steps=3", "stages.dense.image_size=64", "stages.dense.batch_size=4"]
@@ -212,7 +209,9 @@ def test_ranks_that_share_the_weights_learn_what_one_learns(cli, tmp_path, mixtu
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-def test_a_stage_killed_while_ranks_share_the_weights_goes_on_and_ends_with_the_same_weights(cli, embedded, tmp_path):
+def test_a_stage_killed_while_ranks_share_the_weights_goes_on_and_ends_with_the_same_weights(
+    cli, commands, embedded, tmp_path
+):
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=16", "checkpoint_every=4", "name=killed"]
     arguments += ["stages.dense.batch_size=4", "hardware.num_workers=0", "hardware.devices=2", "hardware.strategy=fsdp"]
     arguments += ["optimizer@stages.dense.optimizer=muon", "stages.dense.trainable.llm=1e-3"]
@@ -220,15 +219,8 @@ def test_a_stage_killed_while_ranks_share_the_weights_goes_on_and_ends_with_the_
     (undisturbed,) = (tmp_path / "runs" / "stages").iterdir()
     runs = tmp_path / "killed"
     env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments], env=env, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.time() + 120
-    while not list(runs.glob("stages/*/step=8.ckpt")) and time.time() < deadline and process.poll() is None:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], env=env, capture_output=True, text=True)
+    kill_at_step_8(commands, arguments, runs, env)
+    done = commands.run([str(ROOT / "train.py"), *arguments], env=env)
     assert done.returncode == 0 and "going on from step=" in done.stdout, done.stderr
     (stage,) = (runs / "stages").iterdir()
     for name in ("encoder", "resampler", "projector", "llm"):

@@ -26,16 +26,23 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from fastvlm.warm import WarmProcess, WarmPython
+
 RESULT = "FASTVLM_CELL_RESULT"
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ProcessLauncherConfig:
-    """`hydra.launcher.parallel`: cells at once; null is one, and for a study as many as there are GPUs, else cores."""
+    """`hydra.launcher.parallel`: cells at once; null is one, and for a study as many as there are GPUs, else cores.
+
+    `hydra.launcher.warm`: cells fork from a process that has the libraries imported, which saves each of them seconds;
+    null is yes where there is no GPU (a driver must not be forked) and more than one cell.
+    """
 
     _target_: str = "hydra_plugins.fastvlm_process_launcher.process_launcher.ProcessLauncher"
     parallel: Any = None
+    warm: Any = None
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="process", node=ProcessLauncherConfig, provider="fastvlm")
@@ -48,12 +55,15 @@ class ProcessLauncher(Launcher):
     of their own), and a line here when they begin and end.
     """
 
-    def __init__(self, parallel: int | None = None):
+    def __init__(self, parallel: int | None = None, warm: bool | None = None):
         if parallel is not None and (not isinstance(parallel, int) or parallel < 1):
             raise ValueError(f"hydra.launcher.parallel={parallel} must be a number of 1 or more, or null")
-        self.parallel = parallel
+        if warm not in (None, True, False):
+            raise ValueError(f"hydra.launcher.warm={warm} must be true, false or null")
+        self.parallel, self.warm = parallel, warm
         self.raise_failed = True  # a sweeper that is told of failures sets it to False
-        self.running: set[subprocess.Popen] = set()
+        self.running: set[subprocess.Popen | WarmProcess] = set()
+        self.python: WarmPython | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -71,10 +81,16 @@ class ProcessLauncher(Launcher):
         for slot in slots:
             free.put(slot)
         jobs = [(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
-        if len(slots) == 1:
-            cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
-        else:
-            cells = self.side_by_side(jobs, free, len(slots))
+        warm = self.warm if self.warm is not None else len(jobs) > 1 and sys.platform == "linux" and not visible_gpus()
+        self.python = WarmPython() if warm else None
+        try:
+            if len(slots) == 1:
+                cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
+            else:
+                cells = self.side_by_side(jobs, free, len(slots))
+        finally:
+            if self.python is not None:
+                self.python.close()
         if study is not None:
             from fastvlm.study.sweep import conclude
 
@@ -154,10 +170,13 @@ class ProcessLauncher(Launcher):
         return cell
 
     def run_process(self, overrides: list[str], environment: dict[str, str], output: Path | None) -> int:
-        command = [sys.executable, str(Path(sys.argv[0]).resolve()), *overrides]
+        command = [str(Path(sys.argv[0]).resolve()), *overrides]
         with open(output, "w") if output else open(os.devnull) as stream:
-            to_file = {"stdout": stream, "stderr": subprocess.STDOUT} if output else {}
-            process = subprocess.Popen(command, env=environment, **to_file)
+            to_file = {"stdout": stream, "stderr": stream} if output else {}
+            if self.python is not None:
+                process = self.python.start(command, env=environment, **to_file)
+            else:
+                process = subprocess.Popen([sys.executable, *command], env=environment, **to_file)
             self.running.add(process)
             try:
                 return process.wait()

@@ -1,10 +1,7 @@
 """`eval.py` as a user types it, on a run of two steps and a few questions."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -71,17 +68,16 @@ def test_several_tasks_are_scored_in_one_command_and_answers_to_other_questions_
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_and_two_ranks_end_with_the_same_bytes(cli, embedded, tmp_path):
+def test_a_killed_evaluation_and_two_ranks_end_with_the_same_bytes(cli, commands, cli_place, tmp_path):
     cli("train.py", *ALIGN)
     run, questions = tmp_path / "runs" / "asked", write_questions(tmp_path / "questions", 40)
     outs = {name: tmp_path / name for name in ("one", "two", "killed")}
     cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['one']}"))
     done = cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu_ddp2", f"out={outs['two']}"))
     assert done.stdout.count("results: ") == 1
-    env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "eval.py")]
+    command = [str(ROOT / "eval.py")]
     command += ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['killed']}")
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = commands.start(command, **cli_place())
     windows = lambda: list(outs["killed"].glob("predictions/.vqav2-*/0*.json"))
     while not windows() and process.poll() is None:
         time.sleep(0.01)

@@ -27,8 +27,8 @@ def tiny_model(tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def server(tiny_tokenizer):
-    running = Server(tiny_tokenizer.path, *LIMITS)
+def server(commands, tiny_tokenizer):
+    running = Server(commands, tiny_tokenizer.path, *LIMITS)
     yield running
     running.stop()
 

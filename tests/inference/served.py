@@ -5,9 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,16 +22,16 @@ def free_port() -> int:
 
 
 class Server:
-    def __init__(self, tokenizer_path: str, *settings: str):
+    def __init__(self, commands, tokenizer_path: str, *settings: str):
         self.port = free_port()
-        command = [sys.executable, str(HERE / "serve_tiny.py"), tokenizer_path, str(self.port), *settings]
-        self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+        command = [str(HERE / "serve_tiny.py"), str(tokenizer_path), str(self.port), *settings]
+        self.process = commands.start(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
         for _ in range(600):
             try:
                 assert self.get("/health")[0] == 200
                 return
             except OSError:
-                assert self.process.poll() is None, self.process.stderr.read().decode()
+                assert self.process.poll() is None, self.process.output()[1]
                 time.sleep(0.1)
         raise TimeoutError("the server did not start")
 
@@ -63,5 +62,5 @@ class Server:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(timeout=20) is not None
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=20.0) is not None

@@ -15,14 +15,10 @@ from fastvlm.inference import chat, dialogue
 ROOT = Path(__file__).parents[2]
 
 
-def run_chat(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "fastvlm.inference.chat", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT.parent,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def run_chat(commands):
+    place = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "cwd": ROOT.parent}
+    return lambda *arguments: commands.run(["-m", "fastvlm.inference.chat", *arguments], **place)
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def load_tiny_run(monkeypatch, tiny_model, tiny_tokenizer, tmp_path):
     (tmp_path / "config.yaml").touch()
 
 
-def test_a_users_mistake_is_one_line_and_status_2(tmp_path, picture):
+def test_a_users_mistake_is_one_line_and_status_2(run_chat, tmp_path, picture):
     broken, cut = tmp_path / "broken.png", tmp_path / "cut.png"
     broken.write_text("no picture")
     cut.write_bytes(Path(picture).read_bytes()[:60])

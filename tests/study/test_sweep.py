@@ -1,10 +1,7 @@
 """A study's grid end to end, as processes: cells side by side, one that fails, done cells, MLflow, report."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -94,18 +91,18 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(embedded, toy, tmp_path):
-    env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "logger=none"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(commands, cli_place, toy, tmp_path):
+    command = [str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "logger=none"]
+    process = commands.start(command, **cli_place())
     deadline = time.time() + 120
     first = tmp_path / "runs" / "studies" / "toy" / "micro" / "few-seed0" / "results.json"
     while not first.exists() and time.time() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    process.wait(120.0)
+    _, err = process.output()
     assert process.returncode == 130 and "the same command goes on" in err and "experiment=toy" in err
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, timeout=300, **cli_place())
     assert done.returncode == 0 and "done before" in done.stdout, done.stdout + done.stderr
 
 
