@@ -58,6 +58,6 @@ class MuonAdamW(torch.optim.Optimizer):
             optimizer.step()
         return loss
 
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
         self.share()

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 def question(model) -> Batch:
     """An image and a word, answered in three."""
-    side = model.encoder.image_size or 56
+    side = model.encoder.image_size or (64 if model.encoder.patch == 32 else 56)
     slots = [model.image_token_id] * model.num_visual_tokens(side)
     row = torch.tensor([[30, *slots, 31, 32, 33, 34]])
     labels = row.masked_fill(torch.arange(row.shape[1]) < row.shape[1] - 3, IGNORE_INDEX)
