@@ -6,6 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from fastvlm.data.plan import Plan
+from fastvlm.data.plan_report import notes
 from fastvlm.hardware import Hardware, is_first_rank
 from fastvlm.models.vlm import VLM
 
@@ -28,7 +30,7 @@ def run_summary(config: DictConfig, model: VLM, hardware: Hardware, *, run_dir: 
     )
 
 
-def stage_summary(name: str, config: dict, plan, *, folders: dict[str, Path], resume: Path | None) -> str:
+def stage_summary(name: str, config: dict, plan: Plan, *, folders: dict[str, Path], resume: Path | None) -> str:
     """A stage's length, what learns, where its parts come from, and what a user should know of its data.
 
     Args:
@@ -44,7 +46,7 @@ def stage_summary(name: str, config: dict, plan, *, folders: dict[str, Path], re
         f"\n{name}: {length}; learns {', '.join(learning(config))}",
         f"  loaded: {loaded or 'nothing'}; new: {new or 'nothing'}",
         *([f"  going on from {resume.name}"] if resume else []),
-        *(f"  {line}" for line in plan.notes()),
+        *(f"  {line}" for line in notes(plan)),
     ]
     return "\n".join(lines)
 

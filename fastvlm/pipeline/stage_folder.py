@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastvlm.data.plan import Plan
 from fastvlm.data.replan import read_description
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
@@ -55,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("=")[1])
 
 
-def order_is_kept(folder: Path, plan) -> bool:
+def order_is_kept(folder: Path, plan: Plan) -> bool:
     """Whether the order of this very plan is kept there already."""
     before, after = read_description(folder), plan.after and plan.after.digest
     if before is None or not (folder / "order.npz").exists():

@@ -23,6 +23,7 @@ from fastvlm.callbacks.progress import Progress
 from fastvlm.callbacks.provenance import Provenance
 from fastvlm.callbacks.rehearsal import LongestFirst
 from fastvlm.callbacks.samples import Samples
+from fastvlm.data.plan_report import report
 from fastvlm.data.replan import write_order
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import ENCODING, code_hash, commit, hash_of
@@ -84,7 +85,7 @@ class Training:
         holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
         say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
         if self.trainer.is_global_zero:
-            write_json(self.folder / "shares.json", self.plan.report())
+            write_json(self.folder / "shares.json", report(self.plan))
             for old in (*self.folder.glob("step=*.ckpt"), self.folder / "order.npz"):
                 old.unlink(missing_ok=True)
 
