@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvlm.data.index import SourceIndex
+from fastvlm.data.source_index import SourceIndex
 
 
 @dataclass
