@@ -1,4 +1,4 @@
-"""The columns of a source that a plan needs, read shard by shard, so that hundreds of tables never stand beside them."""
+"""The columns of a source that a plan needs, read shard by shard: hundreds of tables never stand beside them."""
 
 from __future__ import annotations
 
