@@ -12,11 +12,10 @@ from fastvlm.config import command, compose_each, take_list
 
 
 def evaluate(config, *, names=()):
-    from fastvlm.build import build_transform, ensure_embedded, instantiate, load_run, load_tokenizer
+    from fastvlm.build import build_task, build_transform, ensure_embedded, instantiate, load_run, load_tokenizer
     from fastvlm.callbacks.handoff import write_json
     from fastvlm.evaluation.progress import Progress
     from fastvlm.evaluation.ranks import find_ranks, start_ranks
-    from fastvlm.pipeline import build_task
 
     hardware = instantiate(config.hardware, key="hardware")
     hardware.apply()

@@ -110,6 +110,9 @@ def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict
     from fastvlm.build import build_model, build_tokenizer, instantiate
     from fastvlm.config import check, compose
     from fastvlm.pipeline import Pipeline
+    from fastvlm.pipeline.memory_notes import stage_memory
+    from fastvlm.pipeline.stage_data import build_data
+    from fastvlm.pipeline.training import build_freezing
 
     stage = "stages.instruct"
     overrides = ["pipeline=instruct", "~task", "logger=none", "num_samples=0", f"{stage}.lora=null", *MODELS[model]]
@@ -127,8 +130,17 @@ def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict
     if model in VOCABULARY:
         pipeline.model.llm.hf.resize_token_embeddings(VOCABULARY[model], mean_resizing=False)
     parameters = sum(p.numel() for p in pipeline.model.parameters())
-    estimated = pipeline.stage_memory("instruct", options).total
-    data = pipeline.data("instruct", options)
+    estimated = stage_memory("instruct", options, pipeline.model, hardware).total
+    data = build_data(
+        "instruct",
+        options,
+        pipeline.model,
+        pipeline.tokenizer,
+        hardware=hardware,
+        options=config.data,
+        seed=config.seed,
+        plan_cache=pipeline.runs / "plans",
+    )
     data.setup("fit")
     batches = iter(data.train_dataloader())
     pipeline.model.to(hardware.device)
@@ -142,7 +154,8 @@ def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict
     )
     from omegaconf import OmegaConf
 
-    pipeline.freezing("instruct", OmegaConf.to_container(options, resolve=True), Path("unused")).apply(module)
+    plain = OmegaConf.to_container(options, resolve=True)
+    build_freezing("instruct", plain, quantise=hardware.quantise, path=Path("unused")).apply(module)
     optimizer = module.configure_optimizers()["optimizer"]
     learned = [p for p in module.parameters() if p.requires_grad]
     precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(hardware.precision)

@@ -136,7 +136,7 @@ def train(config) -> dict:
     """Seconds and CPU seconds a step (median over the steps but the first two), and the losses."""
     import lightning as L
 
-    from fastvlm import pipeline
+    from fastvlm.pipeline import Pipeline
 
     marks: list[tuple[float, float]] = []
 
@@ -151,7 +151,7 @@ def train(config) -> dict:
 
     L.Trainer = with_clock
     try:
-        pipeline.Pipeline(config).run()
+        Pipeline(config).run()
     finally:
         L.Trainer = plain
     (stage,) = (Path(config.paths.runs) / "stages").iterdir()

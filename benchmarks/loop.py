@@ -24,7 +24,7 @@ def lightning_seconds(config) -> float:
     """Seconds from step WARM to the last, by the clock between two batches' starts."""
     import lightning as L
 
-    from fastvlm import pipeline
+    from fastvlm.pipeline import Pipeline
 
     marks: list[float] = []
 
@@ -42,7 +42,7 @@ def lightning_seconds(config) -> float:
 
     L.Trainer = with_clock
     try:
-        pipeline.Pipeline(config).run()
+        Pipeline(config).run()
     finally:
         L.Trainer = plain
     return marks[-1] - marks[WARM]
@@ -52,18 +52,17 @@ def bare_seconds(config) -> float:
     """The same model, batches, precision, clipping, optimiser and schedule, in a loop of ten lines."""
     import torch
 
-    from fastvlm import pipeline
-    from fastvlm.build import build_model, build_tokenizer, instantiate
+    from fastvlm.build import instantiate
     from fastvlm.callbacks.freezing import StageFreezing
     from fastvlm.data.dataset import PlannedDataset
+    from fastvlm.pipeline import Pipeline
+    from fastvlm.pipeline.stage_run import StageRun
 
-    run = pipeline.Pipeline(config)
+    run = Pipeline(config)
     run.hardware.apply()
-    run.tokenizer = build_tokenizer(config)
-    run.model = build_model(config, run.tokenizer)
+    run.build()
     ((name, options),) = config.stages.items()
-    data = run.data(name, options)
-    data.setup("fit")
+    data = StageRun(run, name=name, config=options).data
     stage = instantiate(
         options.objective,
         key="objective",

@@ -24,6 +24,7 @@ from fastvlm.config import command  # noqa: E402
 def measure(config) -> None:
     from fastvlm.build import build_tokenizer, instantiate
     from fastvlm.data.plan import Plan
+    from fastvlm.data.plan_report import largest_error, largest_step_error, packing_efficiency
     from fastvlm.data.source import UNITS, Mixture
 
     tokenizer = build_tokenizer(config)
@@ -37,7 +38,7 @@ def measure(config) -> None:
 
     print("largest share error over every prefix of 10,000 samples, in largest samples' worth (bound 1)")
     for unit in UNITS:
-        errors = plan(unit, num_steps=1).largest_error(10_000)
+        errors = largest_error(plan(unit, num_steps=1), 10_000)
         print(f"  {unit:14} {max(errors.values()):.3f}   " + ", ".join(f"{k} {v:.3f}" for k, v in errors.items()))
 
     print(f"one epoch in rows of max_tokens={config.max_tokens} and max_images={config.max_images}")
@@ -47,11 +48,11 @@ def measure(config) -> None:
         "one sample a row, sorted in windows of 512": {"packing": False, "sort_window": 512},
     }.items():
         made = plan(**changed)
-        rows = made.packing_efficiency()
+        rows = packing_efficiency(made)
         print(
             f"  {name:44} {made.num_steps:6,} steps, {rows['samples_per_row']:4.1f} samples a row, "
             f"{rows['padding']:5.1%} padding, rows {rows['filled_tokens']:.1%} full "
-            f"(images {rows['filled_images']:.1%}), share error at steps {made.largest_step_error():.1f}"
+            f"(images {rows['filled_images']:.1%}), share error at steps {largest_step_error(made):.1f}"
         )
 
     print("time to plan 1,000,000 samples")

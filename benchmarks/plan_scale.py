@@ -104,6 +104,7 @@ def step(folder: Path, samples: int, resume: bool) -> dict:
     """One process: plan, or start again; returns seconds and memory."""
     from fastvlm.build import build_tokenizer
     from fastvlm.config import compose
+    from fastvlm.data.plan_report import largest_error, packing_efficiency
 
     tokenizer = build_tokenizer(compose("inspect"))
     begun, wall = time.process_time(), time.time()
@@ -120,7 +121,7 @@ def step(folder: Path, samples: int, resume: bool) -> dict:
         "steps": plan.num_steps,
     }
     if not resume:
-        out |= {"largest_error": max(plan.largest_error(100_000).values())} | plan.packing_efficiency()
+        out |= {"largest_error": max(largest_error(plan, 100_000).values())} | packing_efficiency(plan)
     return out
 
 

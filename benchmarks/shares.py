@@ -110,6 +110,7 @@ def realised(sources: np.ndarray, costs: np.ndarray, count: int) -> list[float]:
 def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, batch_size: int = 8) -> list:
     """Rows of `sft_minimal` (its shares by answer tokens), packed in windows; no image budget."""
     from fastvlm.data.packing import pack_window, window_of
+    from fastvlm.data.plan_report import packing_efficiency
 
     made_plan = plan(folder, tokenizer, SFT_MINIMAL, "answer_tokens", packing=False, num_steps=1)
     lengths = made_plan.costs(count, "tokens")[1].tolist()
@@ -117,7 +118,7 @@ def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, batch_size:
     for max_tokens in (2048, 4096):
         budget = {"max_tokens": max_tokens, "max_images": 10**6}
         window = window_of(sum(lengths) / count, 0, **budget)
-        planned = plan(folder, tokenizer, SFT_MINIMAL, "answer_tokens", num_steps=100, **budget).packing_efficiency()
+        planned = packing_efficiency(plan(folder, tokenizer, SFT_MINIMAL, "answer_tokens", num_steps=100, **budget))
         rows.append({"max_tokens": max_tokens, "packer": "fastvlm, a plan of 100 steps", "rows": 100 * batch_size})
         rows[-1] |= {"useful": planned["filled_tokens"], "padding": planned["padding"]}
         packers = {"fastvlm": pack_window, "first-fit-decreasing": first_fit_decreasing, "arrival order": arrival_order}

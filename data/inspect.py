@@ -152,10 +152,11 @@ def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path, tra
 
 def show(config) -> None:
     from fastvlm.build import build_transform
+    from fastvlm.data.plan_report import notes, report
 
     plan, tokenizer = make_plan(config)
-    print_report(plan.report(PREFIXES))
-    for line in plan.notes():
+    print_report(report(plan, PREFIXES))
+    for line in notes(plan):
         print(line)
     out = Path(config.out)
     images = {"image_size": config.image_size, "transform": build_transform(config)}

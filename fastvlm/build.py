@@ -121,6 +121,11 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
     return model
 
 
+def build_task(config: DictConfig):
+    """The task of a configuration: what scores a model."""
+    return instantiate(config, key="task")
+
+
 def settle_views(config: DictConfig) -> None:
     """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
     if not config.get("vlm"):

@@ -42,7 +42,7 @@ ENCODING = (
     "data/tiling.py",
 )
 # The code that decides a result: what trains, and what scores.
-SCORING = (*CODE, "evaluation", "inference", "pipeline.py", "callbacks/cost.py")
+SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks/cost.py")
 
 
 @cache

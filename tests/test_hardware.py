@@ -111,19 +111,17 @@ def test_deepspeed_shards_weights_in_fp32_and_multiplies_in_bf16():
 )
 def test_what_deepspeeds_flat_shards_cannot_do_is_said_before_a_stage_begins(tiny_config, override, message):
     from fastvlm.config import check
-    from fastvlm.pipeline import Pipeline
+    from fastvlm.pipeline.training import check_deepspeed
 
     config = tiny_config("pipeline=dense", "stages.dense.trainable.llm=null", override)
     check(config)
-    pipeline = Pipeline(config)
-    pipeline.check_deepspeed("dense", config.stages.dense)
-    pipeline.hardware.strategy = "deepspeed_zero3"
+    asked = {"quantise": config.hardware.get("quantise"), "longest_first": config.data.longest_first}
     with pytest.raises(ValueError, match=message):
-        pipeline.check_deepspeed("dense", config.stages.dense)
+        check_deepspeed("dense", config.stages.dense, **asked)
 
 
 def test_a_checkpoint_in_pieces_counts_when_its_last_file_is_written(tmp_path):
-    from fastvlm.pipeline import newest_checkpoint
+    from fastvlm.pipeline.stage_folder import newest_checkpoint
 
     (tmp_path / "step=2.ckpt").write_bytes(b"")
     (tmp_path / "step=4.ckpt").mkdir()

@@ -7,6 +7,7 @@ from fastvlm.build import build_model, build_tokenizer
 from fastvlm.models.fit import check_fit
 from fastvlm.models.resamplers.counts import side_of
 from fastvlm.pipeline import Pipeline
+from fastvlm.pipeline.stage_run import StageRun
 
 
 class Part(nn.Module):
@@ -43,10 +44,9 @@ def test_a_width_of_ones_own_is_not_ignored(tiny_config, override, message):
 def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, overrides, message):
     config = tiny_config("pipeline=align", *overrides)
     pipeline = Pipeline(config)
-    pipeline.tokenizer = build_tokenizer(config)
-    pipeline.model = build_model(config, pipeline.tokenizer)
+    pipeline.build()
     with pytest.raises(ValueError, match=message):
-        pipeline.data("align", config.stages.align)
+        StageRun(pipeline, name="align", config=config.stages.align)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvlm.pipeline import newest_checkpoint
+from fastvlm.pipeline.stage_folder import newest_checkpoint
 from tests.conftest import ROOT, TINY
 
 CHAIN = [*TINY, "stages.encoder.steps=4", "stages.base.steps=4", "stages.align.steps=4", "stages.dense.steps=4"]

@@ -134,5 +134,4 @@ def stage_cost(forward: ForwardFlops, learned: dict[str, float], plan) -> dict[s
 
 def num_learned(plan) -> int:
     """Learned tokens of all steps."""
-    samples = int(plan.report(())["samples"])
-    return int(plan.costs(samples, "answer_tokens")[1].sum()) if samples else 0
+    return int(plan.costs(plan.num_samples, "answer_tokens")[1].sum()) if plan.num_samples else 0

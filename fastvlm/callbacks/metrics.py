@@ -17,44 +17,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fastvlm.batch import Batch
-from fastvlm.tokens import IGNORE_INDEX
+from fastvlm.callbacks.losses import Losses
+from fastvlm.callbacks.positions import count_positions, read_counts
 
 log = logging.getLogger(__name__)
 GIB = 2**30
-# What one position of a row can be; a position's code is (source + 1) * 8 + the bits that hold.
-FIRST, ANSWER, IMAGE = 1, 2, 4
-OUTPUT_KEYS = {"loss", "loss_sum", "source_loss", "source_tokens"}
-
-
-def count_positions(batch: Batch, *, image_token_id: int | None) -> Tensor:
-    """Histogram of position codes, int64 (num_sources + 1, 8); row 0 is padding.
-
-    One pass answers every count there is: samples, tokens, answer tokens and image tokens per source, and padding.
-    """
-    code = (batch.source_ids + 1) * 8
-    code = code + (batch.position_ids == 0) * FIRST + (batch.labels != IGNORE_INDEX) * ANSWER
-    if image_token_id is not None:
-        code = code + (batch.input_ids == image_token_id) * IMAGE
-    size = (len(batch.sources) + 1) * 8
-    code = code.flatten()
-    if code.device.type == "cpu":
-        return torch.bincount(code, minlength=size).view(-1, 8)
-    # bincount waits for the device to learn its output's size; scatter_add_ does not.
-    counts = torch.zeros(size, dtype=torch.int64, device=code.device)
-    return counts.scatter_add_(0, code, torch.ones_like(code)).view(-1, 8)
-
-
-def read_counts(counts: Tensor) -> dict[str, Tensor]:
-    """Samples, tokens, answer and image tokens per source (num_sources,), and padding (), from a histogram."""
-    codes = torch.arange(8)
-    real = counts[1:]
-    return {
-        "samples": real[:, (codes & FIRST) > 0].sum(1),
-        "tokens": real.sum(1),
-        "answer_tokens": real[:, (codes & ANSWER) > 0].sum(1),
-        "image_tokens": real[:, (codes & IMAGE) > 0].sum(1),
-        "padding": counts[0].sum(),
-    }
 
 
 def gradient_norms(module: LightningModule) -> dict[str, Tensor]:
@@ -72,50 +39,14 @@ def gradient_norms(module: LightningModule) -> dict[str, Tensor]:
     return norms
 
 
-class Losses:
-    """Sums of loss and learned tokens per source, plus means of whatever else a step returns, on the device."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.batches = 0
-
-    def add(self, outputs: dict[str, Any]) -> None:
-        for key, value in outputs.items():
-            if key == "loss" or not isinstance(value, Tensor) or (key not in OUTPUT_KEYS and value.ndim):
-                continue
-            value = value.detach()
-            if key not in OUTPUT_KEYS:
-                # The mean of an empty selection is NaN and says nothing: it counts neither above nor below the line.
-                self._add(key + "/n", torch.isfinite(value).float())
-                value = torch.nan_to_num(value.float(), 0.0, 0.0, 0.0)
-            self._add(key, value)
-        self.batches += 1
-
-    def _add(self, key: str, value: Tensor) -> None:
-        self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
-
-    def read(self, split: str, sources: tuple[str, ...], trainer: Trainer) -> dict[str, float]:
-        """Metrics of everything added, over all ranks."""
-        sums = {k: trainer.strategy.reduce(v, reduce_op="sum").cpu() for k, v in sorted(self.sums.items())}
-        out: dict[str, float] = {}
-        if "source_loss" in sums and sums["source_loss"].numel():
-            loss, tokens = sums["source_loss"].double(), sums["source_tokens"].double()
-            if tokens.sum() > 0:
-                out[f"{split}/loss"] = float(loss.sum() / tokens.sum())
-            for name, value, n in zip(sources, loss.tolist(), tokens.tolist()):
-                if n > 0 and len(sources) > 1:
-                    out[f"{split}/loss/{name}"] = value / n
-        for key in sums:
-            if key not in OUTPUT_KEYS and not key.endswith("/n") and sums[key + "/n"] > 0:
-                out[f"{split}/{key}"] = float(sums[key] / sums[key + "/n"])
-        return out
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {k: v.tolist() for k, v in self.sums.items()}, "batches": self.batches}
-
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
-        self.batches = state["batches"]
+def peak_rates(trainer: Trainer) -> dict[str, float]:
+    """The largest learning rate of every name among the optimisers' groups."""
+    rates: dict[str, float] = {}
+    for optimizer in trainer.optimizers:
+        for i, group in enumerate(optimizer.param_groups):
+            key = f"train/lr/{group.get('name', i)}"
+            rates[key] = max(float(group["lr"]), rates.get(key, 0.0))
+    return rates
 
 
 class Metrics(Callback):
@@ -270,26 +201,11 @@ class Metrics(Callback):
         counts = read_counts(window)
         seconds = max(self._seconds["step"] + self._seconds["wait"], 1e-9)
         self._seconds["total"] += seconds
-        tokens, image_tokens = int(counts["tokens"].sum()), int(counts["image_tokens"].sum())
-        metrics |= {
-            "train/tokens_per_second": tokens / seconds,
-            "train/image_tokens_per_second": image_tokens / seconds,
-            "train/text_tokens_per_second": (tokens - image_tokens) / seconds,
-            "train/samples_per_second": int(counts["samples"].sum()) / seconds,
-            "train/padding": int(counts["padding"]) / max(1, int(window.sum())),
-            "train/data_wait": self._seconds["wait"] / seconds,
-            "train/seconds": self._seconds["total"],
-            "train/memory_gib": psutil.Process().memory_info().rss / GIB,
-        }
-        if torch.cuda.is_available():
-            metrics["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+        metrics |= self._speed(counts, window, seconds)
         metrics |= self._shares(trainer)
         for part, norm in self._norms.items():
             metrics["train/grad_norm" + (f"/{part}" if part else "")] = float(norm)
-        for optimizer in trainer.optimizers:
-            for i, group in enumerate(optimizer.param_groups):
-                key = f"train/lr/{group.get('name', i)}"
-                metrics[key] = max(float(group["lr"]), metrics.get(key, 0.0))
+        metrics |= peak_rates(trainer)
         skipped = self._gather_skipped(trainer)
         self._num_skipped += len(skipped)
         metrics["train/skipped"] = float(self._num_skipped)
@@ -303,6 +219,23 @@ class Metrics(Callback):
         self._losses, self._window, self._norms, self._skipped = Losses(), None, {}, []
         self._seconds["step"] = self._seconds["wait"] = 0.0
         self._logged_step = step
+
+    def _speed(self, counts: dict[str, Tensor], window: Tensor, seconds: float) -> dict[str, float]:
+        """Of what was counted in so many seconds; and the memory that is held."""
+        tokens, image_tokens = int(counts["tokens"].sum()), int(counts["image_tokens"].sum())
+        metrics = {
+            "train/tokens_per_second": tokens / seconds,
+            "train/image_tokens_per_second": image_tokens / seconds,
+            "train/text_tokens_per_second": (tokens - image_tokens) / seconds,
+            "train/samples_per_second": int(counts["samples"].sum()) / seconds,
+            "train/padding": int(counts["padding"]) / max(1, int(window.sum())),
+            "train/data_wait": self._seconds["wait"] / seconds,
+            "train/seconds": self._seconds["total"],
+            "train/memory_gib": psutil.Process().memory_info().rss / GIB,
+        }
+        if torch.cuda.is_available():
+            metrics["train/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+        return metrics
 
     def _shares(self, trainer: Trainer) -> dict[str, float]:
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)

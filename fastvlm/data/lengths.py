@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.conversation import count_system_tokens, encode_record
-from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvlm.data.index import SourceIndex
+from fastvlm.data.source_index import SourceIndex
 
 
 @dataclass
@@ -80,7 +80,7 @@ def describe(plan) -> dict:
 def write_order(plan, folder: Path) -> None:
     """Keep what an interrupted stage would need (rank 0, at its start); `plan.json` comes last."""
     plan.extend()
-    order = plan._order()
+    order = plan.order.columns
     rows = plan.num_steps * plan.batch_size
     contents = {f"content/{s.name}": content_of(s.index) for s in plan.sources}
     end = order.end[: rows + 1]

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 
 from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import with_system, without_images
-from fastvlm.data.index import SourceIndex, list_shards, load_index
+from fastvlm.data.index import list_shards, load_index
 from fastvlm.data.remote import is_remote
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from fastvlm.data.decode import open_image, to_rgb
-from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.prompts import Prompt, first_question
 from fastvlm.inference.engine import Engine

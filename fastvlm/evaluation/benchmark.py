@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source, shuffled
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answering import Asked, answer_window, fingerprint_model, read_window
 from fastvlm.evaluation.predictions import read_rows, write_predictions

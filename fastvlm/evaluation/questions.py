@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import majority_answer, normalise_answer
 

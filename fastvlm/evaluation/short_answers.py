@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.conversation import without_images
-from fastvlm.data.index import SourceIndex
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.likelihood import answer_nll, text_perplexity
 from fastvlm.evaluation.metrics import exact_match

@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_stage import IMAGE_ID, TinyStage, make_batch
 
-from fastvlm.callbacks.metrics import Metrics, count_positions, keep_lines, read_counts
+from fastvlm.callbacks.metrics import Metrics, keep_lines
+from fastvlm.callbacks.positions import count_positions, read_counts
 
 
 def read_lines(folder):

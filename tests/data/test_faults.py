@@ -22,6 +22,7 @@ from tiny_world import make_record, write_source
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
+from fastvlm.data.plan_report import notes, report
 from fastvlm.data.shards import ShardWriter, scan_shard
 from fastvlm.data.sidecar import build_index, sidecar
 from fastvlm.data.source import Mixture, Source
@@ -44,8 +45,8 @@ def test_a_truncated_tar_is_used_up_to_the_break_and_the_break_is_named(tmp_path
     assert index.num_samples == 6
     with pytest.warns(UserWarning, match="whole samples before the break"):  # also from a finished index
         plan = plan_of(tmp_path, tokenizer)
-    assert any("write the shard again" in line for line in plan.notes())
-    assert plan.report()["sources"]["x"]["broken_shards"]
+    assert any("write the shard again" in line for line in notes(plan))
+    assert report(plan)["sources"]["x"]["broken_shards"]
 
 
 def test_a_tar_cut_between_two_samples_is_noticed(tmp_path, tokenizer):
@@ -113,9 +114,9 @@ def test_what_no_index_can_read_is_left_out_of_the_plan_by_name(tmp_path, tokeni
         writer.write("role", {"messages": [{"role": "robot", "content": "x"}]})
         writer.write("mute", {"messages": [{"role": "user", "content": "which digit"}]})
     plan = plan_of(tmp_path, tokenizer)
-    left_out = {why: e["keys"] for source in plan.report()["sources"].values() for why, e in source["excluded"].items()}
+    left_out = {why: e["keys"] for source in report(plan)["sources"].values() for why, e in source["excluded"].items()}
     assert left_out == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
-    assert plan.report()["sources"]["x"]["samples"] == 1
+    assert report(plan)["sources"]["x"]["samples"] == 1
 
 
 def test_a_shard_that_changes_under_the_run_is_noticed_by_its_checksum(tmp_path, tokenizer):
@@ -266,7 +267,7 @@ def test_json_of_the_wrong_types_is_left_out_sample_by_sample(tmp_path, tokenize
         [("good.json", b'{"document": "a small seven"}'), *((f"{k}.json", v) for k, v in wrong.items())],
     )
     plan = plan_of(tmp_path, tokenizer)
-    assert plan.report()["sources"]["x"]["samples"] == 1
+    assert report(plan)["sources"]["x"]["samples"] == 1
     assert left_out(plan.sources[0]) == {"unreadable": list(wrong)}
     faults = plan.sources[0].index.faults.to_pylist()
     assert all(fault.startswith(f"{key}: ") for key, fault in zip(wrong, faults[1:]))
@@ -288,7 +289,7 @@ def test_empty_answers_and_questions_longer_than_the_context_are_left_out_by_rea
     assert [source.index.key(row) for row in source.rows.tolist()] == ["good", "empty", "cut"]
     assert left_out(source) == {"answer truncated away": ["long"], "no learned token": ["silent"]}
     assert source.num_truncated == 2
-    assert any("1 samples left out, answer truncated away (long)" in line for line in plan.notes())
+    assert any("1 samples left out, answer truncated away (long)" in line for line in notes(plan))
 
 
 def test_a_loader_process_that_is_killed_ends_the_run_in_one_line_and_the_same_command_goes_on(cli, tmp_path):

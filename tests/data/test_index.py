@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_world import make_record, write_source
 
-from fastvlm.data import index as index_module
 from fastvlm.data import sidecar as sidecar_module
+from fastvlm.data import unique_keys
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.index import load_index
 from fastvlm.data.shards import ShardReader
@@ -128,11 +128,11 @@ def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_p
 
 def test_a_large_index_is_searched_for_double_keys_once(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_module, "NOTED_SAMPLES", 10)
+    monkeypatch.setattr(unique_keys, "NOTED_SAMPLES", 10)
     folder = fill(tmp_path / "x", tokenizer)
     read = []
-    hash_keys = index_module.hash_keys
-    monkeypatch.setattr(index_module, "hash_keys", lambda keys: read.append(len(keys)) or hash_keys(keys))
+    hash_keys = unique_keys.hash_keys
+    monkeypatch.setattr(unique_keys, "hash_keys", lambda keys: read.append(len(keys)) or hash_keys(keys))
     for _ in range(3):
         load_index(folder, "train", tokenizer)
     assert read == [20, 20, 10]
@@ -145,6 +145,6 @@ def test_a_large_index_is_searched_for_double_keys_once(tmp_path, tokenizer, mon
 
 def test_different_keys_have_different_hashes_whatever_their_length_and_place():
     keys = ["", "a", "b", "aa", "ab", "ba", "a" * 200, *(f"k-{i}" for i in range(20_000))]
-    hashes = index_module.hash_keys(pa.array(keys))
+    hashes = unique_keys.hash_keys(pa.array(keys))
     assert len(set(hashes.tolist())) == len(keys)
-    assert (index_module.hash_keys(pa.array(keys)[3:]) == hashes[3:]).all()
+    assert (unique_keys.hash_keys(pa.array(keys)[3:]) == hashes[3:]).all()

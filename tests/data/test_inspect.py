@@ -7,6 +7,7 @@ from PIL import Image
 from data.inspect import draw_samples, print_report, split_runs
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.plan import Plan
+from fastvlm.data.plan_report import report
 from fastvlm.data.source import Mixture, Source
 
 
@@ -28,7 +29,7 @@ def test_a_mixture_is_shown_as_a_table_and_a_picture(sources, tokenizer, tmp_pat
     there = {k: Source(k, path=v) for k, v in sources.items()}
     mixture = Mixture(there, weights=dict.fromkeys(sources, 1), unit="samples")
     plan = Plan(mixture, tokenizer, tokens_per_image=2, batch_size=4, max_tokens=20)
-    print_report(plan.report())
+    print_report(report(plan))
     printed = capsys.readouterr().out
     assert all(name in printed for name in sources) and "25.0" in printed
     draw_samples(plan, tokenizer, image_size=16, count=8, out=tmp_path / "sheets" / "x.png")

@@ -14,6 +14,7 @@ from tiny_world import make_record, write_source
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.plan import Plan
+from fastvlm.data.plan_report import largest_error, largest_step_error, notes, report, shares
 from fastvlm.data.schedule import prefix_error
 from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import UNITS, Mixture, Source
@@ -54,9 +55,9 @@ def test_every_prefix_is_within_one_samples_worth_of_its_target(sources, tokeniz
         own = int(plan.sources[i].costs(unit)[plan.sources[i].rows].max())
         assert error.min() > -largest - 1e-6
         assert error.max() <= (1 - float(weight)) * own + 1e-6
-    assert max(plan.largest_error(700).values()) <= 1 + 1e-9
-    shares = plan.shares(700, unit)
-    assert math.isclose(sum(shares.values()), 1)
+    assert max(largest_error(plan, 700).values()) <= 1 + 1e-9
+    realised = shares(plan, 700, unit)
+    assert math.isclose(sum(realised.values()), 1)
 
 
 def test_the_plan_is_a_function_of_its_arguments_alone(sources, tokenizer):
@@ -112,7 +113,7 @@ def test_step_i_of_a_fresh_plan_is_step_i_of_a_running_one(sources, tokenizer):
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_sample_of_a_source_is_seen_once_in_each_pass(sources, tokenizer, packing):
     plan = plan_of(sources, tokenizer, packing=packing, pack_window=64, max_tokens=200)
-    order, rows = plan._arrivals(900)
+    order, rows = plan.arrivals(900)
     for i, source in enumerate(plan.sources):
         mine, n = rows[order == i], len(source.rows)
         for start in range(0, len(mine) - n + 1, n):
@@ -124,7 +125,7 @@ def test_every_sample_of_a_source_is_seen_once_in_each_pass(sources, tokenizer, 
 def test_shards_are_read_window_by_window(sources, tokenizer):
     """90 samples in 5 shards: with a window of 2, no more than 2 shards are open at once."""
     plan = plan_of(sources, tokenizer, mixture=mix(sources, kinds=("caption",), weights=(1,), window_shards=2))
-    _, rows = plan._arrivals(90)
+    _, rows = plan.arrivals(90)
     shards = plan.sources[0].index.shard[rows].tolist()
     last = {s: len(shards) - 1 - shards[::-1].index(s) for s in set(shards)}
     first = {s: shards.index(s) for s in set(shards)}
@@ -165,9 +166,9 @@ def test_what_the_optimiser_has_seen_stays_close_to_the_shares_too(sources, toke
     """Packing reorders a window; the packs are put so that no step's end is far off."""
     for unit in UNITS:
         plan = plan_of(sources, tokenizer, mixture=mix(sources, weights=(4, 3, 2, 1), unit=unit), num_steps=60)
-        assert plan.largest_step_error() < 3
+        assert largest_step_error(plan) < 3
         arrived = plan_of(sources, tokenizer, mixture=mix(sources, unit=unit), packing=False, num_steps=60)
-        assert arrived.largest_step_error() <= 1
+        assert largest_step_error(arrived) <= 1
 
 
 def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sources, tokenizer):
@@ -182,9 +183,9 @@ def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sourc
             if row in source.rows:
                 assert (len(encoded.input_ids), learned) == (source.length[row], source.answer[row])
     assert len(found["chat"].excluded["answer truncated away"])
-    left = plan.report()["sources"]["chat"]
+    left = report(plan)["sources"]["chat"]
     assert left["samples"] + sum(e["count"] for e in left["excluded"].values()) == 70
-    assert any("left out" in line for line in plan.notes())
+    assert any("left out" in line for line in notes(plan))
 
 
 def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
@@ -269,7 +270,7 @@ def test_a_dataset_travels_to_a_spawned_process(sources, tokenizer):
 def test_two_sources_whose_keys_differ_only_by_name_have_orders_of_their_own(tmp_path, tokenizer):
     folders = {name: write_source(tmp_path / name, "text", 30) for name in "ab"}
     plan = plan_of(folders, tokenizer, mixture=mix(folders, kinds=("a", "b"), weights=(1, 1)), num_steps=2)
-    order, rows = plan._arrivals(60)
+    order, rows = plan.arrivals(60)
     assert rows[order == 0].tolist() != rows[order == 1].tolist()
     assert np.array_equal(np.sort(rows[order == 0]), np.sort(rows[order == 1]))
 
@@ -278,7 +279,7 @@ def test_a_source_with_max_epochs_is_served_so_often_and_the_others_go_on_in_the
     once = {k: Source(k, path=sources[k], max_epochs=1 if k == "text" else None) for k in KINDS}
     mixture = Mixture(once, weights={"caption": 20, "pages": 20, "chat": 20, "text": 40}, unit="samples")
     plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=None, epochs=3, packing=False)
-    order, _ = plan.costs(int(plan._order().end[plan.num_steps * 4]), "samples")
+    order, _ = plan.costs(int(plan.order.columns.end[plan.num_steps * 4]), "samples")
     text = KINDS.index("text")
     held = len(plan.sources[text].rows)
     last = int(np.flatnonzero(order == text)[-1])
@@ -287,10 +288,10 @@ def test_a_source_with_max_epochs_is_served_so_often_and_the_others_go_on_in_the
     assert sorted(served) == plan.sources[text].rows.tolist()  # every sample once
     counts = np.bincount(order[last + 1 :], minlength=4)
     assert counts[text] == 0 and max(abs(counts[:3] - counts.sum() / 3)) <= 1
-    assert max(plan.largest_error(len(order)).values()) <= 1 + 1e-9
-    (note,) = (line for line in plan.notes() if "used up" in line)
+    assert max(largest_error(plan, len(order)).values()) <= 1 + 1e-9
+    (note,) = (line for line in notes(plan) if "used up" in line)
     assert note.startswith(f"text used up (max_epochs) after {last + 1} samples") and "caption 33.3%" in note
-    assert plan.report()["segments"][1] == [last + 1, pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])]
+    assert report(plan)["segments"][1] == [last + 1, pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])]
 
 
 def test_a_mixture_that_is_used_up_serves_every_sample_and_refuses_more_steps(sources, tokenizer):
@@ -302,7 +303,7 @@ def test_a_mixture_that_is_used_up_serves_every_sample_and_refuses_more_steps(so
     assert all(len(step.rows) == 4 for step in steps_of(plan))  # the last is filled with empty rows
     dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
     assert sum(len(dataset[i].keys) for i in range(len(dataset))) == len(seen)
-    assert plan.report()["packing"]["padding"] < 1
+    assert report(plan)["packing"]["padding"] < 1
     with pytest.raises(ValueError, match=r"steps=9999: .* together they last \d+ steps"):
         plan_of(sources, tokenizer, mixture=mixture, num_steps=9999)
 

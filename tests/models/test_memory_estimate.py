@@ -140,16 +140,13 @@ def test_optimiser_state_counts_what_each_optimiser_keeps():
 
 
 def test_a_run_says_before_it_begins_what_will_not_fit_and_which_key_mends_it(tiny_config):
-    from fastvlm.build import build_model, build_tokenizer
-    from fastvlm.pipeline import Pipeline
+    from fastvlm.build import build_model, build_tokenizer, instantiate
+    from fastvlm.pipeline.memory_notes import memory_notes
 
     config = tiny_config("pipeline=dense", "hardware.memory_gib=0.001", "stages.dense.trainable.llm=1e-3")
-    pipeline = Pipeline(config)
-    pipeline.model = build_model(config, build_tokenizer(config))
-    line, mend = pipeline.memory_notes()
+    model = build_model(config, build_tokenizer(config))
+    line, mend = memory_notes(config, model, instantiate(config.hardware, key="hardware"))
     assert line.startswith("memory   dense: ") and line.endswith("of 0.00") and "activations" in line
     assert "dense will not fit, activations being most of it: hardware.rows_per_device=4; hardware.grad" in mend
     config.hardware.memory_gib = 100
-    pipeline = Pipeline(config)
-    pipeline.model = build_model(config, build_tokenizer(config))
-    assert len(pipeline.memory_notes()) == 1
+    assert len(memory_notes(config, model, instantiate(config.hardware, key="hardware"))) == 1

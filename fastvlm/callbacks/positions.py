@@ -1,0 +1,43 @@
+"""What the positions of batches are, counted where they are: samples, tokens and padding of every source."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvlm.batch import Batch
+from fastvlm.tokens import IGNORE_INDEX
+
+# What one position of a row can be; a position's code is (source + 1) * 8 + the bits that hold.
+FIRST, ANSWER, IMAGE = 1, 2, 4
+
+
+def count_positions(batch: Batch, *, image_token_id: int | None) -> Tensor:
+    """Histogram of position codes, int64 (num_sources + 1, 8); row 0 is padding.
+
+    One pass answers every count there is: samples, tokens, answer tokens and image tokens per source, and padding.
+    """
+    code = (batch.source_ids + 1) * 8
+    code = code + (batch.position_ids == 0) * FIRST + (batch.labels != IGNORE_INDEX) * ANSWER
+    if image_token_id is not None:
+        code = code + (batch.input_ids == image_token_id) * IMAGE
+    size = (len(batch.sources) + 1) * 8
+    code = code.flatten()
+    if code.device.type == "cpu":
+        return torch.bincount(code, minlength=size).view(-1, 8)
+    # bincount waits for the device to learn its output's size; scatter_add_ does not.
+    counts = torch.zeros(size, dtype=torch.int64, device=code.device)
+    return counts.scatter_add_(0, code, torch.ones_like(code)).view(-1, 8)
+
+
+def read_counts(counts: Tensor) -> dict[str, Tensor]:
+    """Samples, tokens, answer and image tokens per source (num_sources,), and padding (), from a histogram."""
+    codes = torch.arange(8)
+    real = counts[1:]
+    return {
+        "samples": real[:, (codes & FIRST) > 0].sum(1),
+        "tokens": real.sum(1),
+        "answer_tokens": real[:, (codes & ANSWER) > 0].sum(1),
+        "image_tokens": real[:, (codes & IMAGE) > 0].sum(1),
+        "padding": counts[0].sum(),
+    }

@@ -1,0 +1,23 @@
+"""From conf/ and a command line to one checked configuration; a user's mistake is one line. With `build.py` the only
+code that knows Hydra."""
+
+from fastvlm.config.command_line import command
+from fastvlm.config.composition import CONF, ROOT, compose, compose_each, take_list, typed_overrides
+from fastvlm.config.rules import check
+from fastvlm.config.schema import Adapt, EvalConfig, ImageConfig, StageConfig, TrainConfig
+
+__all__ = [
+    "CONF",
+    "ROOT",
+    "Adapt",
+    "EvalConfig",
+    "ImageConfig",
+    "StageConfig",
+    "TrainConfig",
+    "check",
+    "command",
+    "compose",
+    "compose_each",
+    "take_list",
+    "typed_overrides",
+]

@@ -1,0 +1,77 @@
+"""The command line of train.py, eval.py and their like."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fastvlm.config.composition import CONF, register, relax, with_arm
+from fastvlm.config.mistakes import explain, interrupted, loader_died, refuse
+from fastvlm.config.rules import check
+from fastvlm.hardware import is_first_rank
+
+
+def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run `task` under Hydra's command line; a user's mistake is one line on stderr and exit status 2."""
+    import hydra
+
+    from fastvlm.study.arms import expand
+
+    register()
+    typed = shlex.join(sys.argv)
+    try:
+        sys.argv[1:] = relax(expand(sys.argv[1:]))
+    except ValueError as error:
+        refuse(str(error))
+    # Exceptions reach us whole, and we say what they mean; cells and ranks inherit both variables.
+    show_traceback = "HYDRA_FULL_ERROR" in os.environ and "FASTVLM_ONE_LINE" not in os.environ
+    if not show_traceback:
+        os.environ |= {"HYDRA_FULL_ERROR": "1", "FASTVLM_ONE_LINE": "1"}
+
+    def checked(config: DictConfig):
+        value = run_task(task, config, typed=typed, show_traceback=show_traceback)
+        if (result := os.environ.get("FASTVLM_CELL_RESULT")) and is_first_rank():
+            Path(result).write_text(json.dumps({"value": value}))
+        return value
+
+    try:
+        hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
+    except KeyboardInterrupt:  # a sweep: its cells have said nothing of it
+        interrupted(f"finished cells are kept, the same command goes on: {typed}")
+    except Exception as error:
+        if show_traceback:
+            raise
+        if type(error).__module__.startswith(("hydra", "omegaconf")):
+            refuse(explain(error, config_name))
+        if isinstance(error, ValueError):  # a sweep whose cells failed
+            refuse(str(error))
+        raise
+
+
+def run_task(task: Callable[[DictConfig], Any], config: DictConfig, *, typed: str, show_traceback: bool) -> Any:
+    """What `task` makes of a configuration, checked before; its mistakes are said and the process ends."""
+    try:
+        config = with_arm(config)
+        check(config)
+        return task(config)
+    except ValueError as error:
+        if show_traceback:
+            raise
+        refuse(str(error))
+    except (RuntimeError, EOFError, OSError) as error:
+        if show_traceback or not loader_died(error):
+            raise
+        what = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
+        refuse(
+            f"a loader process was killed ({what}); out of memory? The same command goes on from the last "
+            f"checkpoint: {typed}"
+        )
+    except KeyboardInterrupt:
+        interrupted(f"the same command goes on from here: {typed}")

@@ -1,0 +1,121 @@
+"""Composing conf/ into one configuration, on a command line or without."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.config.schema import EvalConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+
+def register() -> None:
+    """Make schemas and resolvers known to Hydra. Safe to call twice."""
+    from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="eval_schema", node=EvalConfig)
+
+
+def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig:
+    """Compose without a command line (tests, notebooks, tools)."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from fastvlm.study.arms import expand
+
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = relax(expand(list(overrides)))
+        if config_name == "train" and not any(o.startswith("name=") for o in overrides):
+            overrides.append("name=composed")
+        return hydra_compose(config_name, overrides)
+
+
+def run_name() -> str:
+    """The run directory's default name: the pipeline, and what was changed on the command line.
+
+    The same command has the same name, so that it finds its own run again.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    silent = r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b"
+    changed = [o for o in hydra.overrides.task if not re.match(silent, o)]
+    label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
+    label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
+    if len(label) <= 80:
+        return label
+    return f"{label[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+# Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
+PARTS = "encoder|resampler|projector|llm|vlm|tokenizer|task|hardware|logger|mixture"
+
+CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable|adapt))\."
+
+
+def relax(overrides: list[str]) -> list[str]:
+    """`hardware.num_workers=0` works without a plus; `build.instantiate` refuses what the constructor does not take."""
+    return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.(trainable|adapt)=", o) else o for o in overrides]
+
+
+def typed_overrides() -> list[str]:
+    """The overrides of the command that runs, without Hydra's own; none outside one."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def with_arm(config: DictConfig) -> DictConfig:
+    """The configuration with its study's arm applied: a launcher that runs cells in processes of its own (joblib,
+    submitit) hands them on as they were composed, without it.
+
+    Raises:
+        ValueError: a study without an arm.
+    """
+    study = config.get("study")
+    if study is None or study.get("applied"):
+        return config
+    if config.arm is None:
+        if config.dry_run:
+            return config
+        have = ", ".join(study.get(config.scale, {}).get("arms", {}))
+        raise ValueError(f"experiment={study.name} is a grid: add -m for all its cells, or arm=<one of {have}>")
+    return compose("train", typed_overrides())
+
+
+def take_list(group: str) -> list[str]:
+    """The choices of a group given as a list, `task=[vqav2,textvqa]`, with the command line left at the first of them.
+
+    Hydra itself would merge them into one; `compose_each` makes one configuration of each.
+    """
+    for i, argument in enumerate(sys.argv):
+        if match := re.fullmatch(rf"{group}=\[([\w\s,/-]*)\]", argument):
+            names = [name.strip() for name in match[1].split(",") if name.strip()]
+            if names:
+                sys.argv[i] = f"{group}={names[0]}"
+                return list(dict.fromkeys(names))
+    return []
+
+
+def compose_each(config: DictConfig, group: str, names: list[str]) -> dict[str, DictConfig]:
+    """The configuration once for every choice of a group, by choice; all other overrides hold for each."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    if len(names) < 2:
+        return {str(hydra.runtime.choices.get(group)): config}
+    others = [o for o in hydra.overrides.task if not re.match(rf"\+*{group}=", o)]
+    return {name: compose(hydra.job.config_name, [*others, f"{group}={name}"]) for name in names}

@@ -1,0 +1,88 @@
+"""A user's mistake as one line: which file or key, and the nearest right name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
+
+from fastvlm.config.composition import CONF, compose
+
+
+def refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def interrupted(message: str) -> NoReturn:
+    print(f"\ninterrupted; {message}", file=sys.stderr)
+    sys.exit(130)
+
+
+def explain(error: BaseException, config_name: str) -> str:
+    """A composition error of Hydra or OmegaConf as one line with the nearest right name."""
+    text, cause = str(error), error.__cause__
+    full = text if cause is None else f"{text}\n{cause}"
+    full_key = re.search(r"full_key: (\S+)", full)
+    if match := re.search(r"Could not find '([^']+)'", full):
+        return no_option(match[1], config_name)
+    if match := re.search(r"Could not override '([^']+)'", full):
+        return f"unknown key {match[1]}{nearest(match[1].split('@')[0], config_name)}"
+    if match := re.search(r"In '([^']+)':.*?(?:Key '([^']+)'|full_key: (\S+))", full, re.S):
+        name = full_key[1] if full_key else match[2]
+        reason = re.search(r"(Value '.*|Key '.*)", full)
+        said = reason[1] if reason else "unknown key"
+        return f"conf/{match[1]}.yaml: {said} at {name}{nearest(name, config_name)}"
+    reason = text.splitlines()[0] if text else type(error).__name__
+    detail = str(cause).splitlines()[0] if cause is not None and str(cause) else ""
+    words = [reason, f"({detail})" if detail and detail not in reason else "", f"at {full_key[1]}" if full_key else ""]
+    return " ".join(filter(None, words))
+
+
+def no_option(path: str, config_name: str) -> str:
+    """That a group has no such file, with the nearest that it has, and all."""
+    group, _, choice = path.rpartition("/")
+    folder = CONF / group
+    options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    if group == "experiment":
+        from fastvlm.study.arms import STUDIES
+
+        options = sorted(p.parent.name for p in STUDIES.glob("*/study.yaml"))
+    near = difflib.get_close_matches(choice, options, 1, 0.3)
+    hint = f"; did you mean {group}={near[0]}?" if near else "."
+    return f"{group or config_name}={choice} is no option{hint} Options: {', '.join(options) or 'none'}"
+
+
+def nearest(key: str, config_name: str) -> str:
+    """The end of a line about an unknown key: the key or group that was meant, or where all of them are listed."""
+    try:
+        plain = OmegaConf.to_container(compose(config_name), resolve=False)
+    except Exception:  # noqa: BLE001  the configuration itself is broken: no hint to give
+        return ""
+    key, groups = key.lstrip("+~"), [p.name for p in CONF.iterdir() if p.is_dir()]
+    near = difflib.get_close_matches(key, list(dotted(plain)), 1, 0.6) or difflib.get_close_matches(key, groups, 1, 0.6)
+    return f"; did you mean {near[0]}?" if near else f"; see `python {config_name}.py --cfg job` for every key"
+
+
+def dotted(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of nested dictionaries, written with dots."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from dotted(value, f"{prefix}{key}.")
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether a process of a DataLoader was killed: torch says so, or what it was handing over ends in the middle."""
+    if isinstance(error, RuntimeError):
+        return re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)) is not None
+    frames = [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__)]
+    in_loader = any(name.endswith("torch/utils/data/dataloader.py") for name in frames)
+    handing = any("/multiprocessing/" in name for name in frames)
+    return in_loader and handing and isinstance(error, (EOFError, ConnectionError, FileNotFoundError))

@@ -1,0 +1,135 @@
+"""The rules between keys that a schema cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fastvlm.config.schema import Adapt, LastLayers, Lora
+
+PARTS = ("encoder", "resampler", "projector", "llm")
+METHODS = {  # how a part learns -> what must be given with it
+    "full": ("lr",),
+    "frozen": (),
+    "partial": ("lr", "num"),
+    "lora": ("lr",),
+    "dora": ("lr",),
+}
+QUANTISED = ("int8", "nf4", "fp4", "torchao_int8", "torchao_fp8", "torchao_int4")
+DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
+ON_CHANGE = ("refuse", "replan", "restart")
+
+
+def check(config: DictConfig) -> None:
+    """Refuse what breaks a rule, all at once; and bring `max_steps` and the short forms of a stage into full form.
+
+    Raises:
+        ValueError: with one broken rule a line.
+    """
+    wrong = []
+    for name, stage in config.get("stages", {}).items():
+        if config.get("max_steps"):
+            stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
+        wrong += wrong_stage(stage, where=f"stages.{name}", pretrained=bool(config.get("vlm")))
+    if "data" in config and config.data.on_change not in ON_CHANGE:
+        wrong.append(f"data.on_change={config.data.on_change} is none of {', '.join(ON_CHANGE)}")
+    if "stages" in config and not config.stages:
+        wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[str]:
+    """What is wrong with a stage; `pretrained`: of a model that brings its own image size."""
+    if (stage.steps is None) == (stage.epochs is None):
+        yield f"{where}: give exactly one of steps and epochs"
+    for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
+        if stage.get(key) is not None and stage[key] <= 0:
+            yield f"{where}.{key}={stage[key]} must be above 0"
+    if stage.get("cache_features") and "encoder" not in stage.parts:
+        yield f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone"
+    if stage.image_size is None and not pretrained:
+        yield f"{where}.image_size=null is a pretrained model's own size; give a number, or choose a vlm"
+    yield from wrong_image(stage, where=where)
+    if unknown := set(stage.parts) - set(PARTS):
+        yield f"{where}.parts: {', '.join(unknown)} is none of {', '.join(PARTS)}"
+    yield from wrong_short_forms(stage, where=where)
+    yield from wrong_adapt(stage, where=where)
+    if stage.decay not in DECAYS:
+        yield f"{where}.decay={stage.decay} is none of {', '.join(DECAYS)}"
+    if stage.decay_steps is not None and not stage.decay.startswith("wsd"):
+        yield f"{where}.decay_steps is for decay=wsd and wsd_sqrt; {stage.decay} decays over the whole stage"
+
+
+def wrong_image(stage: DictConfig, *, where: str) -> Iterator[str]:
+    from fastvlm.build import build_transform
+
+    try:
+        build_transform(stage if stage.image_size else OmegaConf.merge(stage, {"image_size": 1}))
+    except ValueError as error:
+        yield f"{where}.{error}"
+
+
+def wrong_short_forms(stage: DictConfig, *, where: str) -> Iterator[str]:
+    """What is wrong with `lora` and `last_layers`, which OmegaConf cannot merge into a dataclass that may be null."""
+    for key, schema in (("lora", Lora), ("last_layers", LastLayers)):
+        if stage.get(key) is None:
+            continue
+        try:
+            stage[key] = OmegaConf.merge(OmegaConf.structured(schema), stage[key])
+        except OmegaConfBaseException as error:
+            yield not_taken(f"{where}.{key}", schema, error)
+            continue
+        for missing in OmegaConf.missing_keys(stage[key]):
+            yield f"{where}.{key}.{missing} must be given"
+
+
+def wrong_adapt(stage: DictConfig, *, where: str) -> Iterator[str]:
+    """What is wrong with `adapt`, whose entries are brought into full form on the way."""
+    for part, value in list((stage.get("adapt") or {}).items()):
+        here = f"{where}.adapt.{part}"
+        if value is None:
+            del stage.adapt[part]
+            continue
+        if part not in PARTS:
+            yield f"{here}: {part} is none of {', '.join(PARTS)}"
+            continue
+        value = {"method": value} if isinstance(value, str) else value
+        try:
+            stage.adapt[part] = OmegaConf.merge(OmegaConf.structured(Adapt), value)
+        except OmegaConfBaseException as error:
+            yield not_taken(here, Adapt, error)
+            continue
+        yield from wrong_method(stage, part, where=where)
+
+
+def wrong_method(stage: DictConfig, part: str, *, where: str) -> Iterator[str]:
+    """What is wrong with how one part learns, `adapt` being in full form."""
+    here, adapt = f"{where}.adapt.{part}", stage.adapt[part]
+    given = "missing" if OmegaConf.is_missing(adapt, "method") else adapt.method
+    if given not in METHODS:
+        yield f"{here}.method={given} is none of {', '.join(METHODS)}"
+        return
+    for key in METHODS[adapt.method]:
+        if adapt[key] is None:
+            yield f"{here}.{key} must be given: method={adapt.method} needs it"
+    if adapt.method == "frozen" and adapt.lr is not None:
+        yield f"{here}.lr={adapt.lr:g}, but method=frozen; set method=full, or leave the rate out"
+    if adapt.quantise is not None:
+        if adapt.quantise not in QUANTISED:
+            yield f"{here}.quantise={adapt.quantise} is none of {', '.join(QUANTISED)}"
+        if adapt.method == "full":
+            yield f"{here}.quantise={adapt.quantise}, but method=full leaves nothing frozen; set method=lora"
+        if part not in ("encoder", "llm"):
+            yield f"{here}.quantise: only encoder and llm are worth it; leave it out"
+    if stage.trainable.get(part) is not None:
+        yield f"{here} and {where}.trainable.{part} both say how {part} learns; set one to null"
+    for key in ("lora", "last_layers"):
+        if part == "llm" and stage.get(key) is not None:
+            yield f"{here} and {where}.{key} both say how {part} learns; set one to null"
+
+
+def not_taken(where: str, schema: type, error: OmegaConfBaseException) -> str:
+    return f"{where}: {str(error).splitlines()[0]}; it takes {', '.join(schema.__dataclass_fields__)}"

@@ -1,0 +1,138 @@
+"""What a plan will do: shares and their errors, packing, what is left out. In numbers for JSON, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fastvlm.data.lengths import Measured
+from fastvlm.data.plan import Plan
+from fastvlm.data.schedule import prefix_error
+from fastvlm.data.source import UNITS
+
+PREFIXES = (100, 1000, 10000)
+
+
+def report(plan: Plan, prefixes: tuple[int, ...] = PREFIXES) -> dict:
+    """What the plan will do, in plain numbers: ready for JSON.
+
+    Per source: target share, realised shares in all units after each prefix of samples, samples it holds, passes
+    over it (`epochs`) in all steps, what is left out and why (with up to ten keys), truncated samples.
+    """
+    planned = plan.num_samples
+    errors = largest_error(plan, max(planned, 1))
+    columns = plan.order.columns
+    seen = np.bincount(columns.source[columns.place[:planned]], minlength=len(plan.sources))
+    realised = {unit: {n: shares(plan, n, unit) for n in (*prefixes, planned)} for unit in UNITS}
+    sources = {
+        source.name: {
+            "target": float(weight),
+            "share": {unit: {str(n): at[source.name] for n, at in realised[unit].items()} for unit in UNITS},
+            "largest_error": errors[source.name],
+            "samples": len(source.rows),
+            "planned": int(served),
+            "epochs": float(served / len(source.rows)),
+            "truncated": source.num_truncated,
+            "excluded": left_out(source),
+            "broken_shards": source.index.broken,
+        }
+        for source, weight, served in zip(plan.sources, plan.weights, seen)
+    }
+    return {
+        "fingerprint": plan.fingerprint,
+        "unit": plan.unit,
+        "num_steps": plan.num_steps,
+        "samples": planned,
+        "epochs": planned / plan.epoch_samples,
+        "packing": packing_efficiency(plan),
+        "largest_step_error": largest_step_error(plan),
+        "segments": [[first, [float(w) for w in weights]] for first, weights in plan.segments()],
+        "sources": sources,
+    }
+
+
+def left_out(source: Measured) -> dict[str, dict]:
+    """Reason -> how many samples of a source are not planned, and the keys of the first ten."""
+    return {
+        reason: {"count": len(gone), "keys": [source.index.key(row) for row in gone[:10].tolist()]}
+        for reason, gone in source.excluded.items()
+    }
+
+
+def notes(plan: Plan) -> list[str]:
+    """What a user should know before the first step, one line each: what is left out, cut or broken."""
+    lines = []
+    for s in plan.sources:
+        for shard, where in s.index.broken.items():
+            lines.append(f"{s.name}: {shard} {where}; the samples before are used, write the shard again")
+        for reason, gone in s.excluded.items():
+            keys = [s.index.key(row) for row in gone[:3].tolist()] + ["..."] * (len(gone) > 3)
+            lines.append(f"{s.name}: {len(gone)} samples left out, {reason} ({', '.join(keys)})")
+        if s.num_truncated:
+            lines.append(f"{s.name}: {s.num_truncated} samples cut to max_tokens={plan.max_tokens}")
+    for first, weights in plan.segments()[1:]:
+        gone = ", ".join(name for name, w in zip(plan.names, weights) if not w)
+        rest = ", ".join(f"{name} {float(w):.1%}" for name, w in zip(plan.names, weights) if w)
+        lines.append(f"{gone} used up (max_epochs) after {first} samples; from there on the shares are {rest}")
+    return lines
+
+
+def shares(plan: Plan, n: int, unit: str | None = None) -> dict[str, float]:
+    """Realised share of every source after n planned samples, in a unit (the mixture's own unless told)."""
+    sources, costs = plan.costs(n, unit or plan.unit)
+    served = np.bincount(sources, weights=costs, minlength=len(plan.sources))
+    return {s.name: float(x) for s, x in zip(plan.sources, served / served.sum())}
+
+
+def largest_error(plan: Plan, n: int) -> dict[str, float]:
+    """Largest distance of every source from its share over all prefixes of n samples, in largest samples' worth."""
+    errors = prefix_errors(plan, *plan.costs(n, plan.unit))
+    worth = largest_cost(plan)
+    return {s.name: float(np.abs(e).max()) / worth for s, e in zip(plan.sources, errors)}
+
+
+def largest_step_error(plan: Plan) -> float:
+    """As `largest_error`, but as the optimiser sees it: over the ends of steps, in the order of the rows.
+
+    Within a window packing changes the order of samples, so this is some samples' worth; at its end it is one.
+    """
+    place = plan.order.columns.place[: plan.num_samples]
+    sources, costs = plan.costs(plan.order.num_samples, plan.unit)
+    rows = plan.num_steps * plan.batch_size
+    ends = plan.order.columns.end[plan.batch_size : rows + 1 : plan.batch_size] - 1
+    ends = ends[ends >= 0]
+    errors = prefix_errors(plan, sources[place], costs[place])
+    return float(max(np.abs(e[ends]).max() for e in errors)) / largest_cost(plan)
+
+
+def prefix_errors(plan: Plan, sources: np.ndarray, costs: np.ndarray) -> Iterator[np.ndarray]:
+    """`prefix_error` of every source in turn; sources that are used up begin the count anew."""
+    segments = plan.order.segments
+    firsts = [first for first, _ in segments if first < len(sources)]
+    for i in range(len(plan.sources)):
+        pieces = [
+            prefix_error(sources[a:b], costs[a:b], i, weights[i])
+            for a, b, (_, weights) in zip(firsts, [*firsts[1:], len(sources)], segments)
+        ]
+        yield np.concatenate(pieces)
+
+
+def largest_cost(plan: Plan) -> int:
+    """Of a sample of the plan, in the mixture's unit."""
+    return max(int(s.costs(plan.unit)[s.rows].max()) for s in plan.sources)
+
+
+def packing_efficiency(plan: Plan) -> dict[str, float]:
+    """Over the planned steps: the share of the token and of the image budget that is used (`filled_tokens`,
+    `filled_images`), samples a row, and `padding`: the share of positions that are padding when every row is as long as
+    the longest of its step."""
+    tokens, images = plan.row_sizes()
+    skipped = 0 if plan.after is None else plan.after.step
+    tokens, images = tokens[skipped:], images[skipped:]
+    return {
+        "filled_tokens": float(tokens.sum() / (tokens.size * plan.max_tokens)),
+        "filled_images": float(images.sum() / (images.size * plan.max_images)),
+        "samples_per_row": float(plan.num_samples / tokens.size),
+        "padding": float(1 - tokens.sum() / (tokens.max(axis=1) * plan.batch_size).sum()),
+    }

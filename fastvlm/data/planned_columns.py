@@ -1,0 +1,62 @@
+"""The columns of a source that a plan needs, read shard by shard: hundreds of tables never stand beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+NUMBERS = ("num_images", "text_tokens", "answer_tokens")
+WORDS = ("type", "fault")
+AHEAD = 16  # tables read before they are needed
+
+
+def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:
+    """`num_images`, `text_tokens` and `answer_tokens` (int32), `types` and `faults` (strings) of every sample.
+
+    Args:
+        start: int64 (shards + 1): shard k has rows start[k] .. start[k + 1].
+    """
+    numbers = {name: np.empty(start[-1], dtype=np.int32) for name in NUMBERS}
+    words = {name: WordColumn(start[-1]) for name in WORDS}
+    for k, table in enumerate(read_tables(sidecars)):
+        for name, column in numbers.items():
+            column[start[k] : start[k + 1]] = table[name].to_numpy()
+        for name, column in words.items():
+            column.fill(int(start[k]), table[name])
+    return numbers | {"types": words["type"].array(), "faults": words["fault"].array()}
+
+
+def read_tables(sidecars: Sequence[Path]) -> Iterator[pa.Table]:
+    def read(path: Path) -> pa.Table:
+        file = pq.ParquetFile(path, read_dictionary=list(WORDS))
+        return file.read(columns=[*NUMBERS, *WORDS], use_threads=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(0, len(sidecars), AHEAD):
+            yield from pool.map(read, sidecars[first : first + AHEAD])
+
+
+class WordColumn:
+    """A column of few distinct strings, filled piece by piece: an int32 code a row until it is whole."""
+
+    def __init__(self, length: int | np.integer):
+        self.codes = np.empty(length, dtype=np.int32)
+        self.known: dict[str, int] = {}
+
+    def fill(self, start: int, column: pa.ChunkedArray) -> None:
+        """Put a dictionary-encoded column at rows `start` and on."""
+        for chunk in column.chunks:
+            words = chunk.dictionary.to_pylist()
+            codes = np.array([self.known.setdefault(word, len(self.known)) for word in words], np.int32)
+            self.codes[start : start + len(chunk)] = codes[chunk.indices.to_numpy()]
+            start += len(chunk)
+
+    def array(self) -> pa.DictionaryArray:
+        """With codes as small as they may be."""
+        smallest = np.min_scalar_type(-max(1, len(self.known)))
+        return pa.DictionaryArray.from_arrays(self.codes.astype(smallest), pa.array(list(self.known), pa.string()))

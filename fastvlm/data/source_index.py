@@ -1,0 +1,190 @@
+"""The index of a source, open: the sidecars of its shards as one table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fastvlm.data.remote import RemoteShard
+from fastvlm.data.shards import RawSample, ShardReader, parse_sample
+from fastvlm.data.sidecar import SCHEMA
+
+KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
+
+
+class ShardRows:
+    """All columns of one shard's index, as arrays: what reading its samples needs."""
+
+    def __init__(self, path: Path, *, checksum: str):
+        file = pq.ParquetFile(path, memory_map=True)
+        if json.loads(file.schema_arrow.metadata[b"fastvlm"])["checksum"] != checksum:
+            raise ValueError(f"{path} was written anew while it was in use; start again")
+        table = file.read(columns=["key", "offset", "size", "crc32", "members"], use_threads=False)
+        self.keys = merged(table["key"])
+        self.offset, self.size, self.crc32 = (table[name].to_numpy() for name in ("offset", "size", "crc32"))
+        members = merged(table["members"])
+        flat = members.flatten()
+        suffixes = flat.field("suffix").dictionary_encode()
+        self.suffixes = suffixes.dictionary.to_pylist()
+        self.member_start = members.offsets.to_numpy()
+        self.member_suffix = suffixes.indices.to_numpy()
+        self.member_offset, self.member_size = flat.field("offset").to_numpy(), flat.field("size").to_numpy()
+
+
+@dataclass
+class SourceIndex:
+    """The index of one split of a source, over all its shards, as columns.
+
+    Rows stand in shard order and, within a shard, in the order of the tar. int32 columns unless it says otherwise.
+    Columns that only reading or a filter needs stay in the sidecars until they are asked for.
+    """
+
+    folder: Path | str | Sequence[str]  # as the source's path says
+    split: str
+    shards: list[str]  # path or URL
+    files: list[str | RemoteShard]  # what a ShardReader takes
+    sidecars: list[Path]
+    checksums: list[str]  # of the shards
+    suffixes: list[str]  # of all members
+    start: np.ndarray  # int64 (shards + 1): shard k has rows start[k] .. start[k + 1]
+    num_images: np.ndarray
+    text_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    types: pa.Array
+    faults: pa.Array
+    checksum: str  # over the shards' checksums and the tokenizer: what a plan's fingerprint rests on
+    broken: dict[str, str]  # shard -> where it broke
+
+    def __post_init__(self):
+        self._rows: OrderedDict[int, ShardRows] = OrderedDict()
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.start[-1])
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """Index into `shards`, one a row."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), np.diff(self.start))
+
+    @cached_property
+    def size(self) -> np.ndarray:
+        """int64, bytes of every sample's span."""
+        return self.column("size").to_numpy()
+
+    @cached_property
+    def crc32(self) -> np.ndarray:
+        """uint32, of every sample's span."""
+        return self.column("crc32").to_numpy()
+
+    @cached_property
+    def keys(self) -> pa.Array:
+        return self.column("key")
+
+    @cached_property
+    def image_width(self) -> pa.Array:
+        """Pixels of every image, a list a row."""
+        return self.column("image_width")
+
+    @cached_property
+    def image_height(self) -> pa.Array:
+        return self.column("image_height")
+
+    @cached_property
+    def numbers(self) -> pa.MapArray:
+        return self.column("numbers")
+
+    def column(self, name: str) -> pa.Array:
+        """A column of all sidecars, read from them now."""
+        read = lambda path: pq.ParquetFile(path).read(columns=[name], use_threads=False)[name]
+        with ThreadPoolExecutor(4) as pool:
+            chunks = [chunk for column in pool.map(read, self.sidecars) for chunk in column.chunks]
+        return merged(pa.chunked_array(chunks, type=SCHEMA.field(name).type))
+
+    def _locate(self, row: int) -> tuple[int, int, ShardRows]:
+        """(shard, row in the shard, its columns); the columns of the shards read last are kept."""
+        k = int(np.searchsorted(self.start, row, side="right")) - 1
+        rows = self._rows.get(k)
+        if rows is None:
+            rows = ShardRows(self.sidecars[k], checksum=self.checksums[k])
+            self._rows[k] = rows
+            while len(self._rows) > KEPT_SHARDS:
+                with contextlib.suppress(KeyError):  # another thread was faster
+                    self._rows.popitem(last=False)
+        return k, row - int(self.start[k]), rows
+
+    def key(self, row: int) -> str:
+        _, i, rows = self._locate(int(row))
+        return rows.keys[i].as_py()
+
+    def file(self, k: int) -> str | RemoteShard:
+        """Shard k as a ShardReader takes it; a remote one with what its samples' checksums should be."""
+        file = self.files[k]
+        if isinstance(file, str):
+            return file
+        rows = self._locate(int(self.start[k]))[2] if self.start[k] < self.start[k + 1] else None
+        return replace(file, spans=None if rows is None else (rows.offset, rows.size, rows.crc32))
+
+    def number(self, name: str) -> np.ndarray:
+        """A number of every sample, by name: float64, NaN where a sample has none.
+
+        `text_tokens`, `answer_tokens` and `num_images` are the index's own; `width` and `height` those of the smallest
+        image; others come from the records' meta.
+        """
+        if name in ("text_tokens", "answer_tokens", "num_images"):
+            return getattr(self, name).astype(np.float64)
+        out = np.full(self.num_samples, np.nan)
+        if name in ("width", "height"):
+            lists = self.image_width if name == "width" else self.image_height
+            values, offsets = lists.flatten().to_numpy(), lists.offsets.to_numpy()
+            some = np.flatnonzero(np.diff(offsets))
+            out[some] = np.minimum.reduceat(values, offsets[some]) if len(some) else []
+            return out
+        there = np.flatnonzero(pc.equal(self.numbers.keys, name).to_numpy(zero_copy_only=False))
+        rows = np.searchsorted(self.numbers.offsets.to_numpy(), there, side="right") - 1
+        out[rows] = self.numbers.items.to_numpy(zero_copy_only=False)[there]
+        return out
+
+    def read(self, row: int, reader: ShardReader) -> RawSample:
+        """Read a sample at its offset.
+
+        Raises:
+            OSError: the shard is missing or cannot be had.
+            ValueError: its bytes are not those that were indexed.
+        """
+        k, i, rows = self._locate(int(row))
+        file = self.files[k]
+        if not isinstance(file, str):
+            file = replace(file, spans=(rows.offset, rows.size, rows.crc32))
+        offset, key = int(rows.offset[i]), rows.keys[i].as_py()
+        data = reader.read(file, offset, int(rows.size[i]))
+        if zlib.crc32(data) != rows.crc32[i]:
+            raise ValueError(f"{self.shards[k]}: {key} changed after it was indexed (CRC-32)")
+        members = {}
+        for m in range(int(rows.member_start[i]), int(rows.member_start[i + 1])):
+            start = int(rows.member_offset[m]) - offset
+            members[rows.suffixes[rows.member_suffix[m]]] = data[start : start + int(rows.member_size[m])]
+        return parse_sample(key, members)
+
+    def __getstate__(self) -> dict:
+        lazy = ("_rows", "shard", "size", "crc32", "keys", "image_width", "image_height", "numbers")
+        return {name: value for name, value in self.__dict__.items() if name not in lazy}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"_rows": OrderedDict()}
+
+
+def merged(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

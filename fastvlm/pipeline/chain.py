@@ -1,0 +1,183 @@
+"""Run a chain of stages: find what is finished, resume what was interrupted, train what is new, then evaluate."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import (
+    build_model,
+    build_task,
+    build_tokenizer,
+    build_transform,
+    instantiate,
+    part_seed,
+    settle_views,
+)
+from fastvlm.callbacks.handoff import load_component, write_json
+from fastvlm.hardware import Hardware, is_first_rank
+from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, machine, remember
+from fastvlm.models.recompute import recompute_layers
+from fastvlm.pipeline.memory_notes import memory_notes
+from fastvlm.pipeline.messages import run_summary, say
+from fastvlm.pipeline.run_folder import claim_run_dir
+from fastvlm.pipeline.stage_run import StageRun
+from fastvlm.report import write_report
+from fastvlm.study.cell import CELL
+from fastvlm.study.recorded import NOTE, begin, flat_cost
+
+
+class Pipeline:
+    """A configuration, made real: `run()` trains what is not trained yet and evaluates the result.
+
+    `lineage` says for every part where its weights come from; a stage's hash covers its own configuration, its data,
+    its code and the lineage of the parts it computes with, and nothing else. So a stage that only reads text is shared
+    by runs with different encoders.
+    """
+
+    def __init__(self, config: DictConfig):
+        settle_views(config)
+        self.config = config
+        self.hardware: Hardware = instantiate(config.hardware, key="hardware")
+        self.runs = Path(config.paths.runs).resolve()
+        self.run_dir = self.runs / config.name
+        self.resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        self.initial: dict[str, str] = {}  # part -> hash of what its first weights depend on
+        self.lineage: dict[str, str] = {}  # part -> hash of the stage that trained it last
+        self.folders: dict[str, Path] = {}  # part -> that stage's handoff
+        self.tracking, self.run_id = None, None
+
+    def run(self) -> dict:
+        """Returns the run's results (also in results.json): metrics, table, seconds a stage."""
+        self.hardware.apply()
+        begun, made = time.time(), self.made()
+        if is_first_rank():
+            claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
+        self.build()
+        say(run_summary(self.config, self.model, self.hardware, run_dir=self.run_dir))
+        for line in memory_notes(self.config, self.model, self.hardware):
+            say(line)
+        self.tracking = instantiate(self.config.logger, key="logger") if is_first_rank() else None
+        with self.tracked(made):
+            stages = [self.run_stage(name, stage) for name, stage in self.config.stages.items()]
+            results = {
+                "metrics": {},
+                "seconds": {s["name"]: s["seconds"] for s in stages},
+                "cost": {s["name"]: stage_costs(s["metrics"]) for s in stages if self.counts(s["name"])},
+                "made": made,
+            }
+            if is_first_rank():
+                results = self.evaluate(results, stages)
+                results["seconds"]["total"] = time.time() - begun
+                self.record(results, stages)
+        return results
+
+    def build(self) -> None:
+        """Tokenizer, model and task, as the configuration says and before any stage."""
+        self.tokenizer = build_tokenizer(self.config)
+        self.model = build_model(self.config, self.tokenizer)
+        self.task = build_task(self.config.task) if self.config.task else None
+        for part in self.model.parts:
+            made = self.resolved[part] or self.resolved["vlm"]
+            self.initial[part] = hash_of([made, part_seed(self.config, part), self.tokenizer.fingerprint])
+        if self.hardware.gradient_checkpointing:
+            recompute_layers(self.model.parts)
+
+    @contextmanager
+    def tracked(self, made: dict) -> Iterator[None]:
+        """The run in MLflow, where there is one; it ends there as what happens inside ends."""
+        if self.tracking is None:
+            yield
+            return
+        self.run_id, status = begin(self.tracking, self.config, made=made, resolved=self.resolved), "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self.tracking.finish(self.run_id, status)
+            study = self.config.study
+            if study and CELL not in os.environ:  # else the sweep ends the study's own run
+                self.tracking.finish(self.tracking.study_run(study.name, scale=self.config.scale))
+
+    def made(self) -> dict:
+        """By what the results were made, so that a finished cell of a study is known again."""
+        hw = self.hardware
+        ran = {"ranks": hw.num_ranks, "accelerator": hw.accelerator, "precision": hw.precision, "threads": hw.threads}
+        return {
+            "commit": commit(),
+            "code": code_hash(SCORING),
+            "config": hash_of(identity(self.resolved)),
+            "hardware": machine() | ran,
+            "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    def counts(self, name: str) -> bool:
+        """Whether a stage's cost is the run's: one with a seed of its own stands in for a pretrained part."""
+        return self.config.stages[name].get("seed") is None
+
+    def run_stage(self, name: str, config: DictConfig) -> dict:
+        """Train one stage, or find it trained; either way the model holds its handoff afterwards."""
+        begun = time.time()
+        stage = StageRun(self, name=name, config=config)
+        manifest, found = stage.complete()
+        handoff = stage.folder / "handoff"
+        for part in manifest["components"]:
+            load_component(self.model.parts[part], part, handoff, manifest, tokenizer=self.tokenizer.fingerprint)
+            self.lineage[part], self.folders[part] = stage.key, handoff
+        return {
+            "name": name,
+            "dir": stage.folder,
+            "seconds": time.time() - begun,
+            "reused": found,
+            "metrics": manifest["metrics"],
+        }
+
+    def evaluate(self, results: dict, stages: list[dict]) -> dict:
+        """The results with what the task says of the model, on the first rank."""
+        folders = {part: str(folder) for part, folder in self.folders.items()}
+        write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
+        self.model.to(self.hardware.device).eval()
+        torch.manual_seed(self.config.seed)
+        if self.task is None:
+            return results
+        say("\nevaluating on held-out samples")
+        begun, task = time.time(), self.task
+        last = list(self.config.stages.values())[-1]
+        images = {"image_size": last.image_size, "transform": build_transform(last)}
+        outcome = task.run(self.model, self.tokenizer, **images, device=self.hardware.device, out=self.run_dir)
+        results |= outcome
+        results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
+        # Before: the language model as the last text-only stage left it.
+        text_only = [s for s in stages if self.config.stages[s["name"]].parts == ["llm"]]
+        if text_only and "text_perplexity" in outcome:
+            results["text_perplexity"]["before"] = text_only[-1]["metrics"].get("test/text_perplexity")
+        results["seconds"]["evaluation"] = time.time() - begun
+        say(task.render(results))
+        return results
+
+    def record(self, results: dict, stages: list[dict]) -> None:
+        """results.json, the page a run ends in, and both in MLflow."""
+        write_json(self.run_dir / "results.json", results)
+        remember(self.run_dir, self.runs, self.resolved)
+        shown = {"stages": stages, "results": results, "config": self.resolved}
+        report = write_report(self.run_dir, title=self.config.name, **shown)
+        if self.tracking:
+            self.tracking.log_metrics(self.run_id, results["metrics"] | flat_cost(results), step=0)
+            self.tracking.log_artifact(self.run_id, report)
+            self.tracking.log_artifact(self.run_id, self.run_dir / "config.yaml")
+            if self.config.study:
+                write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": self.run_id})
+        say(f"report: {report}")
+
+
+def stage_costs(metrics: dict) -> dict[str, float]:
+    return {k.removeprefix("cost/"): v for k, v in metrics.items() if k.startswith("cost/")}

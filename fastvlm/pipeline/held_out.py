@@ -1,0 +1,47 @@
+"""The held-out samples that a stage answers at every validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastvlm.data.shards import ShardReader
+from fastvlm.data.source import Mixture
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import Tokenizer
+
+
+def held_out_records(
+    mixture: Mixture, tokenizer: Tokenizer, num: int, *, transform: ImageTransform
+) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images."""
+    reader, found = ShardReader(), []
+    sources = [s for s in mixture.sources.values() if s.has_split("val")]
+    for source in sources:
+        index = source.load("val", tokenizer)
+        rows, _ = source.select(index)
+        # Spread over the split, whose questions stand type by type.
+        for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
+            raw = index.read(int(row), reader)
+            images = [transform(data) for data in raw.images] if source.images else []
+            found.append((source.edit(raw.record), images))
+    return found[:num]
+
+
+def generate_answers(
+    model: VLM,
+    records: list[dict[str, Any]],
+    images: list[list[Tensor]],
+    *,
+    tokenizer: Tokenizer,
+    image_size: int,
+    transform: ImageTransform,
+    device: str,
+) -> list[str]:
+    """The model's answer to each record, whose reference is left out, and its images."""
+    from fastvlm.inference.engine import Engine
+
+    engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
+    return [answer.text for answer in engine.generate(records, images)]

@@ -1,0 +1,86 @@
+"""What each stage will need of a device's memory, said before a run; where it will not fit, the keys that mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import instantiate
+from fastvlm.hardware import Hardware
+from fastvlm.models.memory import GIB, Memory, estimate
+from fastvlm.models.vlm import VLM
+from fastvlm.pipeline.stage_data import slots_of
+from fastvlm.pipeline.training import build_freezing
+
+SMALL = 5e7  # parameters; smaller models are left out unless `hardware.memory_gib` is given
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def memory_notes(config: DictConfig, model: VLM, hardware: Hardware) -> list[str]:
+    """A line a stage, and a second one under a stage that will not fit."""
+    if hardware.memory_gib is None and sum(p.numel() for p in model.parameters()) < SMALL:
+        return []
+    lines, has = [], hardware.memory
+    for name, stage in config.stages.items():
+        try:
+            need = stage_memory(name, stage, model, hardware)
+        except Exception as error:  # noqa: BLE001  whatever a model does that cannot be done without numbers
+            lines.append(f"memory   {name}: not known before it runs ({type(error).__name__} without numbers)")
+            continue
+        lines.append(f"memory   {name}: {need} of {has / GIB:.2f}")
+        if need.total > has:
+            mend = "; ".join(keys_that_mend(name, stage, hardware, largest=need.largest))
+            lines.append(f"         {name} will not fit, {need.largest} being most of it: {mend}")
+    return lines
+
+
+def stage_memory(name: str, stage: DictConfig, model: VLM, hardware: Hardware) -> Memory:
+    """The estimate for one stage: full rows, and as many images as they have room for."""
+    plain = OmegaConf.to_container(stage, resolve=True)
+    freezing = build_freezing(name, plain, quantise=hardware.quantise, path=Path("unused"))
+    rows = rows_at_once(stage, hardware)
+    images = 0
+    if "encoder" in stage.parts:
+        room = stage.max_tokens // slots_of(stage, model) if "llm" in stage.parts else 1
+        images = rows * min(stage.max_images, max(1, room))
+    return estimate(
+        model,
+        apply=lambda model: {n: one["lr"] for n, one in freezing.adapted(model).items()},
+        quantised=freezing.quantised,
+        optimizer=instantiate(stage.optimizer, key=f"stages.{name}.optimizer"),
+        rows=rows,
+        tokens=stage.max_tokens,
+        images=images,
+        image_size=stage.image_size,
+        parts=stage.parts,
+        autocast=AUTOCAST.get(hardware.precision),
+        shards=hardware.num_ranks if hardware.shards else 1,
+    )
+
+
+def rows_at_once(stage: DictConfig, hardware: Hardware) -> int:
+    """Rows of one micro-batch on one device."""
+    return max(1, stage.batch_size // hardware.num_ranks // hardware.micro_batches(stage.batch_size))
+
+
+def keys_that_mend(name: str, stage: DictConfig, hardware: Hardware, *, largest: str) -> list[str]:
+    """Keys that make a stage's largest share of memory smaller, the cheapest first."""
+    here, keys = f"stages.{name}", []
+    shard = [] if hardware.shards or hardware.num_ranks == 1 else ["hardware.strategy=fsdp"]
+    if largest in ("activations", "logits"):
+        rows = rows_at_once(stage, hardware)
+        if rows > 1:
+            keys.append(f"hardware.rows_per_device={rows // 2}")
+        if not hardware.gradient_checkpointing and largest == "activations":
+            keys.append("hardware.gradient_checkpointing=true")
+        return [*keys, f"{here}.max_tokens={stage.max_tokens // 2}"]
+    if largest == "weights":
+        if not hardware.quantise:
+            keys.append("hardware.quantise=int8 (or nf4)")
+        return [*keys, *shard, "llm.dtype=bfloat16 for pretrained weights"]
+    keys.append(f"{here}.adapt.llm='{{method: lora, lr: 1e-4}}' in place of training it whole")
+    if largest == "optimiser" and "8bit" not in str(stage.optimizer):
+        keys.append(f"optimizer@{here}.optimizer=adamw8bit")
+    return [*keys, *shard]

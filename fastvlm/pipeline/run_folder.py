@@ -1,0 +1,62 @@
+"""The folder of a run: whose configuration it holds, and the links that find it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fastvlm.identity import INCIDENTAL
+
+
+def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
+    """Take a run directory for a configuration, or refuse one that holds another; `runs/latest` points at it then.
+
+    Raises:
+        ValueError: naming the first keys that differ.
+    """
+    path = run_dir / "config.yaml"
+    if path.exists() and not resolved["overwrite"]:
+        differ = differences_that_count(OmegaConf.to_container(OmegaConf.load(path)), resolved)
+        if differ:
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise ValueError(
+                f"{run_dir} holds another configuration ({'; '.join(differ[:3])}{more}); "
+                "choose name=<another> or overwrite=true"
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    # What stands in the run directory is true of this command from here on.
+    (run_dir / "lineage.json").unlink(missing_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    beside.replace(path)
+    point(runs / "latest", at=run_dir)
+
+
+def differences_that_count(theirs: dict, ours: dict) -> list[str]:
+    """Those between two resolved configurations that make another run of it."""
+    silent = [rf"({'|'.join(INCIDENTAL)})\b", r"[^:]*\.cache_features:"]
+    if ours["data"]["on_change"] == "replan":
+        silent.append(r"stages\.\w+\.mixture\.")
+    return [d for d in differences(theirs, ours) if not any(re.match(pattern, d) for pattern in silent)]
+
+
+def differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys at which two plain configurations differ, with both values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted({*theirs, *ours}, key=str):
+            yield from differences(theirs.get(key), ours.get(key), f"{prefix}{key}.")
+    elif theirs != ours:
+        yield f"{prefix[:-1]}: {theirs} there, {ours} here"
+
+
+def point(link: Path, *, at: Path) -> None:
+    """Make a relative link to a folder, or turn an old one, in one step."""
+    link.parent.mkdir(parents=True, exist_ok=True)
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.symlink_to(os.path.relpath(at, link.parent), target_is_directory=True)
+    beside.replace(link)

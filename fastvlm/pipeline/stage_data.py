@@ -1,0 +1,85 @@
+"""A stage's data: from its configuration to its plan and loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fastvlm.build import build_transform, instantiate, seed_of
+from fastvlm.data.datamodule import MixtureDataModule
+from fastvlm.hardware import Hardware
+from fastvlm.models.vlm import VLM
+from fastvlm.tokens import Tokenizer
+
+
+def build_data(
+    name: str,
+    stage: DictConfig,
+    model: VLM,
+    tokenizer: Tokenizer,
+    *,
+    hardware: Hardware,
+    options: DictConfig,
+    seed: int,
+    plan_cache: Path | None,
+) -> MixtureDataModule:
+    """The data module of a stage.
+
+    Args:
+        options: of reading, the configuration's `data`.
+        seed: of the stage; the order's is drawn from it and the stage's name.
+        plan_cache: where plans that took seconds are kept.
+
+    Raises:
+        ValueError: a row has no room for an image, or the language model none for a row.
+    """
+    slots = slots_of(stage, model)
+    check_room(name, stage, slots=slots, positions=model.llm.max_positions if "llm" in stage.parts else None)
+    return MixtureDataModule(
+        instantiate(stage.mixture, key=f"stages.{name}.mixture"),
+        tokenizer=tokenizer,
+        image_size=stage.image_size,
+        tokens_per_image=slots,
+        batch_size=stage.batch_size,
+        max_tokens=stage.max_tokens,
+        max_images=stage.max_images,
+        transform=build_transform(stage),
+        packing=stage.packing,
+        num_steps=stage.steps,
+        epochs=stage.epochs,
+        accumulate=hardware.micro_batches(stage.batch_size),
+        seed=seed_of(seed, name),
+        num_workers=hardware.num_workers,
+        val_samples=stage.val_samples,
+        pack_window=stage.pack_window,
+        sort_window=stage.sort_window,
+        plan_cache=plan_cache,
+        max_skipped_share=options.max_skipped_share,
+        cache_bytes=options.cache_mb << 20,
+    )
+
+
+def slots_of(stage: DictConfig, model: VLM) -> int:
+    """Positions a view takes. Only a language model that reads images has slots; no other stage may depend on their
+    number."""
+    reads_images = {"encoder", "llm"} <= set(stage.parts)
+    return model.num_visual_tokens(stage.image_size) if reads_images else 1
+
+
+def check_room(name: str, stage: DictConfig, *, slots: int, positions: int | None) -> None:
+    """A row has room for an image, and the language model for a row.
+
+    Raises:
+        ValueError: with both numbers and the keys that change them.
+    """
+    if slots >= stage.max_tokens:
+        raise ValueError(
+            f"stages.{name}.max_tokens={stage.max_tokens}, but one view has {slots} visual tokens at "
+            f"image_size={stage.image_size}: raise max_tokens, lower image_size, or choose a resampler with fewer"
+        )
+    if positions is not None and stage.max_tokens > positions:
+        raise ValueError(
+            f"stages.{name}.max_tokens={stage.max_tokens}, but llm has {positions} positions: lower max_tokens, or "
+            "choose a language model with more"
+        )

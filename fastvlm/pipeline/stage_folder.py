@@ -1,0 +1,75 @@
+"""Where a stage's results stand, and what an interrupted one left there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastvlm.data.plan import Plan
+from fastvlm.data.replan import read_description
+from fastvlm.hardware import is_first_rank
+from fastvlm.pipeline.messages import say
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Two cells that share a stage train it once: the second waits here and then finds it finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        if is_first_rank():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another run that is training {folder.name}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def stopped_before(link: Path, identity: dict) -> Path | None:
+    """Where a run's stage stands, when nothing but its data differs from what is asked for now: interrupted, or
+    finished with data that were planned anew on the way.
+
+    Args:
+        link: of the run to its stage.
+        identity: of the stage that is asked for.
+    """
+    folder = link.resolve()
+    try:
+        theirs = json.loads((folder / "identity.json").read_text())
+    except (OSError, ValueError):
+        return None
+    ours = json.loads(json.dumps(identity, default=str))
+    return folder if theirs | {"data": None} == ours | {"data": None} else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    # DeepSpeed's are folders, whole when the last file is written.
+    found = [path for path in folder.glob("step=*.ckpt") if not path.is_dir() or (path / "latest").exists()]
+    found.sort(key=step_of)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.split("=")[1])
+
+
+def order_is_kept(folder: Path, plan: Plan) -> bool:
+    """Whether the order of this very plan is kept there already."""
+    before, after = read_description(folder), plan.after and plan.after.digest
+    if before is None or not (folder / "order.npz").exists():
+        return False
+    return (before["base"], before["after"]) == (plan.base, after)
+
+
+def take_over(stopped: Path, checkpoint: Path, folder: Path) -> None:
+    """Begin a stage's folder with the metrics and the checkpoint of another; the checkpoint appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (stopped / "metrics.jsonl").exists():
+        shutil.copyfile(stopped / "metrics.jsonl", folder / "metrics.jsonl")
+    (shutil.copytree if checkpoint.is_dir() else shutil.copyfile)(checkpoint, folder / f".{checkpoint.name}")
+    os.replace(folder / f".{checkpoint.name}", folder / checkpoint.name)

@@ -1,0 +1,136 @@
+"""One stage of a run: found where it was trained before, gone on with where it was interrupted, or trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import build_transform
+from fastvlm.callbacks.handoff import read_manifest
+from fastvlm.data.replan import Seen, changes, read_description, seen_before
+from fastvlm.hardware import is_first_rank
+from fastvlm.identity import code_hash, hash_of
+from fastvlm.pipeline.messages import say
+from fastvlm.pipeline.run_folder import point
+from fastvlm.pipeline.stage_data import build_data
+from fastvlm.pipeline.stage_folder import newest_checkpoint, only_one, step_of, stopped_before, take_over
+from fastvlm.pipeline.training import Training
+
+if TYPE_CHECKING:
+    from fastvlm.pipeline.chain import Pipeline
+
+
+class StageRun:
+    """A stage with its data planned, ready to be completed.
+
+    Its `identity` is what its weights depend on, and its folder is named by the hash of that.
+
+    Args:
+        pipeline: the run; its model holds what the stages before this one handed on.
+        name: the stage's key in `stages`.
+        config: the stage's.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, name: str, config: DictConfig):
+        self.pipeline, self.name, self.config = pipeline, name, config
+        self.seed = pipeline.config.seed if config.get("seed") is None else config.seed
+        self.data = build_data(
+            name,
+            config,
+            pipeline.model,
+            pipeline.tokenizer,
+            hardware=pipeline.hardware,
+            options=pipeline.config.data,
+            seed=self.seed,
+            plan_cache=pipeline.runs / "plans",
+        )
+        self.data.setup("fit")
+        self.identity = self.identify()
+
+    @property
+    def key(self) -> str:
+        return hash_of(self.identity)
+
+    @property
+    def folder(self) -> Path:
+        return self.pipeline.runs / "stages" / f"{self.name}-{self.key[:12]}"
+
+    @property
+    def link(self) -> Path:
+        """From the run to the stage's folder."""
+        return self.pipeline.run_dir / "stages" / self.name
+
+    def identify(self) -> dict:
+        """Everything the stage's weights depend on, and nothing else."""
+        run, config = self.pipeline, OmegaConf.to_container(self.config, resolve=True)
+        config.pop("cache_features")  # the same function, computed earlier
+        config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
+        config.pop("seed")  # stands below
+        identity = {
+            "stage": self.name,
+            "config": config,
+            "data": self.data.plan.fingerprint,
+            "parts": {part: [run.initial[part], run.lineage.get(part)] for part in self.config.parts},
+            "precision": [run.hardware.precision, run.hardware.quantise],
+            "seed": self.seed,
+            "code": code_hash(),
+        }
+        if self.data.plan.num_images and build_transform(self.config).augment:
+            identity["augment"] = {source.name: source.augment for source in self.data.plan.sources}
+        return identity
+
+    def complete(self) -> tuple[dict, bool]:
+        """Train the stage, or find it trained.
+
+        Returns:
+            The manifest of its handoff, and whether it was found.
+        """
+        if (stopped := stopped_before(self.link, self.identity)) and stopped != self.folder:
+            self.go_on_from(stopped)
+        with only_one(self.folder):
+            manifest = read_manifest(self.folder / "handoff")
+            found = manifest is not None
+            if is_first_rank():
+                point(self.link, at=self.folder)
+            if found:
+                say(f"\n{self.name}: finished before ({self.folder.name})")
+            else:
+                Training(self).run()
+                manifest = read_manifest(self.folder / "handoff")
+        return manifest, found
+
+    def go_on_from(self, stopped: Path) -> None:
+        """Data changed under an interrupted stage: refuse, begin anew, or plan the rest from what has been seen.
+
+        Raises:
+            ValueError: with `data.on_change=refuse`, naming what changed.
+        """
+        before, checkpoint = read_description(stopped), newest_checkpoint(stopped)
+        if before is None:
+            return
+        if before["base"] == self.data.plan.base and before["after"]:  # planned anew by an earlier run of this command
+            self.replan(Seen.load(stopped))
+            return
+        if checkpoint is None or not (stopped / "order.npz").exists():
+            return
+        step, changed = step_of(checkpoint), "; ".join(changes(before, self.data.plan))
+        choice = self.pipeline.config.data.on_change
+        if choice == "refuse":
+            raise ValueError(
+                f"stage {self.name} stopped at step {step} and its data have changed since: {changed}. "
+                "data.on_change=replan goes on with the new data from the samples already seen, "
+                "data.on_change=restart begins the stage anew"
+            )
+        if choice == "restart":
+            say(f"\n{self.name}: begins anew, its data have changed: {changed}")
+            return
+        self.replan(seen_before(stopped, step))
+        say(f"\n{self.name}: planned anew from step {step}: {changed}")
+        if is_first_rank():
+            take_over(stopped, checkpoint, self.folder)
+
+    def replan(self, seen: Seen) -> None:
+        self.data.replan(seen)
+        self.identity["data"] = self.data.plan.fingerprint

@@ -1,0 +1,278 @@
+"""The training of one stage: its objective, its callbacks and Lightning's Trainer, to the stage's last step."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.build import build_transform, instantiate
+from fastvlm.callbacks.cost import count_forward, learned_shares, stage_cost
+from fastvlm.callbacks.features import CachedFeatures
+from fastvlm.callbacks.freezing import StageFreezing
+from fastvlm.callbacks.handoff import StageHandoff, write_json
+from fastvlm.callbacks.metrics import Metrics
+from fastvlm.callbacks.progress import Progress
+from fastvlm.callbacks.provenance import Provenance
+from fastvlm.callbacks.rehearsal import LongestFirst
+from fastvlm.callbacks.samples import Samples
+from fastvlm.data.plan_report import report
+from fastvlm.data.replan import write_order
+from fastvlm.hardware import is_first_rank
+from fastvlm.identity import ENCODING, code_hash, commit, hash_of
+from fastvlm.pipeline.held_out import generate_answers, held_out_records
+from fastvlm.pipeline.messages import say, stage_summary
+from fastvlm.pipeline.stage_folder import newest_checkpoint, order_is_kept
+
+if TYPE_CHECKING:
+    from fastvlm.pipeline.stage_run import StageRun
+
+
+class Training:
+    """One stage's training, from its newest checkpoint where it has one.
+
+    Args:
+        stage: what is trained, on which data, and the folder for what comes of it.
+
+    Raises:
+        ValueError: `cache_features` where no rank holds the whole encoder; what DeepSpeed cannot give.
+    """
+
+    def __init__(self, stage: StageRun):
+        quiet_lightning()
+        self.stage, self.pipeline, self.hardware = stage, stage.pipeline, stage.pipeline.hardware
+        if self.hardware.strategy == "deepspeed_zero3":
+            longest_first = self.pipeline.config.data.longest_first
+            check_deepspeed(stage.name, stage.config, quantise=self.hardware.quantise, longest_first=longest_first)
+        self.name, self.config, self.folder = stage.name, stage.config, stage.folder
+        self.plain = OmegaConf.to_container(stage.config, resolve=True)
+        self.plan = stage.data.plan
+        self.module = self.build_module()
+        path, quantise = self.folder / "freezing.json", self.hardware.quantise
+        self.freezing = build_freezing(self.name, self.plain, quantise=quantise, path=path)
+        self.metrics = Metrics(self.pipeline.config.log_every, path=self.folder / "metrics.jsonl")
+        size = {"image_size": self.config.image_size, "length": self.config.max_tokens}
+        # A whole pretrained model has a chain of its own between its parts.
+        whole = bool(self.pipeline.config.vlm)
+        self.forward = None if whole else count_forward(self.pipeline.model, parts=list(self.config.parts), **size)
+        self.resume = newest_checkpoint(self.folder)
+        self.logger = self.build_logger()
+        self.trainer = self.build_trainer()
+
+    def run(self) -> None:
+        """Train to the last step; the handoff is written then.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted; the newest checkpoint is kept.
+        """
+        say(stage_summary(self.name, self.plain, self.plan, folders=self.pipeline.folders, resume=self.resume))
+        if is_first_rank() and not order_is_kept(self.folder, self.plan):
+            write_order(self.plan, self.folder)
+            write_json(self.folder / "identity.json", self.stage.identity)
+        self.hardware.forget_peak()
+        status = "FAILED"
+        try:
+            self.fit()
+            status = "FINISHED"
+        finally:
+            if self.logger:
+                self.pipeline.tracking.finish(self.logger.run_id, status)
+        say("\n".join("  " + line for line in self.freezing.table().splitlines()))
+        holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
+        say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
+        if self.trainer.is_global_zero:
+            write_json(self.folder / "shares.json", report(self.plan))
+            for old in (*self.folder.glob("step=*.ckpt"), self.folder / "order.npz"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    def fit(self) -> None:
+        checkpoint = {"ckpt_path": str(self.resume), "weights_only": False} if self.resume else {}
+        self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
+        if self.trainer.interrupted or self.trainer.global_step < self.plan.num_steps:
+            raise KeyboardInterrupt
+
+    def build_module(self) -> L.LightningModule:
+        config, where = self.config, f"stages.{self.name}"
+        return instantiate(
+            config.objective,
+            key=f"{where}.objective",
+            model=self.pipeline.model,
+            name=self.name,
+            num_steps=self.plan.num_steps,
+            optimizer=instantiate(config.optimizer, key=f"{where}.optimizer"),
+            warmup_steps=config.warmup_steps,
+            decay=config.decay,
+            final=config.final,
+            decay_steps=config.decay_steps,
+            seed=self.stage.seed,
+        )
+
+    def build_logger(self):
+        """The stage's run in MLflow, on in the same one after an interruption; None without tracking."""
+        tracking = self.pipeline.tracking
+        if not tracking:
+            return None
+        tags = {"stage": self.name, "hash": self.stage.key}
+        before = tracking.find_run(tags) if self.resume else None
+        return tracking.stage_logger(self.name, parent=self.pipeline.run_id, tags=tags, run_id=before)
+
+    def build_trainer(self) -> L.Trainer:
+        steps, accumulate = self.plan.num_steps, self.stage.data.accumulate
+        return L.Trainer(
+            **self.hardware.trainer(accumulate),
+            default_root_dir=str(self.folder),
+            max_epochs=1,
+            max_steps=steps,
+            gradient_clip_val=self.config.clip,
+            val_check_interval=min(self.config.validate_every or steps, steps) * accumulate,
+            num_sanity_val_steps=0,
+            logger=self.logger or False,
+            callbacks=self.build_callbacks(),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=10**9,  # the Metrics callback logs
+            use_distributed_sampler=False,  # the plan already gives every rank its rows
+            benchmark=True,
+        )
+
+    def build_callbacks(self) -> list[L.Callback]:
+        """In the order in which Lightning calls them: freezing says what learns before any other looks."""
+        checkpoints = ModelCheckpoint(
+            dirpath=self.folder,
+            filename="{step}",
+            every_n_train_steps=self.pipeline.config.checkpoint_every,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+        provenance = Provenance(
+            config={"stage": self.name, **self.stage.identity["config"], "cache_features": self.config.cache_features},
+            seeds={"seed": self.stage.seed},
+        )
+        return [
+            self.freezing,
+            *([LongestFirst(self.plan, say=say)] if self.pipeline.config.data.longest_first else []),
+            *([self.cached_features()] if self.config.cache_features else []),
+            self.metrics,
+            Progress(),
+            *self.samples(),
+            provenance,
+            checkpoints,
+            StageHandoff(self.folder / "handoff", manifest=self.manifest(), finish=self.finish),
+        ]
+
+    def cached_features(self) -> CachedFeatures:
+        if self.hardware.shards:
+            raise ValueError(
+                f"stages.{self.name}.cache_features=true, but with hardware.strategy={self.hardware.strategy} no rank "
+                "holds the encoder; write the features with hardware.strategy=ddp, or set it false"
+            )
+        made = self.pipeline.resolved["encoder"] or self.pipeline.resolved["vlm"]
+        description = {"encoder": made, "code": code_hash(ENCODING)}
+        return CachedFeatures(name=self.name, description=description, path=self.folder / "features.json", say=say)
+
+    def samples(self) -> list[Samples]:
+        """Held-out samples drawn at every validation: one callback, or none where no rank could answer."""
+        num, tokenizer = self.pipeline.config.num_samples, self.pipeline.tokenizer
+        if not num or "llm" not in self.config.parts:
+            return []
+        if self.hardware.shards:
+            held = self.hardware.strategy
+            say(f"\n{self.name}: no samples are drawn at validations: with {held} no rank holds the model")
+            return []
+        views = {"image_size": self.config.image_size, "transform": build_transform(self.config)}
+        records = partial(held_out_records, self.stage.data.mixture, tokenizer, transform=views["transform"])
+        generate = partial(generate_answers, tokenizer=tokenizer, device=self.hardware.device, **views)
+        return [Samples(num, generate=generate, records=records)]
+
+    def manifest(self) -> dict:
+        """What the handoff says of the stage beside its metrics."""
+        run, identity = self.pipeline, self.stage.identity
+        trained = [part for part in self.config.parts if part in run.lineage]
+        return {
+            "stage": self.name,
+            "hash": self.stage.key,
+            "parent": {part: {"hash": run.lineage[part], "folder": str(run.folders[part])} for part in trained},
+            "config_hash": hash_of(identity["config"]),
+            "config": identity["config"],
+            "identity": identity,
+            "tokenizer": run.tokenizer.fingerprint,
+            "template": run.tokenizer.template.name,
+            "commit": commit(),
+            "steps": self.plan.num_steps,
+        }
+
+    def finish(self) -> dict[str, float]:
+        """The metrics of the manifest, once all steps are done; adapters are merged into plain weights on the way."""
+        last = self.metrics.last
+        # What learns is known until the adapters are merged.
+        cost = {} if self.forward is None else stage_cost(self.forward, learned_shares(self.pipeline.model), self.plan)
+        cost["cost/seconds"] = float(last.get("train/seconds", 0.0))
+        self.freezing.merge(self.pipeline.model)
+        known = {k: float(v) for k, v in last.items() if k.startswith("val/") and isinstance(v, (int, float))}
+        known["train/peak_memory_gib"] = self.hardware.peak_gib()
+        return known | cost | (self.score_text() if "llm" in self.config.parts else {})
+
+    def score_text(self) -> dict[str, float]:
+        """Perplexity on the task's held-out text: what the images cost the words."""
+        task, model = self.pipeline.task, self.pipeline.model
+        if task is None or getattr(task, "text", None) is None:
+            return {}
+        model.to(self.hardware.device).eval()
+        return {k: float(v) for k, v in task.score_text(model, self.pipeline.tokenizer).items()}
+
+
+def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) -> StageFreezing:
+    """What a stage's configuration (resolved) lets learn, with the hardware's `quantise`."""
+    return StageFreezing(
+        stage["trainable"],
+        path=path,
+        last_layers=stage["last_layers"],
+        lora=stage["lora"],
+        adapt=stage["adapt"],
+        quantise=quantise,
+        name=name,
+    )
+
+
+def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:
+    """
+    Raises:
+        ValueError: the stage asks for what DeepSpeed's flat shards cannot give.
+    """
+    here, instead = f"stages.{name}", "or share the weights by hardware.strategy=fsdp"
+    kind = stage.optimizer.get("_target_", "").rsplit(".", 1)[-1]
+    if kind in ("MuonAdamW", "Adafactor"):
+        raise ValueError(
+            f"{here}.optimizer: {kind} needs whole matrices, and hardware.strategy=deepspeed_zero3 hands out flat "
+            f"pieces of them; set optimizer@{here}.optimizer=adamw, {instead}"
+        )
+    held = [f"{here}.adapt.{part}.quantise" for part, one in stage.adapt.items() if one.quantise]
+    if held or quantise:
+        raise ValueError(
+            f"{(held or ['hardware.quantise'])[0]}: hardware.strategy=deepspeed_zero3 cannot cut weights held in "
+            f"few bits; set it to null, {instead}"
+        )
+    if longest_first:
+        raise ValueError(
+            f"data.longest_first=true: hardware.strategy=deepspeed_zero3 cannot try a step; set it false, {instead}"
+        )
+
+
+def quiet_lightning() -> None:
+    """Lightning's advice about workers and loggers is not for a user of this program."""
+    # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
