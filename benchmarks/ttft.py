@@ -245,7 +245,8 @@ def main(arguments: list[str]) -> None:
             (r["row"], r["mode"]) for r in load(out) if (r["threads"], r["device"]) == (threads, options["device"])
         }
         for name, mode in wanted:
-            if names or (name, mode, threads, options["device"]) not in there:  # a process each, so that peak memory is its own
+            if names or (name, mode, threads, options["device"]) not in there:
+                # A process each, so that peak memory is its own.
                 subprocess.run([sys.executable, __file__, *arguments, f"only={name}", f"modes={mode}"], check=True)
     rows = load(out)
     print(tabulate(rows))

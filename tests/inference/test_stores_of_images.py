@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import draw_prompts, read_lengths
 from PIL import Image
+from test_engine import draw_prompts, read_lengths
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, draw_image, draw_png
 
 from fastvlm.data.transforms import ImageTransform
