@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     import os
 
     import torch
-    from ttft import SUBJECTS, build
+    from ttft_subjects import SUBJECTS, build
 
     from fastvlm.inference.clock import Clock
     from fastvlm.inference.levers import apply_levers

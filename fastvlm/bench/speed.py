@@ -112,20 +112,24 @@ def measure_speed(
         reference: what `reference_speed` measured.
     """
     clock = clock or Clock(engine.device)
-    kept = engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes, engine.now
+    stores = (engine.files, engine.images, engine.prefixes)
+    kept, bounds = (engine.stop_ids, engine.now), [store.max_bytes for store in stores]
     engine.stop_ids, engine.now = frozenset(), clock.now
     try:
-        return _measure(engine, requests, tokens, batch, clock, reference)
+        return _measure(engine, requests, tokens, batch, clock, reference, stores)
     finally:
-        engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes, engine.now = kept
+        engine.stop_ids, engine.now = kept
+        for store, bound in zip(stores, bounds):
+            store.max_bytes = bound
 
 
-def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Clock, reference: float | None) -> Speed:
+def _measure(
+    engine: Engine, requests: int, tokens: int, batch: int, clock: Clock, reference: float | None, stores: Sequence
+) -> Speed:
     model, side = engine.model, 2 * engine.image_size
     record, options = ask(QUESTION), {"max_new_tokens": tokens}
     files = [draw_image(seed, side) for seed in range(max(requests, batch) + 1)]
     images = [engine.transform(file) for file in files]
-    stores = (engine.images, engine.prefixes)
     for store in stores:
         store.max_bytes = 0
     engine.generate([record], [[images[-1]]], **options)  # caches of kernels, thread pools
@@ -159,7 +163,7 @@ def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Cloc
         tokens_per_second=statistics.median(speeds),
         batch_tokens_per_second=rows * tokens / seconds[0],
         reference_tokens_per_second=reference,
-        second_question=_second_question(engine, files[:requests], clock),
+        second_question=_second_question(engine, files[:requests], clock, stores),
         image_tokens=answer.num_image_tokens,
         prompt_tokens=answer.num_prompt_tokens,
         answer_tokens=tokens,
@@ -169,19 +173,20 @@ def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Cloc
     )
 
 
-def _second_question(engine: Engine, files: Sequence[bytes], clock: Clock) -> float:
+def _second_question(engine: Engine, files: Sequence[bytes], clock: Clock, stores: Sequence) -> float:
     """With stores: another question about the same image over the first about it, both from the bytes of the file."""
-    engine.images.max_bytes = engine.prefixes.max_bytes = 1 << 30
+    for store in stores:
+        store.max_bytes = 1 << 30
     seconds: dict[str, list[float]] = {"which word is this": [], "how many digits do you see": []}
     for file in files:
         for question, times in seconds.items():
             start = clock.now()
-            image = engine.transform(file)
+            (image,) = engine.read_images([file])
             read = clock.now() - start
             (answer,) = engine.generate([ask(question)], [[image]], max_new_tokens=1)
             times.append(read + answer.first_token_seconds)
-    engine.images.clear()
-    engine.prefixes.clear()
+    for store in stores:
+        store.clear()
     first, second = map(statistics.median, seconds.values())
     return second / first
 

@@ -280,6 +280,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             "answer_tokens_total": scheduler.num_tokens,
             "active": scheduler.num_active,
             "waiting": scheduler.num_waiting,
+            "file_store_bytes": engine.files.num_bytes,
+            "file_store_hits_total": engine.files.hits,
             "image_store_bytes": engine.images.num_bytes,
             "image_store_hits_total": engine.images.hits,
             "prefix_store_bytes": engine.prefixes.num_bytes,

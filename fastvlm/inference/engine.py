@@ -19,7 +19,7 @@ from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference import fast_decoder
 from fastvlm.inference.answer import Answer
-from fastvlm.inference.memory import ImageStore, PrefixStore, image_key, position_names
+from fastvlm.inference.memory import FileStore, ImageStore, PrefixStore, image_key, position_names
 from fastvlm.inference.rows import Row, Rows
 from fastvlm.inference.sampling import Sampling
 from fastvlm.models.splice import splice
@@ -73,7 +73,7 @@ class Engine:
         transform: from a file to its views, as the last stage saw them; None pads to squares.
         max_new_tokens: default bound of an answer.
         image_batch: views encoded at once.
-        image_store_bytes: bound of the visual tokens kept between calls.
+        image_store_bytes: bound of the visual tokens kept between calls, and again of the views read from files.
         prefix_store_bytes: bound of the keys and values kept between calls.
         workers: threads that read image files.
         fast: use `FastDecoder` where the language model is one it knows.
@@ -103,10 +103,8 @@ class Engine:
         self.device = torch.device(device)
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
-        self.images, self.prefixes = (
-            ImageStore(image_store_bytes),
-            PrefixStore(0 if getattr(model.llm, "whole_prompts", False) else prefix_store_bytes),
-        )
+        self.files, self.images = FileStore(image_store_bytes), ImageStore(image_store_bytes)
+        self.prefixes = PrefixStore(0 if getattr(model.llm, "whole_prompts", False) else prefix_store_bytes)
         self.workers, self.levers = workers, ()
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
@@ -119,14 +117,14 @@ class Engine:
             ValueError: a file is broken or too large.
         """
         if len(files) < 2 or self.workers < 2:
-            return [self.transform(data) for data in files]
+            return [self._read(data) for data in files]
         self._threads = self._threads or ThreadPoolExecutor(self.workers, thread_name_prefix="images")
         return list(self._threads.map(self._read, files))
 
     def _read(self, data: bytes) -> Tensor:
-        if not hasattr(self._local, "transform"):  # a transform has scratch memory of its own
+        if not hasattr(self._local, "transform"):  # one has scratch memory, and a server reads in many threads
             self._local.transform = self.transform.restricted(())
-        return self._local.transform(data)
+        return self.files.read(data, self._local.transform)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[UInt8[Tensor, "... 3 H W"]]) -> list[Float[Tensor, "_ D"]]:

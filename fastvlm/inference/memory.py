@@ -1,11 +1,12 @@
-"""What is worth keeping between questions, each kind bounded in bytes: visual tokens of images, keys of prompts."""
+"""What is worth keeping between questions, each kind bounded in bytes: images read from files, their visual tokens,
+keys of prompts."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ MIN_PREFIX = 4  # below this many positions a look into the store costs as much 
 
 def image_key(views: UInt8[Tensor, "*v 3 H W"]) -> bytes:
     """Names an image by the pixels the encoder sees and by how its views lie."""
+    if (known := getattr(views, "image_key", None)) is not None:  # `FileStore` looked at them
+        return known
     pixels = views.movedim(-3, -1).contiguous().cpu().numpy()  # decoders write channels last: mostly no copy
     shape = repr((pixels.shape, getattr(views, "view_layout", None)))
     return hashlib.blake2b(shape.encode() + pixels.tobytes(), digest_size=16).digest()
@@ -80,6 +83,22 @@ class ImageStore(BoundedStore):
         # A view of a batch would keep the whole batch alive.
         tokens = tokens.clone() if tokens.untyped_storage().nbytes() > tokens.nbytes else tokens
         self.put(key, tokens, size=tokens.nbytes)
+
+
+class FileStore(BoundedStore):
+    """Views of image files by the files' bytes: a picture spoken of again is neither decoded nor scaled again."""
+
+    def read(self, data: bytes, transform: Callable[[bytes], Tensor]) -> Tensor:
+        """The views of a file; they are shared, so nobody may write into them."""
+        if not self.max_bytes:
+            return transform(data)
+        key = hashlib.blake2b(data, digest_size=16).digest()
+        views = self.get(key)
+        if views is None:
+            views = transform(data)
+            views.image_key = image_key(views)
+            self.put(key, views, size=views.nbytes)
+        return views
 
 
 @dataclass(frozen=True)

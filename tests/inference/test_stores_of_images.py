@@ -1,11 +1,17 @@
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_engine import draw_prompts, read_lengths
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, draw_image, draw_png
 
+from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.memory import MIN_PREFIX, BoundedStore, PrefixStore, image_key, position_names
 
@@ -134,3 +140,34 @@ def test_an_image_is_named_by_its_pixels_and_shape():
     assert len({image_key(image), image_key(changed), image_key(image[None]), image_key(image.mT)}) == 4
     names = position_names([5, 7, 7, 7, 6], image_token_id=7, images=[b"a" * 16, b"b" * 16], slots=[1, 2])
     assert names[1] < 0 and names[2] < 0 and names[1] != names[2] == names[3] and names[0] == 5
+
+
+def test_a_file_that_comes_again_is_read_once_within_the_bound(tiny_model, tiny_tokenizer, monkeypatch):
+    size = 3 * IMAGE_SIZE**2
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, image_store_bytes=2 * size, workers=1)
+    files, read, call = [draw_png(seed) for seed in range(3)], [], ImageTransform.__call__
+    monkeypatch.setattr(ImageTransform, "__call__", lambda self, data: read.append(data) or call(self, data))
+    (first,), (again,) = engine.read_images(files[:1]), engine.read_images(files[:1])
+    assert again is first and read == files[:1]
+    engine.read_images(files)
+    assert read == files and engine.files.num_bytes == 2 * size
+    engine.read_images(files[:1])
+    assert read == [*files, files[0]], "the least recently used one had left"
+    keyless = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert torch.equal(keyless.read_images(files[:1])[0], first) and not len(keyless.files)
+
+
+def test_images_read_in_several_threads_at_once_are_not_mixed(engine, monkeypatch):
+    pixels = [np.full((48, 16, 3), 40 * i, dtype=np.uint8) for i in range(1, 6)]  # narrow: scaled in scratch memory
+    files, place = [to_png(image) for image in pixels], ImageTransform._place
+    monkeypatch.setattr(ImageTransform, "_place", lambda self, *given: time.sleep(0.02) or place(self, *given))
+    with ThreadPoolExecutor(5) as threads:  # as requests with one image each
+        read = [views for (views,) in threads.map(lambda file: engine.read_images([file]), files)]
+    middle = [int(views[0, 0, IMAGE_SIZE // 2, IMAGE_SIZE // 2]) for views in read]
+    assert middle == [40 * i for i in range(1, 6)]
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
