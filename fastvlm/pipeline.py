@@ -439,7 +439,7 @@ class Pipeline:
         import lightning as L
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        from fastvlm.callbacks.cost import count_forward, learned_shares, stage_cost
+        from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, stage_cost
         from fastvlm.callbacks.features import CachedFeatures
         from fastvlm.callbacks.metrics import Metrics
         from fastvlm.callbacks.progress import Progress
@@ -479,7 +479,7 @@ class Pipeline:
             "commit": commit(),
             "steps": steps,
         }
-        metrics = Metrics(self.config.log_every, path=folder / "metrics.jsonl")
+        metrics, clock = Metrics(self.config.log_every, path=folder / "metrics.jsonl"), StepClock()
         size = {"image_size": config.image_size, "length": config.max_tokens}
         # A whole pretrained model has a chain of its own between its parts.
         forward = None if self.config.vlm else count_forward(self.model, parts=list(config.parts), **size)
@@ -487,6 +487,10 @@ class Pipeline:
         def finish() -> dict[str, float]:
             cost = {} if forward is None else stage_cost(forward, learned_shares(self.model), data.plan)
             cost["cost/seconds"] = float(metrics.last.get("train/seconds", 0.0))
+            cost["cost/step_ms"] = clock.step_ms
+            cost["cost/held_bytes"] = float(held_bytes(stage.model, trainer.optimizers))
+            sizes = [(p.numel(), p.requires_grad) for p in stage.model.parameters()]
+            cost["cost/learned"] = float(sum(size for size, learns in sizes if learns))
             freezing.merge(self.model)
             known = {
                 k: float(v) for k, v in metrics.last.items() if k.startswith("val/") and isinstance(v, (int, float))
@@ -519,6 +523,7 @@ class Pipeline:
             ),
             checkpoints,
             handoff,
+            clock,
         ]
         if config.cache_features and self.hardware.shards:
             raise ValueError(
