@@ -5,8 +5,8 @@
 
 A study of two short arms of the embedded pipeline is run as `train.py -m experiment=...` and cell by cell, in turn,
 each time in an empty run directory over the same data; both one process at a time, with MLflow. Seconds are on the
-clock and, less disturbed by others on the machine, CPU seconds of all processes. What a sweep adds is told apart: before
-the first cell, in cells, after the last (tables, plots, verdicts, MLflow artifacts).
+clock and, less disturbed by others on the machine, CPU seconds of all processes. What a sweep adds is told apart:
+before the first cell, in cells, after the last (tables, plots, verdicts, MLflow artifacts).
 """
 
 from __future__ import annotations

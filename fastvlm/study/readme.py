@@ -134,6 +134,7 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
     said = wanted[claim.direction]
     if claim.factor:
         said += f" at least {claim.factor:g} times" if claim.factor != 1 else ", by the factor shown"
+        said += "; decided on logarithms, so that the machine's own speed plays no part"
     elif claim.margin and claim.direction != "same":
         by = f"by more than {claim.margin:g}" if claim.margin > 0 else f"or worse by no more than {-claim.margin:g}"
         said += f" {by}"
