@@ -135,7 +135,7 @@ def test_equal_compute_is_said_only_of_arms_with_about_as_many_operations():
 
 
 def test_a_claim_about_a_factor_does_not_depend_on_how_fast_the_machine_is():
-    claim = Claim("x", "p", "t", "test/ttft_ms", "lower", ["align", "skip"], factor=2)
+    claim = Claim("x", "p", "t", "test/ttft_ms", "lower", ["align", "skip"], factor=2.0)
 
     def timed(speed: float, times: float) -> list[Cell]:
         cells = [cell(arm, seed, nll=0.5) for arm in ("align", "skip") for seed in range(5)]
