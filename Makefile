@@ -31,6 +31,9 @@ $(VENV)/.ready: requirements.lock
 	@$(VENV)/bin/uv pip sync --quiet --python $(RUN) requirements.lock
 	@touch $@
 
+# PORT=... for another port; FASTVLM_RUNS where the runs are, if not in runs/.
+PORT ?= 5000
 dashboard: env
-	@echo "http://127.0.0.1:5000"
-	@$(VENV)/bin/mlflow server --backend-store-uri sqlite:///$(abspath runs/mlflow.db) --host 127.0.0.1 --port 5000
+	@echo "http://127.0.0.1:$(PORT)"
+	@MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow server --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri sqlite:///$(abspath $(or $(FASTVLM_RUNS),runs))/mlflow.db

@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 make check
 make test
+# The light studies, one step a cell: about two minutes.
+make test ARGS="tests/study/test_sweep.py -m slow -k 'one_step and (llava_align or text_share)'"
 make train

@@ -1,13 +1,20 @@
-"""What a stage costs: floating-point operations, counted on one forward pass of each part and multiplied out."""
+"""What a stage costs: floating-point operations, counted on one forward pass of each part and multiplied out; the
+bytes it holds; the time of a step."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import median
 
+import lightning as L
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastvlm.models.quantised import quantised_layers
 
 
 @dataclass
@@ -135,3 +142,60 @@ def stage_cost(forward: ForwardFlops, learned: dict[str, float], plan) -> dict[s
 def num_learned(plan) -> int:
     """Learned tokens of all steps."""
     return int(plan.costs(plan.num_samples, "answer_tokens")[1].sum()) if plan.num_samples else 0
+
+
+def held_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> int:
+    """Bytes a stage holds from one step to the next: weights and buffers as they are held (of quantised ones the codes
+    and scales), the optimisers' states, and a gradient for every number that learns.
+
+    Activations and what an allocator keeps are not in it, so it is the same on every machine.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [t for _, layer in quantised_layers(model) if layer.state is not None for t in scales(layer.state)]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    inner = {t.data_ptr(): t for tensor in tensors for t in plain(tensor)}  # a code book is shared by layers
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(t.numel() * t.element_size() for t in inner.values()) + gradients
+
+
+def scales(state) -> Iterator[Tensor]:
+    """The tensors of bitsandbytes' state of a matrix in four bits, in which scales are quantised in their turn."""
+    yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor))
+    if state.state2 is not None:
+        yield from scales(state.state2)
+
+
+def plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor subclass is made of (torchao's codes and scales), or the tensor itself."""
+    tensor = tensor.detach()
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in plain(getattr(tensor, name))]
+
+
+class StepClock(L.Callback):
+    """Median milliseconds of an optimiser step from the batch's arrival on, in `step_ms`: on a CPU what this process
+    computed, so that others on the machine are mostly left out, else on the clock. The first step is not counted."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._mark = self._sum = 0.0
+
+    def on_train_batch_start(self, trainer, stage, batch, batch_idx) -> None:
+        self._mark = self._now(stage)
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx) -> None:
+        self._sum += self._now(stage) - self._mark
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self.steps.append(self._sum * 1e3)
+            self._sum = 0.0
+
+    @property
+    def step_ms(self) -> float:
+        return median(self.steps[1:] or self.steps or [0.0])
+
+    @staticmethod
+    def _now(stage: L.LightningModule) -> float:
+        return time.process_time() if stage.device.type == "cpu" else time.perf_counter()

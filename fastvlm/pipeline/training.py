@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.build import build_transform, instantiate
-from fastvlm.callbacks.cost import count_forward, learned_shares, stage_cost
+from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, stage_cost
 from fastvlm.callbacks.features import CachedFeatures
 from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff, write_json
@@ -59,6 +59,7 @@ class Training:
         path, quantise = self.folder / "freezing.json", self.hardware.quantise
         self.freezing = build_freezing(self.name, self.plain, quantise=quantise, path=path)
         self.metrics = Metrics(self.pipeline.config.log_every, path=self.folder / "metrics.jsonl")
+        self.clock = StepClock()
         size = {"image_size": self.config.image_size, "length": self.config.max_tokens}
         # A whole pretrained model has a chain of its own between its parts.
         whole = bool(self.pipeline.config.vlm)
@@ -166,6 +167,7 @@ class Training:
             provenance,
             checkpoints,
             StageHandoff(self.folder / "handoff", manifest=self.manifest(), finish=self.finish),
+            self.clock,
         ]
 
     def cached_features(self) -> CachedFeatures:
@@ -215,6 +217,9 @@ class Training:
         # What learns is known until the adapters are merged.
         cost = {} if self.forward is None else stage_cost(self.forward, learned_shares(self.pipeline.model), self.plan)
         cost["cost/seconds"] = float(last.get("train/seconds", 0.0))
+        cost["cost/step_ms"] = self.clock.step_ms
+        cost["cost/held_bytes"] = float(held_bytes(self.module.model, self.trainer.optimizers))
+        cost["cost/learned"] = float(sum(p.numel() for p in self.module.model.parameters() if p.requires_grad))
         self.freezing.merge(self.pipeline.model)
         known = {k: float(v) for k, v in last.items() if k.startswith("val/") and isinstance(v, (int, float))}
         known["train/peak_memory_gib"] = self.hardware.peak_gib()

@@ -39,7 +39,8 @@ class DenseLabelStage(Stage):
                 f"stage {self.name} needs label maps with {len(self.num_classes)} channels beside its images; "
                 "choose a mixture that has them, such as embedded_cells"
             )
-        patches = self.model.patches(batch)  # (I, N, D_v)
+        patches = self.patches(batch)  # (I, N, D_v), or (2 I, N, D_v)
+        maps = maps.repeat(len(patches) // len(maps), 1, 1, 1)
         height, width = self.model.encoder.grid(batch.pixel_values.shape[-1])
         logits = rearrange(self.head(patches), "i (h w) c -> i c h w", h=height, w=width).float()
         if logits.shape[-2:] != maps.shape[-2:]:
@@ -60,3 +61,12 @@ class DenseLabelStage(Stage):
         if self._trainer is not None:
             denominator = denominator * self.trainer.world_size * self.trainer.accumulate_grad_batches
         return losses.sum(), denominator, losses, {"source": source, **extra}
+
+    def patches(self, batch: Batch) -> Tensor:
+        """Patches of every image. An encoder with a branch for tiles sees each image twice, as a global view and as a
+        tile: without tiles in the mixture that branch would learn nothing."""
+        if not getattr(self.model.encoder, "reads_views", False):
+            return self.model.patches(batch)
+        images = batch.pixel_values
+        kinds = (torch.full((len(images),), tile, device=images.device) for tile in (False, True))
+        return torch.cat([self.model.encode_patches(images, kind) for kind in kinds])

@@ -6,7 +6,7 @@ import csv
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,10 @@ ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "ac
 COST = ("steps", "tokens", "views", "flops", "seconds")
 # Left out of results.csv: what the questions score without looking, type by type.
 NOT_KEPT = re.compile(r"test/exact_match_(removed|swapped|majority)/(?!mean$)|test/num_questions|test/text_tokens")
-TIMES = ("seconds", "test/ttft_ms", "test/ttft_ms/image", "test/ttft_ms/prefill")
+# What two runs of one cell on one machine may differ in.
+TIMES = re.compile(r"seconds$|_ms\b|_per_second$|speed/")
+# Of the stage trained last: its row in the results, and the unit it is shown in.
+TRAINED = {"train/memory_mib": ("held_bytes", 2**20), "train/step_ms": ("step_ms", 1), "train/learned": ("learned", 1)}
 # Operations within this share of each other count as equal.
 EQUAL_COMPUTE = 0.05
 
@@ -70,7 +73,14 @@ def from_results(results: dict, *, scale: str, arm: str, seed: int) -> Cell:
     stages = results.get("cost", {}).values()
     cost = {key: sum(stage.get(key, 0.0) for stage in stages) for key in COST}
     metrics = {k: v for k, v in sorted(results["metrics"].items()) if not NOT_KEPT.match(k)}
-    return Cell(about, cost, metrics)
+    return Cell(about, cost, metrics | trained(results))
+
+
+def trained(results: dict) -> dict[str, float]:
+    """`train/...` of the stage that was trained last: what it held from step to step, a step's time, the parameters
+    that learned."""
+    last = next(reversed(results.get("cost", {}).values()), {})
+    return {name: last[key] / unit for name, (key, unit) in TRAINED.items() if key in last}
 
 
 def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list[str]]:
@@ -169,6 +179,7 @@ class Decided:
     verdict: Verdict | None
     why: str = ""
     ratio: float = 1.0  # operations of the first arm over the second's
+    as_factor: bool = False  # the verdict's numbers are natural logarithms of a factor
 
 
 def by_seed(cells: list[Cell], arm: str, metric: str) -> dict[int, float]:
@@ -199,7 +210,8 @@ def mean_cost(cells: list[Cell], arm: str, key: str) -> float:
 
 
 def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
-    """Every metric of a claim, at equal steps and at equal compute; the deciding metric first.
+    """Every metric of a claim, at equal steps and at equal compute; the deciding metric first. A claim about a cost has
+    no equal compute.
 
     Raises:
         ValueError: no cell has the metric that decides.
@@ -212,7 +224,7 @@ def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
             raise ValueError(f"the claim '{claim.claim}' is decided on {metric}, which no task yielded{hint}")
     decided = []
     for metric in (claim.metric, *claim.beside):
-        for basis in ("steps", "compute"):
+        for basis in ("steps",) if is_cost(claim.metric) else ("steps", "compute"):
             decided.append(decide_pair(claim, metric, basis, cells))
     return decided
 
@@ -241,6 +253,14 @@ def decide_pair(claim: Claim, metric: str, basis: str, cells: list[Cell]) -> Dec
     elif claim.direction != "same":
         claimed_better = (claim.direction == "lower") == lower_is_better(claim.metric)
         sign *= 1.0 if claimed_better else -1.0
+    if claim.factor and metric == claim.metric:
+        if bad := [value for arm in (ours, theirs) for value in arm.values() if value <= 0]:
+            raise ValueError(f"the claim '{claim.claim}' is about a factor, but {metric} is {bad[0]:g} in a cell")
+        # A smaller factor than the claimed one speaks against the claim, not only the wrong sign.
+        claimed = math.log(claim.factor)
+        v = decide([sign * math.log(ours[s] / theirs[s]) - claimed for s in paired])
+        verdict = replace(v, mean=v.mean + claimed, low=v.low + claimed, high=v.high + claimed)
+        return Decided(claim, metric, basis, pair, verdict, "", ratio, as_factor=True)
     differences = [sign * (ours[s] - theirs[s]) for s in paired]
     if claim.direction == "same":
         if metric != claim.metric:
@@ -251,5 +271,12 @@ def decide_pair(claim: Claim, metric: str, basis: str, cells: list[Cell]) -> Dec
     return Decided(claim, metric, basis, pair, decide(differences, margin=margin), "", ratio)
 
 
+def is_cost(metric: str) -> bool:
+    return metric.startswith("train/") or any(word in metric for word in ("ttft", "_ms", "_per_second", "memory"))
+
+
 def lower_is_better(metric: str) -> bool:
-    return any(word in metric for word in ("nll", "perplexity", "bits", "ttft", "length", "loss", "memory", "seconds"))
+    if metric.endswith("_per_second"):
+        return False
+    words = ("nll", "perplexity", "bits", "ttft", "_ms", "length", "loss", "memory", "seconds", "train/learned")
+    return any(word in metric for word in words)

@@ -28,6 +28,8 @@ class Claim:
         steps: [first, second] arm at equal optimiser steps.
         compute: the pair at equal operations; left out where the pair of `steps` has about as many.
         margin: `same` needs one; with a direction, what the difference must exceed, below 0 for "no worse than".
+        factor: how many times lower or higher the metric must be at least, in place of a margin: for times and sizes,
+            whose differences mean nothing on another machine. Decided on logarithms.
         size: the paper's difference in words.
         optimum: [first, second], each arm -> the value it was given: the claim is then not about the metric but about
             the value at which it is best, on a log scale; `steps` names an arm of each for the cost.
@@ -43,6 +45,7 @@ class Claim:
     beside: list[str] = field(default_factory=list)
     compute: list[str] = field(default_factory=list)
     margin: float = 0.0
+    factor: float | None = None
     size: str = ""
     figures: list[str] = field(default_factory=list)
     optimum: list[dict[str, float]] = field(default_factory=list)
@@ -78,6 +81,8 @@ def check(claim: Claim, study: Study, *, where: str) -> None:
         raise ValueError(f"{where}: direction={claim.direction} is none of {', '.join(DIRECTIONS)}")
     if claim.direction == "same" and claim.margin <= 0:
         raise ValueError(f"{where}: direction=same needs a margin above 0")
+    if claim.factor is not None and (claim.factor <= 0 or claim.margin or claim.optimum or claim.direction == "same"):
+        raise ValueError(f"{where}: factor={claim.factor:g} must be above 0, with direction higher or lower, no margin")
     arms = sorted({arm for at in study.arms.values() for arm in at})
     if claim.optimum and (len(claim.optimum) != 2 or min(map(len, claim.optimum)) < 3):
         raise ValueError(f"{where}: optimum names two sets of three arms or more, each with its value")

@@ -95,8 +95,17 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]
     if stage.get("last_layers"):
         for layer in last_layers(model.llm, stage.last_layers.num, where=f"stages.{name}.last_layers"):
             trainable[f"llm.{layer}"] = stage.last_layers.lr
+    adapters = ["llm LoRA"] if stage.get("lora") else []
+    for part, one in (stage.get("adapt") or {}).items():
+        if one.method == "full":
+            trainable[part] = one.lr
+        elif one.method == "partial":
+            for layer in last_layers(getattr(model, part), one.num, where=f"stages.{name}.adapt.{part}"):
+                trainable[f"{part}.{layer}"] = one.lr
+        elif one.method in ("lora", "dora"):
+            adapters.append(f"{part} {one.method} r={one.r}" + (f" over {one.quantise}" if one.quantise else ""))
     rates = {}
-    if trainable or not stage.get("lora"):
+    if trainable or not adapters:
         rates = select_trainable(model, trainable, where=f"stages.{name}.trainable")
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     learns = sum(sizes[n] for n in rates)
@@ -112,7 +121,7 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]
     size = f"{stage.batch_size:,} rows of {stage.max_tokens:,}"
     view = f", {stage.image_size} px = {tokens} tokens" if reads else ""
     total = f"; {steps * stage.batch_size * stage.max_tokens / 1e9:,.3g}G positions at most" if steps else ""
-    learnt = f"learns {learns / 1e6:,.1f}M" + (" and LoRA" if stage.get("lora") else "")
+    learnt = " and ".join([f"learns {learns / 1e6:,.1f}M", *adapters])
     print(f"  {name}: {length} x {size}{view}{total}; {learnt}")
     print(f"    forward, one view a row: {step / 1e12:,.3g} TFLOP a step")
     for source_name, source in mixture.sources.items():

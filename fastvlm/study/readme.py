@@ -81,17 +81,25 @@ def say_verdict(decided: Decided) -> str:
     if v.num_seeds == 1:
         return f"**{OPEN}**: one seed has no spread; {fewest_seeds()} are the fewest that can decide"
     text = f"**{v.outcome}**" if v.outcome != OPEN else f"**{OPEN}**"
-    text += f" {number(v.mean)} [{number(v.low)}, {number(v.high)}], p = {number(v.p, digits=2)}, n = {v.num_seeds}"
+    text += f" {amount(decided)}, p = {number(v.p, digits=2)}, n = {v.num_seeds}"
     if v.outcome == OPEN:
         text += f"; about {v.needed} seeds would tell" if v.needed else "; over 1,000 seeds would be needed"
     return text
+
+
+def amount(decided: Decided) -> str:
+    """Mean and interval of what was decided: a difference, or a factor."""
+    v = decided.verdict
+    values = [math.exp(min(x, 700.0)) if decided.as_factor else x for x in (v.mean, v.low, v.high)]
+    mean, low, high = map(number, values)
+    return f"{mean}{' times' if decided.as_factor else ''} [{low}, {high}]"
 
 
 def headline(decided: Sequence[Decided]) -> str:
     """The verdict of a claim in a few words: that of the deciding metric at equal steps, and at equal compute."""
     deciding = [d for d in decided if d.metric == d.claim.metric]
     said = {d.basis: d.verdict.outcome if d.verdict else "no such arm" for d in deciding}
-    if said["steps"] == said["compute"]:
+    if said["steps"] == said.get("compute", said["steps"]):
         return said["steps"]
     return f"{said['steps']} at equal steps; {said['compute']} at equal compute"
 
@@ -112,18 +120,25 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
         rows.append(
             [
                 name,
-                *(f"`{two[b].pair[0]}` against `{two[b].pair[1]}`: {say_verdict(two[b])}" for b in BASIS),
+                *(f"`{d.pair[0]}` against `{d.pair[1]}`: {say_verdict(d)}" for d in two.values()),
             ]
         )
     wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same but for {claim.margin:g}"}
-    lines += table(["metric", *BASIS.values()], rows)
+    lines += table(["metric", *(BASIS[basis] for basis in dict.fromkeys(d.basis for d in decided))], rows)
     if claim.optimum:
         lines += [
             "",
             "The difference is in log2 of the value at which the metric is best in each set of arms.",
         ]
         return [*lines, ""]
-    lines += ["", f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {wanted[claim.direction]}."]
+    said = wanted[claim.direction]
+    if claim.factor:
+        said += f" at least {claim.factor:g} times" if claim.factor != 1 else ", by the factor shown"
+        said += "; decided on logarithms, so that the machine's own speed plays no part"
+    elif claim.margin and claim.direction != "same":
+        by = f"by more than {claim.margin:g}" if claim.margin > 0 else f"or worse by no more than {-claim.margin:g}"
+        said += f" {by}"
+    lines += ["", f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {said}."]
     return [*lines, ""]
 
 

@@ -10,15 +10,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fastvlm.study.arms import Study
-from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, planned
+from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, planned, trained
 
 NOTE = "mlflow.json"
 
 
 def flat_cost(results: dict) -> dict[str, float]:
-    """`cost/...` over the stages of a run, as metrics."""
+    """`cost/...` over the stages of a run, and `train/...` of its last, as metrics."""
     stages = list(results.get("cost", {}).values())
-    return {f"cost/{key}": sum(stage.get(key, 0.0) for stage in stages) for key in COST} if stages else {}
+    if not stages:
+        return {}
+    return {f"cost/{key}": sum(stage.get(key, 0.0) for stage in stages) for key in COST} | trained(results)
 
 
 def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | None:
@@ -95,5 +97,5 @@ def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvl
 def _cell(tags: dict[str, str], metrics: dict[str, float]) -> Cell:
     about = {key: tags.get(key, tags.get(f"hardware.{key}", "")) for key in ABOUT}
     cost = {key: metrics.get(f"cost/{key}", 0.0) for key in COST}
-    kept = {k: v for k, v in sorted(metrics.items()) if k.startswith("test/") and not NOT_KEPT.match(k)}
+    kept = {k: v for k, v in sorted(metrics.items()) if k.startswith(("test/", "train/")) and not NOT_KEPT.match(k)}
     return Cell(about, cost, kept)

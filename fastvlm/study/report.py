@@ -19,7 +19,7 @@ from fastvlm.study.cells import (
 )
 from fastvlm.study.claims import load_claims, load_figures
 from fastvlm.study.plots import make_plots
-from fastvlm.study.readme import catalogue, headline, number, readme
+from fastvlm.study.readme import amount, catalogue, headline, number, readme
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +123,7 @@ def entries(study: Study, results: dict, claims_of: dict) -> list[dict[str, str]
                 ours = first.why
             else:
                 v = first.verdict
-                ours = f"{claim.metric.removeprefix('test/')} {number(v.mean)} [{number(v.low)}, {number(v.high)}]"
+                ours = f"{claim.metric.removeprefix('test/')} {amount(first)}"
                 if v.needed:
                     verdict += f" (about {v.needed} seeds)"
             spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in claim.steps]

@@ -6,7 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlm.build import build_model, build_tokenizer
-from fastvlm.callbacks.cost import count_forward, learned_shares, training_flops
+from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, training_flops
+from fastvlm.models.quantised import quantise
 
 ROWS, LENGTH, VIEWS = 2, 64, 3
 
@@ -67,3 +68,38 @@ def test_a_row_costs_what_its_length_and_its_square_say(model):
     one = forward.rows(np.array([96]), 1)
     assert one == pytest.approx(longer.linear * 96 + longer.square * 96**2, rel=1e-6)
     assert not forward.view
+
+
+def test_a_stage_holds_weights_gradients_of_what_learns_and_the_optimisers_states():
+    layer = torch.nn.Linear(64, 128, bias=False)
+    tied = torch.nn.ModuleList([layer, layer])
+    size = 64 * 128 * 4
+    assert held_bytes(tied) == 2 * size  # the weight, once, and its gradient
+    optimizer = torch.optim.AdamW(tied.parameters())
+    layer(torch.zeros(1, 64)).sum().backward()
+    optimizer.step()
+    assert held_bytes(tied, [optimizer]) == 4 * size + 4  # two moments, and the count of steps
+    layer.requires_grad_(False)
+    assert held_bytes(tied) == size
+
+
+def test_four_bits_take_an_eighth_and_their_scales_are_counted():
+    pytest.importorskip("bitsandbytes")
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False)).requires_grad_(False)
+    whole = held_bytes(model)
+    quantise(model, "nf4")
+    # Half a byte a weight; a byte for every block of 64; two code books and the scales' scales.
+    codes, blocks = 256 * 256 // 2, 256 * 256 // 64
+    assert whole == 256 * 256 * 4 and codes + blocks < held_bytes(model) <= codes + blocks + 16 * 4 + 256 * 4 + 64
+
+
+def test_the_step_clock_leaves_out_the_first_step_and_adds_up_micro_batches(monkeypatch):
+    clock, now = StepClock(), iter([0.0, 9.0, 9.0, 9.1, 9.1, 9.3, 10.0, 10.2, 10.2, 10.3])
+    monkeypatch.setattr(StepClock, "_now", staticmethod(lambda stage: next(now)))
+    loop = type("Loop", (), {"turns": iter([False, True, False, True, False])})
+    loop._should_accumulate = lambda: next(loop.turns)
+    trainer = type("T", (), {"fit_loop": type("F", (), {"epoch_loop": loop})})
+    for _ in range(5):
+        clock.on_train_batch_start(trainer, None, None, 0)
+        clock.on_train_batch_end(trainer, None, None, None, 0)
+    assert len(clock.steps) == 3 and clock.step_ms == pytest.approx(300)

@@ -144,6 +144,27 @@ def test_the_dense_label_stage_needs_label_maps_and_learns_them():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_an_encoder_with_a_branch_for_tiles_learns_dense_labels_in_both_branches():
+    from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
+
+    stage = make_stage(DenseLabelStage, {"encoder": 1e-2}, num_classes=[4, 3])
+    coarse, fine = (small_vlm().encoder for _ in range(2))
+    stage.model.encoder = MultiGranularityEncoder(coarse, fine)
+    batch = image_batch()
+    batch.label_maps = torch.randint(0, 3, (2, 3, 2, 2), dtype=torch.uint8)
+    out = stage.training_step(batch)
+    out["loss"].backward()
+    for branch in ("coarse", "fine", "coarse_mlp", "fine_mlp"):
+        gradients = [p.grad for p in getattr(stage.model.encoder, branch).parameters()]
+        assert any(g is not None and g.abs().sum() > 0 for g in gradients), branch
+    # The mean of what each branch loses alone.
+    alone = []
+    for tile in (False, True):
+        stage.patches = lambda batch, tile=tile: stage.model.encode_patches(batch.pixel_values, torch.full((2,), tile))
+        alone.append(float(stage.training_step(batch)["loss"]))
+    assert float(out["loss"]) == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
 def test_the_contrastive_loss_is_open_clips_and_cannot_see_through_the_caption():
     from open_clip.loss import ClipLoss
 

@@ -10,7 +10,7 @@ from fastvlm.study.arms import load_study
 from fastvlm.study.cells import ABOUT, COST, Cell, check_one_origin, decide_claim, read_csv, write_csv
 from fastvlm.study.claims import Claim, load_claims
 from fastvlm.study.plots import pareto_front
-from fastvlm.study.readme import headline, number
+from fastvlm.study.readme import amount, headline, number
 from fastvlm.study.report import report, report_all
 from tests.conftest import ROOT
 
@@ -110,6 +110,7 @@ def test_a_metric_that_no_task_yields_is_named_with_the_nearest():
         ("direction: better", "direction=better is none of higher, lower, same"),
         ("direction: same", "needs a margin above 0"),
         ("colour: red", "colour"),
+        ("factor: -1", "factor=-1 must be above 0"),
     ],
 )
 def test_a_wrong_claim_is_one_line_that_says_where(studies, change, words):
@@ -131,6 +132,25 @@ def test_equal_compute_is_said_only_of_arms_with_about_as_many_operations():
     assert headline([steps, compute]) == "agrees at equal steps; no such arm at equal compute"
     with_arm = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], compute=["align", "skip_long"])
     assert decide_claim(with_arm, grid())[1].verdict.outcome == "disagrees"
+
+
+def test_a_claim_about_a_factor_does_not_depend_on_how_fast_the_machine_is():
+    claim = Claim("x", "p", "t", "test/ttft_ms", "lower", ["align", "skip"], factor=2.0)
+
+    def timed(speed: float, times: float) -> list[Cell]:
+        cells = [cell(arm, seed, nll=0.5) for arm in ("align", "skip") for seed in range(5)]
+        for one in cells:
+            one.metrics["test/ttft_ms"] = speed * (1 + 0.02 * one.seed) * (times if one.arm == "skip" else 1)
+        return cells
+
+    for speed in (1.0, 1000.0):
+        (more,) = decide_claim(claim, timed(speed, 2.5))  # at equal steps alone: a cost has no equal compute
+        (less,) = decide_claim(claim, timed(speed, 1.5))
+        assert headline([more]) == "agrees" and headline([less]) == "disagrees"
+        assert amount(more).startswith("2.50 times [2.50, 2.50]")
+    assert decide_claim(claim, timed(1.0, 0.5))[0].verdict.outcome == "disagrees"
+    with pytest.raises(ValueError, match="is about a factor, but test/ttft_ms is 0 in a cell"):
+        decide_claim(claim, timed(0.0, 2.0))
 
 
 def test_a_metric_beside_speaks_for_the_claim_on_its_own_good_side():

@@ -1,12 +1,15 @@
 """A study's grid end to end, as processes: cells side by side, one that fails, done cells, MLflow, report."""
 
+import csv
 import json
+import shutil
 import signal
 import time
 
 import pytest
 
 from fastvlm.study.arms import load_study, study_names
+from fastvlm.study.cells import TIMES
 from tests.conftest import ROOT, TINY
 
 QUICK = [option for option in TINY if option not in ("logger=none", "~task")]
@@ -88,6 +91,21 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
         row.split(",")[1]: round(float(row.split(",")[rows[0].split(",").index("test/answer_nll")]), 4)
         for row in rows[1:]
     }
+
+
+@pytest.mark.slow
+def test_a_study_run_again_from_nothing_has_the_same_results_but_for_times(cli, toy, tmp_path, monkeypatch):
+    command = ["train.py", "-m", "experiment=toy", "arm=few,many", "hydra.launcher.parallel=2", "logger=none"]
+    rows = []
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        (toy / "results.csv").unlink(missing_ok=True)
+        assert "done before" not in cli(*command).stdout
+        with open(toy / "results.csv", newline="") as stream:
+            rows.append([{k: v for k, v in row.items() if not TIMES.search(k)} for row in csv.DictReader(stream)])
+    assert len(rows[0]) == 2 and rows[0] == rows[1]
+    assert {"test/answer_nll", "flops", "train/memory_mib", "config"} <= rows[0][0].keys()
+    assert not {"seconds", "test/ttft_ms", "test/ttft_ms/image", "train/step_ms"} & rows[0][0].keys()
 
 
 @pytest.mark.slow

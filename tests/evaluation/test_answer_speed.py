@@ -1,0 +1,68 @@
+"""What is timed is what was asked for: a second question reuses the first's image; levers change a copy alone."""
+
+import copy
+
+import pytest
+import torch
+from tiny_vlm import IMAGE_SIZE, draw_png
+
+from fastvlm.data.source import Source
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.evaluation.answer_speed import OPENING, answer_speed, opening
+from fastvlm.evaluation.questions import Question
+
+
+@pytest.fixture
+def questions():
+    transform = ImageTransform(image_size=IMAGE_SIZE)
+    content = [{"type": "image"}, {"type": "text", "text": "what number stands here"}]
+    return [
+        Question(str(i), "q", "count", [{"role": "user", "content": content}], "one", [transform(draw_png(i))])
+        for i in range(2)
+    ]
+
+
+def test_a_second_question_is_timed_after_another_about_its_image_and_a_first_without(engine, questions, monkeypatch):
+    asked, reused = [], []
+    generate = engine.generate
+
+    def spy(records, images, **options):
+        answers = generate(records, images, **options)
+        asked.append(records[0]["messages"][0]["content"][1]["text"])
+        reused.append(answers[0].num_reused_tokens)
+        return answers
+
+    monkeypatch.setattr(engine, "generate", spy)
+    before = engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes
+    first = answer_speed(engine, questions, tokens=3, repeats=1)
+    assert set(asked) == {"what number stands here"} and len(asked) == 4 and not any(reused)
+    asked.clear(), reused.clear()
+    second = answer_speed(engine, questions, second=True, tokens=3, repeats=1)
+    assert asked == [OPENING, "what number stands here"] * 4
+    assert not any(reused[::2]) and all(n >= engine.tokens_per_image for n in reused[1::2])
+    assert first.keys() == second.keys() and all(value > 0 for value in (*first.values(), second["test/speed/ttft_ms"]))
+    assert (engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes) == before
+
+
+def test_the_opening_question_keeps_the_image_where_it_was(questions):
+    ((image, text),) = (message["content"] for message in opening(questions[0])["messages"])
+    assert image == {"type": "image"} and text["text"] == OPENING
+    assert questions[0].messages[0]["content"][1]["text"] == "what number stands here"
+
+
+def test_levers_are_pulled_on_a_copy(tiny_model, tiny_tokenizer, monkeypatch, tmp_path):
+    from fastvlm.evaluation import panel, speed_panel
+
+    scored = []
+    monkeypatch.setattr(panel.Panel, "run", lambda self, model, *_, **__: scored.append(model) or {"metrics": {}})
+    monkeypatch.setattr(speed_panel, "read_questions", lambda *_, **__: [])
+    monkeypatch.setattr(speed_panel, "answer_speed", lambda engine, *_, **__: {"same": engine.model is scored[0]})
+
+    monkeypatch.setattr(Source, "load", lambda *_: None)
+    before = copy.deepcopy(tiny_model.state_dict())
+    task = speed_panel.SpeedPanel({"questions": Source("questions", path=tmp_path)}, levers="bf16")
+    result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert result["metrics"]["same"] and scored[0] is not tiny_model
+    assert next(scored[0].llm.parameters()).dtype == torch.bfloat16
+    for name, value in tiny_model.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
