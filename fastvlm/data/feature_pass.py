@@ -2,33 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvlm.data.collate import tiles_among
-from fastvlm.data.features import FeatureStore, FeatureWriter
+from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
+from fastvlm.data.lengths import views_of
 from fastvlm.data.plan import Plan
-from fastvlm.data.planned_images import ImageKeys, ImageViews, plan_key, planned_samples
+from fastvlm.data.shards import ShardReader
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 
+ROWS = 64  # samples a worker hashes at a time
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share the work; `gather` lists what all of them pass, and is a barrier."""
 
-    rank: int
-    count: int
-    gather: Callable[[object], list]
+Sample = tuple[int, int, list[int]]  # source number, row of its index, views of each image
+
+
+def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> list[Sample]:
+    """Every sample of a plan that shows images, with the images that truncation leaves, in the shards' order."""
+    shift = 40  # rows of one source stay far below 2**40
+    steps = (
+        np.fromiter((source << shift | row for pairs in plan.step(i).rows for source, row in pairs), np.int64)
+        for i in range(plan.num_steps)
+    )
+    codes = np.unique(np.concatenate([np.empty(0, np.int64), *steps]))
+    samples = []
+    for code in codes.tolist():
+        source, row = code >> shift, code & (1 << shift) - 1
+        left, views = int(plan.sources[source].images[row]), []
+        for count in views_of(plan.sources[source].index, row, transform) if left else ():
+            if left <= 0:
+                break
+            views.append(count)
+            left -= count
+        if views:
+            samples.append((source, row, views))
+    return samples
+
+
+def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[Sample]]) -> str:
+    """Name of a set of images: the indexes' checksums and the rows."""
+    digest = hashlib.sha256()
+    for plan, chosen in zip(plans, samples):
+        digest.update(json.dumps([s.index.checksum for s in plan.sources]).encode())
+        digest.update(json.dumps(chosen).encode())
+    return digest.hexdigest()[:32]
+
+
+class _Keys(Dataset):
+    """Item i: [(sample number, image number, key), ...] of some samples. What cannot be read is left to training, which
+    skips it, counts it and says why."""
+
+    def __init__(self, plans: list, samples: list[tuple[int, int, int, list[int]]]):
+        self.plans, self.samples, self.reader = plans, samples, ShardReader()
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // ROWS)
+
+    def __getitem__(self, i: int) -> list[tuple[int, int, bytes]]:
+        found = []
+        for number in range(i * ROWS, min((i + 1) * ROWS, len(self.samples))):
+            plan, source, row, views = self.samples[number]
+            with contextlib.suppress(OSError, ValueError):
+                raw = self.plans[plan].sources[source].index.read(row, self.reader)
+                found += [(number, k, image_key(data)) for k, data in enumerate(raw.images[: len(views)])]
+        return found
+
+
+class _Views(Dataset):
+    """Item i: keys, numbers of views and views (V, 3, H, W) of a batch of images; and how many could not be decoded."""
+
+    def __init__(self, plans: list, jobs: list[tuple[int, int, int, int]], transform: ImageTransform, batch_size: int):
+        self.plans, self.jobs, self.transform, self.batch_size = plans, jobs, transform, batch_size
+        self.reader = ShardReader()
+
+    def __len__(self) -> int:
+        return -(-len(self.jobs) // self.batch_size)
+
+    def __getitem__(self, i: int) -> tuple[list[bytes], list[int], Tensor | None, int]:
+        keys, counts, views = [], [], []
+        jobs = self.jobs[i * self.batch_size : (i + 1) * self.batch_size]
+        for plan, source, row, k in jobs:
+            with contextlib.suppress(OSError, ValueError):
+                data = self.plans[plan].sources[source].index.read(row, self.reader).images[k]
+                seen = self.transform(data)
+                # The key of these very bytes, and not of what an earlier pass has read here.
+                keys.append(image_key(data))
+                counts.append(len(seen))
+                views.append(seen)
+        return keys, counts, torch.cat(views) if views else None, len(jobs) - len(keys)
 
 
 def fill(
@@ -65,119 +139,92 @@ def fill(
         ValueError: the disk has not enough room, or writing fails.
     """
     begun = time.monotonic()
-    plans, ranks = list(plans), Ranks(rank, world_size, gather)
+    plans = list(plans)
     chosen = [planned_samples(plan, transform) for plan in plans]
     name = plan_key(plans, chosen)
     samples = [(p, *sample) for p, found in enumerate(chosen) for sample in found]
-    total = sum(len(views) for *_, views in samples)
     about = {"key": store.key, "folder": str(store.folder), "shape": list(store.shape), "dtype": str(store.dtype)}
     store.refresh()
+    total = sum(len(views) for *_, views in samples)
     if all(gather(store.has_plan(name))):
         about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
         say(f"features: all {total:,} images are in {store.folder}; no image is decoded")
         return about | {"seconds": time.monotonic() - begun}
-    with only_writer(store, ranks, say=say):
-        first = find_distinct(plans, samples, ranks, num_workers=num_workers)
-        known = store.keys()
-        missing = [at for key, at in first.items() if key not in known]
-        num_views = sum(samples[number][3][k] for number, k in missing)
-        (n, d), dtype, size = store.shape, str(store.dtype).removeprefix("torch."), num_views * store.view_bytes
-        say(
-            f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
-            f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
-        )
-        check_disk(store, size, ranks, where=where)
-        jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
-        views = load(ImageViews(plans, jobs, transform, batch_size), num_workers)
-        line = ProgressLine(len(jobs), share=world_size, say=say)
-        num_bytes, num_unreadable, num_written = (
-            sum(column) for column in zip(*gather(write_features(store, views, encode=encode, line=line)))
-        )
-        store.refresh()
-        lost = sum(key not in store for key in first)
-        if any(gather(lost != num_unreadable)):
-            raise ValueError(
-                f"{where}=true: {store.folder} does not hold what all ranks wrote; "
-                "FASTVLM_CACHE must be one folder for all of them"
-            )
-        about |= {"images": total, "distinct": len(first), "written": num_written, "bytes": num_bytes}
-        about |= {"unreadable": num_unreadable, "seconds": time.monotonic() - begun}
-        if rank == 0:
-            store.note_plan(name, keys=set(first), about=about)
-    skipped = f"; {num_unreadable:,} cannot be decoded and will be skipped" if num_unreadable else ""
-    say(f"features: {num_written:,} written in {about['seconds']:.1f} s{skipped}")
-    return about
-
-
-@contextmanager
-def only_writer(store: FeatureStore, ranks: Ranks, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run writes into the store; inside it is prepared and what it holds is known."""
-    begun, lock = time.monotonic(), None
+    lock = None
     try:
         while True:  # and not a wait in the kernel: the other ranks' collectives must not time out
-            lock = store.try_lock() if ranks.rank == 0 else None
-            if ranks.gather(ranks.rank != 0 or lock is not None)[0]:
+            lock = store.try_lock() if rank == 0 else None
+            if gather(rank != 0 or lock is not None)[0]:
                 break
             if time.monotonic() - begun < 2:
                 say(f"features: waiting for another run that is writing {store.folder}")
             time.sleep(1)
-        if ranks.rank == 0:
+        if rank == 0:
             store.prepare()
-        ranks.gather(None)
+        gather(None)
         store.refresh()
-        yield
+        # A generator of its own: the pass leaves the run's random numbers as they are.
+        loader = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
+        loader |= {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
+        mine = samples[rank::world_size]
+        keys = [
+            (number * world_size + rank, k, key)
+            for found in DataLoader(_Keys(plans, mine), **loader)
+            for number, k, key in found
+        ]
+        first: dict[bytes, tuple[int, int]] = {}
+        for number, k, key in sorted(item for part in gather(keys) for item in part):
+            first.setdefault(key, (number, k))
+        known = store.keys()
+        missing = [at for key, at in first.items() if key not in known]
+        num_views = sum(samples[number][3][k] for number, k in missing)
+        size = num_views * store.view_bytes
+        (n, d), dtype = store.shape, str(store.dtype).removeprefix("torch.")
+        say(
+            f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
+            f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
+        )
+        free = gather(shutil.disk_usage(store.folder).free)[0]
+        if size * 1.01 + (64 << 20) > free:
+            raise ValueError(
+                f"{where}=true would write {size / 1e9:.2f} GB to {store.folder}, where {free / 1e9:.2f} GB are free; "
+                f"free some, set FASTVLM_CACHE to another disk, or {where}=false"
+            )
+        jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
+        writer, unreadable, done = FeatureWriter(store), 0, 0
+        line = ProgressLine(len(jobs), share=world_size, say=say)
+        for keys, counts, views, failed in DataLoader(_Views(plans, jobs, transform, batch_size), **loader):
+            unreadable, done = unreadable + failed, done + len(keys) + failed
+            if keys:
+                writer.write(keys, counts, encode(views, tiles_among(counts)))
+            line.show(done)
+        writer.close()
+        written = gather((writer.num_bytes, unreadable, done - unreadable))
+        store.refresh()
+        lost = sum(key not in store for key in first)
+        if any(gather(lost != sum(u for _, u, _ in written))):
+            raise ValueError(
+                f"{where}=true: {store.folder} does not hold what all ranks wrote; "
+                "FASTVLM_CACHE must be one folder for all of them"
+            )
+        about |= {
+            "images": total,
+            "distinct": len(first),
+            "written": sum(w for _, _, w in written),
+            "bytes": sum(b for b, _, _ in written),
+            "unreadable": sum(u for _, u, _ in written),
+            "seconds": time.monotonic() - begun,
+        }
+        if rank == 0:
+            store.note_plan(name, keys=set(first), about=about)
+        say(
+            f"features: {about['written']:,} written in {about['seconds']:.1f} s"
+            + (f"; {about['unreadable']:,} cannot be decoded and will be skipped" if about["unreadable"] else "")
+        )
+        return about
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def find_distinct(plans: list, samples: list[tuple], ranks: Ranks, *, num_workers: int) -> dict[bytes, tuple[int, int]]:
-    """Key of every image -> (sample number, image number) where it stands first; each rank reads a share."""
-    mine = ImageKeys(plans, samples[ranks.rank :: ranks.count])
-    keys = [
-        (number * ranks.count + ranks.rank, k, key) for found in load(mine, num_workers) for number, k, key in found
-    ]
-    first: dict[bytes, tuple[int, int]] = {}
-    for number, k, key in sorted(item for part in ranks.gather(keys) for item in part):
-        first.setdefault(key, (number, k))
-    return first
-
-
-def check_disk(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> None:
-    """Raises:
-    ValueError: the disk has no room for so many bytes, with the key and what mends it.
-    """
-    free = ranks.gather(shutil.disk_usage(store.folder).free)[0]
-    if size * 1.01 + (64 << 20) > free:
-        raise ValueError(
-            f"{where}=true would write {size / 1e9:.2f} GB to {store.folder}, where {free / 1e9:.2f} GB are free; "
-            f"free some, set FASTVLM_CACHE to another disk, or {where}=false"
-        )
-
-
-def write_features(
-    store: FeatureStore,
-    batches: DataLoader,
-    *,
-    encode: Callable[[Tensor, Tensor | None], Tensor],
-    line: ProgressLine,
-) -> tuple[int, int, int]:
-    """Encode and write; returns bytes written, images that could not be decoded, images written."""
-    writer, unreadable, done = FeatureWriter(store), 0, 0
-    for keys, counts, views, failed in batches:
-        unreadable, done = unreadable + failed, done + len(keys) + failed
-        if keys:
-            writer.write(keys, counts, encode(views, tiles_among(counts)))
-        line.show(done)
-    writer.close()
-    return writer.num_bytes, unreadable, done - unreadable
-
-
-def load(dataset: Dataset, num_workers: int) -> DataLoader:
-    """Its items in order. A generator of its own: the pass leaves the run's random numbers as they are."""
-    ahead = 4 if num_workers else None
-    options = {"num_workers": num_workers, "prefetch_factor": ahead, "generator": torch.Generator()}
-    return DataLoader(dataset, batch_size=None, collate_fn=as_it_is, **options)
 
 
 def as_it_is(item):

@@ -17,10 +17,9 @@ from fastvlm.data import features
 from fastvlm.data.augment import Augmentation
 from fastvlm.data.datamodule import MixtureDataModule
 from fastvlm.data.dataset import PlannedDataset
-from fastvlm.data.feature_pass import fill
+from fastvlm.data.feature_pass import fill, planned_samples
 from fastvlm.data.features import FeatureStore, FeatureWriter, image_key
 from fastvlm.data.plan import Plan
-from fastvlm.data.planned_images import planned_samples
 from fastvlm.data.shards import ShardReader, ShardWriter
 from fastvlm.data.source import Mixture, Source
 from fastvlm.data.transforms import ImageTransform
