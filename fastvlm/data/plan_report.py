@@ -97,7 +97,8 @@ def largest_step_error(plan: Plan) -> float:
 
     Within a window packing changes the order of samples, so this is some samples' worth; at its end it is one.
     """
-    place = plan.order.columns.place[: plan.num_samples]
+    planned = plan.num_samples  # first: it plans all steps, and the order grows by that
+    place = plan.order.columns.place[:planned]
     sources, costs = plan.costs(plan.order.num_samples, plan.unit)
     rows = plan.num_steps * plan.batch_size
     ends = plan.order.columns.end[plan.batch_size : rows + 1 : plan.batch_size] - 1

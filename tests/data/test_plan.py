@@ -201,8 +201,8 @@ def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
     begun = [p for p, q in zip(positions[1:], positions) if p[0] != q[0]]
     assert begun == [(k, 0) for k in range(1, positions[-1][0] + 1)] and len(begun) >= 2
     assert positions == sorted(positions)
-    report = longer.report()
-    for name, source in report["sources"].items():
+    longest = report(longer)
+    for name, source in longest["sources"].items():
         seen = sum(plan.sources[s].name == name for step in steps_of(longer) for row in step.rows for s, _ in row)
         assert seen == source["planned"]
         assert source["epochs"] == seen / source["samples"]
