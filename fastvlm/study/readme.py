@@ -65,11 +65,12 @@ def arms_table(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, 
         mine = [cell for cell in cells if cell.arm == arm]
         if not mine:
             continue
-        cost = [f"{mean_cost(mine, arm, 'tokens'):,.0f}", number(mean_cost(mine, arm, "flops") / 1e12)]
+        cost = [f"{mean_cost(mine, arm, 'views'):,.0f}", f"{mean_cost(mine, arm, 'tokens'):,.0f}"]
+        cost.append(number(mean_cost(mine, arm, "flops") / 1e12))
         cost.append(f"{mean_cost(mine, arm, 'seconds'):.0f}")
         values = [spread([cell.metrics[m] for cell in mine if m in cell.metrics]) for m, _ in metrics]
         rows.append([f"`{arm}`", str(len(mine)), *values, *cost])
-    header = ["arm", "seeds", *(label for _, label in metrics), "tokens", "TFLOP", "seconds"]
+    header = ["arm", "seeds", *(label for _, label in metrics), "images", "tokens", "TFLOP", "seconds"]
     return table(header, rows)
 
 

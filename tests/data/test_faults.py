@@ -305,7 +305,9 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_one_line_and_the_same_c
                 continue
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.parent().pid != os.getpid() and "train.py" in " ".join(process.cmdline()):
+                    # pytest -> the process that commands fork from -> the run -> its loader
+                    command, run = process.cmdline(), process.parent()
+                    if run.parent().parent().pid == os.getpid() and any("warm.py" in word for word in command):
                         process.kill()
                         killed.append(process.pid)
                         break

@@ -1,6 +1,7 @@
 """lm-eval over our language model: its own HFLM over the same weights says the same."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -81,9 +82,17 @@ def test_a_chat_prompt_is_the_models_own_and_its_words_stay_words(ours):
     assert ours.words.image_id not in ids
 
 
+@pytest.fixture(autouse=True)
+def own_tasks_alone(monkeypatch):
+    """lm-eval's own thousands of task files take seconds to list, for every command anew."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
 @pytest.fixture
 def tasks(tmp_path):
-    """A choice task, a generation task and lm-eval's own HumanEval, over rows that lie here."""
+    """A choice task, and one of code as lm-eval's HumanEval is made, over rows that lie here."""
     rows = [
         {"q": f"which number {word}", "choices": ["seven", "nine"], "label": i % 2} for i, word in enumerate("abcd")
     ]
@@ -103,9 +112,7 @@ def tasks(tmp_path):
         + "doc_to_text: '{{q}}'\ndoc_to_target: label\ndoc_to_choice: choices\nmetric_list: [{metric: acc}]\n"
     )
     (tmp_path / "tiny_code.yaml").write_text(
-        "include: humaneval\n"
-        if False
-        else "task: tiny_code\nunsafe_code: true\noutput_type: generate_until\n"
+        "task: tiny_code\nunsafe_code: true\noutput_type: generate_until\n"
         + data % (tmp_path / "code.json")
         + "doc_to_text: '{{prompt}}'\ndoc_to_target: \"{{test}}\\ncheck({{entry_point}})\"\n"
         "metric_list: [{metric: !function code.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}]\n"
