@@ -58,14 +58,22 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
     return digest.hexdigest()[:16]
 
 
+# Pages and results that a study writes while the next one runs say nothing of the code.
+WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "*.svg")]
+
+
 @cache
 def commit() -> str:
+    """The commit of this checkout, with `-dirty` where files differ from it; `unknown` outside git."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
+            ["git", "status", "--porcelain", "--untracked-files=all", "--", ".", *WRITTEN],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

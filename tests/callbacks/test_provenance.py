@@ -3,6 +3,7 @@ import subprocess
 
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from fastvlm import identity
 from fastvlm.callbacks.provenance import Provenance, read_git
 
 
@@ -50,3 +51,19 @@ def test_commit_and_local_changes(tmp_path):
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
     (tmp_path / "file").write_text("2")
     assert read_git(tmp_path)["dirty"] is True
+
+
+def test_pages_a_study_has_written_do_not_make_the_code_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "ROOT", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    page = tmp_path / "experiments" / "one" / "README.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("not run")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    head = identity.commit.__wrapped__()
+    page.write_text("run")
+    (page.parent / "results.csv").write_text("")
+    assert len(head) == 40 and identity.commit.__wrapped__() == head
+    (page.parent / "study.yaml").write_text("")
+    assert identity.commit.__wrapped__() == head + "-dirty"
