@@ -168,11 +168,12 @@ def scales(state) -> Iterator[Tensor]:
 
 
 def plain(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a tensor subclass is made of (torchao's codes and scales), or the tensor itself."""
+    """What a tensor subclass is made of (torchao's codes and scales, a rank's shard), or the tensor itself."""
     tensor = tensor.detach()
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in plain(getattr(tensor, name))]
+    inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [part for one in inner if isinstance(one, Tensor) for part in plain(one)]
 
 
 class StepClock(L.Callback):
