@@ -133,10 +133,6 @@ class Hardware:
                 "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install 'fastvlm[deepspeed]'; "
                 "hardware.strategy=fsdp shares the weights without it"
             )
-        if not on_gpu:
-            raise ValueError(
-                "hardware.strategy=deepspeed_zero3 needs CUDA devices; on a CPU hardware.strategy=fsdp shares weights"
-            )
         if self.precision == "16-mixed":
             raise ValueError(
                 "hardware.precision=16-mixed is nothing for hardware.strategy=deepspeed_zero3; set bf16-mixed, or "
@@ -230,6 +226,10 @@ class Hardware:
                 process_group_backend=backend,
             )
         if self.strategy == "deepspeed_zero3":
+            if self.device == "cpu":
+                from fastvlm.zero import DeepSpeedOnCPU
+
+                return DeepSpeedOnCPU(config=self.deepspeed(), process_group_backend=backend)
             from lightning.pytorch.strategies import DeepSpeedStrategy
 
             return DeepSpeedStrategy(config=self.deepspeed())
