@@ -41,7 +41,7 @@ def dry_run(config: DictConfig) -> None:
         describe(one, memory=False)
 
 
-def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float]]:
+def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float | int]]:
     """Print and return the stages' sizes: `learns`, `steps`, `tokens`, `flops`; with `memory`, print what they hold."""
     settle_views(config)
     model = build_without_weights(config)
@@ -64,7 +64,7 @@ def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float
     return stages
 
 
-def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]:
+def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float | int]:
     mixture = instantiate(stage.mixture, key=f"stages.{name}.mixture")
     trainable = {k: v for k, v in stage.trainable.items() if v is not None}
     if stage.get("last_layers"):
