@@ -7,6 +7,7 @@ matched, mixtures built, and the stages' sizes, operations and memory told.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def dry_run(config: DictConfig) -> None:
     Raises:
         ValueError: the first thing that would not run.
     """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # a library's words to its developers
     if config.study is None or config.arm is not None:
         describe(config)
         return
