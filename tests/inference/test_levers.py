@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.int8 import DynamicInt8Linear, WeightOnlyInt8Linear, quantise_linears, round_weight
-from fastvlm.inference.levers import FAST, apply_levers, count_bytes, parse_levers
+from fastvlm.inference.levers import FAST, apply_levers, compile_encoder, count_bytes, parse_levers
 from fastvlm.models.llms.language_model import from_config
 
 
@@ -89,6 +89,19 @@ def test_a_compiled_encoder_gives_the_same_tokens(tiny_model):
     pixels = torch.stack([image for images in draw_prompts(4)[1] for image in images])
     with torch.inference_mode():
         torch.testing.assert_close(model.encode_images(pixels), tiny_model.encode_images(pixels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_has_its_weights_laid_out_for_the_kernels(tiny_model):
+    """torch.compile(options={"freezing": True}) says nothing and freezes nothing; the kernels called tell."""
+    model = copy.deepcopy(tiny_model).eval().requires_grad_(False)
+    compile_encoder(model)
+    pixels = torch.stack(draw_prompts(4)[1][0])
+    with torch.inference_mode():
+        model.encode_images(pixels)
+        with torch.profiler.profile() as profile:
+            model.encode_images(pixels)
+    assert "mkldnn::_convolution_pointwise" in {event.key for event in profile.key_averages()}
 
 
 def test_levers_are_named_and_mistakes_are_one_line():
