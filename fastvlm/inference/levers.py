@@ -17,6 +17,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import nn
 
+from fastvlm.inference.depthwise import is_widening, split_depthwise
 from fastvlm.inference.int8 import KINDS, SMALLEST, is_wide_linear, quantise_linears
 from fastvlm.inference.packed import SMALLEST as SMALLEST_PACKED
 from fastvlm.inference.packed import is_packable, pack_linears
@@ -26,6 +27,7 @@ from fastvlm.models.vlm import VLM
 LEVERS = {
     "reparameterize": "encoder: parallel branches and norms folded into single convolutions (exact)",
     "channels_last": "encoder: convolutions see channels last in memory (exact)",
+    "depthwise": "encoder: convolutions that make several maps of a channel as several that make one (exact; CPU)",
     "bf16": "all parts in bfloat16; with int8_dynamic the language model's activations stay float32 outside attention",
     "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
@@ -36,7 +38,7 @@ LEVERS = {
 # What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
 # the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
 FAST = {
-    "cpu": ("reparameterize", "channels_last", "bf16", "int8_dynamic", "keep_memory"),
+    "cpu": ("reparameterize", "channels_last", "depthwise", "bf16", "int8_dynamic", "keep_memory"),
     "cuda": ("reparameterize", "channels_last", "bf16"),
 }
 
@@ -81,6 +83,8 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     model.eval().requires_grad_(False)
     if "reparameterize" in names:
         model.encoder.reparameterize()
+    if "depthwise" in names:
+        split_depthwise(model.encoder)
     if "bf16" in names:
         for part in (model.encoder, model.resampler, model.projector):
             part.to(torch.bfloat16)
@@ -109,6 +113,10 @@ def _nothing_to_do(model: VLM, name: str) -> str:
     """Why a lever would change nothing in this model; empty where it would."""
     if name == "reparameterize" and not hasattr(model.encoder, "reparameterize"):
         return f"{type(model.encoder).__name__} has no branches to fold"
+    if name == "depthwise" and next(model.parameters()).is_cuda:
+        return "it is for kernels of a CPU"
+    if name == "depthwise" and not any(map(is_widening, model.encoder.modules())):
+        return f"{type(model.encoder).__name__} has no convolution that makes several maps of a channel"
     if name.startswith("int8") and not any(map(is_wide_linear, model.llm.modules())):
         return f"the language model has no linear layers of {SMALLEST} or wider"
     if name == "packed" and next(model.parameters()).is_cuda:
