@@ -32,10 +32,8 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        raise ValueError(
-            "levers=packed: the weights of this layer are laid out anew and not to be changed in place; "
-            "take them from state_dict(), or change the model before its levers are pulled"
-        )
+        """The layout itself: it tells precision, device and shape, and refuses arithmetic with plain tensors."""
+        return self.packed
 
     def _apply(self, fn, recurse: bool = True):
         probe = fn(torch.empty(1, dtype=self.packed.dtype))
