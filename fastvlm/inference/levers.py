@@ -33,7 +33,7 @@ LEVERS = {
     "int8_weight_only": "language model: linear layers with 8-bit weights",
     "packed": "linear layers that are left laid out once for the products that read them (exact; CPU)",
     "keep_memory": "freed memory stays with the process, so that it need not be cleared again (exact; CPU with glibc)",
-    "compile": "encoder: torch.compile with its weights frozen; the first image of each size waits for the compiler",
+    "compile": "encoder: torch.compile, weights frozen (held twice on a CPU); the first image of a size waits for it",
 }
 # What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
 # the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
@@ -75,7 +75,7 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     device = next(model.parameters()).device
     names = parse_levers(levers, device=str(device))
     asked = {n.strip() for n in (levers.split(",") if isinstance(levers, str) else levers or ())}
-    idle = {name: why for name in names if (why := _nothing_to_do(model, name))}
+    idle = {name: why for name in names if (why := nothing_to_do(model, name))}
     for name, why in idle.items():
         if name in asked:
             raise ValueError(f"levers={name}: {why}")
@@ -109,7 +109,7 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     return names
 
 
-def _nothing_to_do(model: VLM, name: str) -> str:
+def nothing_to_do(model: VLM, name: str) -> str:
     """Why a lever would change nothing in this model; empty where it would."""
     if name == "reparameterize" and not hasattr(model.encoder, "reparameterize"):
         return f"{type(model.encoder).__name__} has no branches to fold"
@@ -149,7 +149,13 @@ def compile_encoder(model: VLM) -> None:
         with inductor.patch(freezing=True):
             return compiled(*args, **kwargs)
 
+    def refuse(*_) -> None:
+        raise ValueError(
+            "levers=compile: the encoder's weights are constants of its compiled form; load them before it is pulled"
+        )
+
     encoder.forward = forward
+    encoder.register_load_state_dict_pre_hook(refuse)
 
 
 def count_bytes(model: nn.Module) -> int:

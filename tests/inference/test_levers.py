@@ -116,6 +116,8 @@ def test_a_compiled_encoder_has_its_weights_laid_out_for_the_kernels(tiny_model)
         with torch.profiler.profile() as profile:
             model.encode_images(pixels)
     assert "mkldnn::_convolution_pointwise" in {event.key for event in profile.key_averages()}
+    with pytest.raises(ValueError, match="levers=compile: the encoder's weights are constants"):
+        model.load_state_dict(tiny_model.state_dict())
 
 
 def test_levers_are_named_and_mistakes_are_one_line():
