@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
 from fastvlm.data.conversation import Encoded, encode_record
-from fastvlm.data.decode import open_image
+from fastvlm.data.decode import Opened, look_at
 from fastvlm.data.features import FeatureStore, image_key
 from fastvlm.data.lengths import layouts_of, views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
+from fastvlm.data.rooms import Handed, Rooms
 from fastvlm.data.shards import RawSample, ShardReader
-from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
+from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views, lay_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -33,7 +34,7 @@ class _Opened:
     raw: RawSample
     encoded: Encoded
     views: list[int]  # of each image that is not cut off
-    images: list[Image.Image]  # likewise, their headers read
+    images: list[Opened]  # likewise, their headers read
     layouts: list[tuple[int, int, int, int]]  # likewise
 
 
@@ -92,6 +93,7 @@ class PlannedDataset(Dataset):
         self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
+        self._rooms: Rooms | None = None
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
         self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict, list]] = {}
         self._cached_bytes, self._num_read = 0, 0
@@ -100,37 +102,66 @@ class PlannedDataset(Dataset):
     def __len__(self) -> int:
         return self.plan.num_steps * self.accumulate
 
-    def __getitem__(self, index: int) -> Batch:
+    def furnish(self, *, processes: int = 1, each: int = 4) -> None:
+        """Read into rooms that are used again (see `Rooms`), before the processes that read are forked: as large as the
+        first steps ask for and a quarter more. A batch that needs more gets fresh memory."""
+        if self.features is None:
+            first = [self.plan.step(i).rows for i in range(min(8, self.plan.num_steps))]
+            views = max((sum(self._views(rows[self.rank :: self.world_size])) for rows in first), default=0)
+            rows = self.plan.batch_size // (self.world_size * self.accumulate)
+            pixels = 3 * self.image_size**2 * math.ceil(1.25 * views / self.accumulate)
+            tokens = 5 * 8 * rows * self.plan.max_tokens
+            self._rooms = Rooms(num_bytes=pixels + tokens, processes=processes, each=each)
+
+    def __getitem__(self, index: int) -> Batch | Handed:
         number, micro = divmod(index, self.accumulate)
         self._look_ahead(number)
         step = self.plan.step(number)
-        rows, skipped = [], []
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
-        views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
+        count, worker, place = sum(self._views(mine)), get_worker_info(), None
+        if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
+            place = self._rooms.take(worker.id if worker else 0)
         # Decoded where they stay: a worker hands this very memory over.
-        room = self._room(sum(map(sum, views)), shared=get_worker_info() is not None)
+        if place is None:
+            return self._read_rows(mine, self._room(count, shared=worker is not None), step=number)
+        room = lay_views(self._rooms.open(place, lent=worker is None), count, self.image_size)
+        if worker is None:
+            return self._read_rows(mine, room, step=number)
+        try:
+            batch = self._read_rows(mine, room, step=number)
+            return Handed(batch, rooms=self._rooms, number=place)
+        except BaseException:
+            self._rooms.free(place)
+            raise
+
+    def _views(self, rows: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
+        """Planned views of every sample of some rows."""
+        return [int(self.plan.sources[source].images[row]) for planned in rows for source, row in planned]
+
+    def _read_rows(self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int) -> Batch:
         # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
         # the next sample from cold ones takes three times as long.
-        opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
-        filled = 0
-        for planned, counts in zip(mine, views):
+        opened = iter([self._try_open(source, row) for planned in planned_rows for source, row in planned])
+        counts = iter(self._views(planned_rows))
+        rows, skipped, filled = [], [], 0
+        for planned in planned_rows:
             row = []
-            for (source, number_in_index), count in zip(planned, counts):
-                ready = next(opened)
+            for source, number in planned:
+                ready, count = next(opened), next(counts)
                 try:
                     out = room[filled : filled + count]
-                    row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
+                    row.append(self.read(source, number, step=step, out=out, opened=ready))
                     filled += count
                 except (OSError, ValueError) as error:
-                    skipped.append(self._skip(source, number_in_index, error))
+                    skipped.append(self._skip(source, number, error))
             rows.append(row)
         return collate(
             rows,
             sources=self.plan.names,
             pad_id=self.tokenizer.pad_id,
             image_size=self.image_size,
-            num_answer_tokens=step.num_answer_tokens,
-            step=number,
+            num_answer_tokens=self.plan.step(step).num_answer_tokens,
+            step=step,
             skipped=skipped,
             **{"pixel_values" if self.features is None else "features": room[:filled]},
         )
@@ -144,7 +175,8 @@ class PlannedDataset(Dataset):
         self._prefetcher[1].move_to(step)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_prefetcher": None}
+        # Rooms do not follow where memory is not inherited (spawn).
+        return self.__dict__ | {"_prefetcher": None, "_rooms": None}
 
     def _room(self, count: int, *, shared: bool = False) -> Tensor:
         """Where that many views, or their features, are written."""
@@ -230,7 +262,7 @@ class PlannedDataset(Dataset):
                 max_tokens=self.plan.max_tokens,
             )
             views = views[: encoded.num_images]
-            images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
+            images = [look_at(data) for data, _ in zip(raw.images, views)] if self.features is None else []
             layouts = layouts_of(measured.index, row, self._transforms[source]) if views else []
             return _Opened(raw, encoded, views, images, layouts[: len(views)])
         except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -11,11 +10,19 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.augment import Augmentation, jitter_colours, mean_grey
-from fastvlm.data.decode import BROKEN, decode_pixels, is_jpeg, open_image, read_orientation, upright_size
+from fastvlm.data.decode import (
+    BROKEN,
+    Opened,
+    decode_pixels,
+    is_jpeg,
+    look_at,
+    open_image,
+    read_orientation,
+    upright_size,
+)
 from fastvlm.data.tiling import check_grids, choose_grids
 
 FITS = ("pad", "crop", "squash")
@@ -24,6 +31,7 @@ PADDING = (124, 116, 104)
 # A reduced decode must leave this many times the target for the resize. Against decoding all of a photograph the
 # pixels then differ by 0.5 of 255 on average and those of a page of text by 3; with a margin of 1 by 2 and 13.
 MARGIN = 2
+MAX_ROOM = 48 << 20  # bytes kept for decoding into, for good
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -69,6 +77,7 @@ class ImageTransform:
         longest = image_size * max((max(grid) for grid in self.tiles or ()), default=1)
         self._row = torch.tensor(self.padding, dtype=torch.uint8).expand(1, longest, 3).contiguous()
         self._scratch: Tensor | None = None
+        self._room = np.empty(0, dtype=np.uint8)  # for pixels on their way from the decoder to the resize
 
     def restricted(self, kinds: Iterable[str]) -> ImageTransform:
         """The same transform with only these kinds of augmentation."""
@@ -103,19 +112,19 @@ class ImageTransform:
         *,
         seed: str | int | None = None,
         out: UInt8[Tensor, "v 3 H W"] | None = None,
-        image: Image.Image | None = None,
+        image: Opened | None = None,
     ) -> UInt8[Tensor, "v 3 H W"]:
         """The views of an encoded image, global view first.
 
         Args:
             seed: what augmentation is drawn from; None for none.
             out: where to write them.
-            image: what `open_image` made of the data, where that has been called.
+            image: what `look_at` made of the data, where that has been called.
 
         Raises:
             ValueError: the file is broken or too large, or `out` is not as many views as the image has.
         """
-        image = image or open_image(data)
+        image = image or look_at(data)
         width, height = upright_size(image)
         rows, columns = self.grid(width, height)
         views, side = self.num_views(width, height), self.image_size
@@ -133,7 +142,7 @@ class ImageTransform:
             jobs.append((box, fitted(box, rows * side, columns * side), sheet))
         turned = read_orientation(image) > 1
         reduce = largest_reduction(jobs, whole=(width, height) if turned else (0, 0)) if is_jpeg(image) else 1
-        pixels = decode_pixels(image, data, reduce=reduce)
+        pixels = decode_pixels(image, data, reduce=reduce, room=self._room_for(width * height))
         mean = None
         for part, size, canvas in jobs:
             seen = shrunk(part, reduce, pixels)
@@ -153,6 +162,11 @@ class ImageTransform:
             out[1:] = rearrange(sheet, "c (r h) (q w) -> (r q) c h w", r=rows, q=columns)
         out.view_layout = self.layout(width, height)  # rides along to the engine; a batch has it as a tensor
         return out
+
+    def _room_for(self, num_pixels: int) -> np.ndarray:
+        if self._room.size < 3 * num_pixels <= MAX_ROOM:
+            self._room = np.empty(3 * num_pixels, dtype=np.uint8)
+        return self._room
 
     def _borrow(self, size: tuple[int, int]) -> Tensor:
         """Room for an image on its way to its canvas, the same each time: fresh memory costs as much as the resize."""
@@ -191,12 +205,17 @@ def empty_views(count: int, image_size: int, *, shared: bool = False) -> UInt8[T
     Args:
         shared: in shared memory, so that a loader process need not copy them there.
     """
-    shape = (count, image_size, image_size, 3)
+    num_bytes = 3 * count * image_size**2
     if shared:
-        storage = torch.UntypedStorage._new_shared(max(1, math.prod(shape)))
-        views = torch.empty(0, dtype=torch.uint8).set_(storage)[: math.prod(shape)].view(shape)
+        room = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(1, num_bytes)))
     else:
-        views = torch.empty(shape, dtype=torch.uint8)
+        room = torch.empty(num_bytes, dtype=torch.uint8)
+    return lay_views(room, count, image_size)
+
+
+def lay_views(room: UInt8[Tensor, " bytes"], count: int, image_size: int) -> UInt8[Tensor, "v 3 H W"]:
+    """Views in memory that is there, at its start."""
+    views = room[: 3 * count * image_size**2].view(count, image_size, image_size, 3)
     return rearrange(views, "v h w c -> v c h w")
 
 

@@ -13,6 +13,7 @@ from tiny_world import make_record, write_source
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.dataset import PlannedDataset
+from fastvlm.data.index import SourceIndex
 from fastvlm.data.plan import Plan
 from fastvlm.data.plan_report import largest_error, largest_step_error, notes, report, shares
 from fastvlm.data.schedule import prefix_error
@@ -186,6 +187,20 @@ def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sourc
     left = report(plan)["sources"]["chat"]
     assert left["samples"] + sum(e["count"] for e in left["excluded"].values()) == 70
     assert any("left out" in line for line in notes(plan))
+
+
+def test_what_long_samples_are_cut_to_is_read_once(sources, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("fastvlm.data.lengths.NOTED_ROWS", 0)
+    read, rows = SourceIndex.read, []
+    monkeypatch.setattr(SourceIndex, "read", lambda index, row, reader: rows.append(row) or read(index, row, reader))
+    plans, counts = [], []
+    for max_tokens in (14, 14, 12):
+        rows.clear()
+        plans.append(plan_of(sources, tokenizer, max_tokens=max_tokens, max_images=2, num_steps=3))
+        counts.append(len(rows))
+    assert counts[0] > 0 and counts[1] == 0 and counts[2] > counts[0], "another budget is another cut"
+    assert plans[0].fingerprint == plans[1].fingerprint and plans[0].report() == plans[1].report()
 
 
 def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
