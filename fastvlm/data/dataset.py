@@ -14,9 +14,10 @@ from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import Encoded, encode_record
+from fastvlm.data.conversation import lay_out, tokenise
 from fastvlm.data.decode import Opened, look_at
 from fastvlm.data.features import FeatureStore, image_key
+from fastvlm.data.kept_texts import text_key
 from fastvlm.data.lengths import layouts_of, views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Opened:
     raw: RawSample
-    encoded: Encoded
+    ids: np.ndarray  # int32 (T,), slots included
+    labels: np.ndarray
     views: list[int]  # of each image that is not cut off
     images: list[Opened]  # likewise, their headers read
     layouts: list[tuple[int, int, int, int]]  # likewise
@@ -93,9 +95,10 @@ class PlannedDataset(Dataset):
         self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
+        self._text_key = text_key(tokenizer)
         self._rooms: Rooms | None = None
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
-        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict, list]] = {}
+        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], list]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
 
@@ -206,7 +209,7 @@ class PlannedDataset(Dataset):
         self._num_read += 1
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
-            key, ids, labels, images, maps, meta, layouts = kept
+            key, ids, labels, images, maps, layouts = kept
             if out is None:
                 out = self._room(sum(count for _, count in images))
             start = 0
@@ -216,11 +219,11 @@ class PlannedDataset(Dataset):
                 else:
                     self._read_features(image, out[start : start + count])
                 start += count
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta, layouts)
+            return Sample(key, name, ids, labels, list(out[:start]), list(maps), layouts)
         opened = opened or self._try_open(source, row)
         if isinstance(opened, Exception):
             raise opened
-        raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
+        raw, transform = opened.raw, self._transforms[source]
         if out is None:
             out = self._room(sum(opened.views))
         start, own = 0, []
@@ -235,17 +238,15 @@ class PlannedDataset(Dataset):
                 self._read_features(own[-1][0], place, sound=lambda data=data: transform(data))
             start += count
         images = list(out[:start])
-        maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
-        meta = raw.record.get("meta") or {}
+        maps = [decode_label_map(data) for data in raw.label_maps[: len(opened.views)]]
         kept_images = images if self.features is None else []
-        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
+        size = 8 * len(opened.ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
         if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
-            ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
             if self.features is None:  # else the whole batch that they lie in would stay
                 own = [(place.clone(), count) for place, count in own]
-            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta, opened.layouts)
+            self._cache[source, row] = (raw.key, opened.ids, opened.labels, own, maps, opened.layouts)
             self._cached_bytes += size
-        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta, opened.layouts)
+        return Sample(raw.key, name, opened.ids, opened.labels, images, maps, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
         """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
@@ -253,18 +254,19 @@ class PlannedDataset(Dataset):
             return None
         measured = self.plan.sources[source]
         try:
-            raw = measured.index.read(row, self._reader)
+            raw, text = measured.index.read_with_text(row, self._reader, key=self._text_key)
+            if text is None:
+                text = tokenise(raw.record, self.tokenizer)
+            text = measured.source.edit_text(text, self.tokenizer)
             views = views_of(measured.index, row, self._transforms[source]) if measured.source.images else []
-            encoded = encode_record(
-                measured.source.edit(raw.record),
-                self.tokenizer,
-                tokens_per_image=[v * self.plan.tokens_per_image for v in views],
-                max_tokens=self.plan.max_tokens,
+            slots = [v * self.plan.tokens_per_image for v in views]
+            ids, labels, num_images, _ = lay_out(
+                text, self.tokenizer, tokens_per_image=slots, max_tokens=self.plan.max_tokens
             )
-            views = views[: encoded.num_images]
+            views = views[:num_images]
             images = [look_at(data) for data, _ in zip(raw.images, views)] if self.features is None else []
             layouts = layouts_of(measured.index, row, self._transforms[source]) if views else []
-            return _Opened(raw, encoded, views, images, layouts[: len(views)])
+            return _Opened(raw, ids, labels, views, images, layouts[: len(views)])
         except (OSError, ValueError) as error:
             return error
 

@@ -12,7 +12,8 @@ from fractions import Fraction
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import count_system_tokens, encode_record
+from fastvlm.data.conversation import count_system_tokens, lay_out, tokenise
+from fastvlm.data.kept_texts import text_key
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.sidecar import FORMAT
@@ -136,18 +137,19 @@ def cut(
     if len(rows) > NOTED_ROWS:
         with suppress(OSError, ValueError):
             return np.load(note)
-    left, reader = whole.copy(), ShardReader()
+    left, reader, key = whole.copy(), ShardReader(), text_key(tokenizer)
     for i, row in enumerate(rows.tolist()):
         try:
-            record = index.read(row, reader).record
+            raw, text = index.read_with_text(row, reader, key=key)
         except (OSError, ValueError):
             left[3, i] = UNREADABLE
             continue
         counts = views_of(index, row, transform) if source.images else []
         slots = [tokens_per_image * count for count in counts]
-        encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
-        learned = sum(label != IGNORE_INDEX for label in encoded.labels)
-        left[:, i] = len(encoded.input_ids), learned, sum(counts[: encoded.num_images]), 0 if learned else CUT
+        text = source.edit_text(text or tokenise(raw.record, tokenizer), tokenizer)
+        ids, labels, num_images, _ = lay_out(text, tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        learned = int((labels != IGNORE_INDEX).sum())
+        left[:, i] = len(ids), learned, sum(counts[:num_images]), 0 if learned else CUT
     reader.close()
     if len(rows) > NOTED_ROWS and not (left[3] == UNREADABLE).any():  # what cannot be had now may be there tomorrow
         part = note.with_name(f".{note.stem}.{os.getpid()}.npy")

@@ -16,6 +16,8 @@ TENSORS = ("input_ids", "labels", "position_ids", "segment_ids", "source_ids", "
 
 @pytest.fixture(scope="module")
 def loader_of(sources, tokenizer):
+    plans = []
+
     def make(num_workers=0):
         mixture = {name: Source(name, path=sources[name]) for name in ("caption", "pages", "text")}
         module = MixtureDataModule(
@@ -25,12 +27,14 @@ def loader_of(sources, tokenizer):
             tokens_per_image=4,
             batch_size=4,
             max_tokens=64,
-            num_steps=16,
+            num_steps=12,
             num_workers=num_workers,
             val_samples=0,
             cache_bytes=0,
         )
+        module.plan = plans[0] if plans else None
         module.setup()
+        plans.append(module.plan)
         return module.train_dataloader()
 
     return make
@@ -71,10 +75,40 @@ def test_the_same_memory_comes_round(loader_of):
 
 
 def test_without_a_free_room_batches_come_in_fresh_memory(loader_of):
+    loader = loader_of(1)
+    plain = PlannedDataset(loader.dataset.plan, tokenizer=loader.dataset.tokenizer, image_size=8)
+    held = list(loader)
+    assert loader.dataset._rooms._taken.sum() == loader.dataset._rooms.each < len(held)
+    for number, batch in enumerate(held):
+        equal(batch, plain[number])
+
+
+def test_a_batch_that_fails_gives_its_room_back(loader_of, monkeypatch):
+    """In the process that reads, and where the other side sees an error in place of the batch."""
     for loader in (loader_of(), loader_of(1)):
-        plain = PlannedDataset(loader.dataset.plan, tokenizer=loader.dataset.tokenizer, image_size=8)
-        for number, batch in enumerate(list(loader)):  # all of them are held
-            equal(batch, plain[number])
+        read = PlannedDataset._read_rows
+
+        def fail(dataset, rows, room, *, step, read=read):
+            if step % 2:
+                raise ValueError(f"step {step} cannot be read")
+            return read(dataset, rows, room, step=step)
+
+        monkeypatch.setattr(PlannedDataset, "_read_rows", fail)
+        batches, errors, iterator = 0, 0, iter(loader)
+        for _ in range(len(loader)):
+            try:
+                batch = next(iterator)
+                batches += batch.pixel_values.shape[0] > 0
+            except ValueError as error:
+                assert "cannot be read" in str(error)
+                errors += 1
+                if not loader.num_workers:  # torch's iterator in one process ends here
+                    iterator = iter(loader.__class__(loader.dataset, sampler=range(errors * 2, 12), batch_size=None))
+        assert batches and errors == 6
+        batch = iterator = None
+        gc.collect()
+        assert loader.dataset._rooms._taken.sum() == 0
+        monkeypatch.undo()
 
 
 def test_a_room_is_lent_once():
