@@ -120,18 +120,19 @@ class PlannedDataset(Dataset):
         number, micro = divmod(index, self.accumulate)
         self._look_ahead(number)
         step = self.plan.step(number)
+        of_step = {"step": number, "num_answer_tokens": step.num_answer_tokens}
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
         count, worker, place = sum(self._views(mine)), get_worker_info(), None
         if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
             place = self._rooms.take(worker.id if worker else 0)
         # Decoded where they stay: a worker hands this very memory over.
         if place is None:
-            return self._read_rows(mine, self._room(count, shared=worker is not None), step=number)
+            return self._read_rows(mine, self._room(count, shared=worker is not None), **of_step)
         room = lay_views(self._rooms.open(place, lent=worker is None), count, self.image_size)
         if worker is None:
-            return self._read_rows(mine, room, step=number)
+            return self._read_rows(mine, room, **of_step)
         try:
-            batch = self._read_rows(mine, room, step=number)
+            batch = self._read_rows(mine, room, **of_step)
             return Handed(batch, rooms=self._rooms, number=place)
         except BaseException:
             self._rooms.free(place)
@@ -141,7 +142,9 @@ class PlannedDataset(Dataset):
         """Planned views of every sample of some rows."""
         return [int(self.plan.sources[source].images[row]) for planned in rows for source, row in planned]
 
-    def _read_rows(self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int) -> Batch:
+    def _read_rows(
+        self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int, num_answer_tokens: int
+    ) -> Batch:
         # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
         # the next sample from cold ones takes three times as long.
         opened = iter([self._try_open(source, row) for planned in planned_rows for source, row in planned])
@@ -163,7 +166,7 @@ class PlannedDataset(Dataset):
             sources=self.plan.names,
             pad_id=self.tokenizer.pad_id,
             image_size=self.image_size,
-            num_answer_tokens=self.plan.step(step).num_answer_tokens,
+            num_answer_tokens=num_answer_tokens,
             step=step,
             skipped=skipped,
             **{"pixel_values" if self.features is None else "features": room[:filled]},
@@ -239,13 +242,14 @@ class PlannedDataset(Dataset):
             start += count
         images = list(out[:start])
         maps = [decode_label_map(data) for data in raw.label_maps[: len(opened.views)]]
-        kept_images = images if self.features is None else []
-        size = 8 * len(opened.ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
-        if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
-            if self.features is None:  # else the whole batch that they lie in would stay
-                own = [(place.clone(), count) for place, count in own]
-            self._cache[source, row] = (raw.key, opened.ids, opened.labels, own, maps, opened.layouts)
-            self._cached_bytes += size
+        if not transform.augment and self._cached_bytes < self.cache_bytes:
+            kept_images = images if self.features is None else []
+            size = 8 * len(opened.ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
+            if self._cached_bytes + size <= self.cache_bytes:
+                if self.features is None:  # else the whole batch that they lie in would stay
+                    own = [(place.clone(), count) for place, count in own]
+                self._cache[source, row] = (raw.key, opened.ids, opened.labels, own, maps, opened.layouts)
+                self._cached_bytes += size
         return Sample(raw.key, name, opened.ids, opened.labels, images, maps, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:

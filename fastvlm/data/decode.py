@@ -106,9 +106,10 @@ def read_orientation(image: Opened) -> int:
     return value if value in range(1, 9) else 1
 
 
-def upright_size(image: Opened) -> tuple[int, int]:
-    """(width, height) as one sees it, EXIF orientation applied."""
-    return image.size[::-1] if read_orientation(image) >= 5 else image.size
+def upright_size(image: Opened, orientation: int | None = None) -> tuple[int, int]:
+    """(width, height) as one sees it, EXIF orientation applied; `orientation` where it has been read."""
+    orientation = read_orientation(image) if orientation is None else orientation
+    return image.size[::-1] if orientation >= 5 else image.size
 
 
 def measure_image(data: bytes) -> tuple[int, int]:
@@ -125,19 +126,20 @@ def is_jpeg(image: Opened) -> bool:
 
 
 def decode_pixels(
-    image: Opened, data: bytes, *, reduce: int = 1, room: np.ndarray | None = None
+    image: Opened, data: bytes, orientation: int | None = None, *, reduce: int = 1, room: np.ndarray | None = None
 ) -> UInt8[Tensor, "3 h w"]:
     """Pixels of an image that `look_at` opened: on white where transparent, upright, the first frame of several.
 
     Args:
         data: its file.
+        orientation: as `read_orientation` says, where that has been called.
         reduce: 1, or for a JPEG 2, 4 or 8: its size is divided by this, rounded up.
         room: bytes that may hold the result, if there are enough of them.
 
     Raises:
         ValueError: the file is broken.
     """
-    orientation = read_orientation(image)
+    orientation = read_orientation(image) if orientation is None else orientation
     width, height = image.size
     try:
         if is_jpeg(image) and reduce == 1 and image.mode in ("L", "RGB"):

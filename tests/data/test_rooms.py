@@ -88,10 +88,10 @@ def test_a_batch_that_fails_gives_its_room_back(loader_of, monkeypatch):
     for loader in (loader_of(), loader_of(1)):
         read = PlannedDataset._read_rows
 
-        def fail(dataset, rows, room, *, step, read=read):
+        def fail(dataset, rows, room, *, step, read=read, **options):
             if step % 2:
                 raise ValueError(f"step {step} cannot be read")
-            return read(dataset, rows, room, step=step)
+            return read(dataset, rows, room, step=step, **options)
 
         monkeypatch.setattr(PlannedDataset, "_read_rows", fail)
         batches, errors, iterator = 0, 0, iter(loader)

@@ -97,7 +97,7 @@ def test_a_reduced_decode_reads_less(monkeypatch):
     made = []
     monkeypatch.setattr(
         "fastvlm.data.transforms.decode_pixels",
-        lambda image, data, *, reduce, room: made.append(reduce) or decode_pixels(image, data, reduce=reduce),
+        lambda image, data, *rest, reduce, room: made.append(reduce) or decode_pixels(image, data, reduce=reduce),
     )
     decode_image(data, 336)
     decode_image(encode(PHOTOS[0], "jpeg"), 336)
