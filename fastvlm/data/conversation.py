@@ -90,34 +90,32 @@ def lay_out(
     Raises:
         ValueError: slots for another number of images.
     """
-    places, ids = text.image_at.tolist(), text.ids
+    places, turns, ids = text.image_at.tolist(), text.turns.tolist(), text.ids
     slots = [tokens_per_image] * len(places) if isinstance(tokens_per_image, int) else tokens_per_image
     if len(slots) != len(places):
         raise ValueError(f"the record has {len(places)} image parts and slots for {len(slots)} images")
-    turns = text.turns.tolist()
-    learned = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-    for first, end in zip(turns[::2], [*turns[1::2], len(ids)]):
-        learned[first:end] = ids[first:end]
-    num_images, truncated = len(places), 0
-    if places:
-        before, after = (tokenizer.encode_template(piece) for piece in tokenizer.template.image)
-        length = len(ids) + sum(slots) + len(places) * (len(before) + len(after))
-        wide, labels = np.empty(length, dtype=np.int32), np.full(length, IGNORE_INDEX, dtype=np.int32)
-        ends = []  # first slot of every image, and the place behind its last
-        done = start = 0
-        for at, count in zip(places, slots):
-            end = start + at - done
-            wide[start:end], labels[start:end] = ids[done:at], learned[done:at]
-            first = end + len(before)
-            start = first + count + len(after)
+    before, after = (tokenizer.encode_template(piece) for piece in tokenizer.template.image)
+    length = len(ids) + sum(slots) + len(places) * (len(before) + len(after))
+    wide, labels = np.empty(length, dtype=np.int32), np.full(length, IGNORE_INDEX, dtype=np.int32)
+    turns.append(len(ids))  # ends the last learned tokens, or follows their end
+    ends: list[tuple[int, int]] = []  # first slot of every image, and the place behind its last
+    done, moved = 0, 0  # ids that are laid, and how far the next ones are moved by images
+    for at, count in [*zip(places, slots), (len(ids), None)]:
+        wide[done + moved : at + moved] = ids[done:at]
+        for first, end in zip(turns[::2], turns[1::2]):
+            if first < at and end > done:
+                first, end = max(first, done), min(end, at)
+                labels[first + moved : end + moved] = ids[first:end]
+        done = at
+        if count is not None:
+            first = at + moved + len(before)
+            end = first + count
+            wide[first:end] = tokenizer.image_id
             if before or after:
-                wide[end:first], wide[first + count : start] = before, after
-            wide[first : first + count] = tokenizer.image_id
-            ends.append((first, first + count))
-            done = at
-        wide[start:], labels[start:] = ids[done:], learned[done:]
-    else:
-        wide, labels, ends = ids.astype(np.int32), learned, []
+                wide[at + moved : first], wide[end : end + len(after)] = before, after
+            ends.append((first, end))
+            moved = end + len(after) - at
+    num_images, truncated = len(places), 0
     if max_tokens is not None and len(wide) > max_tokens:
         # Never half an image: if the cut falls inside its slots, go back to where they start.
         cut = next((first for first, end in ends if first < max_tokens < end), max_tokens)

@@ -240,7 +240,7 @@ class PlannedDataset(Dataset):
                 own.append((image_key(data), count))
                 self._read_features(own[-1][0], place, sound=lambda data=data: transform(data))
             start += count
-        images = list(out[:start])
+        images = list(out[:start].unbind())
         maps = [decode_label_map(data) for data in raw.label_maps[: len(opened.views)]]
         if not transform.augment and self._cached_bytes < self.cache_bytes:
             kept_images = images if self.features is None else []

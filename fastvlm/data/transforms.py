@@ -194,10 +194,11 @@ class ImageTransform:
 
     def _pad_rows(self, canvas: Tensor, top: int, bottom: int) -> None:
         """Above the row `top` and from the row `bottom` on."""
-        canvas = canvas.permute(1, 2, 0)
-        for bar in (canvas[:top], canvas[bottom:]):
-            if bar.numel():
-                bar.copy_(self._row[:, : bar.shape[1]].expand_as(bar))
+        rows, row = canvas.permute(1, 2, 0), self._row[:, : canvas.shape[2]]
+        if top > 0:
+            rows[:top] = row
+        if bottom < canvas.shape[1]:
+            rows[bottom:] = row
 
 
 class Job(NamedTuple):

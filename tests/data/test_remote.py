@@ -76,6 +76,15 @@ def test_a_web_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokeni
         assert server.count("train-00001.tar.idx.parquet") == 1
 
 
+def test_the_token_ids_of_remote_samples_come_with_their_index(folder, tokenizer, monkeypatch):
+    whole = batches_of(plan_of(folder, tokenizer), tokenizer)
+    with FaultServer(folder) as server:
+        plan = plan_of(server.url, tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastvlm.data.source_index.parse_sample", lambda *a: pytest.fail("a record was read"))
+            assert_same(batches_of(plan, tokenizer), whole)
+
+
 def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokenizer):
     write_source(tmp_path, "text", 30, max_samples=10)
     for i in range(3):
