@@ -44,7 +44,7 @@ class Hardware:
         devices: how many of them, or auto for all GPUs (one on a CPU; under srun its tasks a node).
         precision: auto, or Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
         strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded (torch's
-            FSDP2); deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (GPUs, the package deepspeed).
+            FSDP2); deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (the package deepspeed).
         num_nodes: machines, or auto for those of the Slurm job (one outside of it).
         num_workers: loader processes a rank, or auto.
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
@@ -102,7 +102,7 @@ class Hardware:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"hardware.strategy={self.strategy} is none of {', '.join(STRATEGIES)}")
         if self.strategy == "deepspeed_zero3":
-            self._check_deepspeed(on_gpu)
+            self._check_deepspeed()
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
         if self.rows_per_device is not None and self.rows_per_device < 1:
@@ -127,15 +127,11 @@ class Hardware:
         """Whether a rank holds only a share of the weights."""
         return self.strategy in ("fsdp", "deepspeed_zero3")
 
-    def _check_deepspeed(self, on_gpu: bool) -> None:
+    def _check_deepspeed(self) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
                 "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install 'fastvlm[deepspeed]'; "
                 "hardware.strategy=fsdp shares the weights without it"
-            )
-        if not on_gpu:
-            raise ValueError(
-                "hardware.strategy=deepspeed_zero3 needs CUDA devices; on a CPU hardware.strategy=fsdp shares weights"
             )
         if self.precision == "16-mixed":
             raise ValueError(
@@ -230,6 +226,10 @@ class Hardware:
                 process_group_backend=backend,
             )
         if self.strategy == "deepspeed_zero3":
+            if self.device == "cpu":
+                from fastvlm.zero import DeepSpeedOnCPU
+
+                return DeepSpeedOnCPU(config=self.deepspeed(), process_group_backend=backend)
             from lightning.pytorch.strategies import DeepSpeedStrategy
 
             return DeepSpeedStrategy(config=self.deepspeed())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PARENT_TAG = "mlflow.parentRunId"
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # the dashboard then opens on runs
 MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 
 
@@ -106,7 +107,8 @@ def experiment_id(client, name: str, uri: str) -> str:
     if found is None:
         root = artifact_root(uri)
         try:
-            return client.create_experiment(name, artifact_location=(root / name).as_uri() if root else None)
+            place = (root / name).as_uri() if root else None
+            return client.create_experiment(name, artifact_location=place, tags=TRAINING)
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:
@@ -320,6 +322,14 @@ class MLflowTracking:
 
         MlflowClient(self.uri).log_artifact(run_id, str(path), folder)
 
+    def describe(self, run_id: str, text: str) -> None:
+        """What the dashboard shows as the run's description (Markdown)."""
+        import_mlflow()
+        from mlflow import MlflowClient
+        from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+        MlflowClient(self.uri).set_tag(run_id, MLFLOW_RUN_NOTE, text[:5000])
+
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         import_mlflow()
         from mlflow import MlflowClient
@@ -356,6 +366,9 @@ class NoTracking:
         return None
 
     def log_artifact(self, run_id, path, *, folder=None) -> None:
+        pass
+
+    def describe(self, run_id, text) -> None:
         pass
 
     def log_metrics(self, run_id, metrics, step=0) -> None:

@@ -80,15 +80,15 @@ def test_fsdp_shards_over_all_ranks_and_writes_one_file():
     assert not strategy._save_distributed_checkpoint
 
 
-def test_deepspeed_is_refused_where_it_cannot_run_with_what_runs_there(monkeypatch):
+def test_deepspeed_that_is_missing_or_asked_for_half_precision_is_refused_in_one_line(monkeypatch):
     real, found = importlib.util.find_spec, {"deepspeed": None}
     find = lambda name, *more: found[name] if name in found else real(name, *more)
     monkeypatch.setattr("importlib.util.find_spec", find)
     with pytest.raises(ValueError, match=r"needs deepspeed: pip install 'fastvlm\[deepspeed\]'; hardware.strategy=fs"):
         cpu(devices=2, strategy="deepspeed_zero3")
     found["deepspeed"] = "there"
-    with pytest.raises(ValueError, match="needs CUDA devices; on a CPU hardware.strategy=fsdp shares weights"):
-        cpu(devices=2, strategy="deepspeed_zero3")
+    with pytest.raises(ValueError, match="16-mixed is nothing for hardware.strategy=deepspeed_zero3; set bf16-mixed"):
+        Hardware(accelerator="cpu", precision="16-mixed", strategy="deepspeed_zero3")
 
 
 def test_deepspeed_shards_weights_in_fp32_and_multiplies_in_bf16():

@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY = {
     "tokens": set(),
     "batch": {"tokens"},
-    "hardware": set(),
+    "hardware": {"zero"},
+    "zero": set(),
     "tracking": set(),
     "report": set(),
     "models": {"tokens", "batch"},

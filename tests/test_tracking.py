@@ -85,13 +85,17 @@ def test_an_interrupted_run_continues_and_changed_parameters_are_recorded_not_ra
     assert tracking.stage_logger("align", pipeline, run_id="0" * 32).run_id != logger.run_id
 
 
-def test_artifacts_stand_beside_the_database(started, tmp_path):
+def test_artifacts_stand_beside_the_database_and_runs_are_described(started, tmp_path):
     tracking = started[1]
     run = tracking.pipeline_run("artifacts")
     (tmp_path / "report.html").write_text("page")
     tracking.log_artifact(run, tmp_path / "report.html", folder="report")
     database = Path(tracking.uri.removeprefix("sqlite:///"))
     assert next((database.parent / "mlartifacts" / "study").rglob("report/report.html")).read_text() == "page"
+    tracking.describe(run, "what came out")
+    assert client(tracking).get_run(run).data.tags["mlflow.note.content"] == "what came out"
+    experiment = client(tracking).get_experiment_by_name("study")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     default = client(tracking).get_experiment("0")
     assert Path(default.artifact_location).is_relative_to(database.parent)
 

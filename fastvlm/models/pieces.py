@@ -30,9 +30,9 @@ def size_of(tensor: Tensor) -> int:
 def whole_of(tensor: Tensor) -> Iterator[Tensor]:
     """All of a tensor, for a while. Every rank must ask."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # whose `zero` is a name in it, no module
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor
     else:
         yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
 """Studies: make their pages again, or look at one.
 
-python -m fastvlm.study                          the studies there are, and how many of their cells are done
+python -m fastvlm.study                          the studies there are; how many cells ran here, how many are published
 python -m fastvlm.study report=llava_align       results.csv, plots, README.md, verdicts (from=runs|csv|mlflow)
 python -m fastvlm.study report=all               all of them, and experiments/README.md
 python -m fastvlm.study cells=llava_align        a line a cell: done, or the command that runs it alone
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from fastvlm.study.arms import load_study, study_names
-from fastvlm.study.cells import planned, read_runs
+from fastvlm.study.cells import planned, read_csv, read_runs
 from fastvlm.study.report import report, report_all, runs_folder
 
 
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
         for name in study_names():
             study = load_study(name)
             cells, missing = read_runs(study, runs_folder(), scale="micro")
-            print(f"{name:28} {len(cells):3} of {len(cells) + len(missing):3}  {study.question}")
+            published = len(read_csv(study.folder / "results.csv", scale="micro"))
+            count = f"{len(cells):3} of {len(cells) + len(missing):3}, {published:3} published"
+            print(f"{name:28} {count}  {study.question}")
 
 
 def list_cells(name: str, *, scale: str) -> None:

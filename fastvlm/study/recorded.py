@@ -51,13 +51,12 @@ def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_di
     note.write_text(json.dumps({"uri": uri, "run_id": run_id}))
 
 
-def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], metrics: dict[str, float]) -> None:
-    """The study's table, plots and page as artifacts of its run, and its end."""
+def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], verdicts: Sequence[str]) -> None:
+    """The study's table, plots and page as artifacts of its run, its verdicts as its description; and its end."""
     run_id = tracking.study_run(study.name, scale=scale)
     for file in files:
         tracking.log_artifact(run_id, file)
-    if metrics:
-        tracking.log_metrics(run_id, metrics)
+    tracking.describe(run_id, "\n".join(f"- {line}" for line in verdicts))
     tracking.finish(run_id)
 
 

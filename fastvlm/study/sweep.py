@@ -46,7 +46,7 @@ def conclude(config: DictConfig, jobs: list[list[str]]) -> None:
     for line in (*made["missing"], *made["remarks"]):
         print(f"  {line}")
     print(f"  {made['files'][0]}", flush=True)
-    log_report(tracking(config), study, scale=config.scale, files=made["files"], metrics={})
+    log_report(tracking(config), study, scale=config.scale, files=made["files"], verdicts=made["verdicts"])
 
 
 def tracking(config: DictConfig):

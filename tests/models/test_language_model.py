@@ -290,10 +290,14 @@ def test_a_compiled_model_has_the_same_logits_gradients_and_names():
     found = []
     for compiled in (False, True):
         llm = small_llm(compile=compiled)
-        for batch in batches:
-            hidden_of(llm, batch).square().sum().backward()
-        found.append({name: p.grad for name, p in llm.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+        logits = [llm.head(hidden_of(llm, batch)) for batch in batches]
+        sum(one.square().sum() for one in logits).backward()
+        learned = {name: p.grad for name, p in llm.named_parameters() if p.grad is not None}
+        found.append(learned | {f"logits {i}": one.detach() for i, one in enumerate(logits)})
+    plain, compiled = found
+    assert plain.keys() == compiled.keys()
+    # By the tensor: an element that is small because large terms cancel differs by more than its own rounding.
+    assert max(relative_error(compiled[key], value) for key, value in plain.items()) < 1e-5
 
 
 @pytest.mark.slow

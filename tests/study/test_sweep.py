@@ -83,6 +83,7 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     cells = {r.info.run_id for r in by_kind["cell"]}
     assert {r.data.tags["mlflow.parentRunId"] for r in by_kind[None]} == cells  # stages, below their cells
     assert parent.info.status == "FINISHED"
+    assert "not resolved" in parent.data.tags["mlflow.note.content"]
     assert {"README.md", "results.csv", "micro.svg"} <= {f.path for f in client.list_artifacts(parent.info.run_id)}
     study = load_study("toy", root=toy.parent)
     found, missing = read_mlflow(study, scale="micro", uri=uri)

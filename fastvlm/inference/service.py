@@ -1,0 +1,258 @@
+"""What the server's routes do: requests become jobs of the scheduler, and what it tells becomes replies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from fastvlm.data.decode import measure_image
+from fastvlm.inference.attention import attend
+from fastvlm.inference.clock import peak_bytes, percentiles
+from fastvlm.inference.engine import Engine
+from fastvlm.inference.fetching import ImageFetcher
+from fastvlm.inference.protocol import AttentionRequest, ChatRequest
+from fastvlm.inference.replies import Refused, cost, error_body, reason, usage
+from fastvlm.inference.sampling import Sampling
+from fastvlm.inference.scheduler import Busy, Job, Scheduler
+from fastvlm.inference.settings import Settings
+
+log = logging.getLogger("fastvlm.server")
+
+
+class Asked:
+    """A question that the scheduler has taken: its job and what is told of it, as a client waits for it."""
+
+    def __init__(self, service: Service, job: Job, events: asyncio.Queue):
+        self.service, self.job, self.events = service, job, events
+
+    async def next(self) -> tuple[str, Any]:
+        """("text", piece) or ("done", answer).
+
+        Raises:
+            Refused: the question cannot be asked.
+        """
+        kind, value = await self.events.get()
+        if kind == "error":
+            if isinstance(value, ValueError):
+                raise Refused(400, str(value).splitlines()[0])
+            raise value
+        if kind == "done":
+            self.service.saw_first_token(value.first_token_seconds)
+        return kind, value
+
+    async def until_gone(self, request: Request) -> None:
+        """Cancel the job when the client leaves."""
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.2)
+        self.job.cancel()
+        self.job.tell("error", ConnectionResetError("the client left"))
+
+
+class Service:
+    """An engine behind its scheduler, with the limits of `settings`."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.name = settings.name or Path(settings.run).resolve().name or "fastvlm"
+        self.created = int(time.time())
+        self.scheduler = Scheduler(engine, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+        self.fetch = ImageFetcher(
+            hosts=[host.strip() for host in settings.allow_hosts.split(",") if host.strip()],
+            max_bytes=settings.max_image_bytes,
+            timeout=settings.fetch_seconds,
+            private=settings.allow_private,
+        )
+        self.refusals: dict[int, int] = {}  # by HTTP status
+        self._first_tokens: list[float] = []  # seconds, of the last thousand answers
+
+    def saw_first_token(self, seconds: float) -> None:
+        self._first_tokens.append(seconds)
+        del self._first_tokens[:-1000]
+
+    # ----------------------------------------------------------------------------------------------------- questions
+
+    async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[dict, list]:
+        """Record and views of a request; files are read in threads, the event loop goes on.
+
+        Raises:
+            Refused: another model, too many images, or one that cannot be read.
+        """
+        limits = self.settings
+        if body.model != self.name:
+            served = f"this server has {self.name}"
+            raise Refused(404, f"model {body.model!a} does not exist; {served}", code="model_not_found")
+        record, urls = body.record()
+        if len(urls) > limits.max_images:
+            raise Refused(400, f"{len(urls)} images, more than the {limits.max_images} a request may have")
+        try:
+            return record, await asyncio.to_thread(self._read_images, urls)
+        except ValueError as error:
+            raise Refused(400, str(error).splitlines()[0]) from None
+
+    def _read_images(self, urls: Sequence[str]) -> list:
+        files = [self.fetch(url) for url in urls]
+        for data in files:
+            width, height = measure_image(data)
+            if width * height > self.settings.max_pixels:
+                raise ValueError(f"an image of {width} x {height} pixels, more than {self.settings.max_pixels}")
+        return self.engine.read_images(files)
+
+    def ask(self, body: ChatRequest, record: dict, images: Sequence) -> Asked:
+        """Give the question to the scheduler.
+
+        Raises:
+            Refused: more tokens than allowed, or too many questions wait.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def tell(kind: str, value: Any) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, (kind, value))
+
+        asked, most = body.max_completion_tokens or body.max_tokens, self.settings.max_new_tokens
+        if asked is not None and asked > most:
+            raise Refused(400, f"max_tokens={asked} is more than the {most} this server writes")
+        seed = body.seed if body.seed is not None else random.getrandbits(62)
+        job = Job(
+            record=record,
+            images=images,
+            sampling=Sampling(body.temperature or 0.0, body.top_k or 0, 1.0 if body.top_p is None else body.top_p),
+            max_new_tokens=asked or self._default_room(),
+            stop=body.stop_strings,
+            seed=seed % 2**63,
+            tell=tell,
+        )
+        try:
+            return Asked(self, self.scheduler.submit(job), events)
+        except Busy:
+            raise busy() from None
+
+    def _default_room(self) -> int:
+        wanted, limit = self.settings.default_new_tokens, self.engine.model.llm.max_positions
+        return wanted if limit is None else max(1, min(wanted, limit // 4))
+
+    # ------------------------------------------------------------------------------------------------------- replies
+
+    def opening(self) -> dict:
+        """What all chunks of a reply have in common."""
+        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
+
+    async def whole(self, asked: Asked, first: tuple[str, Any]) -> dict:
+        """A reply in one piece. `first` is what was told first."""
+        pieces = []
+        kind, value = first
+        while kind == "text":
+            pieces.append(value)
+            kind, value = await asked.next()
+        message = {"role": "assistant", "content": "".join(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": reason(value)}
+        return self.opening() | {"choices": [choice], "usage": usage(value), "fastvlm": cost(value, asked.job)}
+
+    async def stream(self, asked: Asked, first: tuple[str, Any], *, usage_apart: bool) -> AsyncIterator[str]:
+        """Server-sent events up to [DONE]; a client that leaves closes the generator, which cancels the job."""
+        opening = self.opening() | {"object": "chat.completion.chunk"}
+
+        def event(delta: dict, finish: str | None = None, **more) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            return f"data: {json.dumps(opening | {'choices': [choice]} | more)}\n\n"
+
+        finished = False
+        try:
+            yield event({"role": "assistant", "content": ""})
+            kind, value = first
+            while kind == "text":
+                yield event({"content": value})
+                kind, value = await asked.next()
+            spent = {"fastvlm": cost(value, asked.job)}
+            yield event({}, reason(value), **spent, **({} if usage_apart else {"usage": usage(value)}))
+            if usage_apart:
+                yield f"data: {json.dumps(opening | {'choices': [], 'usage': usage(value)})}\n\n"
+            yield "data: [DONE]\n\n"
+            finished = True
+        except ConnectionResetError:
+            pass
+        except Exception as error:  # noqa: BLE001  the headers are sent: the error goes where the client listens
+            log.error("a stream failed", exc_info=error)
+            yield f"data: {json.dumps(error_body('the server failed; its log says why', kind='server_error'))}\n\n"
+        finally:
+            if not finished:
+                asked.job.cancel()
+
+    async def attention(self, body: AttentionRequest) -> dict:
+        """Shares of image regions for the answer the conversation ends with, and for each visual token.
+
+        Raises:
+            Refused: no image, a conversation that cannot be read, or a busy server.
+        """
+        record, images = await self.prepare(body)
+        if not images:
+            raise Refused(400, "there is no image whose regions could be shown")
+        try:
+            views = await self.scheduler.call(lambda: attend(self.engine, record, images))
+        except Busy:
+            raise busy() from None
+        except ValueError as error:
+            raise Refused(400, str(error).splitlines()[0]) from None
+        rounded = lambda tensor: [[round(v, 5) for v in row] for row in tensor.tolist()]
+        return {
+            "images": [
+                {
+                    "rows": view.rows,
+                    "columns": view.columns,
+                    "answer": rounded(view.answer[None])[0],
+                    "tokens": rounded(view.tokens),
+                }
+                for view in views
+            ]
+        }
+
+    def card(self) -> dict:
+        """The model, as `/v1/models` shows it."""
+        return {
+            "id": self.name,
+            "created": self.created,
+            "image_size": self.engine.image_size,
+            "tokens_per_view": self.engine.tokens_per_image,
+            "fit": self.engine.transform.fit,
+            "context_length": self.engine.model.llm.max_positions,
+            "max_images": self.settings.max_images,
+        }
+
+    def metrics(self) -> str:
+        """Counters and gauges in Prometheus' text format."""
+        engine, scheduler = self.engine, self.scheduler
+        values = {
+            "answers_total": scheduler.num_done,
+            "answers_cancelled_total": scheduler.num_cancelled,
+            "answer_tokens_total": scheduler.num_tokens,
+            "active": scheduler.num_active,
+            "waiting": scheduler.num_waiting,
+            "file_store_bytes": engine.files.num_bytes,
+            "file_store_hits_total": engine.files.hits,
+            "image_store_bytes": engine.images.num_bytes,
+            "image_store_hits_total": engine.images.hits,
+            "prefix_store_bytes": engine.prefixes.num_bytes,
+            "prefix_store_hits_total": engine.prefixes.hits,
+            "peak_memory_bytes": peak_bytes(engine.device),
+            **{f"refused_{status}_total": count for status, count in self.refusals.items()},
+        }
+        if self._first_tokens:
+            values |= {f"first_token_seconds_{key}": value for key, value in percentiles(self._first_tokens).items()}
+        lines = [
+            f"# TYPE fastvlm_{k} {'counter' if k.endswith('_total') else 'gauge'}\nfastvlm_{k} {v}"
+            for k, v in values.items()
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def busy() -> Refused:
+    return Refused(503, "the server is busy; try again soon", kind="server_error", code="busy")
