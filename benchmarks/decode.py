@@ -1,7 +1,7 @@
 """Tokens a second of the engine over `transformers`' own `generate`, Qwen2-0.5B with random weights.
 
-    python benchmarks/decode.py                         # about three minutes on one core
-    python benchmarks/decode.py levers=none,int8_dynamic tokens=32 prompt=288 repeats=3
+    python benchmarks/decode.py                         # about five minutes on one core
+    python benchmarks/decode.py levers=none,packed,bf16+packed tokens=32 prompt=288 repeats=3
 
 For each lever both are timed in turn in one process on the same weights: `generate` of the model as it is before any
 lever, of the model with the lever, and the engine. Seconds are one thread's CPU time (threads=1) or the wall clock's.
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 DEFAULTS = {
-    "levers": "none,bf16,int8_weight_only,int8_dynamic",
+    "levers": "none,packed,bf16,bf16+packed,int8_weight_only,int8_dynamic",
     "tokens": "24",
     "prompt": "288",
     "repeats": "3",
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     for lever in options["levers"].split(","):
         model = None
         model = build(SUBJECTS["fastvlm-256"]).to(options["device"])
-        apply_levers(model, lever)
+        apply_levers(model, lever.replace("+", ","))
         theirs, ours = speeds(model.llm, **sizes, clock=clock)
         plain = plain or theirs
         print(f"| {lever} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} | {ours / plain:.2f} |", flush=True)

@@ -249,10 +249,11 @@ def main(arguments: list[str]) -> None:
                 # A process each, so that peak memory is its own.
                 subprocess.run([sys.executable, __file__, *arguments, f"only={name}", f"modes={mode}"], check=True)
     rows = load(out)
-    print(tabulate(rows))
+    print(table := tabulate(rows))
+    out.with_suffix(".md").write_text(table)
     write_csv(rows, out.with_suffix(".csv"))
     draw(rows, out.with_suffix(".png"))
-    print(f"also in {out.with_suffix('.csv')} and {out.with_suffix('.png')}")
+    print(f"also in {out.with_suffix('.md')}, {out.with_suffix('.csv')} and {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

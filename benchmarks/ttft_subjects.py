@@ -21,7 +21,7 @@ class Subject:
     @property
     def idle_levers(self) -> set[str]:
         """Levers this encoder has no use for."""
-        return set() if self.encoder == "fastvithd" else {"reparameterize", "channels_last"}
+        return set() if self.encoder == "fastvithd" else {"reparameterize", "channels_last", "depthwise"}
 
 
 SUBJECTS = {

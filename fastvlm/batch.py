@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +29,10 @@ class Sample:
 
     key: str
     source: str
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray  # int32 (T,)
+    labels: np.ndarray  # likewise
     images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), or their features (N, D); slot order
     label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
-    meta: dict = field(default_factory=dict)
     layouts: list[tuple[int, int, int, int]] = field(default_factory=list)  # of its images: see Batch.layouts
 
 

@@ -14,8 +14,10 @@ PACKAGE = ""
 def batches(folder: Path, *, pixels, workers: int, batch_size: int):
     files = [image for _, _, image in made.samples(folder)]
     for start in range(0, len(files), batch_size):
-        yield [pixels(data) for data in files[start : start + batch_size]]
+        for data in files[start : start + batch_size]:
+            pixels(data)  # and gone: keeping a batch of whole images would cost fresh memory for each
+        yield len(files[start : start + batch_size])
 
 
-def images(batch) -> torch.Tensor:
-    return torch.empty(len(batch), 3, 0, 0, dtype=torch.uint8)
+def images(batch: int) -> torch.Tensor:
+    return torch.empty(batch, 3, 0, 0, dtype=torch.uint8)

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
+
+
+@dataclass
+class Text:
+    """A record's text as ids: what depends on record and tokenizer alone, so that it can be kept.
+
+    Nothing of an image is in it, not even what the template puts around one.
+    """
+
+    ids: np.ndarray  # int (T,)
+    turns: np.ndarray  # int: where learned tokens begin, end, begin again, ...; the first are not learned
+    image_at: np.ndarray  # int, ascending: ids that stand before each image
+    document: bool = False
 
 
 @dataclass
@@ -18,46 +33,27 @@ class Encoded:
     truncated: int = 0  # tokens cut off at the end
 
 
-def encode_record(
-    record: dict,
-    tokenizer: Tokenizer,
-    *,
-    tokens_per_image: int | Sequence[int],
-    max_tokens: int | None = None,
-    prompt: bool = False,
-) -> Encoded:
-    """Encode a record's `messages` or `document`.
-
-    Args:
-        record: `{"messages": [{"role", "content"}]}` or `{"document": parts}`; content is a string or a list of
-            `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        tokens_per_image: slots an image takes; a sequence says it of each image in order (views times M).
-        max_tokens: cut the end off beyond this length; an image is never cut in the middle (it goes whole).
-        prompt: end with the template's opening of an assistant turn (for generation).
+def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Text:
+    """The text of a record's `messages` or `document`; see `encode_record`.
 
     Raises:
-        ValueError: neither or both keys, an unknown role or part, or slots for another number of images.
+        ValueError: neither or both keys, or an unknown role or part.
     """
     ids: list[int] = []
-    labels: list[int] = []
-    spans: list[tuple[int, int]] = []  # first slot of every image, and the place behind its last
+    turns: list[int] = []
+    image_at: list[int] = []
     template = tokenizer.template
 
     def add(new: list[int], learned: bool) -> None:
+        if new and learned != len(turns) % 2:
+            turns.append(len(ids))
         ids.extend(new)
-        labels.extend(new if learned else [IGNORE_INDEX] * len(new))
 
     def add_parts(content, learned: bool) -> None:
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image":
-                slots = tokens_per_image
-                if not isinstance(slots, int):
-                    slots = slots[len(spans)] if len(spans) < len(slots) else 0
-                add(tokenizer.encode_template(template.image[0]), False)
-                spans.append((len(ids), len(ids) + slots))
-                add([tokenizer.image_id] * slots, False)
-                add(tokenizer.encode_template(template.image[1]), False)
+                image_at.append(len(ids))
             elif kind == "text" and isinstance(part.get("text"), str):
                 add(tokenizer.encode_text(part["text"]), learned)
             else:
@@ -82,21 +78,82 @@ def encode_record(
             add(tokenizer.encode_template(template.after[role]), False)
         if prompt:
             add(tokenizer.encode_template(template.before["assistant"]), False)
+    numbers = (np.array(values, dtype=np.int32) for values in (ids, turns, image_at))
+    return Text(*numbers, document="document" in record)
 
-    if not isinstance(tokens_per_image, int) and len(tokens_per_image) != len(spans):
-        raise ValueError(f"the record has {len(spans)} image parts and slots for {len(tokens_per_image)} images")
-    truncated = 0
-    if max_tokens is not None and len(ids) > max_tokens:
+
+def lay_out(
+    text: Text, tokenizer: Tokenizer, *, tokens_per_image: int | Sequence[int], max_tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Put the images into a text: (ids, labels, whole images, tokens cut off); int32. See `encode_record`.
+
+    Raises:
+        ValueError: slots for another number of images.
+    """
+    places, turns, ids = text.image_at.tolist(), text.turns.tolist(), text.ids
+    slots = [tokens_per_image] * len(places) if isinstance(tokens_per_image, int) else tokens_per_image
+    if len(slots) != len(places):
+        raise ValueError(f"the record has {len(places)} image parts and slots for {len(slots)} images")
+    before, after = (tokenizer.encode_template(piece) for piece in tokenizer.template.image)
+    length = len(ids) + sum(slots) + len(places) * (len(before) + len(after))
+    wide, labels = np.empty(length, dtype=np.int32), np.full(length, IGNORE_INDEX, dtype=np.int32)
+    turns.append(len(ids))  # ends the last learned tokens, or follows their end
+    ends: list[tuple[int, int]] = []  # first slot of every image, and the place behind its last
+    done, moved = 0, 0  # ids that are laid, and how far the next ones are moved by images
+    for at, count in [*zip(places, slots), (len(ids), None)]:
+        wide[done + moved : at + moved] = ids[done:at]
+        for first, end in zip(turns[::2], turns[1::2]):
+            if first < at and end > done:
+                first, end = max(first, done), min(end, at)
+                labels[first + moved : end + moved] = ids[first:end]
+        done = at
+        if count is not None:
+            first = at + moved + len(before)
+            end = first + count
+            wide[first:end] = tokenizer.image_id
+            if before or after:
+                wide[at + moved : first], wide[end : end + len(after)] = before, after
+            ends.append((first, end))
+            moved = end + len(after) - at
+    num_images, truncated = len(places), 0
+    if max_tokens is not None and len(wide) > max_tokens:
         # Never half an image: if the cut falls inside its slots, go back to where they start.
-        cut = next((first for first, end in spans if first < max_tokens < end), max_tokens)
-        truncated = len(ids) - cut
-        ids, labels = ids[:cut], labels[:cut]
-        spans = [(first, end) for first, end in spans if end <= cut]
-    if labels:
+        cut = next((first for first, end in ends if first < max_tokens < end), max_tokens)
+        truncated = len(wide) - cut
+        wide, labels = wide[:cut], labels[:cut]
+        num_images = sum(end <= cut for _, end in ends)
+    if len(labels):
         # Nothing comes before the first token, so nothing predicts it; learned, it would be predicted by the last
         # token of the neighbour in the pack.
         labels[0] = IGNORE_INDEX
-    return Encoded(ids, labels, len(spans), truncated)
+    return wide, labels, num_images, truncated
+
+
+def encode_record(
+    record: dict,
+    tokenizer: Tokenizer,
+    *,
+    tokens_per_image: int | Sequence[int],
+    max_tokens: int | None = None,
+    prompt: bool = False,
+) -> Encoded:
+    """Encode a record's `messages` or `document`.
+
+    Args:
+        record: `{"messages": [{"role", "content"}]}` or `{"document": parts}`; content is a string or a list of
+            `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        tokens_per_image: slots an image takes; a sequence says it of each image in order (views times M).
+        max_tokens: cut the end off beyond this length; an image is never cut in the middle (it goes whole).
+        prompt: end with the template's opening of an assistant turn (for generation).
+
+    Raises:
+        ValueError: neither or both keys, an unknown role or part, or slots for another number of images.
+    """
+    text = tokenise(record, tokenizer, prompt=prompt)
+    ids, labels, num_images, truncated = lay_out(
+        text, tokenizer, tokens_per_image=tokens_per_image, max_tokens=max_tokens
+    )
+    return Encoded(ids.tolist(), labels.tolist(), num_images, truncated)
 
 
 def without_images(record: dict) -> dict:
@@ -119,6 +176,30 @@ def with_system(record: dict, text: str) -> dict:
     if "messages" not in record:
         raise ValueError("a system prompt needs a conversation, and this record is a document")
     return {**record, "messages": [{"role": "system", "content": text}, *record["messages"]]}
+
+
+def with_system_text(text: Text, system: str, tokenizer: Tokenizer) -> Text:
+    """`tokenise(with_system(record, system))` from the text of the record.
+
+    Raises:
+        ValueError: a document, which has no roles.
+    """
+    if text.document:
+        raise ValueError("a system prompt needs a conversation, and this record is a document")
+    whole = tokenise(with_system({"messages": []}, system), tokenizer).ids
+    start = len(tokenizer.encode_template(tokenizer.template.start))
+    added = len(whole) - start
+    return replace(
+        text,
+        ids=np.concatenate([whole, text.ids[start:]]),
+        turns=text.turns + added,
+        image_at=text.image_at + added,
+    )
+
+
+def without_images_text(text: Text) -> Text:
+    """`tokenise(without_images(record))` from the text of the record."""
+    return replace(text, image_at=text.image_at[:0])
 
 
 def count_system_tokens(text: str, tokenizer: Tokenizer) -> int:

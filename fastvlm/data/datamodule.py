@@ -20,6 +20,8 @@ from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
+AHEAD = 4  # batches that a worker reads before they are asked for
+
 
 class StepSampler(Sampler[int]):
     """Micro-batches `start .. count`, in order.
@@ -180,13 +182,15 @@ class MixtureDataModule(L.LightningDataModule):
         return self._loader(PlannedDataset(self.val_plan, **options), start=0)
 
     def _loader(self, dataset: PlannedDataset, *, start: int) -> PlanLoader:
+        # A worker's batches that wait, the one it reads, and two that the model still has.
+        dataset.furnish(processes=max(1, self.num_workers), each=AHEAD + 3 if self.num_workers else 3)
         return PlanLoader(
             dataset,
             sampler=StepSampler(len(dataset), start=start),
             batch_size=None,  # the dataset yields whole batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=AHEAD if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fastvlm.batch import Batch, Sample
 from fastvlm.data.collate import collate
-from fastvlm.data.conversation import Encoded, encode_record
-from fastvlm.data.decode import open_image
+from fastvlm.data.conversation import lay_out, tokenise
+from fastvlm.data.decode import Opened, look_at
 from fastvlm.data.features import FeatureStore, image_key
+from fastvlm.data.kept_texts import text_key
 from fastvlm.data.lengths import layouts_of, views_of
 from fastvlm.data.plan import Plan
 from fastvlm.data.prefetch import Prefetcher, has_remote
+from fastvlm.data.rooms import Handed, Rooms
 from fastvlm.data.shards import RawSample, ShardReader
-from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views
+from fastvlm.data.transforms import ImageTransform, decode_label_map, empty_views, lay_views
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
@@ -31,9 +33,10 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Opened:
     raw: RawSample
-    encoded: Encoded
+    ids: np.ndarray  # int32 (T,), slots included
+    labels: np.ndarray
     views: list[int]  # of each image that is not cut off
-    images: list[Image.Image]  # likewise, their headers read
+    images: list[Opened]  # likewise, their headers read
     layouts: list[tuple[int, int, int, int]]  # likewise
 
 
@@ -92,45 +95,79 @@ class PlannedDataset(Dataset):
         self.features = features
         self._names = [s.name for s in plan.sources]
         self._reader = ShardReader()
+        self._text_key = text_key(tokenizer)
+        self._rooms: Rooms | None = None
         self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
-        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], dict, list]] = {}
+        self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], list]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.accumulate
 
-    def __getitem__(self, index: int) -> Batch:
+    def furnish(self, *, processes: int = 1, each: int = 4) -> None:
+        """Read into rooms that are used again (see `Rooms`), before the processes that read are forked: as large as the
+        first steps ask for and a quarter more. A batch that needs more gets fresh memory."""
+        if self.features is None:
+            first = [self.plan.step(i).rows for i in range(min(8, self.plan.num_steps))]
+            views = max((sum(self._views(rows[self.rank :: self.world_size])) for rows in first), default=0)
+            rows = self.plan.batch_size // (self.world_size * self.accumulate)
+            pixels = 3 * self.image_size**2 * math.ceil(1.25 * views / self.accumulate)
+            tokens = 5 * 8 * rows * self.plan.max_tokens
+            self._rooms = Rooms(num_bytes=pixels + tokens, processes=processes, each=each)
+
+    def __getitem__(self, index: int) -> Batch | Handed:
         number, micro = divmod(index, self.accumulate)
         self._look_ahead(number)
         step = self.plan.step(number)
-        rows, skipped = [], []
+        of_step = {"step": number, "num_answer_tokens": step.num_answer_tokens}
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
-        views = [[int(self.plan.sources[s].images[row]) for s, row in planned] for planned in mine]
+        count, worker, place = sum(self._views(mine)), get_worker_info(), None
+        if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
+            place = self._rooms.take(worker.id if worker else 0)
         # Decoded where they stay: a worker hands this very memory over.
-        room = self._room(sum(map(sum, views)), shared=get_worker_info() is not None)
+        if place is None:
+            return self._read_rows(mine, self._room(count, shared=worker is not None), **of_step)
+        room = lay_views(self._rooms.open(place, lent=worker is None), count, self.image_size)
+        if worker is None:
+            return self._read_rows(mine, room, **of_step)
+        try:
+            batch = self._read_rows(mine, room, **of_step)
+            return Handed(batch, rooms=self._rooms, number=place)
+        except BaseException:
+            self._rooms.free(place)
+            raise
+
+    def _views(self, rows: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
+        """Planned views of every sample of some rows."""
+        return [int(self.plan.sources[source].images[row]) for planned in rows for source, row in planned]
+
+    def _read_rows(
+        self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int, num_answer_tokens: int
+    ) -> Batch:
         # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
         # the next sample from cold ones takes three times as long.
-        opened = iter([self._try_open(source, row) for planned in mine for source, row in planned])
-        filled = 0
-        for planned, counts in zip(mine, views):
+        opened = iter([self._try_open(source, row) for planned in planned_rows for source, row in planned])
+        counts = iter(self._views(planned_rows))
+        rows, skipped, filled = [], [], 0
+        for planned in planned_rows:
             row = []
-            for (source, number_in_index), count in zip(planned, counts):
-                ready = next(opened)
+            for source, number in planned:
+                ready, count = next(opened), next(counts)
                 try:
                     out = room[filled : filled + count]
-                    row.append(self.read(source, number_in_index, step=number, out=out, opened=ready))
+                    row.append(self.read(source, number, step=step, out=out, opened=ready))
                     filled += count
                 except (OSError, ValueError) as error:
-                    skipped.append(self._skip(source, number_in_index, error))
+                    skipped.append(self._skip(source, number, error))
             rows.append(row)
         return collate(
             rows,
             sources=self.plan.names,
             pad_id=self.tokenizer.pad_id,
             image_size=self.image_size,
-            num_answer_tokens=step.num_answer_tokens,
-            step=number,
+            num_answer_tokens=num_answer_tokens,
+            step=step,
             skipped=skipped,
             **{"pixel_values" if self.features is None else "features": room[:filled]},
         )
@@ -144,7 +181,8 @@ class PlannedDataset(Dataset):
         self._prefetcher[1].move_to(step)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_prefetcher": None}
+        # Rooms do not follow where memory is not inherited (spawn).
+        return self.__dict__ | {"_prefetcher": None, "_rooms": None}
 
     def _room(self, count: int, *, shared: bool = False) -> Tensor:
         """Where that many views, or their features, are written."""
@@ -174,7 +212,7 @@ class PlannedDataset(Dataset):
         self._num_read += 1
         name = self._names[source]
         if (kept := self._cache.get((source, row))) is not None:
-            key, ids, labels, images, maps, meta, layouts = kept
+            key, ids, labels, images, maps, layouts = kept
             if out is None:
                 out = self._room(sum(count for _, count in images))
             start = 0
@@ -184,11 +222,11 @@ class PlannedDataset(Dataset):
                 else:
                     self._read_features(image, out[start : start + count])
                 start += count
-            return Sample(key, name, ids.tolist(), labels.tolist(), list(out[:start]), list(maps), meta, layouts)
+            return Sample(key, name, ids, labels, list(out[:start]), list(maps), layouts)
         opened = opened or self._try_open(source, row)
         if isinstance(opened, Exception):
             raise opened
-        raw, encoded, transform = opened.raw, opened.encoded, self._transforms[source]
+        raw, transform = opened.raw, self._transforms[source]
         if out is None:
             out = self._room(sum(opened.views))
         start, own = 0, []
@@ -202,18 +240,17 @@ class PlannedDataset(Dataset):
                 own.append((image_key(data), count))
                 self._read_features(own[-1][0], place, sound=lambda data=data: transform(data))
             start += count
-        images = list(out[:start])
-        maps = [decode_label_map(data) for data in raw.label_maps[: encoded.num_images]]
-        meta = raw.record.get("meta") or {}
-        kept_images = images if self.features is None else []
-        size = 8 * len(encoded.input_ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
-        if not transform.augment and self._cached_bytes + size <= self.cache_bytes:
-            ids, labels = np.array(encoded.input_ids, np.int32), np.array(encoded.labels, np.int32)
-            if self.features is None:  # else the whole batch that they lie in would stay
-                own = [(place.clone(), count) for place, count in own]
-            self._cache[source, row] = (raw.key, ids, labels, own, maps, meta, opened.layouts)
-            self._cached_bytes += size
-        return Sample(raw.key, name, encoded.input_ids, encoded.labels, images, maps, meta, opened.layouts)
+        images = list(out[:start].unbind())
+        maps = [decode_label_map(data) for data in raw.label_maps[: len(opened.views)]]
+        if not transform.augment and self._cached_bytes < self.cache_bytes:
+            kept_images = images if self.features is None else []
+            size = 8 * len(opened.ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
+            if self._cached_bytes + size <= self.cache_bytes:
+                if self.features is None:  # else the whole batch that they lie in would stay
+                    own = [(place.clone(), count) for place, count in own]
+                self._cache[source, row] = (raw.key, opened.ids, opened.labels, own, maps, opened.layouts)
+                self._cached_bytes += size
+        return Sample(raw.key, name, opened.ids, opened.labels, images, maps, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
         """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
@@ -221,18 +258,19 @@ class PlannedDataset(Dataset):
             return None
         measured = self.plan.sources[source]
         try:
-            raw = measured.index.read(row, self._reader)
+            raw, text = measured.index.read_with_text(row, self._reader, key=self._text_key)
+            if text is None:
+                text = tokenise(raw.record, self.tokenizer)
+            text = measured.source.edit_text(text, self.tokenizer)
             views = views_of(measured.index, row, self._transforms[source]) if measured.source.images else []
-            encoded = encode_record(
-                measured.source.edit(raw.record),
-                self.tokenizer,
-                tokens_per_image=[v * self.plan.tokens_per_image for v in views],
-                max_tokens=self.plan.max_tokens,
+            slots = [v * self.plan.tokens_per_image for v in views]
+            ids, labels, num_images, _ = lay_out(
+                text, self.tokenizer, tokens_per_image=slots, max_tokens=self.plan.max_tokens
             )
-            views = views[: encoded.num_images]
-            images = [open_image(data) for data, _ in zip(raw.images, views)] if self.features is None else []
+            views = views[:num_images]
+            images = [look_at(data) for data, _ in zip(raw.images, views)] if self.features is None else []
             layouts = layouts_of(measured.index, row, self._transforms[source]) if views else []
-            return _Opened(raw, encoded, views, images, layouts[: len(views)])
+            return _Opened(raw, ids, labels, views, images, layouts[: len(views)])
         except (OSError, ValueError) as error:
             return error
 

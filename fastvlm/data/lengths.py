@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -9,8 +12,11 @@ from fractions import Fraction
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import count_system_tokens, encode_record
+from fastvlm.data.conversation import count_system_tokens, lay_out, tokenise
+from fastvlm.data.kept_texts import text_key
+from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import ShardReader
+from fastvlm.data.sidecar import FORMAT
 from fastvlm.data.source import Source
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
@@ -18,6 +24,7 @@ from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
 UNREADABLE, MUTE, CUT, CROWDED = range(1, 5)
+NOTED_ROWS = 1000  # fewer are read in less than a second
 
 
 @dataclass
@@ -87,22 +94,12 @@ def measure_source(
     reasons[(reasons == 0) & (answer == 0)] = MUTE
     chosen = np.zeros(index.num_samples, dtype=bool)
     chosen[rows] = True
-    reader, num_truncated = ShardReader(), 0
-    for row in np.flatnonzero(chosen & (reasons == 0) & (length > max_tokens)).tolist():
-        try:
-            record = index.read(row, reader).record
-        except (OSError, ValueError):
-            reasons[row] = UNREADABLE
-            continue
-        views = views_of(index, row, transform) if source.images else []
-        slots = [tokens_per_image * v for v in views]
-        encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
-        length[row], images[row] = len(encoded.input_ids), sum(views[: encoded.num_images])
-        answer[row] = sum(label != IGNORE_INDEX for label in encoded.labels)
-        num_truncated += 1
-        if answer[row] == 0:
-            reasons[row] = CUT
-    reader.close()
+    long = np.flatnonzero(chosen & (reasons == 0) & (length > max_tokens))
+    whole = np.stack([length[long], answer[long], images[long], reasons[long]])
+    budget = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens}
+    left = cut(source, index, long, whole, tokenizer=tokenizer, transform=transform, **budget)
+    length[long], answer[long], images[long], reasons[long] = left
+    num_truncated = len(long) - int((reasons[long] == UNREADABLE).sum())
     reasons[(reasons == 0) & (images > max_images)] = CROWDED
     kept = rows[reasons[rows] == 0]
     excluded = {why: gone for why, gone in left_out.items() if len(gone)}
@@ -116,6 +113,51 @@ def measure_source(
     exact = lambda value: None if value is None else Fraction(str(value))
     limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
     return Measured(name, source, index, kept, length, answer, images, num_truncated, excluded, **limits)
+
+
+def cut(
+    source: Source,
+    index: SourceIndex,
+    rows: np.ndarray,
+    whole: np.ndarray,
+    *,
+    tokenizer: Tokenizer,
+    transform: ImageTransform | None,
+    tokens_per_image: int,
+    max_tokens: int,
+) -> np.ndarray:
+    """What truncation leaves of samples, which are read for it: of (length, answer, images, reason), int32 (4, rows).
+
+    Where there are many, the result is noted in the cache folder: a resumed run need not read them again.
+    """
+    views = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
+    state = [FORMAT, index.checksum, source.system, source.images, tokens_per_image, max_tokens, views]
+    digest = hashlib.sha256(json.dumps(state).encode() + rows.tobytes()).hexdigest()[:20]
+    note = cache_folder() / "index" / f"cut-{digest}.npy"
+    if len(rows) > NOTED_ROWS:
+        with suppress(OSError, ValueError):
+            return np.load(note)
+    left, reader, key = whole.copy(), ShardReader(), text_key(tokenizer)
+    for i, row in enumerate(rows.tolist()):
+        try:
+            raw, text = index.read_with_text(row, reader, key=key)
+        except (OSError, ValueError):
+            left[3, i] = UNREADABLE
+            continue
+        counts = views_of(index, row, transform) if source.images else []
+        slots = [tokens_per_image * count for count in counts]
+        text = source.edit_text(text or tokenise(raw.record, tokenizer), tokenizer)
+        ids, labels, num_images, _ = lay_out(text, tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
+        learned = int((labels != IGNORE_INDEX).sum())
+        left[:, i] = len(ids), learned, sum(counts[:num_images]), 0 if learned else CUT
+    reader.close()
+    if len(rows) > NOTED_ROWS and not (left[3] == UNREADABLE).any():  # what cannot be had now may be there tomorrow
+        part = note.with_name(f".{note.stem}.{os.getpid()}.npy")
+        with suppress(OSError):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            np.save(part, left)
+            os.replace(part, note)
+    return left
 
 
 def holds_documents(index: SourceIndex) -> bool:

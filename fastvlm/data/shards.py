@@ -8,6 +8,7 @@ as documents of one image and its caption. Format: https://github.com/webdataset
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -76,8 +77,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
         raise ValueError(f"{key}.json is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{key}.json is not an object")
-    images = sorted((int(m[1] or 0), suffix) for suffix in members if (m := IMAGE.fullmatch(suffix)))
-    maps = sorted((int(m[1]), suffix) for suffix in members if (m := LABEL_MAP.fullmatch(suffix)))
+    images, maps = sort_images(members)
     if "messages" not in record and "document" not in record:
         record = read_caption(key, members, record, len(images))
     try:
@@ -88,7 +88,24 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
         raise ValueError(f"{key}: the record has {expected} image parts and the shard {len(images)} images")
     if maps and len(maps) != len(images):
         raise ValueError(f"{key}: {len(images)} images and {len(maps)} label maps")
-    return RawSample(key, record, [members[s] for _, s in images], [members[s] for _, s in maps])
+    return RawSample(key, record, images, maps)
+
+
+def sort_images(members: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Images and label maps among a sample's members, each in the order of the record's image parts."""
+    ranks = sorted(rank for suffix in members if (rank := rank_member(suffix)) is not None)
+    images, maps = ([members[s] for kind, _, s in ranks if kind == wanted] for wanted in (0, 1))
+    return images, maps
+
+
+@functools.cache
+def rank_member(suffix: str) -> tuple[int, int, str] | None:
+    """(0 for an image, 1 for a label map; its number; the suffix); None for all else."""
+    if match := IMAGE.fullmatch(suffix):
+        return 0, int(match[1] or 0), suffix
+    if match := LABEL_MAP.fullmatch(suffix):
+        return 1, int(match[1]), suffix
+    return None
 
 
 NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's words

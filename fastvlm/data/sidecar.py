@@ -2,6 +2,8 @@
 
 Its metadata names the shard's size and checksum, the tokenizer's fingerprint and the format's version, so that one that
 does not fit is known. That of a remote shard, or of one in a folder that cannot be written, is kept in the cache.
+
+Where images make up most of the shard the samples' token ids stand in it too (`kept_texts.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastvlm.data.conversation import encode_record
+from fastvlm.data.conversation import Text, lay_out, tokenise
 from fastvlm.data.decode import measure_image
+from fastvlm.data.kept_texts import KeptTexts
 from fastvlm.data.remote import RemoteShard, Unavailable, beside, read_small
 from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
 from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
@@ -64,8 +67,8 @@ def checksum(offset: Sequence[int], size: Sequence[int], crc32: Sequence[int]) -
     return hashlib.sha256(b"".join(columns)).hexdigest()
 
 
-def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
-    """The columns of a sample that depend on what is in it.
+def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> tuple[dict, Text]:
+    """The columns of a sample that depend on what is in it, and its text.
 
     Raises:
         ValueError: the record or an image's header cannot be read.
@@ -77,19 +80,21 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> dict:
         except ValueError as error:
             raise ValueError(f"image {i} cannot be opened: {error}") from None
     # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
-    encoded = encode_record(raw.record, tokenizer, tokens_per_image=1)
+    text = tokenise(raw.record, tokenizer)
+    ids, labels, num_images, _ = lay_out(text, tokenizer, tokens_per_image=1)
     meta = raw.record.get("meta") or {}
     kind = meta.get("type") or ",".join(meta.get("types") or ())
-    return {
-        "num_images": encoded.num_images,
+    described = {
+        "num_images": num_images,
         "image_width": [w for w, _ in sizes],
         "image_height": [h for _, h in sizes],
-        "text_tokens": len(encoded.input_ids) - encoded.num_images,
-        "answer_tokens": sum(label != IGNORE_INDEX for label in encoded.labels),
+        "text_tokens": len(ids) - num_images,
+        "answer_tokens": int((labels != IGNORE_INDEX).sum()),
         "type": str(kind),
         "numbers": sorted(numbers_of(meta).items()),
         "fault": "",
     }
+    return described, text
 
 
 def numbers_of(meta: dict) -> dict[str, float]:
@@ -113,8 +118,8 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
     shard = Path(shard)
     stat = shard.stat()
     spans, broken = scan_shard(shard)
-    rows = []
-    reader = ShardReader()
+    rows, reader = [], ShardReader()
+    texts = KeptTexts(tokenizer, shard_size=stat.st_size)
     for span in spans:
         data = reader.read(str(shard), span.offset, span.size)
         members = {suffix: data[o - span.offset : o - span.offset + n] for suffix, o, n in span.members}
@@ -125,12 +130,15 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
             "members": [{"suffix": s, "offset": o, "size": n} for s, o, n in span.members],
             "crc32": zlib.crc32(data),
         }
+        text = None
         try:
-            row |= describe_sample(parse_sample(span.key, members), tokenizer)
+            described, text = describe_sample(parse_sample(span.key, members), tokenizer)
+            row |= described
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             nothing = {"num_images": 0, "image_width": [], "image_height": [], "text_tokens": 0, "answer_tokens": 0}
             row |= nothing | {"type": "", "numbers": [], "fault": f"{span.key}: {error}"[:300]}
         rows.append(row)
+        texts.add(text)
     reader.close()
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     columns = [table[c].to_pylist() for c in ("offset", "size", "crc32")]
@@ -142,7 +150,10 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
         "tokenizer": tokenizer.fingerprint,
         "broken": broken,
         "suffixes": sorted({suffix for span in spans for suffix, _, _ in span.members}),
+        "texts": texts.key,
     }
+    for name, column in texts.columns().items():
+        table = table.append_column(name, column)
     if out is not None:
         return write_sidecar(out, table, header)
     try:
@@ -157,7 +168,8 @@ def write_sidecar(path: Path, table: pa.Table, header: dict) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table.replace_schema_metadata({"fastvlm": json.dumps(header)}), part, compression="zstd")
+        table = table.replace_schema_metadata({"fastvlm": json.dumps(header)})
+        pq.write_table(table, part, compression="zstd", write_page_checksum=True)
         os.replace(part, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -227,7 +239,7 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
         header = json.loads(schema.metadata[b"fastvlm"])
-        if header.get("format") != FORMAT or schema.names != SCHEMA.names:
+        if header.get("format") != FORMAT or schema.names[: len(SCHEMA)] != SCHEMA.names:
             return None, f"of format {header.get('format')}, this version writes {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         return None, f"unreadable ({str(error).splitlines()[0]})"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastvlm.data.augment import check_kinds
-from fastvlm.data.conversation import with_system, without_images
+from fastvlm.data.conversation import Text, with_system, with_system_text, without_images, without_images_text
 from fastvlm.data.index import list_shards, load_index
 from fastvlm.data.remote import is_remote
 from fastvlm.data.source_index import SourceIndex
@@ -100,6 +100,16 @@ class Source:
         if self.system is not None:
             record = with_system(record, self.system)
         return record if self.images else without_images(record)
+
+    def edit_text(self, text: Text, tokenizer: Tokenizer) -> Text:
+        """`edit`, of a record that is tokens already.
+
+        Raises:
+            ValueError: see `edit`.
+        """
+        if self.system is not None:
+            text = with_system_text(text, self.system, tokenizer)
+        return text if self.images else without_images_text(text)
 
     def select(self, index: SourceIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.

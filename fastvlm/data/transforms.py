@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.augment import Augmentation, jitter_colours, mean_grey
-from fastvlm.data.decode import BROKEN, decode_pixels, is_jpeg, open_image, read_orientation, upright_size
+from fastvlm.data.decode import (
+    BROKEN,
+    Opened,
+    decode_pixels,
+    is_jpeg,
+    look_at,
+    open_image,
+    read_orientation,
+    upright_size,
+)
 from fastvlm.data.tiling import check_grids, choose_grids
 
 FITS = ("pad", "crop", "squash")
@@ -24,6 +32,9 @@ PADDING = (124, 116, 104)
 # A reduced decode must leave this many times the target for the resize. Against decoding all of a photograph the
 # pixels then differ by 0.5 of 255 on average and those of a page of text by 3; with a margin of 1 by 2 and 13.
 MARGIN = 2
+MAX_ROOM = 48 << 20  # bytes kept for decoding into, for good
+
+RESIZE_INTO = torch.ops.aten._upsample_bilinear2d_aa.out
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -69,6 +80,7 @@ class ImageTransform:
         longest = image_size * max((max(grid) for grid in self.tiles or ()), default=1)
         self._row = torch.tensor(self.padding, dtype=torch.uint8).expand(1, longest, 3).contiguous()
         self._scratch: Tensor | None = None
+        self._room = np.empty(0, dtype=np.uint8)  # for pixels on their way from the decoder to the resize
 
     def restricted(self, kinds: Iterable[str]) -> ImageTransform:
         """The same transform with only these kinds of augmentation."""
@@ -103,56 +115,64 @@ class ImageTransform:
         *,
         seed: str | int | None = None,
         out: UInt8[Tensor, "v 3 H W"] | None = None,
-        image: Image.Image | None = None,
+        image: Opened | None = None,
     ) -> UInt8[Tensor, "v 3 H W"]:
         """The views of an encoded image, global view first.
 
         Args:
             seed: what augmentation is drawn from; None for none.
             out: where to write them.
-            image: what `open_image` made of the data, where that has been called.
+            image: what `look_at` made of the data, where that has been called.
 
         Raises:
             ValueError: the file is broken or too large, or `out` is not as many views as the image has.
         """
-        image = image or open_image(data)
-        width, height = upright_size(image)
-        rows, columns = self.grid(width, height)
-        views, side = self.num_views(width, height), self.image_size
+        image = image or look_at(data)
+        orientation = read_orientation(image)
+        width, height = upright_size(image, orientation)
+        grid, side = self.grid(width, height), self.image_size
+        views = 1 if grid == (1, 1) else 1 + grid[0] * grid[1]
         if out is None:
             out = empty_views(views, side)
-        elif len(out) != views:
+        elif out.shape[0] != views:
             raise ValueError(f"image of {width} x {height} pixels has {views} views, and {len(out)} were planned")
         draw = self.augment.draw(seed) if self.augment is not None and seed is not None else None
         box = draw.crop(width, height) if draw else (0, 0, width, height)
-        # (part of the image, its size on the canvas, canvas)
-        whole = central_square(box) if self.fit == "crop" else box
-        jobs = [(whole, fitted(whole, side, side) if self.fit == "pad" else (side, side), out[0])]
+        found = {"reducible": is_jpeg(image), "turned": orientation > 1}
+        reduce, jobs = find_jobs(width, height, box, side=side, grid=grid, fit=self.fit, **found)
+        pixels = decode_pixels(image, data, orientation, reduce=reduce, room=self._room_for(width * height))
+        canvases = [out[0]]
         if views > 1:
-            sheet = rearrange(torch.empty(rows * side, columns * side, 3, dtype=torch.uint8), "h w c -> c h w")
-            jobs.append((box, fitted(box, rows * side, columns * side), sheet))
-        turned = read_orientation(image) > 1
-        reduce = largest_reduction(jobs, whole=(width, height) if turned else (0, 0)) if is_jpeg(image) else 1
-        pixels = decode_pixels(image, data, reduce=reduce)
+            sheet = torch.empty(grid[0] * side, grid[1] * side, 3, dtype=torch.uint8)
+            canvases.append(rearrange(sheet, "h w c -> c h w"))
         mean = None
-        for part, size, canvas in jobs:
-            seen = shrunk(part, reduce, pixels)
-            plain = not (draw and (draw.gains or draw.mirrored))
-            if plain and fills_rows(size, canvas):
-                top = (canvas.shape[1] - size[0]) // 2
-                resize(pixels, seen, size, scale=scale_of(part, size, reduce), out=canvas[:, top : top + size[0]])
-                self._pad_rows(canvas, top, top + size[0])
+        for job, canvas in zip(jobs, canvases):
+            if not (draw and (draw.gains or draw.mirrored)):
+                self._draw_on(canvas, pixels, job)
                 continue
-            room = self._borrow(size) if plain else None
-            resized = resize(pixels, seen, size, scale=scale_of(part, size, reduce), out=room)
-            if draw and draw.gains:
+            resized = resize(pixels, job.box, job.size, scale=job.scale)
+            if draw.gains:
                 mean = mean_grey(resized) if mean is None else mean
                 resized = jitter_colours(resized, draw.gains, mean=mean)
-            self._place(resized.flip(-1) if draw and draw.mirrored else resized, canvas)
+            self._place(resized.flip(-1) if draw.mirrored else resized, canvas)
         if views > 1:
-            out[1:] = rearrange(sheet, "c (r h) (q w) -> (r q) c h w", r=rows, q=columns)
-        out.view_layout = self.layout(width, height)  # rides along to the engine; a batch has it as a tensor
+            out[1:] = rearrange(canvases[1], "c (r h) (q w) -> (r q) c h w", r=grid[0], q=grid[1])
+        out.view_layout = (*grid, height, width)  # rides along to the engine; a batch has it as a tensor
         return out
+
+    def _draw_on(self, canvas: Tensor, pixels: Tensor, job: Job) -> None:
+        height, width = job.size
+        if fills_rows(job.size, canvas):
+            top = (canvas.shape[1] - height) // 2
+            resize(pixels, job.box, job.size, scale=job.scale, out=canvas[:, top : top + height])
+            self._pad_rows(canvas, top, top + height)
+        else:
+            self._place(resize(pixels, job.box, job.size, scale=job.scale, out=self._borrow(job.size)), canvas)
+
+    def _room_for(self, num_pixels: int) -> np.ndarray:
+        if self._room.size < 3 * num_pixels <= MAX_ROOM:
+            self._room = np.empty(3 * num_pixels, dtype=np.uint8)
+        return self._room
 
     def _borrow(self, size: tuple[int, int]) -> Tensor:
         """Room for an image on its way to its canvas, the same each time: fresh memory costs as much as the resize."""
@@ -174,10 +194,40 @@ class ImageTransform:
 
     def _pad_rows(self, canvas: Tensor, top: int, bottom: int) -> None:
         """Above the row `top` and from the row `bottom` on."""
-        canvas = canvas.permute(1, 2, 0)
-        for bar in (canvas[:top], canvas[bottom:]):
-            if bar.numel():
-                bar.copy_(self._row[:, : bar.shape[1]].expand_as(bar))
+        rows, row = canvas.permute(1, 2, 0), self._row[:, : canvas.shape[2]]
+        if top > 0:
+            rows[:top] = row
+        if bottom < canvas.shape[1]:
+            rows[bottom:] = row
+
+
+class Job(NamedTuple):
+    """A part of the decoded pixels and its (height, width) on the canvas."""
+
+    box: Box
+    size: tuple[int, int]
+    scale: tuple[float | None, float | None]  # see `scale_of`
+
+
+@lru_cache(maxsize=1 << 12)
+def find_jobs(
+    width: int, height: int, box: Box, *, side: int, grid: tuple[int, int], fit: str, reducible: bool, turned: bool
+) -> tuple[int, list[Job]]:
+    """By how much the decode of an image is reduced, and what of it goes where: into its global view and, where it has
+    tiles, onto the sheet that they are cut from.
+
+    Args:
+        box: the part of the image that is taken.
+        reducible: its decoder can.
+        turned: it is decoded lying.
+    """
+    whole = central_square(box) if fit == "crop" else box
+    parts = [(whole, fitted(whole, side, side) if fit == "pad" else (side, side))]
+    if grid != (1, 1):
+        parts.append((box, fitted(box, grid[0] * side, grid[1] * side)))
+    reduce = largest_reduction(parts, whole=(width, height) if turned else (0, 0)) if reducible else 1
+    sides = -(-height // reduce), -(-width // reduce)
+    return reduce, [Job(shrunk(part, reduce, sides), size, scale_of(part, size, reduce)) for part, size in parts]
 
 
 def fills_rows(size: tuple[int, int], canvas: Tensor) -> bool:
@@ -191,12 +241,17 @@ def empty_views(count: int, image_size: int, *, shared: bool = False) -> UInt8[T
     Args:
         shared: in shared memory, so that a loader process need not copy them there.
     """
-    shape = (count, image_size, image_size, 3)
+    num_bytes = 3 * count * image_size**2
     if shared:
-        storage = torch.UntypedStorage._new_shared(max(1, math.prod(shape)))
-        views = torch.empty(0, dtype=torch.uint8).set_(storage)[: math.prod(shape)].view(shape)
+        room = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(max(1, num_bytes)))
     else:
-        views = torch.empty(shape, dtype=torch.uint8)
+        room = torch.empty(num_bytes, dtype=torch.uint8)
+    return lay_views(room, count, image_size)
+
+
+def lay_views(room: UInt8[Tensor, " bytes"], count: int, image_size: int) -> UInt8[Tensor, "v 3 H W"]:
+    """Views in memory that is there, at its start."""
+    views = room[: 3 * count * image_size**2].view(count, image_size, image_size, 3)
     return rearrange(views, "v h w c -> v c h w")
 
 
@@ -243,30 +298,30 @@ def fitted(box: Box, height: int, width: int) -> tuple[int, int]:
     return min(height, max(1, round(h * scale))), min(width, max(1, round(w * scale)))
 
 
-def largest_reduction(jobs: Sequence[tuple[Box, tuple[int, int], Tensor]], *, whole: tuple[int, int]) -> int:
-    """The largest of 1, 2, 4, 8 that leaves every job MARGIN times its target.
+def largest_reduction(parts: Sequence[tuple[Box, tuple[int, int]]], *, whole: tuple[int, int]) -> int:
+    """The largest of 1, 2, 4, 8 that leaves every part MARGIN times its target.
 
     It also divides `whole`, the sides of an image that is turned: the pixel that lies partly beyond the image would
     come to stand before it (cameras write multiples of 8).
     """
-    room = min(min((b[2] - b[0]) / w, (b[3] - b[1]) / h) for b, (h, w), _ in jobs) / MARGIN
+    room = min(min((b[2] - b[0]) / w, (b[3] - b[1]) / h) for b, (h, w) in parts) / MARGIN
     return next(k for k in (8, 4, 2, 1) if k <= max(room, 1) and not any(side % k for side in whole))
 
 
-def shrunk(box: Box, reduce: int, pixels: Tensor) -> Box:
-    """A box of the image in the pixels of its reduced decode; never empty."""
-    height, width = pixels.shape[-2:]
+def shrunk(box: Box, reduce: int, sides: tuple[int, int]) -> Box:
+    """A box of the image in the pixels of its reduced decode of this (height, width); never empty."""
+    height, width = sides
     left, top = min(box[0] // reduce, width - 1), min(box[1] // reduce, height - 1)
     return left, top, max(left + 1, min(-(-box[2] // reduce), width)), max(top + 1, min(-(-box[3] // reduce), height))
 
 
-def scale_of(box: Box, size: tuple[int, int], reduce: int) -> list[float | None]:
+def scale_of(box: Box, size: tuple[int, int], reduce: int) -> tuple[float | None, float | None]:
     """How much a part of the reduced decode is scaled, (height, width); None where its pixels say it themselves.
 
     The last pixel of a reduced decode may lie partly beyond the image: 261 pixels become 66 quarters and not 65.25.
     """
     sides = box[3] - box[1], box[2] - box[0]
-    return [None if side % reduce == 0 else target * reduce / side for side, target in zip(sides, size)]
+    return tuple(None if side % reduce == 0 else target * reduce / side for side, target in zip(sides, size))
 
 
 def resize(
@@ -284,13 +339,15 @@ def resize(
         out: where to write it, its pixels in one piece (channels last). A tensor of its own and a copy would take
             half as long again.
     """
-    part = pixels[:, box[1] : box[3], box[0] : box[2]]
-    if tuple(part.shape[1:]) == size:
+    part = pixels
+    if box != (0, 0, pixels.shape[2], pixels.shape[1]):
+        part = pixels[:, box[1] : box[3], box[0] : box[2]]
+    if part.shape[1:] == size:
         return part if out is None else out.copy_(part)
     # By this detour torch sees that channels lie last, and gives back what needs no turning round.
     part = part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     # What `interpolate(mode="bilinear", antialias=True)` calls, which has neither `out` nor a size beside a scale.
     if out is None:
-        return torch.ops.aten._upsample_bilinear2d_aa(part, list(size), False, *scale)[0]
-    torch.ops.aten._upsample_bilinear2d_aa.out(part, list(size), False, *scale, out=out[None])
+        return torch.ops.aten._upsample_bilinear2d_aa(part, size, False, *scale)[0]
+    RESIZE_INTO(part, size, False, *scale, out=out[None])
     return out

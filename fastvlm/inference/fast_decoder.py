@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from fastvlm.inference import products
 from fastvlm.inference.kv_cache import KVCache
 from fastvlm.models.llms.language_model import LanguageModel
 
@@ -55,6 +56,7 @@ class FastDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = self.decoder.layers[0].self_attn.head_dim
         self.scale = self.decoder.layers[0].self_attn.scaling
+        self.attention_dtype: torch.dtype | None = getattr(llm, "attention_dtype", None)  # None: that of its input
         self._rotations: tuple[Tensor, Tensor] | None = None
 
     def decode(
@@ -74,12 +76,13 @@ class FastDecoder:
         mask = None
         if attention_mask is not None or (length > 1 and cached):
             mask = self._mask(attention_mask, cached, inputs_embeds)
+        bias = self._bias(mask, cached, inputs_embeds) if length > 1 else None
         x, layers = inputs_embeds, self.decoder.layers
         for i, layer in enumerate(layers):
-            x = self._layer(layer, x, cos, sin, mask, cache, i, last=i == len(layers) - 1)
+            x = self._layer(layer, x, cos, sin, mask, bias, cache, i, last=i == len(layers) - 1)
         return norm(self.decoder.norm, x), cache
 
-    def _layer(self, layer, x, cos, sin, mask, cache, i, *, last: bool):
+    def _layer(self, layer, x, cos, sin, mask, bias, cache, i, *, last: bool):
         attention, rows, length = layer.self_attn, x.shape[0], x.shape[1]
         h = norm(layer.input_layernorm, x)
         k = attention.k_proj(h).view(rows, length, self.kv_heads, self.dim)
@@ -92,11 +95,13 @@ class FastDecoder:
             q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
         q = rotate(q.transpose(1, 2), cos[:, :, -length:], sin[:, :, -length:])
         keys, values = cache.update(rotate(k.transpose(1, 2), cos, sin), v, i)
-        out = self._attend(q, keys, values, mask)
+        out = self._attend(q, keys, values, mask, bias)
         x = x + attention.o_proj(out)
         return x + feed_forward(layer.mlp, norm(layer.post_attention_layernorm, x))
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Float[Tensor, "B S E"]:
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, bias: Tensor | None
+    ) -> Float[Tensor, "B S E"]:
         rows, _, length, _ = q.shape
         if length == 1:
             # Query heads that share keys become rows of one product: nothing is repeated.
@@ -105,10 +110,22 @@ class FastDecoder:
             if mask is not None:
                 weights = weights.masked_fill(~mask, -torch.inf)
             return (weights.softmax(-1, dtype=torch.float32).to(q.dtype) @ values).reshape(rows, 1, -1)
-        out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )
+        if bias is not None:
+            rounded = (t.to(bias.dtype) for t in (q, keys, values))
+            out = products.attend(*rounded, scale=self.scale, bias=bias).to(q.dtype)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
         return out.transpose(1, 2).reshape(rows, length, -1)
+
+    def _bias(self, mask: Tensor | None, cached: int, x: Tensor) -> Tensor | None:
+        """(B or 1, 1, S, K), -inf where a position may not look; None where the fused kernel is to attend."""
+        (rows, length, _), dtype = x.shape, self.attention_dtype or x.dtype
+        if not products.pays(rows, self.heads, length, cached + length, dtype=dtype, device=x.device):
+            return None
+        allowed = self._mask(None, cached, x) if mask is None else mask
+        return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
     def _mask(self, attention_mask: Tensor | None, cached: int, x: Tensor) -> Tensor:
         """(B, 1, S, K), true where a position may look. A hidden position sees itself: an empty row would be NaN."""

@@ -14,24 +14,31 @@ import platform
 from collections.abc import Sequence
 
 import torch
+import torch._inductor.config as inductor
 from torch import nn
 
+from fastvlm.inference.depthwise import is_widening, split_depthwise
 from fastvlm.inference.int8 import KINDS, SMALLEST, is_wide_linear, quantise_linears
+from fastvlm.inference.packed import SMALLEST as SMALLEST_PACKED
+from fastvlm.inference.packed import is_packable, pack_linears
+from fastvlm.inference.products import use_products
 from fastvlm.models.vlm import VLM
 
 LEVERS = {
     "reparameterize": "encoder: parallel branches and norms folded into single convolutions (exact)",
     "channels_last": "encoder: convolutions see channels last in memory (exact)",
-    "bf16": "all parts in bfloat16; with int8_dynamic the language model's activations stay float32",
+    "depthwise": "encoder: convolutions that make several maps of a channel as several that make one (exact; CPU)",
+    "bf16": "all parts in bfloat16; with int8_dynamic the language model's activations stay float32 outside attention",
     "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
+    "packed": "linear layers that are left laid out once for the products that read them (exact; CPU)",
     "keep_memory": "freed memory stays with the process, so that it need not be cleared again (exact; CPU with glibc)",
-    "compile": "encoder: torch.compile with its weights frozen; the first image of each size waits for the compiler",
+    "compile": "encoder: torch.compile, weights frozen (held twice on a CPU); the first image of a size waits for it",
 }
 # What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
 # the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
 FAST = {
-    "cpu": ("reparameterize", "channels_last", "bf16", "int8_dynamic", "keep_memory"),
+    "cpu": ("reparameterize", "channels_last", "depthwise", "bf16", "int8_dynamic", "keep_memory"),
     "cuda": ("reparameterize", "channels_last", "bf16"),
 }
 
@@ -68,7 +75,7 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     device = next(model.parameters()).device
     names = parse_levers(levers, device=str(device))
     asked = {n.strip() for n in (levers.split(",") if isinstance(levers, str) else levers or ())}
-    idle = {name: why for name in names if (why := _nothing_to_do(model, name))}
+    idle = {name: why for name in names if (why := nothing_to_do(model, name))}
     for name, why in idle.items():
         if name in asked:
             raise ValueError(f"levers={name}: {why}")
@@ -76,16 +83,25 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     model.eval().requires_grad_(False)
     if "reparameterize" in names:
         model.encoder.reparameterize()
+    if "depthwise" in names:
+        split_depthwise(model.encoder)
     if "bf16" in names:
         for part in (model.encoder, model.resampler, model.projector):
             part.to(torch.bfloat16)
         if "int8_dynamic" not in names or device.type != "cpu":
             model.llm.to(torch.bfloat16)
+        model.llm.attention_dtype = torch.bfloat16
+        if device.type == "cpu":
+            use_products(model.encoder)
     if "channels_last" in names:
         model.encoder.to(memory_format=torch.channels_last)
     for kind in KINDS:
         if f"int8_{kind}" in names:
             quantise_linears(model.llm, kind=kind)
+    if "packed" in names:
+        # A compiler with the encoder's weights as constants lays them out itself.
+        for part in (model.resampler, model.projector, model.llm, *(() if "compile" in names else (model.encoder,))):
+            pack_linears(part)
     if "keep_memory" in names:
         keep_memory()
     if "compile" in names:
@@ -93,12 +109,20 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
     return names
 
 
-def _nothing_to_do(model: VLM, name: str) -> str:
+def nothing_to_do(model: VLM, name: str) -> str:
     """Why a lever would change nothing in this model; empty where it would."""
     if name == "reparameterize" and not hasattr(model.encoder, "reparameterize"):
         return f"{type(model.encoder).__name__} has no branches to fold"
+    if name == "depthwise" and next(model.parameters()).is_cuda:
+        return "it is for kernels of a CPU"
+    if name == "depthwise" and not any(map(is_widening, model.encoder.modules())):
+        return f"{type(model.encoder).__name__} has no convolution that makes several maps of a channel"
     if name.startswith("int8") and not any(map(is_wide_linear, model.llm.modules())):
         return f"the language model has no linear layers of {SMALLEST} or wider"
+    if name == "packed" and next(model.parameters()).is_cuda:
+        return "its layout is for products on a CPU"
+    if name == "packed" and not any(map(is_packable, model.modules())):
+        return f"the model has no linear layers of {SMALLEST_PACKED:,} weights or more"
     if name == "keep_memory" and (platform.libc_ver()[0] != "glibc" or next(model.parameters()).is_cuda):
         return "this is not a CPU under glibc"
     return ""
@@ -115,8 +139,23 @@ def keep_memory() -> None:
 def compile_encoder(model: VLM) -> None:
     """`torch.compile` with weights as constants: they are laid out anew for the kernels that read them."""
     encoder = model.encoder
-    options = {"freezing": True} if next(encoder.parameters()).device.type == "cpu" else {}
-    encoder.forward = torch.compile(encoder.forward, options=options, dynamic=False)
+    compiled = torch.compile(encoder.forward, dynamic=False)
+    if next(encoder.parameters()).device.type != "cpu":
+        encoder.forward = compiled
+        return
+
+    def forward(*args, **kwargs):
+        # Dynamo asks the configuration whether weights are constants; an option of torch.compile does not reach it.
+        with inductor.patch(freezing=True):
+            return compiled(*args, **kwargs)
+
+    def refuse(*_) -> None:
+        raise ValueError(
+            "levers=compile: the encoder's weights are constants of its compiled form; load them before it is pulled"
+        )
+
+    encoder.forward = forward
+    encoder.register_load_state_dict_pre_hook(refuse)
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -125,5 +164,5 @@ def count_bytes(model: nn.Module) -> int:
     for module in model.modules():
         packed = getattr(module, "packed", None)
         if packed is not None:
-            total += module.in_features * module.out_features
+            total += module.in_features * module.out_features * getattr(packed, "itemsize", 1)
     return total

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ def sample(key, source, count, images=0, maps=0, map_size=2):
     picture = lambda i: torch.full((3, 2, 2), ord(key[0]) + i, dtype=torch.uint8)
     labels = [IGNORE_INDEX, *ids[1:]]
     cells = [torch.full((3, map_size, map_size), i, dtype=torch.uint8) for i in range(maps)]
-    return Sample(key, source, ids, labels, [picture(i) for i in range(images)], cells)
+    return Sample(key, source, np.array(ids), np.array(labels), [picture(i) for i in range(images)], cells)
 
 
 def test_golden_batch():

@@ -18,6 +18,7 @@ from fastvlm.data.plan_report import largest_error, largest_step_error, notes, r
 from fastvlm.data.schedule import prefix_error
 from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import UNITS, Mixture, Source
+from fastvlm.data.source_index import SourceIndex
 from fastvlm.tokens import IGNORE_INDEX
 
 KINDS = ("caption", "pages", "chat", "text")
@@ -186,6 +187,25 @@ def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sourc
     left = report(plan)["sources"]["chat"]
     assert left["samples"] + sum(e["count"] for e in left["excluded"].values()) == 70
     assert any("left out" in line for line in notes(plan))
+
+
+def test_what_long_samples_are_cut_to_is_read_once(sources, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("fastvlm.data.lengths.NOTED_ROWS", 0)
+    read, rows = SourceIndex.read_with_text, []
+
+    def note(index, row, reader, **options):
+        rows.append(row)
+        return read(index, row, reader, **options)
+
+    monkeypatch.setattr(SourceIndex, "read_with_text", note)
+    plans, counts = [], []
+    for max_tokens in (14, 14, 12):
+        rows.clear()
+        plans.append(plan_of(sources, tokenizer, max_tokens=max_tokens, max_images=2, num_steps=3))
+        counts.append(len(rows))
+    assert counts[0] > 0 and counts[1] == 0 and counts[2] > counts[0], "another budget is another cut"
+    assert plans[0].fingerprint == plans[1].fingerprint and report(plans[0]) == report(plans[1])
 
 
 def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):

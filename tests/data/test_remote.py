@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -73,6 +74,15 @@ def test_a_web_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokeni
             assert_same(batches_of(plan, tokenizer), whole)
         assert server.count("train-00001.tar") == 1, "a cached shard is not fetched again"
         assert server.count("train-00001.tar.idx.parquet") == 1
+
+
+def test_the_token_ids_of_remote_samples_come_with_their_index(folder, tokenizer, monkeypatch):
+    whole = batches_of(plan_of(folder, tokenizer), tokenizer)
+    with FaultServer(folder) as server:
+        plan = plan_of(server.url, tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastvlm.data.source_index.parse_sample", lambda *a: pytest.fail("a record was read"))
+            assert_same(batches_of(plan, tokenizer), whole)
 
 
 def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokenizer):
@@ -292,6 +302,38 @@ def test_an_s3_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokeni
     finally:
         server.stop()
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_a_gcs_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer, monkeypatch):
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    # Read when gcsfs is imported: the emulator has no gRPC, where gcsfs first asks what kind of bucket it is.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import gcsfs
+
+    with create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        fs = gcsfs.GCSFileSystem()
+        for file in folder.iterdir():
+            fs.put_file(str(file), f"bucket/data/{file.name}")
+        local = plan_of(folder, tokenizer)
+        for path in ("gs://bucket/data", "gs://bucket/data/train-{00000..00002}.tar"):
+            plan = plan_of(path, tokenizer)
+            assert plan.fingerprint == local.fingerprint
+            assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+        shard = locate_shards("gs://bucket/data", "train")[0]
+        assert shard.version and shard.size == (folder / "train-00000.tar").stat().st_size
+        assert remote.read_range(shard, 512, 100) == (folder / "train-00000.tar").read_bytes()[512:612]
+        with pytest.raises(ValueError, match=r"no shards val-\*.tar"):
+            load_index("gs://bucket/data", "val", tokenizer)
+        with pytest.raises(ValueError, match=r"train-00009.tar: not found"):
+            load_index("gs://bucket/data/train-{00000,00009}.tar", "train", tokenizer)
+    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def test_the_shards_of_the_next_window_come_while_this_one_is_read(tmp_path, tokenizer):

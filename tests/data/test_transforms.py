@@ -20,7 +20,7 @@ from tiny_world import draw_png
 from torchvision.transforms.v2 import functional as reference
 
 from fastvlm.data import decode
-from fastvlm.data.decode import decode_pixels, measure_image, open_image
+from fastvlm.data.decode import PlainJpeg, decode_pixels, look_at, measure_image, open_image, upright_size
 from fastvlm.data.transforms import PADDING, ImageTransform, decode_image, decode_label_map
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def test_a_reduced_decode_reads_less(monkeypatch):
     made = []
     monkeypatch.setattr(
         "fastvlm.data.transforms.decode_pixels",
-        lambda image, data, *, reduce: made.append(reduce) or decode_pixels(image, data, reduce=reduce),
+        lambda image, data, *rest, reduce, room: made.append(reduce) or decode_pixels(image, data, reduce=reduce),
     )
     decode_image(data, 336)
     decode_image(encode(PHOTOS[0], "jpeg"), 336)
@@ -172,7 +172,60 @@ def test_every_mode_equals_pillows_conversion(mode):
     for kind in ("jpeg",) if mode in ("CMYK", "YCbCr") else ("png", "gif", "jpeg"):
         image = PHOTOS[0].resize((32, 24)).convert(mode)
         data = encode(image.convert("L") if mode in "1P" and kind == "jpeg" else image, kind)
-        assert torch.equal(decode_pixels(open_image(data), data), pixels(data)), kind
+        assert torch.equal(decode_pixels(look_at(data), data), pixels(data)), kind
+
+
+JPEGS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True, "quality": 60},
+    "optimised": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "profile": {"icc_profile": b"colours" * 20_000},
+    "comment": {"comment": b"\xff\xd9\xff\xe1"},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_jpeg_needs_no_pillow_and_has_the_pixels_of_torchvision(options, mode, monkeypatch):
+    from torchvision.io import decode_jpeg
+
+    room = np.empty(3 * 77 * 51, dtype=np.uint8)
+    for size in ((77, 51), (16, 40), (1, 1)):
+        data = encode(PHOTOS[0].resize(size).convert(mode), "jpeg", **options)
+        image, theirs = look_at(data), open_image(data)
+        assert isinstance(image, PlainJpeg) and (image.size, image.mode) == (theirs.size, theirs.mode) == (size, mode)
+        whole = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode="RGB")
+        with monkeypatch.context() as patch:
+            patch.setattr("torchvision.io.decode_jpeg", lambda *a, **k: pytest.fail("the fast decoder refused it"))
+            assert torch.equal(decode_pixels(image, data, room=room), whole)
+            assert torch.equal(decode_pixels(image, data), whole)
+
+
+def test_what_pillow_must_look_at_is_left_to_it():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = PHOTOS[0].resize((64, 40))
+    turned = encode(photo, "jpeg", exif=exif)
+    several = encode(photo, "mpo", save_all=True, append_images=[photo])
+    for data in (turned, several, encode(photo.convert("CMYK"), "jpeg"), encode(photo, "png"), encode(photo, "webp")):
+        assert isinstance(look_at(data), Image.Image)
+    assert upright_size(look_at(turned)) == (40, 64)
+
+
+def test_what_the_fast_decoder_refuses_torchvision_decides(monkeypatch):
+    data = encode(PHOTOS[0].resize((64, 40)), "jpeg")
+    sound = decode_image(data, 32)
+
+    def refuse(*args, **options):
+        raise ValueError("a warning that others let pass")
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    assert torch.equal(decode_image(data, 32), sound)
+    with pytest.raises(ValueError, match="broken image"):
+        decode_image(data[: len(data) // 2], 32)
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
@@ -208,7 +261,8 @@ def bomb(kind):
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
 def test_a_bomb_is_refused_by_its_header(kind, monkeypatch):
     data = bomb(kind)
-    monkeypatch.setattr("torchvision.io.decode_jpeg", lambda *a, **k: pytest.fail("it was decoded"))
+    for decoder in ("torchvision.io.decode_jpeg", "simplejpeg.decode_jpeg"):
+        monkeypatch.setattr(decoder, lambda *a, **k: pytest.fail("it was decoded"))
     monkeypatch.setattr(Image.Image, "load", lambda *a: pytest.fail("it was decoded"))
     for read in (lambda data: decode_image(data, 32), measure_image, decode_label_map):
         with pytest.raises(ValueError, match="50000 x 50000 pixels, more than|decompression bomb"):

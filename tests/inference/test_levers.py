@@ -6,9 +6,10 @@ from test_engine import draw_prompts
 from tiny_vlm import IMAGE_SIZE
 from torch import nn
 
+from fastvlm.inference.depthwise import split_depthwise
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.int8 import DynamicInt8Linear, WeightOnlyInt8Linear, quantise_linears, round_weight
-from fastvlm.inference.levers import FAST, apply_levers, count_bytes, parse_levers
+from fastvlm.inference.levers import FAST, apply_levers, compile_encoder, count_bytes, parse_levers
 from fastvlm.models.llms.language_model import from_config
 
 
@@ -61,10 +62,23 @@ def test_exact_levers_change_no_answer(tiny_model, tiny_tokenizer):
     options = {"image_size": IMAGE_SIZE, "max_new_tokens": 8}
     expected = Engine(copy.deepcopy(tiny_model), tiny_tokenizer, **options).generate(records, images)
     model = copy.deepcopy(tiny_model)
-    assert apply_levers(model, ["reparameterize", "channels_last"]) == ("reparameterize", "channels_last")
+    levers = ("reparameterize", "channels_last", "depthwise")
+    assert apply_levers(model, levers) == levers
     assert count_bytes(model.encoder) < count_bytes(tiny_model.encoder)
     answers = Engine(model, tiny_tokenizer, **options).generate(records, images)
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+
+
+@pytest.mark.parametrize("several, stride, bias", [(2, 2, True), (3, 1, False)])
+def test_a_convolution_that_widens_channels_is_the_same_split(several, stride, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6 * several, 5, stride=stride, padding=2, groups=6, bias=bias)
+    box = nn.Sequential(copy.deepcopy(conv), nn.Conv2d(6 * several, 6 * several, 3, groups=6 * several))
+    assert split_depthwise(box) == 1  # a convolution of one map a channel stays
+    assert box.state_dict().keys() - {"1.weight", "1.bias"} == {f"0.{key}" for key in conv.state_dict()}
+    maps = torch.randn(2, 6, 12, 10)
+    for given in (maps, maps.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(box[0](given), conv(given), atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_changes_logits_a_little_and_halves_the_weights(tiny_model, tiny_tokenizer):
@@ -89,6 +103,21 @@ def test_a_compiled_encoder_gives_the_same_tokens(tiny_model):
     pixels = torch.stack([image for images in draw_prompts(4)[1] for image in images])
     with torch.inference_mode():
         torch.testing.assert_close(model.encode_images(pixels), tiny_model.encode_images(pixels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_has_its_weights_laid_out_for_the_kernels(tiny_model):
+    """torch.compile(options={"freezing": True}) says nothing and freezes nothing; the kernels called tell."""
+    model = copy.deepcopy(tiny_model).eval().requires_grad_(False)
+    compile_encoder(model)
+    pixels = torch.stack(draw_prompts(4)[1][0])
+    with torch.inference_mode():
+        model.encode_images(pixels)
+        with torch.profiler.profile() as profile:
+            model.encode_images(pixels)
+    assert "mkldnn::_convolution_pointwise" in {event.key for event in profile.key_averages()}
+    with pytest.raises(ValueError, match="levers=compile: the encoder's weights are constants"):
+        model.load_state_dict(tiny_model.state_dict())
 
 
 def test_levers_are_named_and_mistakes_are_one_line():

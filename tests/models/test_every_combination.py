@@ -12,6 +12,8 @@ from small_parts import IMAGE_ID, VOCAB, make_batch, random_ids
 
 from fastvlm.build import instantiate
 from fastvlm.config import CONF
+from fastvlm.inference import packed
+from fastvlm.inference.levers import apply_levers, nothing_to_do
 from fastvlm.models.vlm import VLM
 from fastvlm.stages import LanguageStage
 
@@ -184,3 +186,33 @@ def pairwise() -> list[tuple[str, str, str, str]]:
 @pytest.mark.parametrize("parts", pairwise(), ids=lambda parts: "-".join(parts).replace(" ", "_"))
 def test_a_few_of_the_combinations(configs, parts):
     check(configs, *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_exact_levers_leave_every_part_its_logits_and_bf16_nearly(configs, monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    first = [min(group) for group in (SMALL, [*RESAMPLERS, *NEW_RESAMPLERS], PROJECTORS, LLMS)]
+    groups = (sorted(SMALL), [*RESAMPLERS, *NEW_RESAMPLERS], list(PROJECTORS), list(LLMS))
+    failed = []
+    for i, group in enumerate(groups):
+        for name in group:
+            parts = [*first[:i], name, *first[i + 1 :]]
+            try:
+                model = build(configs, *parts, seed=0).eval()
+                slots = [IMAGE_ID] * model.num_visual_tokens(SIZE)
+                a, b = random_ids(2, 2)
+                batch = make_batch([[a + slots + b]], images=1, image_size=SIZE)
+                with torch.no_grad():
+                    expected, answer = model(batch), generate(model, batch)
+                    for lever in ("reparameterize", "channels_last", "depthwise", "packed"):
+                        if not nothing_to_do(model, lever):
+                            apply_levers(model, [lever])
+                    torch.testing.assert_close(model(batch), expected, atol=1e-4, rtol=1e-4)
+                    assert generate(model, batch) == answer
+                    apply_levers(model, "bf16")
+                    error = (model(batch).float() - expected).norm() / expected.norm()
+                    assert error < 0.05, f"bf16: {error}"
+            except Exception as error:  # noqa: BLE001  all parts are told at once
+                failed.append(f"{' '.join(parts)}: {type(error).__name__} {error}"[:300])
+    assert not failed, f"{len(failed)}:\n" + "\n".join(failed)

@@ -1,0 +1,47 @@
+"""Convolutions that make several maps of every channel, as several that make one.
+
+FastViT widens its maps so, between stages. oneDNN has a kernel for one map of every channel; for two it takes its
+slowest, five times as long in bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class SplitDepthwise(nn.Conv2d):
+    """A grouped convolution of one input channel and m output channels a group; parameters are those of `conv`."""
+
+    def __init__(self, conv: nn.Conv2d):
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        super().__init__(*shape, conv.groups, bias=conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        several, options = self.out_channels // self.groups, (self.stride, self.padding, self.dilation, self.groups)
+        maps = []
+        for i in range(several):  # output channel c * m + i is the i-th map of channel c
+            bias = None if self.bias is None else self.bias[i::several]
+            maps.append(rearrange(F.conv2d(x, self.weight[i::several], bias, *options), "b c h w -> b h w c"))
+        return rearrange(torch.stack(maps, dim=-1), "b h w c m -> b (c m) h w")
+
+
+def is_widening(layer: nn.Module) -> bool:
+    """Whether a layer is such a convolution."""
+    plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros"
+    return plain and 1 < layer.groups == layer.in_channels < layer.out_channels
+
+
+def split_depthwise(module: nn.Module) -> int:
+    """Exchange every such convolution of a module (in place); returns how many."""
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if is_widening(child):
+                setattr(parent, name, SplitDepthwise(child))
+                count += 1
+    return count
