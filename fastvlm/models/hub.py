@@ -84,7 +84,11 @@ def known_config(model_type: str, config: Mapping[str, Any], *, key: str, **more
             near = difflib.get_close_matches(name, vars(known), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{key}.{name} is not an argument of {type(known).__name__}{hint}")
-    return AutoConfig.for_model(model_type, **more, **config)
+    try:
+        return AutoConfig.for_model(model_type, **more, **config)
+    except Exception as error:  # noqa: BLE001  its validators raise classes of their own, over several lines
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{key}: {model_type} refuses these sizes: {why}") from None
 
 
 def listed(names: list[str]) -> str:

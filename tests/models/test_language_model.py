@@ -134,6 +134,12 @@ def test_a_misspelt_key_is_refused(arguments, message):
         from_config(vocab_size=VOCAB, **arguments)
 
 
+def test_sizes_that_the_library_refuses_are_one_line():
+    with pytest.raises(ValueError, match="llm: llama refuses these sizes: ") as found:
+        from_config("llama", vocab_size=VOCAB, hidden_size=100, num_attention_heads=4)
+    assert "\n" not in str(found.value)
+
+
 def test_a_missing_model_is_one_line_with_the_fix(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="llm.path=nobody/nothing") as error:
