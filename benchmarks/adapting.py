@@ -2,7 +2,8 @@
 
     python benchmarks/adapting.py > benchmarks/adapting.md               # both small models; about fifteen minutes
     python benchmarks/adapting.py models=embedded rounds=5               # about three minutes
-    python benchmarks/adapting.py models=qwen2_1_5b rows=4               # for a GPU
+    python benchmarks/adapting.py models=qwen2_1_5b rows=4               # for a GPU with 40 GB
+    python benchmarks/adapting.py models=qwen2_1_5b rows=4 estimate=true # what it will hold there; seconds, any machine
 
 Every arm is a process of its own: the model with random weights, real batches of the embedded instructions, whole
 optimiser steps (forward, backward, clipping, AdamW). Resampler and projector learn in all arms, the encoder in none.
@@ -103,16 +104,8 @@ def kept_by_autograd(forward, model) -> tuple[object, int]:
     return out, sum(storage.nbytes() for storage in kept.values())
 
 
-def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
-    """One arm in this process."""
-    import torch
-
-    from fastvlm.build import build_model, build_tokenizer, instantiate
+def configuration(model: str, arm: str, *, rows: int, tokens: int, steps: int):
     from fastvlm.config import check, compose
-    from fastvlm.pipeline import Pipeline
-    from fastvlm.pipeline.memory_notes import stage_memory
-    from fastvlm.pipeline.stage_data import build_data
-    from fastvlm.pipeline.training import build_freezing
 
     stage = "stages.instruct"
     overrides = ["pipeline=instruct", "~task", "logger=none", "num_samples=0", f"{stage}.lora=null", *MODELS[model]]
@@ -120,6 +113,45 @@ def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict
     overrides += [f"{stage}.val_samples=0", f"{stage}.adapt.llm={ARMS[arm]}"]
     config = compose("train", overrides)
     check(config)
+    return config
+
+
+def estimates(model: str, arms: list[str], **sizes: int) -> str:
+    """Markdown of what each arm will hold, in bf16, from shapes alone."""
+    from omegaconf import OmegaConf
+
+    from fastvlm.hardware import Hardware
+    from fastvlm.pipeline.memory_notes import stage_memory
+    from fastvlm.study.dry_run import build_without_weights
+
+    hardware = Hardware(accelerator="cpu", precision="bf16-mixed")
+    columns = ("weights", "gradients", "optimiser", "activations", "logits", "total")
+    lines = []
+    for arm in arms:
+        config = configuration(model, arm, **sizes)
+        OmegaConf.update(config, "llm.vocab_size", VOCABULARY.get(model, 2048), force_add=True)
+        vlm = build_without_weights(config)
+        need = stage_memory("instruct", config.stages.instruct, vlm, hardware)
+        if not lines:
+            number = sum(p.numel() for p in vlm.parameters()) / 1e6
+            lines += [f"## {model}: {number:,.1f}M parameters, estimated", "", f"| arm | {' | '.join(columns)} |"]
+            lines.append(f"| --- |{' ---: |' * len(columns)}")
+        cells = " | ".join(f"{getattr(need, column) / MIB:,.1f}" for column in columns)
+        lines.append(f"| {WORDS.get(arm, f'{arm} + LoRA')} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
+    """One arm in this process."""
+    import torch
+
+    from fastvlm.build import build_model, build_tokenizer, instantiate
+    from fastvlm.pipeline import Pipeline
+    from fastvlm.pipeline.memory_notes import stage_memory
+    from fastvlm.pipeline.stage_data import build_data
+    from fastvlm.pipeline.training import build_freezing
+
+    config = configuration(model, arm, rows=rows, tokens=tokens, steps=steps)
     pipeline = Pipeline(config)
     hardware, options = pipeline.hardware, config.stages.instruct
     hardware.apply()
@@ -245,7 +277,7 @@ def table(model: str, found: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     options = {"models": "embedded,qwen2_140m", "arms": "full,lora,int8,nf4", "rounds": "3", "steps": "4"}
-    options |= {"rows": "2", "tokens": "256", "arm": ""}
+    options |= {"rows": "2", "tokens": "256", "arm": "", "estimate": "false"}
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key not in options:
@@ -262,6 +294,9 @@ def main() -> None:
     arms = ["full", *(arm for arm in arms if arm != "full")]
     command = " ".join(["python benchmarks/adapting.py", *sys.argv[1:]])
     print(f"# Adapting\n\nBy `{command}`. MiB; {__doc__.split(chr(10) * 2)[2].replace(chr(10), ' ')}\n")
+    if options["estimate"] == "true":
+        print("\n".join(estimates(model, arms, **numbers) for model in models), flush=True)
+        return
     for model in models:
         found: dict[str, list[dict]] = {arm: [] for arm in arms}
         for number in range(int(options["rounds"])):

@@ -23,6 +23,7 @@ from fastvlm.build import instantiate  # noqa: E402
 from fastvlm.config import compose  # noqa: E402
 from fastvlm.models.flops import count_flops, counting  # noqa: E402
 from fastvlm.models.llms import from_config  # noqa: E402
+from fastvlm.models.llms.published import PUBLISHED  # noqa: E402
 
 # Weights come from a file or the hub; the table needs shapes only.
 LOCAL, BARE = {"pretrained": False}, {"pretrained": None, "device": "meta"}
@@ -45,22 +46,8 @@ ENCODERS = {
     "convnext_l_320": (LOCAL, (320, 512)),
     "convnext_xxl": (LOCAL, (256, 512)),
 }
-# Sizes of the published configurations, by the name of the option that loads them.
-TIED = {"tie_word_embeddings": True}
-LLMS = {
-    "qwen2_5_0_5b": ("qwen2", 151936, 32768, (896, 24, 14, 2, 4864), TIED),
-    "qwen2_5_1_5b": ("qwen2", 151936, 32768, (1536, 28, 12, 2, 8960), TIED),
-    "qwen2_5_7b": ("qwen2", 152064, 32768, (3584, 28, 28, 4, 18944), {}),
-    "qwen3_0_6b": ("qwen3", 151936, 40960, (1024, 28, 16, 8, 3072), {"head_dim": 128, **TIED}),
-    "qwen3_1_7b": ("qwen3", 151936, 40960, (2048, 28, 16, 8, 6144), {"head_dim": 128, **TIED}),
-    "llama3_2_1b": ("llama", 128256, 131072, (2048, 16, 32, 8, 8192), TIED),
-    "vicuna_7b": ("llama", 32000, 4096, (4096, 32, 32, 32, 11008), {}),
-    "smollm2_135m": ("llama", 49152, 8192, (576, 30, 9, 3, 1536), TIED),
-    "smollm2_360m": ("llama", 49152, 8192, (960, 32, 15, 5, 2560), TIED),
-    "smollm2_1_7b": ("llama", 49152, 8192, (2048, 24, 32, 32, 8192), TIED),
-    "opt_125m": ("opt", 50272, 2048, (768, 12, 12, 12, 3072), {"word_embed_proj_dim": 768}),
-    "opt_1_3b": ("opt", 50272, 2048, (2048, 24, 32, 32, 8192), {"word_embed_proj_dim": 2048}),
-}
+LLMS = ("qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_7b", "qwen3_0_6b", "qwen3_1_7b", "llama3_2_1b", "vicuna_7b")
+LLMS += ("smollm2_135m", "smollm2_360m", "smollm2_1_7b", "opt_125m", "opt_1_3b")
 PATCHES, WIDTH = 576, 1024  # CLIP ViT-L/14 at 336 px, in front of the resamplers
 RESAMPLERS = {
     "identity": {},
@@ -152,23 +139,22 @@ def projector_rows(*, flops: bool) -> Iterable[Row]:
         }
 
 
+def published(name: str) -> dict:
+    return PUBLISHED[OmegaConf.load(ROOT / "conf" / "llm" / f"{name}.yaml").path]
+
+
 @cache
 def language_model(name: str):
     """The published sizes of an option, on the meta device."""
-    model_type, vocabulary, positions, (dim, depth, heads, key_heads, hidden), more = LLMS[name]
-    sizes = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads}
-    sizes |= {"max_position_embeddings": positions, **more}
-    sizes |= (
-        {"ffn_dim": hidden} if model_type == "opt" else {"intermediate_size": hidden, "num_key_value_heads": key_heads}
-    )
     with torch.device("meta"):
-        return from_config(model_type, vocab_size=vocabulary, attention="eager", **sizes).eval()
+        return from_config(attention="eager", **published(name)).eval()
 
 
 def llm_rows(*, flops: bool) -> Iterable[Row]:
-    for name, (_, vocabulary, positions, (dim, depth, heads, key_heads, _), more) in LLMS.items():
-        llm = language_model(name)
-        cache = 2 * depth * key_heads * more.get("head_dim", dim // heads) * 2
+    for name in LLMS:
+        llm, of = language_model(name), published(name)
+        dim, depth, heads = of["hidden_size"], of["num_hidden_layers"], of["num_attention_heads"]
+        cache = 2 * depth * of.get("num_key_value_heads", heads) * of.get("head_dim", dim // heads) * 2
         cost = 0
         if flops:
             with counting() as so_far, torch.device("meta"):
@@ -180,8 +166,8 @@ def llm_rows(*, flops: bool) -> Iterable[Row]:
             "option": name,
             "width": f"{dim:,}",
             "layers": str(depth),
-            "vocabulary": f"{vocabulary:,}",
-            "positions": f"{positions:,}",
+            "vocabulary": f"{of['vocab_size']:,}",
+            "positions": f"{of['max_position_embeddings']:,}",
             "parameters (M)": millions(number(llm)),
             "cache (KiB a token, bf16)": f"{cache / 1024:g}",
             "prefill GFLOPs": giga(cost),

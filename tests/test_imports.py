@@ -20,7 +20,7 @@ MAY = {
     "callbacks": {"models", "batch", "tokens"},
     "inference": {"models", "data", "batch", "tokens", "build"},
     "identity": set(),
-    "study": {"identity", "tracking", "build", "config", "callbacks", "models"},
+    "study": {"identity", "tracking", "build", "config", "callbacks", "models", "pipeline"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},

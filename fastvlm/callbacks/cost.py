@@ -46,7 +46,10 @@ def count_forward(model: nn.Module, *, parts: list[str], image_size: int, length
         length: positions of a row, about; the costs at two lengths give the linear and the quadratic term.
     """
     modes = [(module, module.training) for module in model.modules()]
+    learning = [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    # The counter's hooks take what requires a gradient for part of a graph, which a view made without one is not.
+    model.requires_grad_(False)
     try:
         view: dict[str, float] = {}
         if "encoder" in parts:
@@ -65,6 +68,8 @@ def count_forward(model: nn.Module, *, parts: list[str], image_size: int, length
     finally:
         for module, training in modes:
             module.training = training
+        for parameter in learning:
+            parameter.requires_grad_(True)
     return ForwardFlops(view, linear, square, head)
 
 

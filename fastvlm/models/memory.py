@@ -86,6 +86,8 @@ def estimate(
         shards: ranks that share the weights.
     """
     device = next(model.llm.parameters()).device
+    if device.type == "meta":  # where autocast does nothing; what is faked below takes no memory anywhere
+        device = torch.device("cpu")
     fake = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
     rates = apply(fake)
     for name, parameter in fake.named_parameters():

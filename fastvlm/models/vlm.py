@@ -123,7 +123,8 @@ class VLM(nn.Module):
         patches = self.encode_patches(pixel_values)
         height, width = self.encoder.grid(pixel_values.shape[-1])
         in_order = getattr(self.encoder, "in_order", lambda patches: patches)(patches)
-        return ImageEncoding(self.project(patches), rearrange(in_order, "i (h w) d -> i d h w", h=height, w=width))
+        on_grid = in_order[:, -height * width :]  # a class token that is kept stands in front and lies nowhere
+        return ImageEncoding(self.project(patches), rearrange(on_grid, "i (h w) d -> i d h w", h=height, w=width))
 
     def encode_text(self, input_ids: Int[Tensor, "*B S"]) -> Float[Tensor, "*B S D"]:
         return self.llm.embed(input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -18,22 +19,42 @@ SMALL = 5e7  # parameters; smaller models are left out unless `hardware.memory_g
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def memory_notes(config: DictConfig, model: VLM, hardware: Hardware) -> list[str]:
-    """A line a stage, and a second one under a stage that will not fit."""
+def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: bool = True) -> list[str]:
+    """A line a stage, and a second one under a stage that will not fit.
+
+    Args:
+        known: whether it is known what a device holds.
+    """
     if hardware.memory_gib is None and sum(p.numel() for p in model.parameters()) < SMALL:
         return []
-    lines, has = [], hardware.memory
+    lines, has = [], hardware.memory if known else math.inf
     for name, stage in config.stages.items():
         try:
             need = stage_memory(name, stage, model, hardware)
         except Exception as error:  # noqa: BLE001  whatever a model does that cannot be done without numbers
             lines.append(f"memory   {name}: not known before it runs ({type(error).__name__} without numbers)")
             continue
-        lines.append(f"memory   {name}: {need} of {has / GIB:.2f}")
+        lines.append(f"memory   {name}: {need} of {f'{has / GIB:.2f}' if known else 'what hardware.memory_gib says'}")
         if need.total > has:
             mend = "; ".join(keys_that_mend(name, stage, hardware, largest=need.largest))
             lines.append(f"         {name} will not fit, {need.largest} being most of it: {mend}")
     return lines
+
+
+def planned_hardware(options: DictConfig) -> tuple[Hardware, bool]:
+    """The hardware a configuration names, also where it is not there, and whether it is known what a device holds."""
+    plain = OmegaConf.to_container(options, resolve=True)
+    needs = plain.get("devices", "auto")
+    needs = 1 if needs == "auto" else int(needs)
+    elsewhere = plain.get("accelerator", "auto") == "gpu" and torch.cuda.device_count() < needs
+    if elsewhere:
+        plain["accelerator"] = "cpu"
+        if plain.get("precision", "auto") == "auto":
+            plain["precision"] = "bf16-mixed"
+    if plain.get("strategy") == "deepspeed_zero3":  # shares as FSDP2 does, and need not be installed to be planned
+        plain["strategy"] = "fsdp"
+    known = not elsewhere or plain.get("memory_gib") is not None
+    return instantiate(OmegaConf.create(plain), key="hardware"), known
 
 
 def stage_memory(name: str, stage: DictConfig, model: VLM, hardware: Hardware) -> Memory:

@@ -1,59 +1,28 @@
 """Everything of a run but its data, weights and training: `dry_run=true` proves a configuration on any machine.
 
 Parts are built in their own sizes on torch's meta device, which holds shapes and no numbers; trainable patterns are
-matched, mixtures built, and the stages' sizes and operations told.
+matched, mixtures built, and the stages' sizes, operations and memory told.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from fastvlm.build import instantiate
+from fastvlm.build import build_model, build_tokenizer, instantiate, settle_views
 from fastvlm.callbacks.cost import count_forward
 from fastvlm.config import check, compose, typed_overrides
+from fastvlm.models.llms.published import PUBLISHED
+from fastvlm.models.pretrained import PretrainedVLM, without_weights
+from fastvlm.models.recompute import recompute_layers
 from fastvlm.models.trainable import last_layers, select_trainable
 from fastvlm.models.vlm import VLM
+from fastvlm.pipeline.memory_notes import memory_notes, planned_hardware
 from fastvlm.study.arms import load_study
-
-# Sizes of language models of the hub, as their config.json there says.
-ARCHITECTURES = {
-    "lmsys/vicuna-7b-v1.5": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-    },
-    "Qwen/Qwen2.5-0.5B-Instruct": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-1.5B": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-    },
-}
-ARCHITECTURES["Qwen/Qwen2.5-1.5B-Instruct"] = ARCHITECTURES["Qwen/Qwen2.5-1.5B"]
 
 
 def dry_run(config: DictConfig) -> None:
@@ -62,6 +31,8 @@ def dry_run(config: DictConfig) -> None:
     Raises:
         ValueError: the first thing that would not run.
     """
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # a library's words to its developers
     if config.study is None or config.arm is not None:
         describe(config)
         return
@@ -70,17 +41,24 @@ def dry_run(config: DictConfig) -> None:
     for arm in study.arms.get(config.scale, {}):
         one = compose("train", [*typed, f"scale={config.scale}", f"arm={arm}"])
         check(one)
-        describe(one)
+        describe(one, memory=False)
 
 
-def describe(config: DictConfig) -> list[dict[str, float]]:
-    """Print and return the stages' sizes: `parameters`, `learns`, `steps`, `positions`, `flops`."""
+def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float | int]]:
+    """Print and return the stages' sizes: `learns`, `steps`, `tokens`, `flops`; with `memory`, print what they hold."""
+    settle_views(config)
     model = build_without_weights(config)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     print(f"\n{config.get('arm') or config.name}: " + ", ".join(f"{n} {c / 1e6:,.1f}M" for n, c in counts.items()))
     stages = []
     for name, stage in config.stages.items():
         stages.append(describe_stage(name, stage, model))
+    if memory:
+        hardware, known = planned_hardware(config.hardware)
+        if hardware.gradient_checkpointing:
+            recompute_layers(model.parts)
+        for line in memory_notes(config, model, hardware, known=known):
+            print(f"  {line}")
     if config.task is not None:
         for group in ("sources", "held_out"):
             for source, given in (config.task.get(group) or {}).items():
@@ -89,7 +67,7 @@ def describe(config: DictConfig) -> list[dict[str, float]]:
     return stages
 
 
-def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]:
+def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float | int]:
     mixture = instantiate(stage.mixture, key=f"stages.{name}.mixture")
     trainable = {k: v for k, v in stage.trainable.items() if v is not None}
     if stage.get("last_layers"):
@@ -112,10 +90,15 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]
     reads = {"encoder", "llm"} <= set(stage.parts)
     tokens = model.num_visual_tokens(stage.image_size) if reads else 0
     if tokens >= stage.max_tokens:
-        raise ValueError(f"stages.{name}: an image is {tokens} tokens, but rows end at max_tokens={stage.max_tokens}")
-    forward = count_forward(model, parts=list(stage.parts), image_size=stage.image_size, length=stage.max_tokens)
-    row = forward.linear * stage.max_tokens + forward.square * stage.max_tokens**2
-    step = stage.batch_size * (row + sum(forward.view.values()))  # one view a row, no gradients
+        raise ValueError(
+            f"stages.{name}: an image is {tokens} tokens, but rows end at max_tokens={stage.max_tokens}; raise "
+            "max_tokens, lower image_size, or choose a resampler with fewer"
+        )
+    step = 0.0
+    if not isinstance(model, PretrainedVLM):  # which has a chain of its own between its parts
+        forward = count_forward(model, parts=list(stage.parts), image_size=stage.image_size, length=stage.max_tokens)
+        row = forward.linear * stage.max_tokens + forward.square * stage.max_tokens**2
+        step = stage.batch_size * (row + sum(forward.view.values()))  # one view a row, no gradients
     steps = stage.steps
     length = f"{steps:,} steps" if steps else f"{stage.epochs:g} epochs (steps are known once the shards are here)"
     size = f"{stage.batch_size:,} rows of {stage.max_tokens:,}"
@@ -123,7 +106,8 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float]
     total = f"; {steps * stage.batch_size * stage.max_tokens / 1e9:,.3g}G positions at most" if steps else ""
     learnt = " and ".join([f"learns {learns / 1e6:,.1f}M", *adapters])
     print(f"  {name}: {length} x {size}{view}{total}; {learnt}")
-    print(f"    forward, one view a row: {step / 1e12:,.3g} TFLOP a step")
+    if step:
+        print(f"    forward, one view a row: {step / 1e12:,.3g} TFLOP a step")
     for source_name, source in mixture.sources.items():
         share = f"{mixture.weights[source_name]:.0%} of {mixture.unit}" if mixture.weights else "as much as it holds"
         where = present(source.path)
@@ -143,13 +127,18 @@ def build_without_weights(config: DictConfig) -> VLM:
     """The VLM of a configuration on the meta device.
 
     Raises:
-        ValueError: the language model is neither in ARCHITECTURES nor a folder here.
+        ValueError: the language model is neither in PUBLISHED nor a folder here.
     """
+    if config.vlm is not None:
+        if config.vlm["_target_"].endswith("pretrained.from_pretrained"):
+            return without_weights(**{k: v for k, v in config.vlm.items() if k != "_target_"})
+        return build_model(config, build_tokenizer(config)).to("meta")
     with torch.device("meta"):
         encoder = instantiate(bare(config.encoder), key="encoder")
         resampler = instantiate(config.resampler, key="resampler", in_dim=encoder.out_dim)
-        llm_config, vocab_size = bare_llm(config.llm)
+        llm_config, vocab_size = bare_llm(config.llm, tokenizer=config.tokenizer)
         llm = instantiate(llm_config, key="llm", vocab_size=vocab_size)
+        llm.to(getattr(torch, config.llm.get("dtype", "float32")))
         projector = instantiate(config.projector, key="projector", in_dim=resampler.out_dim, out_dim=llm.dim)
         model = VLM(encoder, resampler, projector, llm, image_token_id=0)
     return model.to("meta")
@@ -173,24 +162,35 @@ def bare(config: DictConfig) -> DictConfig:
     return OmegaConf.create(strip(plain))
 
 
-def bare_llm(config: DictConfig) -> tuple[DictConfig, int]:
+def bare_llm(config: DictConfig, *, tokenizer: DictConfig) -> tuple[DictConfig, int]:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     if not plain["_target_"].endswith("from_pretrained"):
-        return config, plain.get("vocab_size", 32000)
+        return config, plain.get("vocab_size") or vocabulary(tokenizer)
     path = str(plain["path"])
-    if path in ARCHITECTURES:
-        architecture = dict(ARCHITECTURES[path])
+    if path in PUBLISHED:
+        architecture = dict(PUBLISHED[path])
     elif (Path(path) / "config.json").exists():
         from transformers import AutoConfig
 
         found = AutoConfig.from_pretrained(path)
         known = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        architecture = {k: getattr(found, k) for k in known if hasattr(found, k)} | {"model_type": found.model_type}
-        architecture |= {"vocab_size": found.vocab_size, "max_position_embeddings": found.max_position_embeddings}
+        known += ("head_dim", "ffn_dim", "word_embed_proj_dim", "tie_word_embeddings", "max_position_embeddings")
+        architecture = {k: getattr(found, k) for k in known if getattr(found, k, None) is not None}
+        architecture |= {"model_type": found.model_type, "vocab_size": found.vocab_size}
     else:
         raise ValueError(
             f"llm.path={path}: its sizes are not known here; name a folder with config.json, or one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(PUBLISHED)}"
         )
     vocab_size = architecture.pop("vocab_size")
-    return OmegaConf.create({"_target_": "fastvlm.models.llms.from_config", **architecture}), vocab_size
+    own = {"gradient_checkpointing": plain.get("gradient_checkpointing", False)}
+    return OmegaConf.create({"_target_": "fastvlm.models.llms.from_config", **architecture, **own}), vocab_size
+
+
+def vocabulary(tokenizer: DictConfig) -> int:
+    """Rows of an embedding for this tokenizer; a usual number of them where it is not here yet."""
+    try:
+        with torch.device("cpu"):
+            return len(instantiate(tokenizer, key="tokenizer"))
+    except (ValueError, OSError):
+        return 32_000

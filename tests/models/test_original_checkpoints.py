@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tiny_checkpoints import SIDE, clip_vision, text_config, tiny_tokenizer
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from fastvlm.deployment.hub import main as hub
 from fastvlm.models.pretrained import from_pretrained, originals
 from fastvlm.models.pretrained.views import views_at
 
@@ -118,6 +119,21 @@ def test_an_ml_fastvlm_checkpoint_becomes_our_parts(fastvlm_checkpoint, small_to
     assert (views.image_size, views.image["fit"]) == (64, "pad")
 
 
+def test_the_import_command_writes_a_folder_of_the_stock_class_with_the_same_logits(
+    fastvlm_checkpoint, small_tower, tmp_path, capsys
+):
+    hub(["import=" + fastvlm_checkpoint[0], f"out={tmp_path / 'imported'}"])
+    said = capsys.readouterr().out
+    assert "imported: FastVlmForConditionalGeneration" in said and "yes  transformers" in said
+    ours, again = from_pretrained(fastvlm_checkpoint[0]), from_pretrained(str(tmp_path / "imported"))
+    views, ids = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(6, 200, (1, 9))
+    with torch.no_grad():
+        assert relative_error(again.encode_images(views), ours.encode_images(views)) <= 1e-5
+        positions, ones = torch.arange(9)[None], torch.ones_like(ids)
+        logits = [m.llm.head(m.llm.hidden(m.llm.embed(ids), positions, ones)) for m in (again, ours)]
+    assert relative_error(*logits) <= 1e-5
+
+
 def test_what_a_checkpoint_lacks_is_listed(fastvlm_checkpoint):
     folder = fastvlm_checkpoint[0]  # its tower is a small one, under the large one's name
     with pytest.raises(ValueError, match=r"weights do not fit its config.json: .* is .* here"):
@@ -159,6 +175,10 @@ def test_an_original_llava_becomes_our_parts(unpad, tmp_path):
             newline = state["model.image_newline"]
             expected = torch.cat([tokens[0], *(torch.cat([*tokens[1:, r], newline[None]]) for r in rows_of(4))])
             assert torch.equal(sequence[: len(expected)], expected) and not sequence[len(expected) :].any()
+    hub([f"import={folder}", f"out={tmp_path / 'out'}", f"vision_tower={tmp_path / f'clip-vit-{SIDE}'}"])
+    again = from_pretrained(str(tmp_path / "out"))
+    with torch.no_grad():
+        assert relative_error(again.encode_images(views), tokens) <= 1e-5
     views = views_at(folder)
     assert views.image_size == SIDE
     assert views.image.get("tiles") == ([[1, 2], [2, 1]] if unpad else None)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from small_parts import IMAGE_ID, make_batch, random_ids, small_vlm
 
+from fastvlm.models.encoders.transformers_encoder import from_config
 from fastvlm.models.loss import answer_loss
+from fastvlm.models.resamplers.identity import IdentityResampler
+from fastvlm.models.vlm import VLM
 
 IMAGE = [IMAGE_ID] * 4  # the small VLM has 4 visual tokens an image
 a, b, c, d = random_ids(3, 4, 5, 2)
@@ -31,6 +34,28 @@ def test_bytes_are_normalised_by_the_encoders_mean_and_std():
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.encoder.mean, model.encoder.std))
     torch.testing.assert_close(model.normalise(images), (images / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("class_token", [None, False, True])
+def test_an_image_is_a_sequence_and_a_map_whether_or_not_a_class_token_is_kept(class_token):
+    model = small_vlm()
+    if class_token is not None:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        clip = {"config": {**sizes, "image_size": 32, "patch_size": 8}, "mean": [0.5] * 3, "std": [0.5] * 3}
+        encoder = from_config("clip_vision_model", class_token=class_token, **clip)
+        parts = {**model.parts, "encoder": encoder, "resampler": IdentityResampler(in_dim=encoder.out_dim)}
+        model = VLM(**parts, image_token_id=IMAGE_ID)
+    model.eval()
+    views = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    views[1] = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        encoding, patches = model.encode_image(views), model.encode_patches(views)
+        assert torch.equal(encoding.sequence, model.encode_images(views))
+    height, width = model.encoder.grid(32)
+    assert patches.shape[1] == height * width + bool(class_token)
+    assert torch.equal(encoding.spatial[1, :, 1, 2], patches[1, bool(class_token) + width + 2])
+    ids = torch.tensor([[7, 8]])
+    assert torch.equal(model.encode_text(ids), model.llm.embed(ids))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Whole vision-language models of `transformers`, taken apart into our four parts."""
 
-from fastvlm.models.pretrained.load import from_pretrained
+from fastvlm.models.pretrained.load import from_pretrained, without_weights
 from fastvlm.models.pretrained.traditional import traditional
 from fastvlm.models.pretrained.whole import PretrainedVLM
 
-__all__ = ["PretrainedVLM", "from_pretrained", "traditional"]
+__all__ = ["PretrainedVLM", "from_pretrained", "traditional", "without_weights"]

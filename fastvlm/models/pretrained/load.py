@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.models.hub import fetch
 from fastvlm.models.llms.language_model import LanguageModel
@@ -51,16 +51,7 @@ def from_pretrained(
         hf = grown(load_original(path, vision_tower=vision_tower, dtype=dtype), vocab_size)
         model = take_apart(hf, path=path, attention=attention)
         return checkpointed(model, gradient_checkpointing).eval()
-    config = fetch(lambda: AutoConfig.from_pretrained(path), what=f"vlm.path={path}", mend=OFFLINE)
-    if model_type not in (None, config.model_type):
-        raise ValueError(
-            f"vlm.path={path} holds a {config.model_type}, not a {model_type}; use vlm={option_for(config.model_type)}"
-        )
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"vlm.path={path} holds a {config.model_type}; known are {', '.join(FAMILIES)}. A language model alone is "
-            "llm=pretrained, a vision tower alone encoder=timm or an open_clip encoder"
-        )
+    known_config(path, model_type=model_type)
     hf, told = fetch(
         lambda: AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
@@ -71,6 +62,46 @@ def from_pretrained(
     refuse_misfits(told, f"vlm.path={path}")
     model = take_apart(grown(hf, vocab_size), path=path, attention=attention)
     return checkpointed(model, gradient_checkpointing).eval()
+
+
+def known_config(path: str, *, model_type: str | None = None) -> PreTrainedConfig:
+    """
+    Raises:
+        ValueError: no model there, another `model_type`, or one that is not known here.
+    """
+    config = fetch(lambda: AutoConfig.from_pretrained(path), what=f"vlm.path={path}", mend=OFFLINE)
+    if model_type not in (None, config.model_type):
+        raise ValueError(
+            f"vlm.path={path} holds a {config.model_type}, not a {model_type}; use vlm={option_for(config.model_type)}"
+        )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"vlm.path={path} holds a {config.model_type}; known are {', '.join(FAMILIES)}. A language model alone is "
+            "llm=pretrained, a vision tower alone encoder=timm or an open_clip encoder"
+        )
+    return config
+
+
+def without_weights(
+    path: str,
+    *,
+    model_type: str | None = None,
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    dtype: str = "float32",
+    **others: object,
+) -> PretrainedVLM:
+    """The same model as `from_pretrained` on torch's meta device, from its configuration alone: shapes, no numbers.
+
+    Raises:
+        ValueError: as `from_pretrained`, but for the weights.
+    """
+    if original_config(path) is not None:
+        return from_pretrained(path, attention=attention, dtype=dtype, **others).to("meta")
+    config = known_config(path, model_type=model_type)
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    return checkpointed(take_apart(hf, path=path, attention=attention), gradient_checkpointing).to("meta").eval()
 
 
 def grown(hf: PreTrainedModel, vocab_size: int | None) -> PreTrainedModel:
