@@ -200,7 +200,9 @@ def main() -> None:
                 command = [python, __file__, f"side={name}", f"data={folder}", f"out={file}"]
                 command += [f"{key}={value}" for key, value in options.items()]
                 env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-                subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                if done.returncode:
+                    sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
                 pair[name] = json.loads(file.read_text())
             if turn:
                 pairs.append(pair)

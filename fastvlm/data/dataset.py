@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +115,8 @@ class PlannedDataset(Dataset):
             rows = self.plan.batch_size // (self.world_size * self.accumulate)
             pixels = 3 * self.image_size**2 * math.ceil(1.25 * views / self.accumulate)
             tokens = 5 * 8 * rows * self.plan.max_tokens
-            self._rooms = Rooms(num_bytes=pixels + tokens, processes=processes, each=each)
+            with suppress(OSError):  # a system that promises no more memory than it has: batches get fresh memory
+                self._rooms = Rooms(num_bytes=pixels + tokens, processes=processes, each=each)
 
     def __getitem__(self, index: int) -> Batch | Handed:
         number, micro = divmod(index, self.accumulate)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 
@@ -80,6 +81,18 @@ def test_without_a_free_room_batches_come_in_fresh_memory(loader_of):
     held = list(loader)
     assert loader.dataset._rooms._taken.sum() == loader.dataset._rooms.each < len(held)
     for number, batch in enumerate(held):
+        equal(batch, plain[number])
+
+
+def test_where_no_memory_is_promised_batches_come_in_fresh_memory(loader_of, monkeypatch):
+    def refuse(num_bytes):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("fastvlm.data.rooms.share_memory", refuse)
+    loader = loader_of(1)
+    assert loader.dataset._rooms is None
+    plain = PlannedDataset(loader.dataset.plan, tokenizer=loader.dataset.tokenizer, image_size=8)
+    for number, batch in enumerate(loader):
         equal(batch, plain[number])
 
 
