@@ -22,6 +22,7 @@ from fastvlm.inference.answer import Answer
 from fastvlm.inference.memory import FileStore, ImageStore, PrefixStore, image_key, position_names
 from fastvlm.inference.rows import Row, Rows
 from fastvlm.inference.sampling import Sampling
+from fastvlm.inference.static_decoder import StaticDecoder
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -109,6 +110,8 @@ class Engine:
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
         self.fast = fast_decoder.FastDecoder(model.llm) if fast and fast_decoder.fits(model.llm) else None
+        if self.fast is not None and getattr(model.llm, "graphs", False):
+            self.fast = StaticDecoder(self.fast)
 
     def read_images(self, files: Sequence[bytes]) -> list[UInt8[Tensor, "v 3 H W"]]:
         """Views of encoded image files, read side by side.

@@ -72,17 +72,17 @@ class FastDecoder:
             attention_mask: over all K = cached + S columns, 0 hides one; None shows all.
         """
         cached, length = cache.get_seq_length(), inputs_embeds.shape[1]
-        cos, sin = (table[position_ids][:, None] for table in self._rotation_tables(cached + length, inputs_embeds))
+        cos, sin = (table[position_ids][:, None] for table in self.rotation_tables(cached + length, inputs_embeds))
         mask = None
         if attention_mask is not None or (length > 1 and cached):
             mask = self._mask(attention_mask, cached, inputs_embeds)
         bias = self._bias(mask, cached, inputs_embeds) if length > 1 else None
         x, layers = inputs_embeds, self.decoder.layers
         for i, layer in enumerate(layers):
-            x = self._layer(layer, x, cos, sin, mask, bias, cache, i, last=i == len(layers) - 1)
+            x = self.layer(layer, x, cos, sin, mask, bias, cache, i, last=i == len(layers) - 1)
         return norm(self.decoder.norm, x), cache
 
-    def _layer(self, layer, x, cos, sin, mask, bias, cache, i, *, last: bool):
+    def layer(self, layer, x, cos, sin, mask, bias, cache, i, *, last: bool):
         attention, rows, length = layer.self_attn, x.shape[0], x.shape[1]
         h = norm(layer.input_layernorm, x)
         k = attention.k_proj(h).view(rows, length, self.kv_heads, self.dim)
@@ -136,7 +136,7 @@ class FastDecoder:
             return allowed[None, None]
         return ((allowed & attention_mask.bool()[:, None]) | (columns == queries))[:, None]
 
-    def _rotation_tables(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation_tables(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions from 0 on."""
         held = self._rotations
         if held is None or len(held[0]) < length or held[0].dtype != x.dtype or held[0].device != x.device:

@@ -37,6 +37,15 @@ class GrowingLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values, self._room = keys, values, None
 
+    def stands_in(self, room: tuple[Tensor, Tensor]) -> bool:
+        """Whether further columns are written into this memory."""
+        return self._room is not None and self._room[0] is room[0]
+
+    def grow_into(self, room: tuple[Tensor, Tensor], used: int) -> None:
+        """Go on in this memory, whose first columns are what is cached."""
+        self._room = room
+        self.keys, self.values = (held[:, :, :used] for held in room)
+
     @staticmethod
     def _enlarged(held: Tensor, length: int) -> Tensor:
         rows, heads, used, dim = held.shape

@@ -18,6 +18,7 @@ import torch._inductor.config as inductor
 from torch import nn
 
 from fastvlm.inference.depthwise import is_widening, split_depthwise
+from fastvlm.inference.fast_decoder import fits
 from fastvlm.inference.int8 import KINDS, SMALLEST, is_wide_linear, quantise_linears
 from fastvlm.inference.packed import SMALLEST as SMALLEST_PACKED
 from fastvlm.inference.packed import is_packable, pack_linears
@@ -32,6 +33,7 @@ LEVERS = {
     "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
     "packed": "linear layers that are left laid out once for the products that read them (exact; CPU)",
+    "graphs": "decoding: a token is one CUDA graph over keys and values that do not move (exact; CUDA)",
     "keep_memory": "freed memory stays with the process, so that it need not be cleared again (exact; CPU with glibc)",
     "compile": "encoder: torch.compile, weights frozen (held twice on a CPU); the first image of a size waits for it",
 }
@@ -102,6 +104,8 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
         # A compiler with the encoder's weights as constants lays them out itself.
         for part in (model.resampler, model.projector, model.llm, *(() if "compile" in names else (model.encoder,))):
             pack_linears(part)
+    if "graphs" in names:
+        model.llm.graphs = True  # the engine's decoder asks
     if "keep_memory" in names:
         keep_memory()
     if "compile" in names:
@@ -123,6 +127,10 @@ def nothing_to_do(model: VLM, name: str) -> str:
         return "its layout is for products on a CPU"
     if name == "packed" and not any(map(is_packable, model.modules())):
         return f"the model has no linear layers of {SMALLEST_PACKED:,} weights or more"
+    if name == "graphs" and not next(model.parameters()).is_cuda:
+        return "there are no graphs on a CPU"
+    if name == "graphs" and not fits(model.llm):
+        return f"{type(model.llm).__name__} is decoded by its own code, which allocates anew for each token"
     if name == "keep_memory" and (platform.libc_ver()[0] != "glibc" or next(model.parameters()).is_cuda):
         return "this is not a CPU under glibc"
     return ""
