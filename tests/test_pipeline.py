@@ -46,6 +46,9 @@ def test_a_chain_trains_hands_on_and_is_found_again(cli, tmp_path):
     fourth = cli("train.py", *CHAIN, "name=four", "resampler.num_tokens=4")
     assert fourth.stdout.count("finished before") == 2
 
+    wrong = cli("train.py", *CHAIN, "name=five", "projector.depth=0", check=False)
+    assert wrong.returncode == 2 and not (tmp_path / "runs" / "five" / "config.yaml").exists(), "a mistake takes no name"
+
     refused = cli("train.py", *CHAIN, "name=one", "stages.align.image_size=32", check=False)
     assert refused.returncode == 2
     assert "holds another configuration (stages.align.image_size: 64 there, 32 here)" in refused.stderr
@@ -247,7 +250,7 @@ def test_adapters_over_four_bits_train_on_two_ranks_and_hand_on_plain_weights(cl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4", "torchao_int8", "torchao_fp8", "torchao_int4"])
-def test_a_stage_over_few_bits_goes_on_after_a_kill_and_hands_on_plain_weights_that_the_next_one_loads(
+def test_a_stage_over_few_bits_goes_on_after_a_kill_and_hands_on_plain_weights_that_export(
     cli, commands, embedded, tmp_path, kind
 ):
     pytest.importorskip("torchao" if kind.startswith("torchao") else "bitsandbytes")

@@ -26,7 +26,7 @@ from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, mach
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
-from fastvlm.pipeline.run_folder import claim_run_dir
+from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.stage_run import StageRun
 from fastvlm.report import write_report
 from fastvlm.study.cell import CELL
@@ -58,8 +58,10 @@ class Pipeline:
         self.hardware.apply()
         begun, made = time.time(), self.made()
         if is_first_rank():
-            claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
+            check_run_dir(self.run_dir, resolved=self.resolved)
         self.build()
+        if is_first_rank():  # what cannot be built takes no name
+            claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
         say(run_summary(self.config, self.model, self.hardware, run_dir=self.run_dir))
         for line in memory_notes(self.config, self.model, self.hardware):
             say(line)

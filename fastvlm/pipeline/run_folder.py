@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from fastvlm.identity import INCIDENTAL
 
 
-def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
-    """Take a run directory for a configuration, or refuse one that holds another; `runs/latest` points at it then.
+def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
+    """Refuse a run directory that holds another configuration.
 
     Raises:
         ValueError: naming the first keys that differ.
@@ -28,6 +28,11 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
                 f"{run_dir} holds another configuration ({'; '.join(differ[:3])}{more}); "
                 "choose name=<another> or overwrite=true"
             )
+
+
+def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
+    """Take a run directory for a configuration; `runs/latest` points at it then."""
+    path = run_dir / "config.yaml"
     run_dir.mkdir(parents=True, exist_ok=True)
     # What stands in the run directory is true of this command from here on.
     (run_dir / "lineage.json").unlink(missing_ok=True)

@@ -315,7 +315,7 @@ def test_ranks_write_shares_that_together_are_everything(tmp_path, sources, toke
     import threading
     from queue import Queue
 
-    plan = make_plan({k: sources[k] for k in ("caption", "pages")}, tokenizer)
+    plans = [make_plan({k: sources[k] for k in ("caption", "pages")}, tokenizer) for _ in range(2)]
     inboxes, results = [Queue(), Queue()], [None, None]
 
     def rank(number):
@@ -325,11 +325,11 @@ def test_ranks_write_shares_that_together_are_everything(tmp_path, sources, toke
             return [value, other] if number == 0 else [other, value]
 
         store = make_store(tmp_path)
-        results[number] = run_fill(store, plan, rank=number, world_size=2, gather=gather)
+        results[number] = run_fill(store, plans[number], rank=number, world_size=2, gather=gather)
 
     threads = [threading.Thread(target=rank, args=(i,)) for i in range(2)]
     [t.start() for t in threads], [t.join(100) for t in threads]
-    total = len(planned_keys(plan))
+    total = len(planned_keys(plans[0]))
     assert results[0]["written"] == results[1]["written"] == total
     sizes = [len(load_file(chunk)["keys"]) for chunk in tmp_path.glob("*/*.safetensors")]
     assert len(sizes) == 2 and sum(sizes) == total and abs(sizes[0] - sizes[1]) <= 1
