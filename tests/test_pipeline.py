@@ -47,7 +47,7 @@ def test_a_chain_trains_hands_on_and_is_found_again(cli, tmp_path):
     assert fourth.stdout.count("finished before") == 2
 
     wrong = cli("train.py", *CHAIN, "name=five", "projector.depth=0", check=False)
-    assert wrong.returncode == 2 and not (tmp_path / "runs" / "five" / "config.yaml").exists(), "a mistake takes no name"
+    assert wrong.returncode == 2 and not (tmp_path / "runs/five/config.yaml").exists(), "a mistake takes no name"
 
     refused = cli("train.py", *CHAIN, "name=one", "stages.align.image_size=32", check=False)
     assert refused.returncode == 2
