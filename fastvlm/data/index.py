@@ -135,7 +135,7 @@ def join_sidecars(
         checksums=[h["checksum"] for h in headers],
         suffixes=sorted({suffix for o in opened for suffix in suffixes_of(o)}),
         start=start,
-        **read_planned([o.path for o in opened], start),
+        **read_planned([o.path for o in opened], [o.header for o in opened], start),
         checksum=hashlib.sha256(state.encode()).hexdigest()[:16],
         broken={place: h["broken"] for place, h in zip(where, headers) if h["broken"]},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +16,21 @@ WORDS = ("type", "fault")
 AHEAD = 16  # tables read before they are needed
 
 
-def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.ndarray | pa.Array]:
+def read_planned(
+    sidecars: Sequence[Path], headers: Sequence[dict], start: np.ndarray
+) -> dict[str, np.ndarray | pa.Array]:
     """`num_images`, `text_tokens` and `answer_tokens` (int32), `types` and `faults` (strings) of every sample.
 
     Args:
+        headers: of the sidecars, as they were found to fit.
         start: int64 (shards + 1): shard k has rows start[k] .. start[k + 1].
+
+    Raises:
+        ValueError: a sidecar is no longer the one that was found; another tokenizer's has other lengths.
     """
     numbers = {name: np.empty(start[-1], dtype=np.int32) for name in NUMBERS}
     words = {name: WordColumn(start[-1]) for name in WORDS}
-    for k, table in enumerate(read_tables(sidecars)):
+    for k, table in enumerate(read_tables(sidecars, headers)):
         for name, column in numbers.items():
             column[start[k] : start[k + 1]] = table[name].to_numpy()
         for name, column in words.items():
@@ -31,14 +38,20 @@ def read_planned(sidecars: Sequence[Path], start: np.ndarray) -> dict[str, np.nd
     return numbers | {"types": words["type"].array(), "faults": words["fault"].array()}
 
 
-def read_tables(sidecars: Sequence[Path]) -> Iterator[pa.Table]:
-    def read(path: Path) -> pa.Table:
+def read_tables(sidecars: Sequence[Path], headers: Sequence[dict]) -> Iterator[pa.Table]:
+    def read(path: Path, header: dict) -> pa.Table:
         file = pq.ParquetFile(path, read_dictionary=list(WORDS))
+        found = json.loads(file.schema_arrow.metadata[b"fastvlm"])
+        if any(found[key] != header[key] for key in ("checksum", "tokenizer")):
+            raise ValueError(
+                f"{path} was written anew while it was in use, by a run with another tokenizer or for "
+                "another shard; start again"
+            )
         return file.read(columns=[*NUMBERS, *WORDS], use_threads=False)
 
     with ThreadPoolExecutor(4) as pool:
         for first in range(0, len(sidecars), AHEAD):
-            yield from pool.map(read, sidecars[first : first + AHEAD])
+            yield from pool.map(read, sidecars[first : first + AHEAD], headers[first : first + AHEAD])
 
 
 class WordColumn:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_world import make_record, write_source
 
+from fastvlm.data import index as index_module
 from fastvlm.data import sidecar as sidecar_module
 from fastvlm.data import unique_keys
 from fastvlm.data.conversation import encode_record
@@ -111,6 +112,22 @@ def test_an_index_written_anew_under_a_run_is_noticed(tmp_path, tokenizer):
     build_index(tmp_path / "train-00001.tar", tokenizer)
     with pytest.raises(ValueError, match=r"train-00001.tar.idx.parquet was written anew while it was in use"):
         index.read(30, ShardReader())
+
+
+def test_lengths_by_another_tokenizer_written_between_look_and_read_are_refused(
+    tmp_path, tokenizer, other_tokenizer, monkeypatch
+):
+    shards = fill(tmp_path, tokenizer)
+    load_index(shards, "train", tokenizer)
+    join = index_module.join_sidecars
+
+    def join_late(opened, **options):
+        build_index(tmp_path / "train-00001.tar", other_tokenizer)  # as another run over the same folder does
+        return join(opened, **options)
+
+    monkeypatch.setattr(index_module, "join_sidecars", join_late)
+    with pytest.raises(ValueError, match=r"train-00001.tar.idx.parquet was written anew .* another tokenizer"):
+        load_index(shards, "train", tokenizer)
 
 
 def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_path, tokenizer, monkeypatch, capfd):
