@@ -186,14 +186,12 @@ def with_system_text(text: Text, system: str, tokenizer: Tokenizer) -> Text:
     """
     if text.document:
         raise ValueError("a system prompt needs a conversation, and this record is a document")
-    whole = tokenise(with_system({"messages": []}, system), tokenizer).ids
-    start = len(tokenizer.encode_template(tokenizer.template.start))
-    added = len(whole) - start
+    start, added = len(tokenizer.encode_template(tokenizer.template.start)), system_ids(system, tokenizer)
     return replace(
         text,
-        ids=np.concatenate([whole, text.ids[start:]]),
-        turns=text.turns + added,
-        image_at=text.image_at + added,
+        ids=np.concatenate([text.ids[:start], added, text.ids[start:]]),
+        turns=text.turns + len(added),
+        image_at=text.image_at + len(added),
     )
 
 
@@ -202,8 +200,7 @@ def without_images_text(text: Text) -> Text:
     return replace(text, image_at=text.image_at[:0])
 
 
-def count_system_tokens(text: str, tokenizer: Tokenizer) -> int:
-    """Tokens that `with_system` adds to any conversation."""
-    empty = {"messages": []}
-    count = lambda record: len(encode_record(record, tokenizer, tokens_per_image=0).input_ids)
-    return count(with_system(empty, text)) - count(empty)
+def system_ids(system: str, tokenizer: Tokenizer) -> np.ndarray:
+    """What a system prompt adds to any conversation, behind the template's opening; int32."""
+    start = len(tokenizer.encode_template(tokenizer.template.start))
+    return tokenise(with_system({"messages": []}, system), tokenizer).ids[start:]

@@ -12,7 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow.compute as pc
 
-from fastvlm.data.conversation import count_system_tokens, lay_out, tokenise
+from fastvlm.data.conversation import lay_out, system_ids, tokenise
 from fastvlm.data.kept_texts import text_key
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import ShardReader
@@ -83,7 +83,7 @@ def measure_source(
         images[:] = 0
     length = index.text_tokens + images * np.int32(tokens_per_image)
     if source.system is not None and index.num_samples:
-        length += count_system_tokens(source.system, tokenizer)
+        length += len(system_ids(source.system, tokenizer))
         if holds_documents(index):
             raise ValueError(
                 f"source {name}: system={source.system!r} needs conversations and {source.path} holds "
