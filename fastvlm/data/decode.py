@@ -20,6 +20,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from fastvlm.data.shards import EncodedImage
+
 MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
 MAX_BYTES = 64 << 20  # of the file
 # Not all that Pillow knows: EPS would start Ghostscript.
@@ -41,7 +43,7 @@ class PlainJpeg:
 Opened = Image.Image | PlainJpeg
 
 
-def look_at(data: bytes) -> Opened:
+def look_at(data: EncodedImage) -> Opened:
     """As `open_image`, quicker for most photographs.
 
     Raises:
@@ -57,7 +59,7 @@ SOF, SOS, APP1, APP2 = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1, 0xE2
 WITHOUT_PIXELS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restarts, a comment, applications' own
 
 
-def read_jpeg_header(data: bytes) -> PlainJpeg | None:
+def read_jpeg_header(data: EncodedImage) -> PlainJpeg | None:
     """Size and mode from the frame header (ITU-T T.81, B.2); None for all that needs a closer look."""
     if data[:3] != b"\xff\xd8\xff":
         return None
@@ -77,7 +79,7 @@ def read_jpeg_header(data: bytes) -> PlainJpeg | None:
     return None
 
 
-def open_image(data: bytes) -> Image.Image:
+def open_image(data: EncodedImage) -> Image.Image:
     """Open an encoded image without decoding it.
 
     Raises:
@@ -112,7 +114,7 @@ def upright_size(image: Opened, orientation: int | None = None) -> tuple[int, in
     return image.size[::-1] if orientation >= 5 else image.size
 
 
-def measure_image(data: bytes) -> tuple[int, int]:
+def measure_image(data: EncodedImage) -> tuple[int, int]:
     """(width, height) of an encoded image as one sees it; only the header is read.
 
     Raises:
@@ -126,7 +128,12 @@ def is_jpeg(image: Opened) -> bool:
 
 
 def decode_pixels(
-    image: Opened, data: bytes, orientation: int | None = None, *, reduce: int = 1, room: np.ndarray | None = None
+    image: Opened,
+    data: EncodedImage,
+    orientation: int | None = None,
+    *,
+    reduce: int = 1,
+    room: np.ndarray | None = None,
 ) -> UInt8[Tensor, "3 h w"]:
     """Pixels of an image that `look_at` opened: on white where transparent, upright, the first frame of several.
 
@@ -158,7 +165,7 @@ def decode_pixels(
     return turn(pixels, orientation)
 
 
-def decode_jpeg(data: bytes, room: np.ndarray | None) -> UInt8[Tensor, "3 h w"]:
+def decode_jpeg(data: EncodedImage, room: np.ndarray | None) -> UInt8[Tensor, "3 h w"]:
     """All of a JPEG as RGB, in `room` where one is given: fresh memory for it can cost half as much as the decoding.
 
     Raises:

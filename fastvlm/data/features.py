@@ -40,6 +40,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastvlm.data.shards import EncodedImage
+
 FORMAT = 1
 CHUNK_BYTES = 128 << 20  # a killed writer loses at most so much,
 CHUNK_SECONDS = 60  # or so long
@@ -52,7 +54,7 @@ def features_folder() -> Path:
     return Path(os.environ.get("FASTVLM_CACHE") or Path.home() / ".cache" / "fastvlm").expanduser() / "features"
 
 
-def image_key(data: bytes) -> bytes:
+def image_key(data: EncodedImage) -> bytes:
     """An image's name in a store: SHA-256 of its encoded file."""
     return hashlib.sha256(data).digest()
 

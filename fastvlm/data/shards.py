@@ -17,7 +17,7 @@ import re
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ STORES = (".lmdb", ".h5")  # files of the same samples in another container: `st
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
+EncodedImage = bytes | memoryview  # an image file; a view spares a copy of it out of what was read
+
 
 @dataclass
 class RawSample:
@@ -40,8 +42,8 @@ class RawSample:
 
     key: str
     record: dict
-    images: list[bytes] = field(default_factory=list)
-    label_maps: list[bytes] = field(default_factory=list)
+    images: list[EncodedImage] = field(default_factory=list)
+    label_maps: list[EncodedImage] = field(default_factory=list)
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -91,7 +93,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
     return RawSample(key, record, images, maps)
 
 
-def sort_images(members: dict[str, bytes]) -> tuple[list[bytes], list[bytes]]:
+def sort_images(members: Mapping[str, EncodedImage]) -> tuple[list[EncodedImage], list[EncodedImage]]:
     """Images and label maps among a sample's members, each in the order of the record's image parts."""
     ranks = sorted(rank for suffix in members if (rank := rank_member(suffix)) is not None)
     images, maps = ([members[s] for kind, _, s in ranks if kind == wanted] for wanted in (0, 1))

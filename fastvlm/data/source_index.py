@@ -188,7 +188,8 @@ class SourceIndex:
             OSError: the shard is missing or cannot be had.
             ValueError: its bytes are not those that were indexed.
         """
-        return parse_sample(*self._read_members(*self._locate(int(row)), reader))
+        key, members = self._read_members(*self._locate(int(row)), reader)
+        return parse_sample(key, {suffix: bytes(data) for suffix, data in members.items()})
 
     def read_with_text(self, row: int, reader: ShardReader, *, key: str) -> tuple[RawSample, Text | None]:
         """As `read`, with the text that is kept for this key (`text_key`); the sample then has no record.
@@ -202,8 +203,8 @@ class SourceIndex:
         name, members = self._read_members(k, i, rows, reader)
         return RawSample(name, {}, *sort_images(members)), text
 
-    def _read_members(self, k: int, i: int, rows: ShardRows, reader: ShardReader) -> tuple[str, dict[str, bytes]]:
-        """Key and members of row i of shard k."""
+    def _read_members(self, k: int, i: int, rows: ShardRows, reader: ShardReader) -> tuple[str, dict[str, memoryview]]:
+        """Key and members of row i of shard k, not copied out of what was read."""
         file = self.files[k]
         if not isinstance(file, str):
             file = replace(file, spans=(rows.offset, rows.size, rows.crc32))
@@ -211,7 +212,7 @@ class SourceIndex:
         data = reader.read(file, offset, int(rows.size[i]))
         if zlib.crc32(data) != rows.crc32[i]:
             raise ValueError(f"{self.shards[k]}: {key} changed after it was indexed (CRC-32)")
-        members = {}
+        data, members = memoryview(data), {}
         for m in range(int(rows.member_start[i]), int(rows.member_start[i + 1])):
             start = int(rows.member_offset[m]) - offset
             members[rows.suffixes[rows.member_suffix[m]]] = data[start : start + int(rows.member_size[m])]

@@ -24,6 +24,7 @@ from fastvlm.data.decode import (
     read_orientation,
     upright_size,
 )
+from fastvlm.data.shards import EncodedImage
 from fastvlm.data.tiling import check_grids, choose_grids
 
 FITS = ("pad", "crop", "squash")
@@ -78,7 +79,7 @@ class ImageTransform:
         self.tiles = None if tiles is None else check_grids(tiles)
         self.augment = augment if augment is not None and augment.kinds else None
         longest = image_size * max((max(grid) for grid in self.tiles or ()), default=1)
-        self._row = torch.tensor(self.padding, dtype=torch.uint8).expand(1, longest, 3).contiguous()
+        self._row = np.tile(np.array(self.padding, dtype=np.uint8), (1, longest, 1))
         self._scratch: Tensor | None = None
         self._room = np.empty(0, dtype=np.uint8)  # for pixels on their way from the decoder to the resize
 
@@ -111,7 +112,7 @@ class ImageTransform:
 
     def __call__(
         self,
-        data: bytes,
+        data: EncodedImage,
         *,
         seed: str | int | None = None,
         out: UInt8[Tensor, "v 3 H W"] | None = None,
@@ -184,21 +185,17 @@ class ImageTransform:
         """Into the middle of the canvas, with padding around."""
         height, width = pixels.shape[-2:]
         top, left = (canvas.shape[-2] - height) // 2, (canvas.shape[-1] - width) // 2
-        # Rows of pixels lie in one piece (channels last), so that all of this copies rows.
-        canvas, pixels = canvas.permute(1, 2, 0), pixels.permute(1, 2, 0)
+        # Rows of pixels lie in one piece (channels last), so that all of this copies rows; numpy does that sooner.
+        canvas, pixels = canvas.numpy().transpose(1, 2, 0), pixels.numpy().transpose(1, 2, 0)
         canvas[top : top + height, left : left + width] = pixels
-        if canvas.shape != pixels.shape:
-            for bar in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
-                if bar.numel():
-                    bar.copy_(self._row[:, : bar.shape[1]].expand_as(bar))
+        for bar in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
+            if bar.size:
+                bar[:] = self._row[:, : bar.shape[1]]
 
     def _pad_rows(self, canvas: Tensor, top: int, bottom: int) -> None:
         """Above the row `top` and from the row `bottom` on."""
-        rows, row = canvas.permute(1, 2, 0), self._row[:, : canvas.shape[2]]
-        if top > 0:
-            rows[:top] = row
-        if bottom < canvas.shape[1]:
-            rows[bottom:] = row
+        rows, row = canvas.numpy().transpose(1, 2, 0), self._row[:, : canvas.shape[2]]
+        rows[:top], rows[bottom:] = row, row
 
 
 class Job(NamedTuple):
@@ -255,7 +252,7 @@ def lay_views(room: UInt8[Tensor, " bytes"], count: int, image_size: int) -> UIn
     return rearrange(views, "v h w c -> v c h w")
 
 
-def decode_image(data: bytes, image_size: int) -> UInt8[Tensor, "3 H W"]:
+def decode_image(data: EncodedImage, image_size: int) -> UInt8[Tensor, "3 H W"]:
     """The one view of an image that is padded to a square of `image_size` pixels.
 
     Raises:
@@ -264,7 +261,7 @@ def decode_image(data: bytes, image_size: int) -> UInt8[Tensor, "3 H W"]:
     return ImageTransform(image_size=image_size)(data)[0]
 
 
-def decode_label_map(data: bytes) -> UInt8[Tensor, "C h w"]:
+def decode_label_map(data: EncodedImage) -> UInt8[Tensor, "C h w"]:
     """Decode a dense label map as it is, one channel a label set; it is never resized.
 
     Raises:
