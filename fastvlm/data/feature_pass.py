@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ def fill(
         ValueError: the disk has not enough room, or writing fails.
     """
     begun = time.monotonic()
-    plans = list(plans)
+    plans, ranks = list(plans), Ranks(rank, world_size, gather)
     chosen = [planned_samples(plan, transform) for plan in plans]
     name = plan_key(plans, chosen)
     samples = [(p, *sample) for p, found in enumerate(chosen) for sample in found]
@@ -150,81 +151,108 @@ def fill(
         about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
         say(f"features: all {total:,} images are in {store.folder}; no image is decoded")
         return about | {"seconds": time.monotonic() - begun}
-    lock = None
-    try:
-        while True:  # and not a wait in the kernel: the other ranks' collectives must not time out
-            lock = store.try_lock() if rank == 0 else None
-            if gather(rank != 0 or lock is not None)[0]:
-                break
-            if time.monotonic() - begun < 2:
-                say(f"features: waiting for another run that is writing {store.folder}")
-            time.sleep(1)
+    # A generator of its own: the pass leaves the run's random numbers as they are.
+    loader = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
+    loader |= {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
+    with alone(store, ranks, say=say):
         if rank == 0:
             store.prepare()
         gather(None)
         store.refresh()
-        # A generator of its own: the pass leaves the run's random numbers as they are.
-        loader = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
-        loader |= {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
-        mine = samples[rank::world_size]
-        keys = [
-            (number * world_size + rank, k, key)
-            for found in DataLoader(_Keys(plans, mine), **loader)
-            for number, k, key in found
-        ]
-        first: dict[bytes, tuple[int, int]] = {}
-        for number, k, key in sorted(item for part in gather(keys) for item in part):
-            first.setdefault(key, (number, k))
+        first = distinct_images(DataLoader(_Keys(plans, samples[rank::world_size]), **loader), ranks)
         known = store.keys()
         missing = [at for key, at in first.items() if key not in known]
         num_views = sum(samples[number][3][k] for number, k in missing)
-        size = num_views * store.view_bytes
         (n, d), dtype = store.shape, str(store.dtype).removeprefix("torch.")
         say(
             f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
-            f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
+            f"writing {num_views:,} x {n} x {d} {dtype} = {num_views * store.view_bytes / 1e9:.2f} GB to {store.folder}"
         )
-        free = gather(shutil.disk_usage(store.folder).free)[0]
-        if size * 1.01 + (64 << 20) > free:
-            raise ValueError(
-                f"{where}=true would write {size / 1e9:.2f} GB to {store.folder}, where {free / 1e9:.2f} GB are free; "
-                f"free some, set FASTVLM_CACHE to another disk, or {where}=false"
-            )
+        check_room(store, num_views * store.view_bytes, ranks, where=where)
         jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
-        writer, unreadable, done = FeatureWriter(store), 0, 0
         line = ProgressLine(len(jobs), share=world_size, say=say)
-        for keys, counts, views, failed in DataLoader(_Views(plans, jobs, transform, batch_size), **loader):
-            unreadable, done = unreadable + failed, done + len(keys) + failed
-            if keys:
-                writer.write(keys, counts, encode(views, tiles_among(counts)))
-            line.show(done)
-        writer.close()
-        written = gather((writer.num_bytes, unreadable, done - unreadable))
+        views = DataLoader(_Views(plans, jobs, transform, batch_size), **loader)
+        written = np.sum(gather(write_features(store, views, encode=encode, line=line)), axis=0).tolist()
         store.refresh()
         lost = sum(key not in store for key in first)
-        if any(gather(lost != sum(u for _, u, _ in written))):
+        about |= {"images": total, "distinct": len(first), **dict(zip(("bytes", "unreadable", "written"), written))}
+        if any(gather(lost != about["unreadable"])):
             raise ValueError(
                 f"{where}=true: {store.folder} does not hold what all ranks wrote; "
                 "FASTVLM_CACHE must be one folder for all of them"
             )
-        about |= {
-            "images": total,
-            "distinct": len(first),
-            "written": sum(w for _, _, w in written),
-            "bytes": sum(b for b, _, _ in written),
-            "unreadable": sum(u for _, u, _ in written),
-            "seconds": time.monotonic() - begun,
-        }
+        about["seconds"] = time.monotonic() - begun
         if rank == 0:
             store.note_plan(name, keys=set(first), about=about)
-        say(
-            f"features: {about['written']:,} written in {about['seconds']:.1f} s"
-            + (f"; {about['unreadable']:,} cannot be decoded and will be skipped" if about["unreadable"] else "")
-        )
-        return about
+    say(
+        f"features: {about['written']:,} written in {about['seconds']:.1f} s"
+        + (f"; {about['unreadable']:,} cannot be decoded and will be skipped" if about["unreadable"] else "")
+    )
+    return about
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank, and how all of them speak with each other."""
+
+    rank: int
+    world_size: int
+    gather: Callable[[object], list]
+
+
+@contextlib.contextmanager
+def alone(store: FeatureStore, ranks: Ranks, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other run writes the store, and keep others from it meanwhile."""
+    begun, lock = time.monotonic(), None
+    try:
+        while True:  # and not a wait in the kernel: the other ranks' collectives must not time out
+            lock = store.try_lock() if ranks.rank == 0 else None
+            if ranks.gather(ranks.rank != 0 or lock is not None)[0]:
+                break
+            if time.monotonic() - begun < 2:
+                say(f"features: waiting for another run that is writing {store.folder}")
+            time.sleep(1)
+        yield
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def distinct_images(found: Iterable[list[tuple[int, int, bytes]]], ranks: Ranks) -> dict[bytes, tuple[int, int]]:
+    """Every image of all ranks by its key: (sample, image of the sample) where it comes first.
+
+    Args:
+        found: what `_Keys` gives of this rank's samples.
+    """
+    keys = [(number * ranks.world_size + ranks.rank, k, key) for part in found for number, k, key in part]
+    first: dict[bytes, tuple[int, int]] = {}
+    for number, k, key in sorted(item for part in ranks.gather(keys) for item in part):
+        first.setdefault(key, (number, k))
+    return first
+
+
+def check_room(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> None:
+    """Raise ValueError where the disk has not room for that many bytes and a little more."""
+    free = ranks.gather(shutil.disk_usage(store.folder).free)[0]
+    if size * 1.01 + (64 << 20) > free:
+        raise ValueError(
+            f"{where}=true would write {size / 1e9:.2f} GB to {store.folder}, where {free / 1e9:.2f} GB are free; "
+            f"free some, set FASTVLM_CACHE to another disk, or {where}=false"
+        )
+
+
+def write_features(
+    store: FeatureStore, views: Iterable, *, encode: Callable[[Tensor, Tensor | None], Tensor], line: ProgressLine
+) -> tuple[int, int, int]:
+    """Encode and write what `_Views` gives: (bytes, images that could not be decoded, images written)."""
+    writer, unreadable, written = FeatureWriter(store), 0, 0
+    for keys, counts, pixels, failed in views:
+        unreadable, written = unreadable + failed, written + len(keys)
+        if keys:
+            writer.write(keys, counts, encode(pixels, tiles_among(counts)))
+        line.show(written + unreadable)
+    writer.close()
+    return writer.num_bytes, unreadable, written
 
 
 def as_it_is(item):
