@@ -189,8 +189,7 @@ class ImageTransform:
         canvas, pixels = canvas.numpy().transpose(1, 2, 0), pixels.numpy().transpose(1, 2, 0)
         canvas[top : top + height, left : left + width] = pixels
         for bar in (canvas[:top], canvas[top + height :], canvas[:, :left], canvas[:, left + width :]):
-            if bar.size:
-                bar[:] = self._row[:, : bar.shape[1]]
+            bar[:] = self._row[:, : bar.shape[1]]
 
     def _pad_rows(self, canvas: Tensor, top: int, bottom: int) -> None:
         """Above the row `top` and from the row `bottom` on."""

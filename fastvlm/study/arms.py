@@ -42,7 +42,7 @@ class Study:
             near = difflib.get_close_matches(arm, have, 1)
             hint = f"; did you mean arm={near[0]}?" if near else ""
             raise ValueError(
-                f"arm={arm}: experiment={self.name} has no such arm at scale={scale}{hint} Arms: {', '.join(have)}"
+                f"arm={arm}: experiment={self.name} has no such arm at scale={scale}, only {', '.join(have)}{hint}"
             )
         return self.arms[scale][arm]
 

@@ -95,7 +95,7 @@ def check(claim: Claim, study: Study, *, where: str) -> None:
                 near = difflib.get_close_matches(arm, arms, 1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 have = ", ".join(arms)
-                raise ValueError(f"{where}: {basis}: there is no arm {arm}{hint} Arms: {have}")
+                raise ValueError(f"{where}: {basis}: there is no arm {arm}, only {have}{hint}")
 
 
 @dataclass(frozen=True)
