@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 KINDS = ("dynamic", "weight_only")
 SMALLEST = 64  # below this width rounding costs more than it saves
+LIFT = 2.0**20  # torch's dynamic products take no step below 6e-5: rows come in lifted, the weights' scales lowered
 
 
 def round_weight(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def round_weight(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor]:
 
 
 class DynamicInt8Linear(nn.Module):
-    """Integer products on a CPU. Every row is scaled to 1 before it is rounded, so no row coarsens another's steps."""
+    """Integer products on a CPU. Of several rows each is scaled to 1 before it is rounded: none coarsens another's."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -33,7 +34,7 @@ class DynamicInt8Linear(nn.Module):
         zero = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():  # torch means to give such tensors up one day
             warnings.simplefilter("ignore", UserWarning)
-            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double() / LIFT, zero, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantised, None)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
@@ -42,8 +43,8 @@ class DynamicInt8Linear(nn.Module):
         scale = None
         if rows.numel() > self.in_features:
             scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-            rows = rows / scale
-        out = torch.ops.quantized.linear_dynamic(rows, self.packed, False)
+        lifted = rows * LIFT if scale is None else rows * (LIFT / scale)
+        out = torch.ops.quantized.linear_dynamic(lifted, self.packed, False)
         if scale is not None:
             out = out.mul_(scale)
         if self.bias is not None:
