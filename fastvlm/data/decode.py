@@ -133,6 +133,7 @@ def decode_pixels(
     orientation: int | None = None,
     *,
     reduce: int = 1,
+    repeat_colour: bool = False,
     room: np.ndarray | None = None,
 ) -> UInt8[Tensor, "3 h w"]:
     """Pixels of an image that `look_at` opened: on white where transparent, upright, the first frame of several.
@@ -141,6 +142,8 @@ def decode_pixels(
         data: its file.
         orientation: as `read_orientation` says, where that has been called.
         reduce: 1, or for a JPEG 2, 4 or 8: its size is divided by this, rounded up.
+        repeat_colour: of a JPEG that keeps colour at half the size each value goes to four pixels as it is, where it is
+            usually interpolated; that takes 6 % less.
         room: bytes that may hold the result, if there are enough of them.
 
     Raises:
@@ -150,7 +153,8 @@ def decode_pixels(
     width, height = image.size
     try:
         if is_jpeg(image) and reduce == 1 and image.mode in ("L", "RGB"):
-            pixels = decode_jpeg(data, room if room is not None and room.size >= 3 * width * height else None)
+            room = room if room is not None and room.size >= 3 * width * height else None
+            pixels = decode_jpeg(data, room, repeat_colour=repeat_colour)
         else:
             if isinstance(image, PlainJpeg):
                 image = open_image(data)
@@ -165,14 +169,14 @@ def decode_pixels(
     return turn(pixels, orientation)
 
 
-def decode_jpeg(data: EncodedImage, room: np.ndarray | None) -> UInt8[Tensor, "3 h w"]:
+def decode_jpeg(data: EncodedImage, room: np.ndarray | None, *, repeat_colour: bool) -> UInt8[Tensor, "3 h w"]:
     """All of a JPEG as RGB, in `room` where one is given: fresh memory for it can cost half as much as the decoding.
 
     Raises:
         RuntimeError: the file is broken.
     """
     try:
-        return torch.from_numpy(simplejpeg.decode_jpeg(data, buffer=room)).permute(2, 0, 1)
+        return torch.from_numpy(simplejpeg.decode_jpeg(data, buffer=room, fastupsample=repeat_colour)).permute(2, 0, 1)
     except ValueError:  # any doubt is an error there; torchvision lets pass what other programs would show
         from torchvision.io import ImageReadMode  # seconds to import: not for who reads headers
         from torchvision.io import decode_jpeg as decode

@@ -69,12 +69,32 @@ def test_the_aspect_is_kept_and_the_rest_padded():
 
 
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (500, 400), (90, 60)])
-@pytest.mark.parametrize(("kind", "options"), [("jpeg", {"quality": 85}), ("jpeg", {"progressive": True}), ("png", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("jpeg", {"subsampling": 0}), ("jpeg", {"subsampling": 0, "progressive": True}), ("png", {})]
+)
 def test_photographs_equal_pillows_to_one_level(size, kind, options):
     for photo in PHOTOS:
         data = encode(photo.resize(size), kind, **options)
         off = (decode_image(data, 224).int() - padded_by_pillow(data, 224).int()).abs()
         assert off.max() <= 1 and off.float().mean() < 0.02
+
+
+@pytest.mark.parametrize("side", [600, 448])
+def test_a_jpeg_that_is_hardly_made_smaller_equals_pillows_to_one_level(side):
+    for photo in PHOTOS:
+        data = encode(photo, "jpeg", quality=85)
+        off = (decode_image(data, side).int() - padded_by_pillow(data, side).int()).abs()
+        assert off.max() <= 1 and off.float().mean() < 0.02
+
+
+@pytest.mark.parametrize("quality", [75, 85, 95])
+@pytest.mark.parametrize("side", [420, 336, 256])
+def test_repeated_colour_is_as_near_the_picture_before_compression_as_interpolated(side, quality):
+    for photo in PHOTOS:
+        data, best = encode(photo, "jpeg", quality=quality), padded_by_pillow(encode(photo), side).double()
+        ours, usual = decode_image(data, side).double(), padded_by_pillow(data, side).double()
+        assert 0 < (ours - usual).abs().mean() < 0.5
+        assert (ours - best).square().mean().sqrt() < 1.03 * (usual - best).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
@@ -97,7 +117,7 @@ def test_a_reduced_decode_reads_less(monkeypatch):
     made = []
     monkeypatch.setattr(
         "fastvlm.data.transforms.decode_pixels",
-        lambda image, data, *rest, reduce, room: made.append(reduce) or decode_pixels(image, data, reduce=reduce),
+        lambda *given, reduce, **options: made.append(reduce) or decode_pixels(*given, reduce=reduce, **options),
     )
     decode_image(data, 336)
     decode_image(encode(PHOTOS[0], "jpeg"), 336)
@@ -217,13 +237,13 @@ def test_what_pillow_must_look_at_is_left_to_it():
 
 def test_what_the_fast_decoder_refuses_torchvision_decides(monkeypatch):
     data = encode(PHOTOS[0].resize((64, 40)), "jpeg")
-    sound = decode_image(data, 32)
+    sound = decode_image(data, 48)
 
     def refuse(*args, **options):
         raise ValueError("a warning that others let pass")
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
-    assert torch.equal(decode_image(data, 32), sound)
+    assert torch.equal(decode_image(data, 48), sound)
     with pytest.raises(ValueError, match="broken image"):
         decode_image(data[: len(data) // 2], 32)
 
