@@ -24,7 +24,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the process that starts the arms needs none of it
+    from omegaconf import DictConfig
+    from torch.optim import Optimizer
+
+    from fastvlm.batch import Batch
+    from fastvlm.hardware import Hardware
+    from fastvlm.models.vlm import VLM
+    from fastvlm.stages.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -141,9 +153,23 @@ def estimates(model: str, arms: list[str], **sizes: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
-    """One arm in this process."""
-    import torch
+@dataclass
+class Arm:
+    """One arm, ready for its first step."""
+
+    hardware: Hardware
+    options: DictConfig  # the stage's
+    model: VLM
+    batches: Iterator[Batch]
+    module: Stage
+    optimizer: Optimizer
+    resident: int  # bytes the process held before there was a model
+    estimate: int  # bytes it is said to need
+    parameters: int  # before any adapter or fewer bits
+
+
+def build_arm(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> Arm:
+    from omegaconf import OmegaConf
 
     from fastvlm.build import build_model, build_tokenizer, instantiate
     from fastvlm.pipeline import Pipeline
@@ -155,83 +181,82 @@ def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict
     pipeline = Pipeline(config)
     hardware, options = pipeline.hardware, config.stages.instruct
     hardware.apply()
-    pipeline.tokenizer = build_tokenizer(config)
-    on_gpu = hardware.device == "cuda"
+    tokenizer = build_tokenizer(config)
     before = resident()
-    pipeline.model = build_model(config, pipeline.tokenizer)
+    vlm = build_model(config, tokenizer)
     if model in VOCABULARY:
-        pipeline.model.llm.hf.resize_token_embeddings(VOCABULARY[model], mean_resizing=False)
-    parameters = sum(p.numel() for p in pipeline.model.parameters())
-    estimated = stage_memory("instruct", options, pipeline.model, hardware).total
-    data = build_data(
-        "instruct",
-        options,
-        pipeline.model,
-        pipeline.tokenizer,
-        hardware=hardware,
-        options=config.data,
-        seed=config.seed,
-        plan_cache=pipeline.runs / "plans",
-    )
+        vlm.llm.hf.resize_token_embeddings(VOCABULARY[model], mean_resizing=False)
+    estimate = stage_memory("instruct", options, vlm, hardware).total
+    parameters = sum(p.numel() for p in vlm.parameters())
+    known = {"hardware": hardware, "options": config.data, "seed": config.seed, "plan_cache": pipeline.runs / "plans"}
+    data = build_data("instruct", options, vlm, tokenizer, **known)
     data.setup("fit")
-    batches = iter(data.train_dataloader())
-    pipeline.model.to(hardware.device)
-    module = instantiate(
-        options.objective,
-        key="objective",
-        model=pipeline.model,
-        name="instruct",
-        num_steps=steps,
-        optimizer=instantiate(options.optimizer, key="optimizer"),
-    )
-    from omegaconf import OmegaConf
-
+    vlm.to(hardware.device)
+    optimizer = instantiate(options.optimizer, key="optimizer")
+    own = {"model": vlm, "name": "instruct", "num_steps": steps, "optimizer": optimizer}
+    module = instantiate(options.objective, key="objective", **own)
     plain = OmegaConf.to_container(options, resolve=True)
     build_freezing("instruct", plain, quantise=hardware.quantise, path=Path("unused")).apply(module)
     optimizer = module.configure_optimizers()["optimizer"]
-    learned = [p for p in module.parameters() if p.requires_grad]
+    batches = iter(data.train_dataloader())
+    return Arm(hardware, options, vlm, batches, module, optimizer, before, estimate, parameters)
+
+
+def take_steps(arm: Arm, steps: int) -> tuple[dict[str, int], list[tuple[float, float]]]:
+    """Bytes by kind, seen in the first of two steps more; (clock, CPU) seconds of the steps after those."""
+    import torch
+
+    hardware, device = arm.hardware, arm.hardware.device
+    learned = [p for p in arm.module.parameters() if p.requires_grad]
     precision = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(hardware.precision)
-    found: dict = {}
+    found: dict[str, int] = {}
     times: list[tuple[float, float]] = []
 
-    def settle() -> None:
-        gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building left behind is no part of a step
-        hardware.forget_peak()
-
     def forward(batch):
-        with torch.autocast(hardware.device, precision or torch.bfloat16, enabled=precision is not None):
-            return module.training_step(batch)["loss"]
+        with torch.autocast(device, precision or torch.bfloat16, enabled=precision is not None):
+            return arm.module.training_step(batch)["loss"]
 
     for step in range(steps + 2):
-        batch = next(batches).to(hardware.device)
+        batch = next(arm.batches).to(device)
         if step == 1:
-            settle()
+            gc.collect()
+            if sys.platform == "linux":
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building left behind is no part of a step
+            hardware.forget_peak()
         begun = time.perf_counter(), time.process_time()
         if step == 0:
-            loss, found["activations"] = kept_by_autograd(lambda b=batch: forward(b), pipeline.model)
+            loss, found["activations"] = kept_by_autograd(lambda b=batch: forward(b), arm.model)
         else:
             loss = forward(batch)
         loss.backward()
         if step == 0:
             found["gradients"] = storages(p.grad for p in learned)
         del loss
-        torch.nn.utils.clip_grad_norm_(learned, options.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if on_gpu:
+        torch.nn.utils.clip_grad_norm_(learned, arm.options.clip)
+        arm.optimizer.step()
+        arm.optimizer.zero_grad()
+        if device == "cuda":
             torch.cuda.synchronize()
         if step >= 2:
             times.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    found["weights"] = storages(weights_of(pipeline.model))
-    state = [v for one in optimizer.state.values() for v in one.values() if torch.is_tensor(v)]
-    found["optimiser"] = storages(state)
-    found["peak"] = hardware.peak_gib() * 2**30 - (0 if on_gpu else before)
+    return found, times
+
+
+def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
+    """One arm in this process."""
+    import torch
+
+    built = build_arm(model, arm, rows=rows, tokens=tokens, steps=steps)
+    hardware, on_gpu = built.hardware, built.hardware.device == "cuda"
+    found, times = take_steps(built, steps)
+    state = [v for one in built.optimizer.state.values() for v in one.values() if torch.is_tensor(v)]
     return found | {
-        "estimate": estimated,
-        "learned": sum(p.numel() for p in learned),
-        "parameters": parameters,
+        "weights": storages(weights_of(built.model)),
+        "optimiser": storages(state),
+        "peak": hardware.peak_gib() * 2**30 - (0 if on_gpu else built.resident),
+        "estimate": built.estimate,
+        "learned": sum(p.numel() for p in built.module.parameters() if p.requires_grad),
+        "parameters": built.parameters,
         "seconds": statistics.median(one[0 if on_gpu else 1] for one in times),
         "precision": hardware.precision,
         "machine": torch.cuda.get_device_name() if on_gpu else f"{processor()}, {hardware.threads} threads",
