@@ -203,7 +203,7 @@ def main() -> None:
         for split in splits:
             shards = list_shards(args.folder, split, args.shards)
             count += len(shards)
-            build_all(shards, tokenizer, label=f"{args.folder}, {split}")
+            build_all(shards, tokenizer, label=f"{args.folder}, {split}", replace=True)
             for shard in shards:
                 opened, reason = open_sidecar(shard, tokenizer.fingerprint)
                 if opened is None:

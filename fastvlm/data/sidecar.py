@@ -1,7 +1,8 @@
 """The index of one shard: `<shard>.tar.idx.parquet` beside it, one row a sample.
 
 Its metadata names the shard's size and checksum, the tokenizer's fingerprint and the format's version, so that one that
-does not fit is known. That of a remote shard, or of one in a folder that cannot be written, is kept in the cache.
+does not fit is known. That of a remote shard, or of one in a folder that cannot be written, is kept in the cache; so is
+a second tokenizer's: runs with either may read the shards at once.
 
 Where images make up most of the shard the samples' token ids stand in it too (`kept_texts.py`).
 """
@@ -263,13 +264,28 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
     return Sidecar(path, header, file.metadata.num_rows), ""
 
 
-def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
+def holds_another(shard: Path) -> bool:
+    """Whether the index beside a shard fits it, for whatever tokenizer it was made with."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        header = json.loads(pq.read_schema(sidecar(shard)).metadata[b"fastvlm"])
+        return read_sidecar(sidecar(shard), shard, header["tokenizer"])[0] is not None
+    return False
+
+
+def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer, *, replace: bool = False) -> None:
     """Build a shard's index; a remote shard is brought into the cache for it.
+
+    Args:
+        replace: the index beside the shard, even if it is another tokenizer's and fits.
 
     Raises:
         ValueError: a remote shard cannot be had.
     """
     if isinstance(shard, Path):
+        if not replace and holds_another(shard):
+            with contextlib.suppress(OSError):
+                build_index(shard, tokenizer, out=cached_sidecar(shard, tokenizer.fingerprint))
+                return
         build_index(shard, tokenizer)
         return
     cache = ShardCache()
@@ -285,11 +301,15 @@ def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer) -> None:
         os.close(fd)
 
 
-def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, label: str) -> None:
-    """Build many indexes, in as many processes as there are cores, with a line now and then that says how many."""
+def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, label: str, replace: bool = False) -> None:
+    """Build many indexes, in as many processes as there are cores, with a line now and then that says how many.
+
+    Args:
+        replace: see `build_missing`.
+    """
     sizes = [s.size or 0 if isinstance(s, RemoteShard) else s.stat().st_size for s in shards]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    work = functools.partial(build_missing, tokenizer=tokenizer)
+    work = functools.partial(build_missing, tokenizer=tokenizer, replace=replace)
     started = said = time.monotonic()
     with contextlib.ExitStack() as stack:
         done: Iterable = map(work, shards)

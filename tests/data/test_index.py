@@ -130,6 +130,35 @@ def test_lengths_by_another_tokenizer_written_between_look_and_read_are_refused(
         load_index(shards, "train", tokenizer)
 
 
+def test_two_tokenizers_read_the_same_shards_and_neither_takes_the_others_index(tmp_path, tokenizer, other_tokenizer):
+    first = load_index(write_source(tmp_path, "chat", 50), "train", tokenizer)
+    before = [path.read_bytes() for path in first.sidecars]
+    second = load_index(tmp_path, "train", other_tokenizer)
+    assert [path.read_bytes() for path in first.sidecars] == before
+    assert {path.parent for path in first.sidecars} == {tmp_path} != {path.parent for path in second.sidecars}
+    for ours, sound in ((tokenizer, first), (other_tokenizer, second)):
+        again = load_index(tmp_path, "train", ours, rebuild=False)
+        assert again.checksum == sound.checksum and again.sidecars == sound.sidecars
+        for row in range(50):
+            encoded = encode_record(make_record("chat", row)[0], ours, tokens_per_image=1)
+            assert again.text_tokens[row] + again.num_images[row] == len(encoded.input_ids)
+    write_source(tmp_path, "chat", 50, start=1)  # now neither fits
+    load_index(tmp_path, "train", other_tokenizer)
+    third = load_index(tmp_path, "train", other_tokenizer, rebuild=False)
+    assert {path.parent for path in third.sidecars} == {tmp_path}
+
+
+def test_an_index_that_is_asked_for_takes_the_place_beside_the_shard(
+    tmp_path, tokenizer, other_tokenizer, monkeypatch, capsys
+):
+    load_index(write_source(tmp_path, "chat", 6), "train", tokenizer)
+    named = ["--tokenizer", str(other_tokenizer.path), "--template", other_tokenizer.template.name]
+    monkeypatch.setattr(sys, "argv", ["index", str(tmp_path), *named])
+    index_module.main()
+    assert f"{sidecar(tmp_path / 'train-00000.tar')}: 6 samples" in capsys.readouterr().out
+    assert load_index(tmp_path, "train", other_tokenizer, rebuild=False).sidecars[0].parent == tmp_path
+
+
 def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_path, tokenizer, monkeypatch, capfd):
     one = fill(tmp_path / "one", tokenizer)
     many = write_source(tmp_path / "many", "chat", 50)
