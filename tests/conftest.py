@@ -30,6 +30,14 @@ TINY = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """What a test and its fixtures draw does not depend on the tests that ran in this process before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Nothing is left in the user's cache folder."""
