@@ -318,3 +318,66 @@ def test_a_broken_input_is_one_line_with_file_and_row_and_all_dropped_is_refused
     path.write_text(json.dumps({"id": 1, "conversations": []}) + "\n")
     assert main(settings) == 2
     assert "no sample of split train is usable (1 no turns)" in capsys.readouterr().err
+
+
+def test_a_finished_folder_says_that_its_input_has_changed_and_keeps_what_it_holds(tokenizer, tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    row = json.dumps({"id": 1, "conversations": layouts.turns("Q", "A")}) + "\n"
+    path.write_text(row)
+    words = [
+        "source=sharegpt",
+        f"path={path}",
+        f"out={out}",
+        *(f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()),
+    ]
+    again = lambda *more: (main([*words, *more]), capsys.readouterr())
+    assert again()[0] == 0
+    before = shard_bytes(out)
+    code, said = again()
+    assert code == 0 and "complete already" in said.out and not said.err
+    path.write_text(2 * row)
+    code, said = again()
+    assert code == 2 and said.err.count("\n") == 1 and "complete already" not in said.out
+    assert f"{path} has {2 * len(row)} bytes and had {len(row)}; it is left as it is, and rewrite=true" in said.err
+    assert shard_bytes(out) == before
+    code, said = again("rewrite=true")
+    assert code == 0 and "2 records" in said.out and again()[0] == 0
+    os.utime(path, ns=(0, 0))
+    assert f"{path} is older" in again()[1].err
+    path.unlink()  # the data set is cleared away: the shards are what is left of it
+    code, said = again()
+    assert code == 0 and "complete already" in said.out
+
+
+def test_one_more_file_in_a_folder_of_many_is_a_change_and_one_beside_a_named_file_is_none(tokenizer, tmp_path):
+    raw = layouts.smoltalk(tmp_path / "raw")
+    told = {"workers": 1, "splits": ("train",), **told_tokenizer(tokenizer)}
+    prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)
+    assert prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)["skipped"]  # its indexes are no input
+    named = raw / "data/all/train-00000-of-00002.parquet"
+    prepare("smoltalk", out=tmp_path / "one", path=str(named), **told)
+    (raw / "data/all/train-00002-of-00003.parquet").write_bytes(named.read_bytes())
+    assert prepare("smoltalk", out=tmp_path / "one", path=str(named), **told)["skipped"]
+    with pytest.raises(ValueError, match="train-00002-of-00003.parquet is new"):
+        prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)
+
+
+def test_a_change_of_the_recipes_code_is_said_and_that_of_another_recipes_is_not(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    import shutil
+
+    from data.recipes import inputs
+
+    copy = tmp_path / "recipes"
+    shutil.copytree(inputs.HERE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(inputs, "HERE", copy)
+    path = layouts.sharegpt(tmp_path / "raw") / "sharegpt.json"
+    settings = {"out": tmp_path / "out", "path": str(path), "workers": 1, **told_tokenizer(tokenizer)}
+    prepare("sharegpt", **settings)
+    capsys.readouterr()
+    for module, told in (("vqav2", False), ("conversations", True)):
+        with open(copy / f"{module}.py", "a") as file:
+            file.write("# changed\n")
+        assert prepare("sharegpt", **settings)["skipped"]
+        assert ("sharegpt's code has changed since; rewrite=true" in capsys.readouterr().err) is told
