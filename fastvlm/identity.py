@@ -22,6 +22,7 @@ INCIDENTAL = (
     "log_every",
     "checkpoint_every",
     "num_samples",
+    "speed_images",
     "image_size",
     "data",
     "study",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-import torch
-
 from fastvlm.evaluation.questions import Question
 from fastvlm.inference.clock import Clock
 from fastvlm.inference.engine import Engine
@@ -29,13 +27,8 @@ def answer_speed(
         second: each question comes after another one about the same image, which the engine remembers.
         tokens: length of every answer.
     """
-    one_thread = engine.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = Clock(engine.device, kind="cpu" if one_thread else "wall")
-    kept = engine.stop_ids, engine.now, engine.images.max_bytes, engine.prefixes.max_bytes
-    engine.stop_ids, engine.now = frozenset(), clock.now
-    engine.images.max_bytes = engine.prefixes.max_bytes = STORE if second else 0
     image, prefill, speed = [], [], []
-    try:
+    with engine.measured(Clock.steady(engine.device), store_bytes=STORE if second else 0):
         for question in questions:
             for turn in range(repeats + 1):
                 engine.images.clear()
@@ -47,10 +40,6 @@ def answer_speed(
                     image.append(answer.image_seconds * 1e3)
                     prefill.append(answer.prefill_seconds * 1e3)
                     speed.append(answer.tokens_per_second)
-    finally:
-        engine.stop_ids, engine.now, engine.images.max_bytes, engine.prefixes.max_bytes = kept
-        engine.images.clear()
-        engine.prefixes.clear()
     both = [a + b for a, b in zip(image, prefill)]
     return {
         "test/speed/ttft_ms": median(both),
