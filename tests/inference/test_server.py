@@ -110,6 +110,61 @@ MISTAKES = [
     (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
+SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+UNSUPPORTED = {
+    "response_format": {"type": "json_object"},
+    "repetition_penalty": 1.2,
+    "length_penalty": 0.5,
+    "min_p": 0.1,
+    "best_of": 2,
+    "logprobs": True,
+    "presence_penalty": 1,
+    "logit_bias": {"5": 100},
+    "tool_choice": "required",
+    "reasoning_effort": "high",
+    "guided_regex": "a+",
+    "temprature": 1.0,
+}
+HARMLESS = {
+    "response_format": {"type": "text"},
+    "repetition_penalty": 1.0,
+    "min_p": 0,
+    "reasoning_effort": None,
+    "audio": None,
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "stream_options": None,
+    "tools": [],
+}
+
+
+def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(server):
+    for field, value in UNSUPPORTED.items():
+        status, said = server.ask(**SAID, **{field: value})
+        assert status == 400 and said["error"]["message"].startswith(field), (field, status, said)
+        assert said["error"]["param"].startswith(field) and "\n" not in said["error"]["message"]
+    inside = [
+        ("messages.0.name", {"name": "Ada"}),
+        ("messages.0.tool_calls", {"tool_calls": [{"id": "1"}]}),
+        ("messages.0.content", {"content": [{"type": "text", "text": "x", "weight": 2}]}),
+    ]
+    for field, more in inside:
+        status, said = server.ask(model="tiny", messages=[{"role": "user", "content": "x"} | more])
+        assert status == 400 and said["error"]["message"].startswith(field), said
+    plain, asked = server.ask(**SAID)[1], server.ask(**SAID, **HARMLESS)
+    assert asked[0] == 200 and asked[1]["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+def test_a_reply_of_the_openai_client_is_taken_back_as_it_came(server):
+    client, messages = server.client(), [{"role": "user", "content": "digit"}]
+    message = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    assert message.model_dump()["tool_calls"] is None, "it has fields that ask for nothing"
+    turns = [*messages, message.model_dump(), {"role": "user", "content": "and"}]
+    assert client.chat.completions.create(model="tiny", messages=turns, max_tokens=3).usage.completion_tokens == 3
+    image = {"type": "image_url", "image_url": {"url": data_url(1), "detail": "low"}}
+    assert server.ask(model="tiny", messages=[{"role": "user", "content": [image]}], max_tokens=3)[0] == 200
+
+
 ADDRESSES = [
     ("file:///etc/passwd", "scheme 'file' is not allowed"),
     ("http://127.0.0.1:1/x.png", "not on this server's allow-list"),
