@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import json
 import queue
 import socket
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
@@ -96,6 +98,7 @@ def test_a_further_turn_finds_the_image_and_what_was_said(server):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
 
 
+LONG = {"max_tokens": 200}
 MISTAKES = [
     (404, "does not exist", {"model": "huge", "messages": [{"role": "user", "content": "x"}]}),
     (400, "messages", {"model": "tiny", "messages": []}),
@@ -107,7 +110,7 @@ MISTAKES = [
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
-    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
+    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 80}], **LONG}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
 SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
@@ -199,6 +202,53 @@ def test_a_clients_mistake_is_one_line_and_a_4xx_and_the_service_goes_on(server)
     assert server.get("/nowhere")[0] == 404 and server.get("/v1/chat/completions")[0] == 405
     assert server.get("/..%2fapp.py")[0] == 404
     assert server.ask(model="tiny", messages=with_images("still here", 1))[0] == 200
+
+
+def test_images_come_from_allowed_hosts_and_from_no_others(server, pictures, reference):
+    def asking(*urls):
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [*parts, {"type": "text", "text": "which digit"}]
+        return server.ask(model="tiny", messages=[{"role": "user", "content": content}])
+
+    status, reply = asking(pictures.url(1), data_url(2), pictures.url(3))
+    assert status == 200 and sorted(pictures.asked[-2:]) == ["/1.png", "/3.png"]
+    assert reply["choices"][0]["message"]["content"] == expected(reference, "which digit", 1, 2, 3).text
+    before = len(pictures.asked)
+    for url in (pictures.url(1, host="127.0.0.1"), "http://localhost/1.png", "http://localhost:1/1.png"):
+        status, reply = asking(pictures.url(1), url)
+        assert status == 400 and "not on this server's allow-list" in reply["error"]["message"]
+    assert len(pictures.asked) == before
+
+
+def test_pages_of_named_origins_may_call_the_server_and_no_others(server):
+    def allowed(origin: str) -> tuple[int, str | None, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin, **wanted})
+        asked = connection.getresponse()
+        asked.read()
+        connection.request("GET", "/v1/models", headers={"Origin": origin})
+        given = connection.getresponse()
+        given.read()
+        connection.close()
+        name = "Access-Control-Allow-Origin"
+        return asked.status, asked.headers[name], given.headers[name]
+
+    for origin in (ORIGIN, "https://b.example"):
+        assert allowed(origin) == (200, origin, origin)
+    for origin in ("https://evil.example", f"{ORIGIN}.evil.example", "null"):
+        assert allowed(origin) == (400, None, None)
+
+
+def test_a_prompt_of_more_tokens_than_allowed_is_refused_before_anything_is_computed(server):
+    messages = with_images("digit " * 230, 77)
+    before = server.metric("image_store_bytes")
+    for path, more in (("chat/completions", []), ("attention", [{"role": "assistant", "content": "digit " * 300}])):
+        body = {"model": "tiny", "messages": [*messages, *more]}
+        status, raw = server.request("POST", f"/v1/{path}", json.dumps(body))
+        said = json.loads(raw)["error"]["message"]
+        assert status == 400 and "4 of images), more than the" in said and "this server reads" in said, said
+    assert server.metric("image_store_bytes") == before
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
