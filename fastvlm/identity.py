@@ -33,15 +33,6 @@ INCIDENTAL = (
 )
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-# The code that decides what an encoder says of an image.
-ENCODING = (
-    "models/encoders",
-    "models/pretrained",
-    "models/vlm.py",
-    "data/transforms.py",
-    "data/decode.py",
-    "data/tiling.py",
-)
 # The code that decides a result: what trains, and what scores.
 SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks/cost.py")
 
