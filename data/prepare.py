@@ -6,8 +6,9 @@
 
 A recipe is a module `data/recipes/<source>.py` (or package); its keyword arguments are the keys of the command line. It
 writes into a temporary folder that takes the final name when it is complete. A folder that is already complete for the
-same command is left alone; of two runs at once the second waits for the first. A recipe with `parts` and `convert`
-(data/recipes/record.py) is run in a pool of processes, and a run that was killed goes on where it stopped. These take
+same command is left alone, and where its input has changed since, that is said. Of two runs at once the second waits
+for the first. A recipe with `parts` and `convert` (data/recipes/record.py) is run in a pool of processes, and a run
+that was killed goes on where it stopped. These take
 
     path=...        the data set: a file, a folder, or for parquet a hub id
     out=...         the folder to write; $FASTVLM_DATA/shards/<source> unless told
@@ -15,6 +16,7 @@ same command is left alone; of two runs at once the second waits for the first. 
     val=0.01        hold out this share of train by a hash of the image, where the data set has no val
     workers=2       processes; they change the time and nothing else
     tokenizer=...   folder or hub id the index counts tokens with (the embedded one unless told), template=chatml
+    rewrite=true    write a complete folder again; the one there stays until the new one is whole
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
         return publish(path, done, build) | {"path": str(path), "skipped": False}
 
 
-COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template")
+COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template", "rewrite")
 
 
 def prepare_parts(
@@ -171,9 +173,16 @@ def prepare_parts(
     workers: int = 2,
     tokenizer: str = "",
     template: str = "",
+    rewrite: bool = False,
     **options,
 ) -> dict:
-    """Build a data set by a recipe that has `parts` and `convert`; see `data/recipes/assembly.py`."""
+    """Build a data set by a recipe that has `parts` and `convert`; see `data/recipes/assembly.py`.
+
+    Raises:
+        ValueError: the user's mistakes, and an input that has changed since the folder was written.
+    """
+    from data.recipes.inputs import find_change, hash_code
+
     path = os.path.expanduser(path)
     path = os.path.abspath(path) if os.path.exists(path) else path
     if not 0 <= val < 1:
@@ -200,7 +209,14 @@ def prepare_parts(
     work = out.with_name(f".{out.name}.work")
     with locked(out):
         done = read_done(out)
-        if done and done.get("hash") == wanted:
+        if done and done.get("hash") == wanted and not rewrite:
+            if change := find_change(path, done.get("inputs", {})):
+                raise ValueError(
+                    f"{out} was written before its input changed: {change}; it is left as it is, "
+                    "and rewrite=true writes it again"
+                )
+            if done.get("code", "") not in ("", hash_code(source)):
+                print(f"{out}: {source}'s code has changed since; rewrite=true writes it again", file=sys.stderr)
             shutil.rmtree(work, ignore_errors=True)
             if tokenizer and [tokenizer, template or "chatml"] != done["tokenizer"]:
                 from data.recipes.assembly import reindex

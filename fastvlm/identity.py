@@ -23,6 +23,7 @@ INCIDENTAL = (
     "log_every",
     "checkpoint_every",
     "num_samples",
+    "speed_images",
     "image_size",
     "data",
     "study",
@@ -33,15 +34,6 @@ INCIDENTAL = (
 )
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-# The code that decides what an encoder says of an image.
-ENCODING = (
-    "models/encoders",
-    "models/pretrained",
-    "models/vlm.py",
-    "data/transforms.py",
-    "data/decode.py",
-    "data/tiling.py",
-)
 # The code that decides a result: what trains, what scores, and what chooses precision, threads and micro-batches.
 SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
 # The libraries whose versions a result's numbers depend on most.

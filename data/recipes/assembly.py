@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
 from data.recipes.writing import Job, do_part, load_tokenizer, write_text
 
@@ -56,14 +57,15 @@ def assemble(
         rows: rows a shard.
 
     Returns:
-        counts, dropped and notes by split, for DONE.json.
+        counts, dropped and notes by split, and what they were made of (inputs, code), for DONE.json.
 
     Raises:
         ValueError: the user's mistakes, in one line.
     """
     load_tokenizer(*tokenizer)  # before the fork: each worker would import it for itself
     jobs = cut(recipe, work, source, path, splits, options, tokenizer, val, rows)
-    stamp = make_stamp(jobs)
+    made_of = {"inputs": describe_inputs(path, [job.part for job in jobs]), "code": hash_code(source)}
+    stamp = make_stamp(jobs, made_of)
     mark = work / "stamp.txt"
     if work.exists() and not (mark.exists() and mark.read_text() == stamp):
         print(f"{work}: of other options, files or code; starting anew", file=sys.stderr)
@@ -76,7 +78,8 @@ def assemble(
     reports: list[dict | None] = [None] * len(jobs)
     try:
         run(jobs, reports, workers)
-        return publish(jobs, reports, folder, source=source, path=path, tokenizer=tokenizer, val=val)
+        report = publish(jobs, reports, folder, source=source, path=path, tokenizer=tokenizer, val=val)
+        return report | made_of
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -106,21 +109,12 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
     return jobs
 
 
-def make_stamp(jobs: list[Job]) -> str:
+def make_stamp(jobs: list[Job], made_of: dict) -> str:
     """Changes with everything the shards' bytes depend on: parts, options, input files and the recipes' code."""
-    state = hashlib.sha256()
-    here = Path(__file__).parent
-    for file in [*sorted(here.glob("*.py")), here.parents[1] / "fastvlm/data/shards.py"]:
-        state.update(file.read_bytes())
-    files = {}
+    state = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for job in jobs:
         part = job.part
-        if part.path not in files:
-            files[part.path] = None
-            if os.path.isfile(part.path):
-                stat = os.stat(part.path)
-                files[part.path] = [stat.st_size, stat.st_mtime_ns]
-        line = [job.source, job.split, job.val, part.path, files[part.path], part.start, part.stop, part.options]
+        line = [job.source, job.split, job.val, part.path, part.start, part.stop, part.options]
         state.update(json.dumps(line, default=str, sort_keys=True).encode())
     return state.hexdigest()
 

@@ -90,7 +90,7 @@ def do_part(job: Job) -> dict:
         # The report last: it says that all before it is there.
         write_text(job.report, json.dumps(report, ensure_ascii=True) + "\n")
     if report["kept"]:
-        index_part(job, report["kept"])
+        index_part(job, report)
     return report | {"again": again}
 
 
@@ -165,41 +165,67 @@ class Fault(Exception):
 
 
 def check_images(images: list[bytes | Path]) -> tuple[list[bytes], list[str], list[str]]:
-    """Encoded files, their extensions and notes; every header is read.
+    """Encoded files, their extensions and notes; every header is read, by the limits that the index goes by.
 
     Raises:
         Fault: a missing, unreadable or enormous image.
     """
     from PIL import Image
 
+    from fastvlm.data.decode import MAX_BYTES, TooLarge, open_image
+
     files, extensions, notes = [], [], []
     for image in images:
         if isinstance(image, Path):
-            try:
-                image = image.read_bytes()
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # ValueError: a null byte
-                raise Fault(IMAGE_MISSING) from None
-            except OSError as error:
-                if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-                    raise Fault(IMAGE_MISSING) from None
-                raise
+            image = read_file(image, MAX_BYTES)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                opened = Image.open(io.BytesIO(image))
-                extension = EXTENSIONS.get(opened.format)
-                if extension is None:
-                    out = io.BytesIO()
-                    opened.convert("RGB").save(out, "png")
-                    image, extension = out.getvalue(), "png"
-                    notes.append(TRANSCODED)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+                opened = open_image(image)
+            extension = EXTENSIONS.get(opened.format)
+            if extension is None:
+                image, extension = to_png(opened, image), "png"
+                open_image(image)
+                notes.append(TRANSCODED)
+        except TooLarge:
             raise Fault(TOO_LARGE) from None
-        except (OSError, ValueError, SyntaxError, EOFError):
+        except ValueError:
             raise Fault(UNREADABLE) from None
         files.append(image)
         extensions.append(extension)
     return files, extensions, notes
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Raises:
+    Fault: no such file, or one of more bytes than `limit`.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise Fault(TOO_LARGE)
+        return path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # ValueError: a null byte
+        raise Fault(IMAGE_MISSING) from None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise Fault(IMAGE_MISSING) from None
+        raise
+
+
+def to_png(opened, data: bytes) -> bytes:
+    """The pixels that training would see of an image of another format.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    from einops import rearrange
+    from PIL import Image
+
+    from fastvlm.data.decode import decode_pixels
+
+    out = io.BytesIO()
+    Image.fromarray(rearrange(decode_pixels(opened, data), "c h w -> h w c").numpy()).save(out, "png")
+    return out.getvalue()
 
 
 def choose_side(item: Record, val: float) -> str:
@@ -214,8 +240,12 @@ def choose_side(item: Record, val: float) -> str:
     return sides.pop() if len(sides) == 1 else BOTH_SIDES
 
 
-def index_part(job: Job, kept: int) -> None:
-    """Index the shard unless that is done, and compare what lies on the disk with what was written."""
+def index_part(job: Job, report: dict) -> None:
+    """Index the shard unless that is done, and compare what lies on the disk with what was written.
+
+    Raises:
+        ValueError: the disk holds something else, or a record that no reader takes.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -240,9 +270,11 @@ def index_part(job: Job, kept: int) -> None:
         if table is None:
             raise ValueError(f"{job.shard}: its index cannot be read right after it was built")
     faults = [fault for fault in table["fault"].to_pylist() if fault]
-    if header["broken"] or faults or len(table) != kept:
-        what = header["broken"] or (faults or [f"{len(table)} samples where {kept} were written"])[0]
+    if header["broken"] or faults or len(table) != report["kept"]:
+        what = header["broken"] or (faults or [f"{len(table)} samples where {report['kept']} were written"])[0]
         job.report.unlink(missing_ok=True)
+        if digest(job.shard) == report["sha256"]:  # to run it again would end here again
+            raise ValueError(f"{job.part.path}: a row makes a sample that cannot be read ({what}); take that row out")
         raise ValueError(f"{job.shard} is not as it was written: {what}; run the same command again")
 
 

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from fastvlm.data.shards import EncodedImage
+from fastvlm.data.encoded import EncodedImage
 
 MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
 MAX_BYTES = 64 << 20  # of the file
@@ -28,6 +28,10 @@ MAX_BYTES = 64 << 20  # of the file
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 ORIENTATION = 0x0112  # EXIF tag
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, MemoryError)
+
+
+class TooLarge(ValueError):
+    """More than MAX_PIXELS or MAX_BYTES."""
 
 
 @dataclass
@@ -83,16 +87,19 @@ def open_image(data: EncodedImage) -> Image.Image:
     """Open an encoded image without decoding it.
 
     Raises:
-        ValueError: not an image of FORMATS, or one of more than MAX_PIXELS or MAX_BYTES.
+        ValueError: not an image of FORMATS.
+        TooLarge: one of more than MAX_PIXELS or MAX_BYTES.
     """
     if len(data) > MAX_BYTES:
-        raise ValueError(f"image file of {len(data)} bytes, more than {MAX_BYTES}")
+        raise TooLarge(f"image file of {len(data)} bytes, more than {MAX_BYTES}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (*BROKEN, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise TooLarge(str(error)) from None
+    except BROKEN as error:
         raise ValueError(f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        raise TooLarge(f"image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
     return image
 
 

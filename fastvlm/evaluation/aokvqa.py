@@ -51,9 +51,14 @@ class MultipleChoice(Protocol):
     metric = "multiple_choice"
 
     def grade(self, row: dict) -> dict:
-        choices = row["meta"]["choices"]
+        choices, right = row["meta"]["choices"], row["meta"]["correct_choice_idx"]
+        if not 0 <= right < len(choices):
+            raise ValueError(
+                f"question {row['question_id']}: correct_choice_idx={right} is none of its {len(choices)} choices; "
+                "prepare the shards with form=choice, which drops such questions"
+            )
         chosen = read_choice(row["prediction"], choices)
-        return {"score": float(chosen == choices[row["meta"]["correct_choice_idx"]]), "parsed": chosen}
+        return {"score": float(chosen == choices[right]), "parsed": chosen}
 
     def official(self, rows: Sequence[dict]) -> dict[str, dict]:
         # The official reader refuses what is none of the choices: an answer without one is left out, and so wrong.

@@ -61,6 +61,13 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
     return logits
 
 
+def probabilities_of(
+    logits: Float[Tensor, "B V"], *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Float[Tensor, "B V"]:
+    """What `choose_tokens` draws from at a temperature above 0: the nucleus is that of the logits so divided."""
+    return keep_probable(logits.float() / temperature, top_k=top_k, top_p=top_p).softmax(dim=-1)
+
+
 def choose_tokens(
     logits: Float[Tensor, "B V"],
     *,
@@ -71,15 +78,16 @@ def choose_tokens(
 ) -> Int[Tensor, "B"]:
     """The next token of every row: the most probable one at temperature 0, else a draw from the row's own generator.
 
+    The order is that of `transformers`: temperature, then the k most probable, then the nucleus of what is left.
+
     Raises:
         ValueError: a negative temperature, or see `keep_probable`.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
-    kept = keep_probable(logits, top_k=top_k, top_p=top_p)
-    if temperature == 0:
-        return kept.argmax(dim=-1)
+    if temperature == 0:  # no filter takes the most probable token out
+        return logits.argmax(dim=-1)
+    probabilities = probabilities_of(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     # Draws are made on the CPU, row by row: the same seed gives the same answer whatever the device and the neighbours.
-    probabilities = (kept.float() / temperature).softmax(dim=-1).cpu()
-    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
+    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities.cpu(), generators)]
     return torch.cat(draws).to(logits.device)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastvlm.inference.sampling import choose_tokens, keep_probable
+from fastvlm.inference.sampling import choose_tokens, keep_probable, probabilities_of
 
 LOGITS = torch.tensor([[math.log(p) for p in (0.1, 0.4, 0.3, 0.2)]])
 
@@ -33,6 +33,33 @@ def test_filters_agree_with_the_warpers_of_transformers(seed, top_k, top_p):
     logits = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * 3
     expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, logits))
     assert torch.equal(keep_probable(logits, top_k=top_k, top_p=top_p) > -math.inf, expected > -math.inf)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.sampled_from([0.2, 0.7, 1.0, 1.8, 5.0]),
+    top_k=st.integers(1, 40),
+    top_p=st.floats(0.05, 0.95),
+)
+def test_temperature_top_k_and_top_p_together_are_the_warpers_of_transformers_in_its_order(
+    seed, temperature, top_k, top_p
+):
+    logits = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * 3
+    warpers = [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+    expected = LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    got = probabilities_of(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert torch.equal(got > 0, expected > 0)
+    torch.testing.assert_close(got, expected)
+
+
+def test_heat_widens_the_nucleus_that_is_drawn_from():
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(300)]
+    drawn = lambda t: set(
+        choose_tokens(LOGITS.expand(300, -1), temperature=t, top_p=0.6, generators=generators()).tolist()
+    )
+    # Shares at temperature 1: 0.4, 0.3, ...; at 0.3 the first alone holds 0.6; near equal when hot.
+    assert drawn(0.3) == {1} and drawn(1.0) == {1, 2} and drawn(100.0) == {1, 2, 3}
 
 
 def test_draws_follow_the_probabilities():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import instruct_layouts as layouts
@@ -187,35 +188,86 @@ def test_a_row_whose_images_fall_on_both_sides_is_dropped_and_counted(tokenizer,
     assert counts["train"] + counts["val"] + mixed == 40 and mixed and counts["val"]
 
 
-def test_images_of_other_kinds_are_mended_or_named(tokenizer, tmp_path):
-    def bomb() -> bytes:  # a header of 50,000 x 50,000 pixels
-        file = io.BytesIO()
-        Image.new("1", (1, 1)).save(file, "png")
-        data = bytearray(file.getvalue())
-        data[16:24] = (50000).to_bytes(4, "big") * 2
-        import zlib
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of one pixel that says it has more."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "png")
+    data = bytearray(file.getvalue())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
 
-        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-        return bytes(data)
 
-    gif = io.BytesIO()
-    Image.new("RGB", (6, 5), (200, 0, 0)).save(gif, "gif")
-    files = {"a.gif": gif.getvalue(), "b.jpg": b"no image", "c.png": bomb(), "d.png": layouts.draw_jpg(1), "e.jpg": b""}
+def clear_gif() -> bytes:
+    """The left half red, the right one transparent over a palette of black."""
+    image = Image.new("P", (6, 5), 1)
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    image.paste(0, (3, 0, 6, 5))
+    file = io.BytesIO()
+    image.save(file, "gif", transparency=0)
+    return file.getvalue()
+
+
+def prepare_images(folder: Path, tokenizer, files: dict[str, bytes], *more: dict) -> tuple[dict, dict[str, list]]:
+    """A conversation an image; why which were dropped, and what was kept: suffix and bytes by name."""
     rows = []
     for name, data in files.items():
-        layouts.put(tmp_path / name, data)
+        if not (folder / name).exists():
+            layouts.put(folder / name, data)
         rows.append({"id": name, "image": name, "conversations": layouts.turns("<image>\nQ", "A")})
-    rows.append({"id": "surrogate", "conversations": layouts.turns("Q \ud83d", "A")})
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    settings = {"path": str(tmp_path / "rows.json"), **told_tokenizer(tokenizer)}
-    done = prepare("llava_instruct", out=tmp_path / "out", workers=1, **settings)
-    samples = {record["id"]: ext for _, record, _, ext in layouts.read_split(tmp_path / "out", "train")}
-    assert samples == {"a.gif": ["0.png"], "d.png": ["0.jpg"]}  # named by what they are
-    assert {reason: row["examples"] for reason, row in done["dropped"]["train"].items()} == {
+    (folder / "rows.json").write_text(json.dumps([*rows, *more]))
+    settings = {"path": str(folder / "rows.json"), **told_tokenizer(tokenizer)}
+    done = prepare("llava_instruct", out=folder / "out", workers=1, **settings)
+    kept = {r["id"]: (ext, images) for _, r, images, ext in layouts.read_split(folder / "out", "train")}
+    return {reason: row["examples"] for reason, row in done["dropped"]["train"].items()}, kept
+
+
+def test_images_of_other_kinds_are_mended_or_named(tokenizer, tmp_path):
+    files = {"a.gif": clear_gif(), "b.jpg": b"no image", "c.png": png_header(50000, 50000), "e.jpg": b""}
+    files["d.png"] = layouts.draw_jpg(1)
+    lost = {"id": "surrogate", "conversations": layouts.turns("Q \ud83d", "A")}
+    dropped, kept = prepare_images(tmp_path, tokenizer, files, lost)
+    assert {name: suffix for name, (suffix, _) in kept.items()} == {"a.gif": ["0.png"], "d.png": ["0.jpg"]}
+    picture = Image.open(io.BytesIO(kept["a.gif"][1][0]))
+    assert picture.mode == "RGB"
+    assert [picture.getpixel((x, 2)) for x in (0, 5)] == [(200, 0, 0), (255, 255, 255)]  # not the palette's black
+    assert dropped == {
         "image unreadable": ["b.jpg", "e.jpg"],
         "image too large": ["c.png"],
         "text is not Unicode": ["surrogate"],
     }
+
+
+def test_what_the_index_would_refuse_is_dropped_and_the_run_ends(tokenizer, tmp_path):
+    """Between the index's 64 megapixels and Pillow's 89, and above its 64 MiB: written, neither could be indexed."""
+    with open(tmp_path / "file.png", "wb") as file:
+        file.write(layouts.draw_png(1))
+        file.truncate((64 << 20) + 1)
+    files = {"wide.png": png_header(10000, 7000), "file.png": b"", "good.png": layouts.draw_png(2)}
+    dropped, kept = prepare_images(tmp_path, tokenizer, files)
+    assert dropped == {"image too large": ["wide.png", "file.png"]} and list(kept) == ["good.png"]
+
+
+def test_no_image_starts_another_program(tokenizer, tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    started = []
+    draw = lambda *arguments, **settings: started.append(1) or Image.new("RGB", (9, 9)).im
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", draw)
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    dropped, _ = prepare_images(tmp_path, tokenizer, {"page.png": page, "good.png": layouts.draw_png(2)})
+    assert dropped == {"image unreadable": ["page.png"]} and not started
+
+
+def test_a_row_that_no_reader_takes_is_named_and_not_tried_for_ever(tokenizer, tmp_path, monkeypatch):
+    from fastvlm.data import sidecar
+
+    def refuse(raw, tokenizer):
+        raise ValueError("no reader takes it")
+
+    monkeypatch.setattr(sidecar, "describe_sample", refuse)
+    with pytest.raises(ValueError, match=r"rows.json: a row makes a sample .* no reader takes it\); take that row out"):
+        prepare_images(tmp_path, tokenizer, {"good.png": layouts.draw_png(2)})
 
 
 def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_tokenizer, tmp_path, capsys):
@@ -266,3 +318,66 @@ def test_a_broken_input_is_one_line_with_file_and_row_and_all_dropped_is_refused
     path.write_text(json.dumps({"id": 1, "conversations": []}) + "\n")
     assert main(settings) == 2
     assert "no sample of split train is usable (1 no turns)" in capsys.readouterr().err
+
+
+def test_a_finished_folder_says_that_its_input_has_changed_and_keeps_what_it_holds(tokenizer, tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    row = json.dumps({"id": 1, "conversations": layouts.turns("Q", "A")}) + "\n"
+    path.write_text(row)
+    words = [
+        "source=sharegpt",
+        f"path={path}",
+        f"out={out}",
+        *(f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()),
+    ]
+    again = lambda *more: (main([*words, *more]), capsys.readouterr())
+    assert again()[0] == 0
+    before = shard_bytes(out)
+    code, said = again()
+    assert code == 0 and "complete already" in said.out and not said.err
+    path.write_text(2 * row)
+    code, said = again()
+    assert code == 2 and said.err.count("\n") == 1 and "complete already" not in said.out
+    assert f"{path} has {2 * len(row)} bytes and had {len(row)}; it is left as it is, and rewrite=true" in said.err
+    assert shard_bytes(out) == before
+    code, said = again("rewrite=true")
+    assert code == 0 and "2 records" in said.out and again()[0] == 0
+    os.utime(path, ns=(0, 0))
+    assert f"{path} is older" in again()[1].err
+    path.unlink()  # the data set is cleared away: the shards are what is left of it
+    code, said = again()
+    assert code == 0 and "complete already" in said.out
+
+
+def test_one_more_file_in_a_folder_of_many_is_a_change_and_one_beside_a_named_file_is_none(tokenizer, tmp_path):
+    raw = layouts.smoltalk(tmp_path / "raw")
+    told = {"workers": 1, "splits": ("train",), **told_tokenizer(tokenizer)}
+    prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)
+    assert prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)["skipped"]  # its indexes are no input
+    named = raw / "data/all/train-00000-of-00002.parquet"
+    prepare("smoltalk", out=tmp_path / "one", path=str(named), **told)
+    (raw / "data/all/train-00002-of-00003.parquet").write_bytes(named.read_bytes())
+    assert prepare("smoltalk", out=tmp_path / "one", path=str(named), **told)["skipped"]
+    with pytest.raises(ValueError, match="train-00002-of-00003.parquet is new"):
+        prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)
+
+
+def test_a_change_of_the_recipes_code_is_said_and_that_of_another_recipes_is_not(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    import shutil
+
+    from data.recipes import inputs
+
+    copy = tmp_path / "recipes"
+    shutil.copytree(inputs.HERE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(inputs, "HERE", copy)
+    path = layouts.sharegpt(tmp_path / "raw") / "sharegpt.json"
+    settings = {"out": tmp_path / "out", "path": str(path), "workers": 1, **told_tokenizer(tokenizer)}
+    prepare("sharegpt", **settings)
+    capsys.readouterr()
+    for module, told in (("vqav2", False), ("conversations", True)):
+        with open(copy / f"{module}.py", "a") as file:
+            file.write("# changed\n")
+        assert prepare("sharegpt", **settings)["skipped"]
+        assert ("sharegpt's code has changed since; rewrite=true" in capsys.readouterr().err) is told

@@ -1,0 +1,81 @@
+"""What a finished folder was made of: the input files and the recipe's code, so that a change of either is seen.
+
+Only names, sizes and times are compared: to look costs no reading. Images that rows name are not followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from data.recipes.record import Part
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+IMPORTED = re.compile(r"^ *from data\.recipes\.(\w+) import", re.MULTILINE)
+PARTS_OF_MANY = {".parquet", ".tar", ".zip", ".jsonl"}  # of such files a folder takes all: another one is more rows
+DEPTH = 3
+
+
+def describe_inputs(path: str, parts: Iterable[Part]) -> dict[str, list[int]]:
+    """Size and time of every file that the rows come from, by its path; nothing for a hub id."""
+    files = {part.path for part in parts}
+    for part in parts:
+        files |= {file for file, *_ in part.options.get("state") or ()}
+    inputs = {}
+    for file in sorted({*files, *list_more(path, files)}):
+        if os.path.isfile(file):
+            stat = os.stat(file)
+            inputs[file] = [stat.st_size, stat.st_mtime_ns]
+    return inputs
+
+
+def list_more(path: str, files: Iterable[str]) -> list[str]:
+    """Files of the kinds of `files` that a part of the rows may lie in too; not what was written here."""
+    suffixes = {Path(file).suffix for file in files} & PARTS_OF_MANY
+    found: list[str] = []
+    for folder, inner, names in os.walk(path) if suffixes else ():
+        if len(Path(folder).relative_to(path).parts) >= DEPTH or "DONE.json" in names:
+            inner.clear()
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        if "DONE.json" not in names:
+            found += [os.path.join(folder, name) for name in names if Path(name).suffix in suffixes]
+    return found
+
+
+def find_change(path: str, inputs: dict[str, list[int]]) -> str:
+    """What is not as it was, in words; "" where all is, or where the data set has been cleared away."""
+    if not inputs or not os.path.exists(path):
+        return ""
+    for file, (size, time) in inputs.items():
+        try:
+            stat = os.stat(file)
+        except OSError:
+            return f"{file} is gone"
+        if stat.st_size != size:
+            return f"{file} has {stat.st_size} bytes and had {size}"
+        if stat.st_mtime_ns != time:
+            return f"{file} is newer" if stat.st_mtime_ns > time else f"{file} is older"
+    new = [file for file in list_more(path, inputs) if file not in inputs]
+    return f"{min(new)} is new" if new else ""
+
+
+def hash_code(source: str) -> str:
+    """Changes with the code of a recipe and of all that it is run by."""
+    names, waiting = set(), {source, "assembly"}
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        waiting |= set(IMPORTED.findall(find_module(name).read_text())) - names
+    state = hashlib.sha256()
+    for file in [*map(find_module, sorted(names)), ROOT / "fastvlm/data/shards.py", ROOT / "fastvlm/data/decode.py"]:
+        state.update(file.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def find_module(name: str) -> Path:
+    file = HERE / f"{name}.py"
+    return file if file.is_file() else HERE / name / "__init__.py"
