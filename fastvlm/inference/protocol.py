@@ -157,6 +157,7 @@ class ModelCard(BaseModel):
     fit: str
     context_length: int | None
     max_images: int
+    max_prompt_tokens: int
 
 
 class ModelList(BaseModel):

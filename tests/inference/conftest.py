@@ -5,7 +5,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "data")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "models")]
 
 from served import LIMITS, Server  # noqa: E402
 from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402

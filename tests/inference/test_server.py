@@ -17,7 +17,8 @@ from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.replies import BodyLimit
 from fastvlm.inference.sampling import Sampling
-from fastvlm.inference.scheduler import Busy, Job, Scheduler
+from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
+from fastvlm.inference.service import refusal
 from fastvlm.inference.settings import parse_settings
 
 pytest.importorskip("openai")
@@ -182,27 +183,55 @@ def test_32_clients_at_once_are_each_answered_as_if_alone(server, reference):
     assert all(0 < server.metric(name) <= bound for name, bound in bounds.items())
 
 
-def leave_early(server, *, stream: bool) -> None:
-    body = {"model": "tiny", "messages": with_images("word", 3), "max_tokens": 200, "stream": stream}
-    body = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}"
+def leave_early(server, path: str, *, stream: bool = False, when: str = "at once") -> None:
+    """Asks and goes away at once, when the answer is being written, or when its first piece has come."""
+    messages = with_images("word", 3)
+    messages += [{"role": "assistant", "content": "digit"}] if "attention" in path else []
+    body = json.dumps({"model": "tiny", "messages": messages, "max_tokens": 200, "stream": stream}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        if stream:
+        if when == "first piece":
             assert b"200 OK" in connection.recv(1 << 12)
+        elif when == "written":
+            wait_for(lambda: server.metric("active") == 1)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_answer_of_a_client_that_left_is_not_written_to_its_end(server, stream):
-    before, written = server.metric("answers_cancelled_total"), server.metric("answers_total")
+def wait_for(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "when"),
+    [
+        ("/v1/chat/completions", True, "first piece"),
+        ("/v1/chat/completions", False, "written"),
+        ("/v1/chat/completions", False, "at once"),
+        ("/v1/chat/completions", True, "at once"),
+        ("/v1/attention", False, "at once"),
+    ],
+)
+def test_a_client_that_leaves_is_no_failure_and_its_answer_is_not_written_to_its_end(server, path, stream, when):
+    names = ("clients_left_total", "answers_cancelled_total", "answers_total", "refused_500_total", "refused_499_total")
+    before = {name: server.metric(name) for name in names}
     for _ in range(3):
-        leave_early(server, stream=stream)
-    deadline = time.monotonic() + 30
-    while server.metric("answers_cancelled_total") < before + 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert server.metric("answers_cancelled_total") == before + 3 and server.metric("answers_total") == written
-    assert server.metric("active") == server.metric("waiting") == 0
+        leave_early(server, path, stream=stream, when=when)
+    wait_for(lambda: server.metric("clients_left_total") >= before["clients_left_total"] + 3)
+    wait_for(lambda: server.metric("active") == server.metric("waiting") == 0)
+    more = {name: server.metric(name) - before[name] for name in names}
+    # Who goes at once may be gone before the question is asked.
+    cancelled = [3] if when != "at once" else range(4)
+    assert more.pop("answers_cancelled_total") in cancelled
+    assert more == {
+        "clients_left_total": 3,
+        "answers_total": 0,
+        "refused_500_total": 0,
+        "refused_499_total": 0,
+    }
+    assert "failed" not in server.process.output()[1]
 
 
 def job(engine, *, tokens: int, text: str = "digit"):
@@ -249,6 +278,79 @@ def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobod
         assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
     finally:
         scheduler.stop()
+
+
+def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_answers(reference, monkeypatch):
+    """...and ends when nobody waits for it."""
+    seen, decode = [], reference._decode
+    monkeypatch.setattr(reference, "_decode", lambda *given: seen.append("step") or decode(*given))
+
+    def pieces(count, name="piece"):
+        for _ in range(count):
+            seen.append(name)
+            yield
+        return name
+
+    async def ask():
+        answer, told = job(reference, tokens=20)
+        scheduler.submit(answer)
+        wait_for(lambda: "step" in seen)
+        others = [asyncio.create_task(scheduler.call(pieces(5))) for _ in range(2)]
+        later, later_told = job(reference, tokens=5)
+        scheduler.submit(later)
+        assert [await other for other in others] == ["piece"] * 2
+        for events in (told, later_told):
+            assert (await asyncio.to_thread(last_event, events))[0] == "done"
+        between = [seen[i + 1 : i + 3] for i, name in enumerate(seen) if name == "piece"]
+        assert len(between) == 10 and all("step" in pair for pair in between), seen
+        # Who stops waiting ends the work.
+        endless = asyncio.create_task(scheduler.call(pieces(10**9, "endless")))
+        await asyncio.to_thread(wait_for, lambda: "endless" in seen)
+        endless.cancel()
+        await asyncio.to_thread(wait_for, lambda: scheduler.num_waiting == 0)
+        with pytest.raises(ValueError, match="a mistake"):
+            await scheduler.call(mistake())
+
+    def mistake():
+        raise ValueError("a mistake")
+        yield
+
+    scheduler = Scheduler(reference, max_rows=2, max_waiting=3)
+    try:
+        asyncio.run(ask())
+    finally:
+        scheduler.stop()
+
+
+def test_a_scheduler_that_stops_tells_everybody_who_waits(reference, monkeypatch):
+    gate, decode = threading.Event(), reference._decode
+    monkeypatch.setattr(reference, "_decode", lambda *given: gate.wait(30) and decode(*given))
+
+    async def ask():
+        scheduler = Scheduler(reference, max_rows=1, max_waiting=3)
+        asked = [job(reference, tokens=50) for _ in range(2)]
+        for question, _ in asked:
+            scheduler.submit(question)
+        call = asyncio.create_task(scheduler.call(_ for _ in ()))
+        await asyncio.sleep(0.01)
+        ending = asyncio.get_running_loop().run_in_executor(None, scheduler.stop)
+        wait_for(lambda: scheduler._stopping)
+        gate.set()
+        with pytest.raises(Stopped):
+            await asyncio.wait_for(call, timeout=20)
+        await ending
+        for _, told in asked:
+            assert isinstance(last_event(told)[1], Stopped)
+        with pytest.raises(Busy):
+            await scheduler.call(_ for _ in ())
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_a_stop_cuts_off_is_a_503_and_no_failure():
+    assert refusal(Stopped("the server stops")).status == 503
+    assert refusal(ValueError("one line\nanother")).message == "one line"
+    assert isinstance(refusal(ZeroDivisionError()), ZeroDivisionError)
 
 
 def test_attention_says_which_regions_an_answer_and_each_token_looked_at(server):
