@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvlm.data.encoded import EncodedImage
 from fastvlm.data.listing import LISTING, check_folder, write_listing
 from fastvlm.data.remote import RemoteShard, Unavailable, read_range
 from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
@@ -33,8 +34,6 @@ LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
 STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-
-EncodedImage = bytes | memoryview  # an image file; a view spares a copy of it out of what was read
 
 
 @dataclass

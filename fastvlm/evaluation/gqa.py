@@ -1,7 +1,7 @@
 """GQA: exact match on testdev_balanced (Hudson and Manning, arXiv:1902.09506).
 
-`match` is lmms-eval's exact match, case and punctuation aside (lmms-eval@75571cfe `api/metrics.py`). GQA's own `eval.py`
-(a copy: SHI-Labs/VCoder@4e85acef) compares texts as they are; `match_strict` is what it says once LLaVA's
+`match` is lmms-eval's exact match, case and punctuation aside (lmms-eval@75571cfe `api/metrics.py`). GQA's own
+`eval.py` (a copy: SHI-Labs/VCoder@4e85acef) compares texts as they are; `match_strict` is what it says once LLaVA's
 `scripts/convert_gqa_for_eval.py` has put an answer in lower case, without full stops at its end.
 """
 

@@ -28,7 +28,7 @@ from fastvlm.callbacks.samples import Samples
 from fastvlm.data.plan_report import report
 from fastvlm.data.replan import write_order
 from fastvlm.hardware import is_first_rank
-from fastvlm.identity import ENCODING, code_hash, commit, hash_of
+from fastvlm.identity import commit, hash_of
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
 from fastvlm.pipeline.messages import say, stage_summary
 from fastvlm.pipeline.stage_folder import newest_checkpoint, order_is_kept
@@ -179,8 +179,9 @@ class Training:
                 "holds the encoder; write the features with hardware.strategy=ddp, or set it false"
             )
         made = self.pipeline.resolved["encoder"] or self.pipeline.resolved["vlm"]
-        description = {"encoder": made, "code": code_hash(ENCODING)}
-        return CachedFeatures(name=self.name, description=description, path=self.folder / "features.json", say=say)
+        return CachedFeatures(
+            name=self.name, description={"encoder": made}, path=self.folder / "features.json", say=say
+        )
 
     def samples(self) -> list[Samples]:
         """Held-out samples drawn at every validation: one callback, or none where no rank could answer."""
