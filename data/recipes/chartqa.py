@@ -18,6 +18,7 @@ from data.recipes.questions import (
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
+from data.recipes.rows import VAL
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 HUB = True
@@ -32,6 +33,7 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
@@ -46,7 +48,8 @@ def parts(
     check_split(split, SPLITS)
     options = {"split": split, "images": images, "answers": answers, "grouped": grouped, "prompt": prompt}
     if is_table(path):
-        return cut_table(path, split=split, rows=rows, needs=("image",), options=options, hub="")
+        names = VAL if split == "val" else split
+        return cut_table(path, split=names, rows=rows, needs=("image",), options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

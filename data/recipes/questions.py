@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -141,14 +141,22 @@ def is_table(path: Path | str) -> bool:
 
 
 def cut_table(
-    path: Path | str, *, split: str, rows: int, needs: tuple[str, ...], options: dict, hub: str
+    path: Path | str,
+    *,
+    split: str | Sequence[str],
+    rows: int,
+    needs: tuple[str, ...],
+    options: dict,
+    hub: str = "",
+    streaming: bool = True,
 ) -> list[Part]:
     """Parts of parquet files, or of a hub data set, whose rows hold one question and its image."""
     for key, allowed in CHOICES.items():
         check_choice(key, options[key], *allowed)
     # `split` says where the rows come from; ours says what becomes of them.
     options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
-    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub=hub)
+    settings = {"needs": needs, "options": options, "hub": hub, "streaming": streaming}
+    return cut_rows(Path(path), split=split, rows=rows, **settings)
 
 
 def convert_rows(
