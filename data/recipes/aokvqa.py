@@ -23,7 +23,6 @@ from data.recipes.questions import (
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 
 SPLITS = {"train": "train", "val": "val"}
 HUB = True
@@ -57,8 +56,8 @@ def parts(
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     options |= {"form": form}
     if look_for(path, f"aokvqa_v1p0_{split}.json") is None and is_table(path):
-        needs, names = ("question_id", "question", "image", "choices"), VAL if split == "val" else split
-        return cut_table(path, split=names, rows=rows, needs=needs, options=options, streaming=streaming)
+        needs = ("question_id", "question", "image", "choices")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
 from data.recipes.writing import Job, do_part, load_tokenizer, write_text
@@ -96,7 +97,7 @@ def assemble(
 def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> list[Job]:
     jobs = []
     takes_rows = "rows" in inspect.signature(recipe.parts).parameters
-    where = Path(os.path.abspath(path)) if os.path.exists(path) else Path(path)
+    where = find_rows(recipe, path, options)
     for split in splits:
         held_out = bool(val) and split == "val"
         # A held-out shard reads as many rows as fill it.
@@ -107,6 +108,22 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
         share = val if split in ("train", "val") else 0.0
         jobs += [Job(source, split, i, part, work, tokenizer, share) for i, part in enumerate(parts)]
     return jobs
+
+
+def find_rows(recipe, path: str, options: dict) -> Path:
+    """The file or folder of the rows, fetched where it lies on the hub; or the hub id.
+
+    Raises:
+        ValueError: it cannot be fetched, or its images would be missing.
+    """
+    if os.path.exists(path):
+        return Path(os.path.abspath(path))
+    files = getattr(recipe, "HUB_FILES", ())
+    if (found := fetch(path, files)) is None:
+        return Path(path)
+    if files and "images" in inspect.signature(recipe.parts).parameters and not options.get("images"):
+        raise ValueError(f"images=... is missing: {path} gives the rows alone; unpack its images and name their folder")
+    return found
 
 
 def make_stamp(jobs: list[Job], made_of: dict) -> str:

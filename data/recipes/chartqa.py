@@ -18,7 +18,6 @@ from data.recipes.questions import (
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 
 SPLITS = {"train": "train", "val": "val", "test": "test"}
 HUB = True
@@ -48,8 +47,7 @@ def parts(
     check_split(split, SPLITS)
     options = {"split": split, "images": images, "answers": answers, "grouped": grouped, "prompt": prompt}
     if is_table(path):
-        names = VAL if split == "val" else split
-        return cut_table(path, split=names, rows=rows, needs=("image",), options=options, streaming=streaming)
+        return cut_table(path, rows=rows, needs=("image",), options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

@@ -53,7 +53,7 @@ def parts(
     if is_table(path):
         needs = ("questionId", "question", "image", "answers")
         settings = {"needs": needs, "options": options, "hub": config, "streaming": streaming}
-        return cut_table(path, split=SPLITS[split], rows=rows, **settings)
+        return cut_table(path, rows=rows, **settings)
     return cut_parts(read, path, rows=rows, options=options)
 
 

@@ -17,7 +17,6 @@ from data.recipes.questions import (
     is_table,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 from data.recipes.vqav2 import coco_2014
 
 SPLITS = {"train": "train2014", "val": "val2014"}
@@ -50,11 +49,8 @@ def parts(
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     options |= {"field": field}
     if look_for(path, f"OpenEnded_mscoco_{SPLITS[split]}_questions.json") is None and is_table(path):
-        needs, names = (
-            ("question_id", "question", "image", "answers"),
-            VAL if split == "val" else ("train", "train2014"),
-        )
-        return cut_table(path, split=names, rows=rows, needs=needs, options=options, streaming=streaming)
+        needs = ("question_id", "question", "image", "answers")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

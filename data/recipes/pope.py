@@ -49,7 +49,7 @@ def parts(
         path
     ):
         needs = ("question_id", "question", "image", "answer", "category")
-        return cut_table(path, split=split, rows=rows, needs=needs, options=common, streaming=streaming)
+        return cut_table(path, rows=rows, needs=needs, options=common, streaming=streaming)
     made = []
     for category in CATEGORIES:
         file = find_file(path, f"{dataset}_pope_{category}.json", f"{dataset}_pope_{category}.jsonl")

@@ -10,13 +10,13 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
-from data.recipes.rows import cut_rows, read_rows
+from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -143,7 +143,6 @@ def is_table(path: Path | str) -> bool:
 def cut_table(
     path: Path | str,
     *,
-    split: str | Sequence[str],
     rows: int,
     needs: tuple[str, ...],
     options: dict,
@@ -156,7 +155,7 @@ def cut_table(
     # `split` says where the rows come from; ours says what becomes of them.
     options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
     settings = {"needs": needs, "options": options, "hub": hub, "streaming": streaming}
-    return cut_rows(Path(path), split=split, rows=rows, **settings)
+    return cut_rows(Path(path), split=SPLIT_NAMES[options["becomes"]], rows=rows, **settings)
 
 
 def convert_rows(

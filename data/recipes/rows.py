@@ -20,8 +20,9 @@ SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 CHUNK = 1 << 22  # characters
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-KNOWN_SPLITS = {"train", "validation", "val", "test", "testdev", "train2014", "val2014"}
-VAL = ("validation", "val", "val2014", "val2017")  # what copies call it
+# What copies call them.
+SPLIT_NAMES = {"train": ("train", "train2014"), "val": ("validation", "val", "val2014", "val2017"), "test": ("test",)}
+KNOWN_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 def cut_rows(
@@ -40,8 +41,8 @@ def cut_rows(
 
     Args:
         path: a file, a folder, or a hub id ("org/name") where there is no such file.
-        split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split; of several names
-            under which copies have it the first that is there.
+        split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split; of several
+            names under which copies have it the first that is there.
         rows: rows a part.
         needs: keys that a row of this layout has; looked for in the first row.
         files: names looked for in a folder, the first that is there is taken.

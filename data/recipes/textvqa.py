@@ -21,7 +21,6 @@ from data.recipes.questions import (
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 
 SPLITS = {"train": "train", "val": "val"}
 HUB = True
@@ -57,8 +56,7 @@ def parts(
     files = (f"TextVQA_0.5.1_{split}.json", f"{split}_questions_vqa_format.json")
     if look_for(path, *files) is None and is_table(path):
         needs = ("question_id", "question", "image", "answers", *(["ocr_tokens"] if ocr else []))
-        names = VAL if split == "val" else split
-        return cut_table(path, split=names, rows=rows, needs=needs, options=options, streaming=streaming)
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

@@ -22,7 +22,6 @@ from data.recipes.questions import (
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 
 SPLITS = {"train": "train", "val": "val"}
 HUB = True
@@ -58,8 +57,8 @@ def parts(
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     options |= {"unanswerable": unanswerable}
     if look_for(path, f"{split}.json", f"{split}_questions_vqa_format.json") is None and is_table(path):
-        needs, names = ("question", "image", "answers"), VAL[::-1] if split == "val" else split
-        return cut_table(path, split=names, rows=rows, needs=needs, options=options, streaming=streaming)
+        needs = ("question", "image", "answers")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

@@ -18,7 +18,6 @@ from data.recipes.questions import (
     plain_id,
 )
 from data.recipes.record import Dropped, Part, Record
-from data.recipes.rows import VAL
 
 SPLITS = {"train": "train2014", "val": "val2014"}
 HUB = True
@@ -48,11 +47,8 @@ def parts(
     check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     if look_for(path, f"v2_OpenEnded_mscoco_{SPLITS[split]}_questions.json") is None and is_table(path):
-        needs, names = (
-            ("question_id", "question", "image", "answers"),
-            VAL if split == "val" else ("train", "train2014"),
-        )
-        return cut_table(path, split=names, rows=rows, needs=needs, options=options, streaming=streaming)
+        needs = ("question_id", "question", "image", "answers")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 
