@@ -13,18 +13,17 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
+from data.recipes.workers import open_pool
 from data.recipes.writing import Job, do_part, load_tokenizer, write_text
 
 ROWS = 2000
@@ -153,17 +152,8 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
         for i, job in enumerate(jobs):
             yield i, do_part(job)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Forked where there is fork: a fresh interpreter would import for longer than a small part takes. Not behind the
-    # hub's clients, whose connections and threads do not survive a fork.
     hub = any(job.part.options.get("kind") == "hub" for job in jobs)
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and not hub else "spawn"
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context(method),
-        initializer=start_worker,
-        initargs=(os.getpid(),),
-    )
+    pool = open_pool(min(workers, len(jobs)), fork=not hub)
     waiting: dict[Future, int] = {}
     queue = iter(enumerate(jobs))
     try:
@@ -181,18 +171,6 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def start_worker(parent: int) -> None:
-    """A worker ends with its parent, however that ends; the parent alone answers Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class show_progress:  # noqa: N801  used as a function
@@ -300,8 +278,7 @@ def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
 
     loaded = load_tokenizer(*tokenizer)
     stale = [shard for shard in sorted(folder.glob("*.tar")) if open_sidecar(shard, loaded.fingerprint)[0] is None]
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context(method)) as pool:
+    with open_pool(workers) as pool:
         list(pool.map(build_index, stale, [loaded] * len(stale)))
 
 

@@ -49,22 +49,15 @@ def prepare(
     Returns:
         counts, dropped (failed downloads by status, unreadable samples) and notes; `out/failed.json` has the errors.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_all_start_methods, get_context
-
     from data.prepare import embedded_tokenizer
-    from data.recipes.assembly import show_progress, start_worker
+    from data.recipes.assembly import show_progress
+    from data.recipes.workers import open_pool
 
     chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
     found = find_shards(path, shards)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    method = "fork" if "fork" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(
-        max(1, workers), mp_context=get_context(method), initializer=start_worker, initargs=(os.getpid(),)
-    )
     kept, notes, errors = 0, Counter(), Counter()
     dropped: dict[str, dict] = {}
-    with pool, show_progress(len(found)) as advance:
+    with open_pool(workers) as pool, show_progress(len(found)) as advance:
         for report in pool.map(index_shard, found, [chosen] * len(found)):
             kept += report["kept"]
             notes.update(report["notes"])
