@@ -10,6 +10,7 @@ from pathlib import Path
 
 NO_RECORD = "neither .parquet nor _stats.json beside the shard: its failed rows are not counted"
 UNEQUAL = "the parquet has another number of successes than the shard has samples"
+NO_IMAGE = "no image"
 EXAMPLES = 3
 
 
@@ -101,21 +102,25 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
     faults = [
         (key, name_fault(fault)) for key, fault in zip(*table.select(["key", "fault"]).to_pydict().values()) if fault
     ]
+    failed, errors, successes = read_failures(shard)
     for reason in {reason for _, reason in faults}:
         keys = [key for key, why in faults if why == reason]
         dropped[reason] = (len(keys), keys[:EXAMPLES])
-    failed, errors, successes = read_failures(shard)
+    bare = dropped.get(NO_IMAGE, (0, []))[0]
+    if failed:
+        dropped.pop(NO_IMAGE, None)  # the same rows once more
     notes = []
     if successes is None:
         notes.append(NO_RECORD)
-    elif successes != len(table):
+    elif successes != len(table) - bare:
         notes.append(UNEQUAL)
     return {"kept": len(table) - len(faults), "dropped": dropped | failed, "notes": notes, "errors": errors}
 
 
 def name_fault(fault: str) -> str:
     """The words under which an unreadable sample is counted."""
-    for sign, reason in (("no caption", "no caption"), ("cannot be opened", "image unreadable")):
+    signs = {"no caption": "no caption", "has no image": NO_IMAGE, "cannot be opened": "image unreadable"}
+    for sign, reason in signs.items():
         if sign in fault:
             return reason
     return "unreadable"
