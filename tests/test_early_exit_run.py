@@ -2,16 +2,20 @@
 
 import re
 
+import torch
+
+from fastvlm.inference.opening import open_engine
 from tests.conftest import TINY
 
 SMALL = ["encoder.encoder.dims=[8,8,16]", "encoder.encoder.depths=[1,1,1]"]
 
 
-def test_a_learned_exit_trains_reports_its_cost_and_evaluates(cli, tmp_path):
+def test_a_learned_exit_trains_reports_its_cost_and_answers_from_fewer_tokens(cli, tmp_path):
     tiny = [argument for argument in TINY if not argument.startswith("encoder.")]
     options = [
         "pipeline=dense",
         "encoder=early_exit_micro",
+        "encoder.threshold=0.2",  # below what an untrained gate says: everything leaves at the first exit
         "resampler=identity",
         "stages.dense.steps=3",
         "log_every=1",
@@ -23,3 +27,7 @@ def test_a_learned_exit_trains_reports_its_cost_and_evaluates(cli, tmp_path):
     for metric, low, high in (("vision_tokens", 4, 64), ("vision_gflops", 1e-5, 0.1), ("exit", 0, 2)):
         values = [float(value) for value in re.findall(rf'"(?:train|val)/{metric}": ([\d.e-]+)', lines)]
         assert len(values) >= 3 and all(low <= value <= high for value in values), metric
+    engine = open_engine(str(tmp_path / "runs" / "exits"))
+    asked = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which digit"}]}]}
+    (answer,) = engine.generate([asked], [[torch.zeros(3, 64, 64, dtype=torch.uint8)]])
+    assert engine.tokens_per_image == 64 and answer.num_image_tokens == 4

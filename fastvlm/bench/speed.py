@@ -104,34 +104,24 @@ def measure_speed(
     clock: Clock | None = None,
     reference: float | None = None,
 ) -> Speed:
-    """Ask an engine, one request after the other and in a batch. Its stop tokens and stores are put aside meanwhile.
+    """Ask an engine, one request after the other and in a batch; see `Engine.measured`.
 
     Args:
         requests: each about an image of its own.
         tokens: length of every answer.
+        batch: answers of the batch.
         reference: what `reference_speed` measured.
     """
     clock = clock or Clock(engine.device)
-    stores = (engine.files, engine.images, engine.prefixes)
-    kept, bounds = (engine.stop_ids, engine.now), [store.max_bytes for store in stores]
-    engine.stop_ids, engine.now = frozenset(), clock.now
-    try:
-        return _measure(engine, requests, tokens, batch, clock, reference, stores)
-    finally:
-        engine.stop_ids, engine.now = kept
-        for store, bound in zip(stores, bounds):
-            store.max_bytes = bound
+    with engine.measured(clock):
+        return _measure(engine, requests, tokens, batch, clock, reference)
 
 
-def _measure(
-    engine: Engine, requests: int, tokens: int, batch: int, clock: Clock, reference: float | None, stores: Sequence
-) -> Speed:
+def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Clock, reference: float | None) -> Speed:
     model, side = engine.model, 2 * engine.image_size
     record, options = ask(QUESTION), {"max_new_tokens": tokens}
     files = [draw_image(seed, side) for seed in range(max(requests, batch) + 1)]
     images = [engine.transform(file) for file in files]
-    for store in stores:
-        store.max_bytes = 0
     engine.generate([record], [[images[-1]]], **options)  # caches of kernels, thread pools
     ttft, latency, speeds, parts = [], [], [], []
     for file in files[:requests]:
@@ -163,7 +153,7 @@ def _measure(
         tokens_per_second=statistics.median(speeds),
         batch_tokens_per_second=rows * tokens / seconds[0],
         reference_tokens_per_second=reference,
-        second_question=_second_question(engine, files[:requests], clock, stores),
+        second_question=_second_question(engine, files[:requests], clock),
         image_tokens=answer.num_image_tokens,
         prompt_tokens=answer.num_prompt_tokens,
         answer_tokens=tokens,
@@ -173,20 +163,17 @@ def _measure(
     )
 
 
-def _second_question(engine: Engine, files: Sequence[bytes], clock: Clock, stores: Sequence) -> float:
+def _second_question(engine: Engine, files: Sequence[bytes], clock: Clock) -> float:
     """With stores: another question about the same image over the first about it, both from the bytes of the file."""
-    for store in stores:
-        store.max_bytes = 1 << 30
     seconds: dict[str, list[float]] = {"which word is this": [], "how many digits do you see": []}
-    for file in files:
-        for question, times in seconds.items():
-            start = clock.now()
-            (image,) = engine.read_images([file])
-            read = clock.now() - start
-            (answer,) = engine.generate([ask(question)], [[image]], max_new_tokens=1)
-            times.append(read + answer.first_token_seconds)
-    for store in stores:
-        store.clear()
+    with engine.measured(clock, store_bytes=1 << 30):
+        for file in files:
+            for question, times in seconds.items():
+                start = clock.now()
+                (image,) = engine.read_images([file])
+                read = clock.now() - start
+                (answer,) = engine.generate([ask(question)], [[image]], max_new_tokens=1)
+                times.append(read + answer.first_token_seconds)
     first, second = map(statistics.median, seconds.values())
     return second / first
 

@@ -211,7 +211,7 @@ class Metrics(Callback):
         metrics["train/skipped"] = float(self._num_skipped)
         if skipped and trainer.is_global_zero:
             log.warning("samples that could not be read (%d): %s", len(skipped), ", ".join(skipped[:10]))
-        self._write(trainer, step, metrics, **({"skipped_keys": skipped[:100]} if skipped else {}))
+        self.write(trainer, step, metrics, **({"skipped_keys": skipped[:100]} if skipped else {}))
         if skipped and trainer.is_global_zero:
             records = [json.loads(line) for line in self.path.read_text().splitlines()]
             found = {str(r["step"]): r["skipped_keys"] for r in records if "skipped_keys" in r}
@@ -262,7 +262,8 @@ class Metrics(Callback):
         torch.distributed.all_gather_object(gathered, self._skipped)
         return [key for keys in gathered for key in keys]
 
-    def _write(self, trainer: Trainer, step: int, metrics: dict[str, float], **extra: Any) -> None:
+    def write(self, trainer: Trainer, step: int, metrics: dict[str, float], **extra: Any) -> None:
+        """A line of metrics.jsonl, the same to every logger, and from then on in `last`. Every rank may call it."""
         self.last |= metrics
         # What a checkpoint may monitor and a handoff's manifest records.
         chosen = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith(("val/", "train/loss"))}
@@ -292,7 +293,7 @@ class Metrics(Callback):
         self._idle_since = None
         if trainer.sanity_checking or self.path is None or not self._val.batches:
             return
-        self._write(trainer, trainer.global_step, self._val.read("val", self._val_sources, trainer))
+        self.write(trainer, trainer.global_step, self._val.read("val", self._val_sources, trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning saves between two batches, and writing gigabytes is not waiting for data.

@@ -31,7 +31,8 @@ def clock(seconds: float | int) -> str:
 
 
 class Progress(Callback):
-    """Stage, step, smoothed loss, learning rate, tokens per second, waiting for data, memory, time left.
+    """Stage, step, smoothed loss, tokens per second, time to first token where it is measured, learning rate, waiting
+    for data, memory, time left.
 
     The figures are those of the `Metrics` callback, which must stand before this one; without it only steps and time
     are shown. Lightning's own bar is switched off.
@@ -117,6 +118,8 @@ class Progress(Callback):
             fields.append(("loss", f"{self._loss:.3f}"))
         if "train/tokens_per_second" in last:
             fields.append(("", f"{shorten(last['train/tokens_per_second'])} tok/s"))
+        if "speed/ttft_ms" in last:
+            fields.append(("ttft", f"{shorten(last['speed/ttft_ms'])}ms"))
         rates = [value for key, value in last.items() if key.startswith("train/lr/")]
         if rates:
             fields.append(("lr", f"{max(rates):.1e}"))
@@ -171,6 +174,8 @@ class Progress(Callback):
             text.append(f"val {last['val/loss']:.3f}")
         if "train/tokens_per_second" in last:
             text.append(f"{shorten(last['train/tokens_per_second'])} tok/s")
+        if "speed/ttft_ms" in last:
+            text.append(f"ttft {shorten(last['speed/ttft_ms'])}ms")
         text.append(clock(seconds))
         if self.console.is_terminal:
             self.console.print(f"{sign} [bold]{self._name}[/]  " + "  [dim]·[/]  ".join(text), highlight=False)

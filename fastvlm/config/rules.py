@@ -33,6 +33,8 @@ def check(config: DictConfig) -> None:
         if config.get("max_steps"):
             stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
         wrong += wrong_stage(stage, where=f"stages.{name}", pretrained=bool(config.get("vlm")))
+    if config.get("speed_images", 0) < 0:
+        wrong.append(f"speed_images={config.speed_images} must be a number of images, or 0 to measure no speed")
     if "data" in config and config.data.on_change not in ON_CHANGE:
         wrong.append(f"data.on_change={config.data.on_change} is none of {', '.join(ON_CHANGE)}")
     if "stages" in config and not config.stages:

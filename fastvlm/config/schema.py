@@ -142,6 +142,7 @@ class TrainConfig:
     log_every: int = 20
     checkpoint_every: int = 200  # optimiser steps between two points a killed stage can go on from
     num_samples: int = 8  # held-out samples whose predictions are drawn at each validation
+    speed_images: int = 0  # asked about at each validation: time to first token, tokens/s as metrics; 0 for not
 
 
 @dataclass

@@ -69,6 +69,7 @@ class MixtureDataModule(L.LightningDataModule):
         val_samples: of all sources together, balanced; 0 for no validation.
         pack_window, sort_window, plan_cache: see `Plan` (`cache`).
         max_skipped_share, cache_bytes: see `PlannedDataset`.
+        where: what stands before the stage's keys in messages, such as `stages.align.`.
 
     Raises:
         ValueError: from the plan, at `setup`; from the loaders, when rows do not divide among ranks and micro-batches
@@ -98,6 +99,7 @@ class MixtureDataModule(L.LightningDataModule):
         plan_cache: str | Path | None = None,
         max_skipped_share: float = 0.01,
         cache_bytes: int = 256 << 20,
+        where: str = "",
     ):
         super().__init__()
         self.mixture, self.tokenizer, self.num_workers = mixture, tokenizer, num_workers
@@ -111,6 +113,7 @@ class MixtureDataModule(L.LightningDataModule):
             "packing": packing,
             "batch_size": batch_size,
             "transform": transform,
+            "where": where,
         }
         self._length = {"num_steps": num_steps, "epochs": epochs}
         self._order = {"seed": seed, "pack_window": pack_window, "sort_window": sort_window, "cache": plan_cache}
@@ -209,8 +212,8 @@ class MixtureDataModule(L.LightningDataModule):
             return 0
         if trainer.accumulate_grad_batches != self.accumulate:
             raise ValueError(
-                f"data.accumulate={self.accumulate} and trainer.accumulate_grad_batches="
-                f"{trainer.accumulate_grad_batches} must be the same number"
+                f"MixtureDataModule(accumulate={self.accumulate}) and Trainer(accumulate_grad_batches="
+                f"{trainer.accumulate_grad_batches}) must have the same number"
             )
         start = trainer.global_step * self.accumulate
         done = trainer.fit_loop.epoch_loop.batch_progress.current.processed

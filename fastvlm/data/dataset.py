@@ -83,8 +83,9 @@ class PlannedDataset(Dataset):
     ):
         if plan.batch_size % (world_size * accumulate):
             raise ValueError(
-                f"data.batch_size={plan.batch_size} rows do not divide among {world_size} devices (trainer.devices x "
-                f"num_nodes) and data.accumulate={accumulate}; make it a multiple of {world_size * accumulate}"
+                f"{plan.where}batch_size={plan.batch_size} rows do not divide among {world_size} devices "
+                f"(hardware.devices x hardware.num_nodes) and hardware.accumulate={accumulate}; make it a multiple of "
+                f"{world_size * accumulate}"
             )
         self.plan, self.tokenizer, self.image_size = plan, tokenizer, image_size
         transform = transform or ImageTransform(image_size=image_size)
@@ -315,14 +316,15 @@ def transforms_of(plan: Plan | ValidationPlan, transform: ImageTransform, *, tra
         if any(suffix.endswith(".labels.png") for suffix in source.index.suffixes) and (own.tiles or kinds):
             what = "tiles" if own.tiles else f"augment.{kinds[0]}"
             raise ValueError(
-                f"image.{what} would part the images of source {source.name} from their dense label maps; take it out "
-                f"of the stage{'' if own.tiles else f', or {kinds[0]} out of what the source allows (augment)'}"
+                f"{plan.where}image.{what} would part the images of source {source.name} from their dense label maps; "
+                f"take it out of the stage"
+                f"{'' if own.tiles else f', or {kinds[0]} out of what the source allows (augment)'}"
             )
     for kind in transform.augment.kinds if training and transform.augment else ():
         if not any(kind in source.augment for source in plan.sources):
             first = plan.sources[0].name
             raise ValueError(
-                f"image.augment.{kind}: no source of the mixture allows it; where no answer depends on it set "
-                f"mixture.sources.{first}.augment=[{kind}], or take {kind} out of the stage"
+                f"{plan.where}image.augment.{kind}: no source of the mixture allows it; where no answer depends on it "
+                f"set {plan.where}mixture.sources.{first}.augment=[{kind}], or take {kind} out of the stage"
             )
     return transforms

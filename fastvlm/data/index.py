@@ -2,6 +2,7 @@
 data is read. A sidecar that does not fit is rebuilt, or refused with the command that does.
 
     python -m fastvlm.data.index data/embedded/captions --tokenizer data/embedded/tokenizer --template roles
+    python -m fastvlm.data.index data/embedded/captions --list    # no more than the list of the shards, shards.json
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
+from fastvlm.data.listing import LISTING, check_folder, write_listing
 from fastvlm.data.planned_columns import read_planned
-from fastvlm.data.remote import RemoteShard, is_remote, locate_shards, write_listing
+from fastvlm.data.remote import RemoteShard, is_remote, locate_shards
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import find_shards
 from fastvlm.data.sidecar import Sidecar, build_all, open_sidecar
@@ -146,7 +148,8 @@ def list_shards(folder: str | Path | Sequence[str], split: str, names: str | Non
     Of shards that are named or lie elsewhere, see `locate_shards`.
 
     Raises:
-        ValueError: a shard of a range is missing; a folder elsewhere cannot be listed.
+        ValueError: a shard of a range, or one that `shards.json` names, is missing; a folder elsewhere cannot be
+            listed.
     """
     plain = isinstance(folder, Path) or not (isinstance(folder, (list, tuple)) or is_remote(folder) or "{" in folder)
     if not plain or str(folder).endswith(".tar"):
@@ -160,6 +163,7 @@ def list_shards(folder: str | Path | Sequence[str], split: str, names: str | Non
         if not found and not any(c in name for c in "*?["):
             raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
         shards.update(found)
+    check_folder(folder, split, list(braceexpand(names)), shards)
     return sorted(shards)
 
 
@@ -192,9 +196,19 @@ def main() -> None:
     parser.add_argument("folder", help="folder, URL or brace pattern of the shards")
     parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
     parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
-    parser.add_argument("--tokenizer", required=True, help="folder or hub id")
+    parser.add_argument("--tokenizer", help="folder or hub id")
     parser.add_argument("--template", default="chatml")
+    parser.add_argument(
+        "--list", action="store_true", help=f"only write {LISTING} anew, from the shards that are there"
+    )
     args = parser.parse_args()
+    if args.list:
+        if not Path(args.folder).is_dir():
+            parser.error(f"--list: {args.folder} is no folder of this machine")
+        print(write_listing(args.folder))
+        return
+    if args.tokenizer is None:
+        parser.error("--tokenizer is needed, or --list")
     tokenizer = Tokenizer(args.tokenizer, template=args.template)
     splits = ("train", "val", "test") if args.split == "*" else (args.split,)
     splits = ("train",) if args.shards else splits

@@ -65,6 +65,7 @@ def measure_source(
     max_tokens: int,
     max_images: int,
     transform: ImageTransform | None = None,
+    where: str = "",
 ) -> Measured:
     """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
 
@@ -72,6 +73,7 @@ def measure_source(
         tokens_per_image: slots a view takes.
         max_images: most views of a row.
         transform: says how many views an image has; None: one.
+        where: what stands before the keys in messages, such as `stages.align.`.
 
     Raises:
         ValueError: no shards, or no sample is left.
@@ -108,7 +110,7 @@ def measure_source(
         why = ", ".join(f"{len(gone)} {reason}" for reason, gone in excluded.items()) or "its shards are empty"
         raise ValueError(
             f"source {name} ({source.path}, split {split}): no sample is left of {index.num_samples} ({why}); "
-            f"raise max_tokens={max_tokens} or max_images={max_images}, or leave the source out"
+            f"raise {where}max_tokens={max_tokens} or {where}max_images={max_images}, or leave the source out"
         )
     exact = lambda value: None if value is None else Fraction(str(value))
     limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}

@@ -64,6 +64,7 @@ class Plan:
             first pass over a source leaves out what came in the pass before.
         transform: says how many views an image of the index has; None: one.
         cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
+        where: what stands before the keys in messages, such as `stages.align.`.
 
     Raises:
         ValueError: a source without usable samples, or a parameter out of range.
@@ -88,15 +89,19 @@ class Plan:
         after: Seen | None = None,
         transform: ImageTransform | None = None,
         cache: str | Path | None = None,
+        where: str = "",
     ):
-        check_limits(batch_size=batch_size, max_tokens=max_tokens, pack_window=pack_window, num_steps=num_steps)
+        limits = {"batch_size": batch_size, "max_tokens": max_tokens, "pack_window": pack_window, "steps": num_steps}
+        check_limits(where, **limits)
+        if sort_window < 0:
+            raise ValueError(f"{where}sort_window={sort_window} must be 0 or more")
         if epochs is not None and not (num_steps is None and epochs > 0):
-            raise ValueError(f"data.epochs={epochs} must be above 0 and stand without num_steps (here {num_steps})")
-        self.mixture, self.unit, self.seed = mixture, mixture.unit, seed
+            raise ValueError(f"{where}epochs={epochs} must be above 0 and stand without steps (here {num_steps})")
+        self.mixture, self.unit, self.seed, self.where = mixture, mixture.unit, seed, where
         self.tokens_per_image, self.max_tokens, self.max_images = tokens_per_image, max_tokens, max_images
         self.batch_size, self.packing = batch_size, packing
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
-        fits["transform"] = transform
+        fits |= {"transform": transform, "where": where}
         self.tiles = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
         self.sources = [
             measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in mixture.sources.items()
@@ -209,8 +214,8 @@ class Plan:
         while self._num_planned < (num_steps or self.num_steps):
             if self.order.used_up:
                 raise ValueError(
-                    f"steps={self.num_steps}: every source has max_epochs, and together they last {self._num_planned} "
-                    "steps; ask for fewer steps, or raise a source's max_epochs"
+                    f"{self.where}steps={self.num_steps}: every source has max_epochs, and together they last "
+                    f"{self._num_planned} steps; ask for fewer steps, or raise a source's max_epochs"
                 )
             self._plan_window()
         if num_steps is None and self._cache is not None and self._seconds > KEEP_AFTER:
@@ -304,10 +309,10 @@ class Plan:
         return tokens, images
 
 
-def check_limits(**numbers: int | None) -> None:
+def check_limits(where: str, **numbers: int | None) -> None:
     """Raises:
     ValueError: one of them is below 1, with its key.
     """
     for key, value in numbers.items():
         if value is not None and value < 1:
-            raise ValueError(f"data.{key}={value} must be 1 or more")
+            raise ValueError(f"{where}{key}={value} must be 1 or more")

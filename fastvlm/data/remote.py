@@ -8,7 +8,6 @@ shards says what is there, or the path is a brace pattern.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -18,22 +17,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastvlm.data.listing import LISTING, SPLIT, check_listed, listed
+
 ATTEMPTS = 5  # failures in a row, without a byte gained, before a file is given up
 BACKOFF = 0.5  # seconds before the second attempt; doubled for each one after
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 8 << 20  # bytes asked for at a time where each request names its range
-LISTING = "shards.json"
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|pipe:")
 # Names under which filesystems tell a file's content, the surest first, then its time.
 VERSIONS = ("versionid", "etag", "md5hash", "crc32c", "xet_hash", "blob_id", "oid")
 VERSIONS += ("last-modified", "lastmodified", "last_modified", "last_commit", "updated", "mtime", "modified", "created")
-SPLIT = re.compile(r"(train|val|test)-")
 
 
 class Unavailable(OSError):
@@ -118,43 +116,33 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
 
 
 def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
-    """Shards `<url>/<pattern>`, by name; behind HTTP those that the listing has of the split."""
+    """Shards `<url>/<pattern>`, by name; behind HTTP those that the listing has of the split.
+
+    Raises:
+        ValueError: the folder cannot be listed, or a shard that its listing names is not there.
+    """
     url = url.rstrip("/")
+    where = f"{url}/{LISTING}"
     if not url.startswith(("http://", "https://")):
         try:
             found = retry(lambda: _filesystem(url).glob(f"{_inside(url)}/{pattern}", detail=True), url=url)
+            listing = read_if_there(where)
         except Unavailable as error:
             raise ValueError(f"{error}; check the address and the credentials") from None
         root = url.split("://")[0] + "://"
         shards = [RemoteShard(root + path.lstrip("/"), info["size"], version_of(info)) for path, info in found.items()]
+        if listing is not None:
+            names = listed(listing, split, [pattern], where=where)
+            check_listed(names, (shard.name for shard in shards), where=where)
         return sorted(shards, key=lambda shard: shard.name)
     try:
-        listing = json.loads(read_small(f"{url}/{LISTING}"))
-        names = sorted(entry["name"] for entry in listing.get(split, ()) if fnmatch(entry["name"], pattern))
+        listing = read_small(where)
     except Unavailable as error:
         raise ValueError(
             f"{error}; a folder behind HTTP needs {LISTING} (`python -m fastvlm.data.index` writes it), or give the "
             f"shards themselves: path={url}/{split}-{{00000..00099}}.tar"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f'{url}/{LISTING} is not {{"{split}": [{{"name": ..., "size": ...}}]}}: {error}; '
-            "write it again with `python -m fastvlm.data.index`"
-        ) from None
-    return describe([f"{url}/{name}" for name in names])
-
-
-def write_listing(folder: str | Path) -> Path:
-    """Write `shards.json`, from which a folder behind HTTP is listed: {split: [{name, size}]}."""
-    folder = Path(folder)
-    listing: dict[str, list[dict]] = {}
-    for shard in sorted(folder.glob("*.tar")):
-        if match := SPLIT.match(shard.name):
-            listing.setdefault(match[1], []).append({"name": shard.name, "size": shard.stat().st_size})
-    part = folder / f".{LISTING}.{os.getpid()}"
-    part.write_text(json.dumps(listing, indent=1) + "\n")
-    os.replace(part, folder / LISTING)
-    return folder / LISTING
+    return describe([f"{url}/{name}" for name in listed(listing, split, [pattern], where=where)])
 
 
 def describe(locations: Sequence[str]) -> list[Path | RemoteShard]:
@@ -236,9 +224,13 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, (*kinds, NotImplementedError)) or "Credentials" in type(error).__name__
 
 
+def is_missing(error: BaseException | None) -> bool:
+    return isinstance(error, FileNotFoundError) or (error is not None and status_of(error) == 404)
+
+
 def reason(error: Exception) -> str:
     status, text = status_of(error), (str(error).splitlines() or [""])[0]
-    if isinstance(error, FileNotFoundError) or status == 404:
+    if is_missing(error):
         return "not found"
     return f"{getattr(error, 'message', '') or text or type(error).__name__}"[:200] + (f" ({status})" if status else "")
 
@@ -355,3 +347,17 @@ def read_small(url: str) -> bytes:
         return data
 
     return retry(read, url=url)
+
+
+def read_if_there(url: str) -> bytes | None:
+    """As `read_small`; None where there is no such file.
+
+    Raises:
+        Unavailable: it is there, or may be, and cannot be had.
+    """
+    try:
+        return read_small(url)
+    except Unavailable as error:
+        if is_missing(error.__cause__):
+            return None
+        raise

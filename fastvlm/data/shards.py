@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvlm.data.encoded import EncodedImage
+from fastvlm.data.listing import LISTING, check_folder, write_listing
 from fastvlm.data.remote import RemoteShard, Unavailable, read_range
 from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
 
@@ -32,8 +34,6 @@ LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
 STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-
-EncodedImage = bytes | memoryview  # an image file; a view spares a copy of it out of what was read
 
 
 @dataclass
@@ -47,8 +47,14 @@ class RawSample:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in order."""
-    return sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
+    """The files of a split, in order.
+
+    Raises:
+        ValueError: one that `shards.json` names is not there.
+    """
+    found = sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
+    check_folder(folder, split, [f"{split}-*"], found)
+    return found
 
 
 @dataclass
@@ -262,6 +268,8 @@ class ShardWriter:
         for shard in self._shards:
             shard.publish()
         self._shards = []
+        if (self.folder / LISTING).exists():
+            write_listing(self.folder)
 
     def __enter__(self) -> ShardWriter:
         return self

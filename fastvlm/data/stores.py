@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvlm.data.shards import ShardReader, Span, parse_sample, scan_shard
+from fastvlm.data.shards import ShardReader, Span, find_shards, parse_sample, scan_shard
 
 SUFFIXES = {"lmdb": ".lmdb", "hdf5": ".h5"}
 MAX_OPEN = 32
@@ -217,12 +217,13 @@ def pack(folder: str | Path, split: str, *, out: str | Path, format: str) -> Pat
     """Write a split's shards as one store, `<out>/<split>-00000.<lmdb|h5>`; equal images are stored once.
 
     Raises:
-        ValueError: no shards, a broken one, an unknown format, h5py missing, or `out` has shards of this split already.
+        ValueError: no shards, a missing or broken one, an unknown format, h5py missing, or `out` has shards of this
+            split already.
     """
     if format not in SUFFIXES:
         raise ValueError(f"format={format} is none of {', '.join(SUFFIXES)}")
     folder, out = Path(folder), Path(out)
-    shards = sorted(folder.glob(f"{split}-*.tar"))
+    shards = [shard for shard in find_shards(folder, split) if shard.suffix == ".tar"]
     if not shards:
         raise ValueError(f"{folder}: no shards {split}-*.tar")
     path = out / f"{split}-00000{SUFFIXES[format]}"

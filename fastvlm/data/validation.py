@@ -40,15 +40,17 @@ class ValidationPlan:
         max_images: int = 8,
         packing: bool = True,
         transform: ImageTransform | None = None,
+        where: str = "",
     ):
         self.tokens_per_image, self.max_tokens, self.batch_size = tokens_per_image, max_tokens, batch_size
+        self.where = where
         fits = {"tokens_per_image": tokens_per_image, "max_tokens": max_tokens, "max_images": max_images}
-        fits["transform"] = transform
+        fits |= {"transform": transform, "where": where}
         self.names = mixture.names  # as in the training plan, so that source numbers agree
         there = {name: s for name, s in mixture.sources.items() if s.has_split(split)}
         if not there:
             raise ValueError(
-                f"no source of {', '.join(mixture.names)} has shards {split}-*.tar; set data.val_samples=0"
+                f"no source of {', '.join(mixture.names)} has shards {split}-*.tar; set {where}val_samples=0"
             )
         self.sources = [measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in there.items()]
         each = max(1, num_samples // len(self.sources))

@@ -1,7 +1,8 @@
 """ANLS of DocVQA: average normalised Levenshtein similarity (Biten et al., arXiv:1905.13648; arXiv:1907.00490, eq. 1).
 
-The competition's own script (rrc.cvc.uab.es) keeps a similarity of exactly 0.5 where the formula drops it, and divides
-by the longer of the two texts as they were given, outer and double spaces included.
+The competition's own script (rrc.cvc.uab.es; a copy: QwenLM/Qwen-VL@aa00ed04 `eval_mm/infographicsvqa_eval.py`) keeps
+a similarity of exactly 0.5 where the formula drops it, and divides by the longer of the two texts as they were given,
+outer and double spaces included. lmms-eval's `anls` is the same.
 """
 
 from __future__ import annotations

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 
 import torch
 
 from fastvlm.evaluation.questions import Question
 from fastvlm.inference.clock import Clock
-from fastvlm.inference.engine import Engine
+from fastvlm.inference.engine import Engine, Generation
 from fastvlm.inference.levers import count_bytes
 
 OPENING = "what is in the image?"
 STORE = 1 << 28
+
+
+def first_token_ms(engine: Engine, questions: Sequence[Question], *, repeats: int = 3) -> dict[str, float]:
+    """`test/ttft_ms` and its two terms, `image` (encoder, resampler, projector) and `prefill`: medians, milliseconds of
+    wall time on all threads.
+
+    Each question is asked alone (batch 1), once unmeasured and then `repeats` times; reading and resizing the file is
+    not counted, the words of the prompt are.
+    """
+    if not questions:
+        return {}
+    image, prefill, _ = ask_alone(engine, questions, tokens=1, repeats=repeats)
+    both = [a + b for a, b in zip(image, prefill)]
+    return {"test/ttft_ms": median(both), "test/ttft_ms/image": median(image), "test/ttft_ms/prefill": median(prefill)}
 
 
 def answer_speed(
@@ -22,35 +37,15 @@ def answer_speed(
     """`test/speed/...`: `ttft_ms` and its two terms `image_ms` and `prefill_ms`, `tokens_per_second` of an answer's
     further tokens, `weights_mib`. Medians over questions and repeats; reading and resizing the file is not counted.
 
-    Seconds are those this process computed where the model runs on one thread of a CPU, so that others on the machine
-    are mostly left out; else wall time.
+    On a CPU seconds are what one thread computed, however many the process may use, so that others on the machine are
+    mostly left out; on a GPU they are wall time.
 
     Args:
         second: each question comes after another one about the same image, which the engine remembers.
         tokens: length of every answer.
     """
-    one_thread = engine.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = Clock(engine.device, kind="cpu" if one_thread else "wall")
-    kept = engine.stop_ids, engine.now, engine.images.max_bytes, engine.prefixes.max_bytes
-    engine.stop_ids, engine.now = frozenset(), clock.now
-    engine.images.max_bytes = engine.prefixes.max_bytes = STORE if second else 0
-    image, prefill, speed = [], [], []
-    try:
-        for question in questions:
-            for turn in range(repeats + 1):
-                engine.images.clear()
-                engine.prefixes.clear()
-                if second:
-                    engine.generate([opening(question)], [question.images], max_new_tokens=1)
-                (answer,) = engine.generate([question.prompt], [question.images], max_new_tokens=tokens)
-                if turn:  # the first of each warms up
-                    image.append(answer.image_seconds * 1e3)
-                    prefill.append(answer.prefill_seconds * 1e3)
-                    speed.append(answer.tokens_per_second)
-    finally:
-        engine.stop_ids, engine.now, engine.images.max_bytes, engine.prefixes.max_bytes = kept
-        engine.images.clear()
-        engine.prefixes.clear()
+    with one_thread(engine.device), engine.measured(Clock.steady(engine.device), store_bytes=STORE if second else 0):
+        image, prefill, speed = ask_alone(engine, questions, tokens=tokens, repeats=repeats, second=second)
     both = [a + b for a, b in zip(image, prefill)]
     return {
         "test/speed/ttft_ms": median(both),
@@ -59,6 +54,35 @@ def answer_speed(
         "test/speed/tokens_per_second": median(speed),
         "test/speed/weights_mib": count_bytes(engine.model) / 2**20,
     }
+
+
+def ask_alone(
+    engine: Engine, questions: Sequence[Question], *, tokens: int, repeats: int, second: bool = False
+) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds of the image and of the prompt, and further tokens a second, of every question and repeat."""
+    answers: list[Generation] = []
+    for question in questions:
+        for turn in range(repeats + 1):
+            engine.images.clear()
+            engine.prefixes.clear()
+            if second:
+                engine.generate([opening(question)], [question.images], max_new_tokens=1)
+            (answer,) = engine.generate([question.prompt], [question.images], max_new_tokens=tokens)
+            answers += [answer] if turn else []  # the first of each warms up
+    image, prefill = [a.image_seconds * 1e3 for a in answers], [a.prefill_seconds * 1e3 for a in answers]
+    return image, prefill, [a.tokens_per_second for a in answers]
+
+
+@contextmanager
+def one_thread(device: str | torch.device) -> Iterator[None]:
+    """Meanwhile a CPU computes on one thread; what is compiled is compiled for one."""
+    threads = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def opening(question: Question) -> dict:

@@ -136,10 +136,9 @@ class Captions(Protocol):
         return [{"image_id": row["image_id"], "caption": row["prediction"]} for row in rows]
 
     def _tokens(self, rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-        texts = [text for row in rows for text in (row["prediction"], *row["answers"])]
-        tokens = iter(map(tokenise, texts) if self.tokenizer == "python" else tokenise_java(texts))
-        predictions, references = [], []
-        for row in rows:
-            predictions.append(next(tokens))
-            references.append([next(tokens) for _ in row["answers"]])
-        return predictions, references
+        said, true = [row["prediction"] for row in rows], [text for row in rows for text in row["answers"]]
+        cut = tokenise_java if self.tokenizer == "java" else lambda texts: list(map(tokenise, texts))
+        # Each kind in a run of its own, as COCO's code does it: the program reads on into the next line for what a
+        # full stop ends.
+        predictions, tokens = cut(said), iter(cut(true))
+        return predictions, [[next(tokens) for _ in row["answers"]] for row in rows]

@@ -1,7 +1,8 @@
 """GQA: exact match on testdev_balanced (Hudson and Manning, arXiv:1902.09506).
 
-`match` is lmms-eval's exact match, case and punctuation aside (lmms-eval@75571cfe `api/metrics.py`); `match_strict` is
-what GQA's own `eval.py` sees after LLaVA's conversion: lower case, no full stop at the end, and nothing else.
+`match` is lmms-eval's exact match, case and punctuation aside (lmms-eval@75571cfe `api/metrics.py`). GQA's own
+`eval.py` (a copy: SHI-Labs/VCoder@4e85acef) compares texts as they are; `match_strict` is what it says once LLaVA's
+`scripts/convert_gqa_for_eval.py` has put an answer in lower case, without full stops at its end.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
-from fastvlm.evaluation.first_token import first_token_ms
+from fastvlm.evaluation.answer_speed import first_token_ms
 from fastvlm.evaluation.likelihood import token_nll
 from fastvlm.evaluation.questions import read_questions
 from fastvlm.evaluation.short_answers import ShortAnswers

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastvlm.data.transforms import ImageTransform
-from fastvlm.evaluation.answer_speed import answer_speed
+from fastvlm.evaluation.answer_speed import answer_speed, one_thread
 from fastvlm.evaluation.panel import Panel
 from fastvlm.evaluation.questions import read_questions
 from fastvlm.inference.engine import Engine
@@ -54,14 +54,16 @@ class SpeedPanel(Panel):
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
-        if self.levers:
-            model = copy.deepcopy(model).to(device)
-            apply_levers(model, self.levers)
-        result = super().run(model, tokenizer, image_size=image_size, transform=transform, device=device, out=out)
-        options = {"image_size": image_size, "transform": transform, "device": device}
-        engine = Engine(model, tokenizer, **options, fast=self.fast_decoder)
-        name, source = next(iter(self.sources.items()))
-        asked = read_questions(source.load(self.split, tokenizer), source=name, limit=2, transform=engine.transform)
-        asked = [question for question in asked if question.images][: self.timed]
-        result["metrics"] |= answer_speed(engine, asked, second=self.second, tokens=self.tokens)
-        return result
+        # All of it: a lever that compiles does so at the first question, for the threads it finds.
+        with one_thread(device):
+            if self.levers:
+                model = copy.deepcopy(model).to(device)
+                apply_levers(model, self.levers)
+            result = super().run(model, tokenizer, image_size=image_size, transform=transform, device=device, out=out)
+            options = {"image_size": image_size, "transform": transform, "device": device}
+            engine = Engine(model, tokenizer, **options, fast=self.fast_decoder)
+            name, source = next(iter(self.sources.items()))
+            asked = read_questions(source.load(self.split, tokenizer), source=name, limit=2, transform=engine.transform)
+            asked = [question for question in asked if question.images][: self.timed]
+            result["metrics"] |= answer_speed(engine, asked, second=self.second, tokens=self.tokens)
+            return result

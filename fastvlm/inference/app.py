@@ -25,7 +25,7 @@ from fastvlm.inference.protocol import (
     Health,
     ModelList,
 )
-from fastvlm.inference.replies import BodyLimit, Refused, error_body
+from fastvlm.inference.replies import BodyLimit, Left, Refused, error_body, unless_gone
 from fastvlm.inference.service import Service
 from fastvlm.inference.settings import Settings
 
@@ -67,12 +67,18 @@ def add_errors(app: FastAPI, service: Service) -> None:
     async def refused(_: Request, error: Refused) -> Response:
         return reply(error.status, error.message, kind=error.kind, code=error.code)
 
+    @app.exception_handler(Left)
+    async def left(_: Request, error: Left) -> Response:
+        service.num_left += 1
+        return Response(status_code=499)  # nginx's word for it; nobody reads it
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         where = where.encode("utf-8", "replace").decode()[:200]
-        return reply(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+        said = "this server does not know it, or does not do it" if first["type"] == "extra_forbidden" else first["msg"]
+        return reply(400, f"{where or 'body'}: {said}", param=where or None)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -90,27 +96,24 @@ def add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answers a conversation; with `stream`, as server-sent events that end in [DONE]."""
-        record, images = await service.prepare(body)
+        record, images = await unless_gone(request, service.prepare(body))
         asked = service.ask(body, record, images)
-        gone = asyncio.create_task(asked.until_gone(request))
         try:
-            first = await asked.next()  # a question that cannot be asked is refused before anything is sent
-            if body.stream:
-                apart = body.stream_options is not None and body.stream_options.include_usage
-                events = service.stream(asked, first, usage_apart=apart)
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            return await service.whole(asked, first)
+            # A question that cannot be asked is refused before anything is sent.
+            first = await unless_gone(request, asked.next())
+            if not body.stream:
+                return await unless_gone(request, service.whole(asked, first))
         except BaseException:
             asked.job.cancel()
             raise
-        finally:
-            if not body.stream:
-                gone.cancel()
+        apart = body.stream_options is not None and body.stream_options.include_usage
+        events = service.stream(asked, first, usage_apart=apart)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.post("/v1/attention", response_model=AttentionReply, responses=WRONG)
-    async def attention(body: AttentionRequest) -> Any:
+    async def attention(body: AttentionRequest, request: Request) -> Any:
         """Which image regions an answer looked at: the conversation ends with that answer."""
-        return await service.attention(body)
+        return await unless_gone(request, service.attention(body))
 
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> Any:

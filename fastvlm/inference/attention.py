@@ -1,93 +1,207 @@
-"""Where the answer looked: attention on visual tokens, and the image regions those tokens stand for."""
+"""Where the answer looked: attention on visual tokens, and the image regions those tokens stand for.
+
+The prompt is read as for an answer (from the store where it is there), and only the positions that predict the answer
+give their weights, a few at a time. So memory is that of an answer and a bounded number of weights more, however long
+the prompt is: all weights of 7,300 positions would be 70 GB in a model of 0.5B.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.shards import count_images
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.kv_cache import KVCache
+from fastvlm.inference.memory import image_key
+from fastvlm.inference.rows import Row
+from fastvlm.models.llms.language_model import LanguageModel
+
+MAX_WEIGHTS = 1 << 24  # attention weights of all layers and heads that are held at once: 64 MiB in float32
+TOKENS_A_PIECE = 32  # visual tokens whose patches are found in one piece of work
 
 
 @dataclass
 class View:
-    """Of one image's global view, whose patches lie in a grid of `rows` x `columns`."""
+    """Of one image's global view, whose patches lie in a grid of `rows` x `columns`, row by row."""
 
     rows: int
     columns: int
     answer: Float[Tensor, "N"]  # share of the answer's attention on each patch; sums to 1
-    tokens: Float[Tensor, "M N"]  # influence of each patch on each visual token; rows sum to 1
+    tokens: Float[Tensor, "M N"]  # influence of each patch on each visual token that was read; rows sum to 1
 
 
-def attend(engine: Engine, record: dict, images: Sequence[UInt8[Tensor, "*v 3 H W"]]) -> list[View]:
+def attend(
+    engine: Engine, record: dict, images: Sequence[UInt8[Tensor, "... 3 H W"]], *, max_weights: int = MAX_WEIGHTS
+) -> Generator[None, None, list[View]]:
     """Reads a conversation that ends with an answer and says where that answer's tokens attended.
 
-    Attention is the mean over layers and heads (from the position that predicts each answer token), read on the visual
-    tokens of the image. A visual token is spread over the patches by the size of its gradient with respect to each of
-    them, which holds for every resampler.
+    Work is done in pieces, each no longer than reading a prompt: the generator yields between them, then returns.
+    Attention is the mean over layers and heads (from the positions that predict the answer's tokens), read on the
+    visual tokens of each image's global view; what fell on its tiles is left out. A visual token is spread over the
+    patches by the size of its gradient with respect to each of them, which holds for every resampler.
+
+    Args:
+        max_weights: attention weights held at once; a single position's are never split.
 
     Raises:
-        ValueError: the last turn is not the assistant's, or the language model gives no attention weights.
+        ValueError: the last turn is not the assistant's, the conversation is too long, or the model gives no attention
+            weights or no fixed grid of patches.
     """
     if not record.get("messages") or record["messages"][-1]["role"] != "assistant":
         raise ValueError("the conversation must end with the assistant's answer, whose attention is asked for")
-    model, tokenizer = engine.model, engine.tokenizer
-    patches, visual = [], []
-    with torch.inference_mode():
-        for image in images:
-            views = image if image.ndim == 4 else image[None]
-            patches.append(model.encode_patches(views.to(engine.device)))
-            visual.append(model.project(patches[-1]).flatten(0, 1))
-    slots = [len(tokens) for tokens in visual]
-    row = engine.row(record, visual, max_new_tokens=0)  # with the checks of a question
+    model = engine.model
+    if getattr(model.encoder, "drops_tokens", False):
+        raise ValueError("an encoder that drops patches has no fixed place for each: no view of its attention")
+    visual = engine.encode_images(images)
+    yield
     asked = {"messages": record["messages"][:-1]}
-    before = encode_record(asked, tokenizer, tokens_per_image=slots[: count_images(asked)], prompt=True)
-    ids = torch.tensor(encode_record(record, tokenizer, tokens_per_image=slots).input_ids)
-    is_slot = ids == tokenizer.image_id
-    if model.drops_tokens:
-        raise ValueError("a resampler that drops tokens has no fixed place for each: no view of its attention")
-    embeds = row.embeds[None, : len(ids)]
-    weights = read_attention(model.llm.hf, embeds)  # (S, S)
-    predicting = torch.arange(len(before.input_ids) - 1, len(ids) - 1)  # positions that predict the answer
-    on_slots = weights[predicting].mean(dim=0)[is_slot].split(slots)
-    grid = model.encoder.grid(engine.image_size)
+    answer = answer_ids(engine, record, asked, slots=[len(tokens) for tokens in visual])
+    row = engine.row(asked, visual, keys=[image_key(image) for image in images], max_new_tokens=len(answer))
+    cache = read_prompt(engine, row)
+    yield
+    looked = torch.zeros(row.length)
+    config = model.llm.hf.config
+    per_position = config.num_hidden_layers * config.num_attention_heads * (row.length + len(answer))
+    for queries in torch.arange(len(answer)).split(max(1, max_weights // per_position)):
+        looked += read_attention(engine, row, answer, queries, cache)
+        yield
     views = []
-    for given, looked in zip(patches, on_slots):
-        influence = token_influence(model, given[:1])
-        share = looked[: len(influence)] @ influence
-        views.append(View(*grid, answer=share / share.sum().clamp_min(1e-12), tokens=influence))
+    for image, on_slots in zip(images, attention_on_slots(engine, asked, visual, row, looked)):
+        influence = yield from token_influence(engine, image)
+        per_token = torch.zeros(len(influence) + 1)
+        per_token.index_add_(0, global_tokens(engine, image, dim=visual[0].shape[-1]), on_slots)
+        share = per_token[1:] @ influence
+        read = influence.sum(dim=-1) > 0  # a resampler that drops tokens has slots which stand for nothing
+        grid = model.encoder.grid(engine.image_size)
+        views.append(View(*grid, answer=share / share.sum().clamp_min(1e-12), tokens=influence[read]))
     return views
 
 
+def answer_ids(engine: Engine, record: dict, asked: dict, *, slots: Sequence[int]) -> list[int]:
+    """The answer's tokens and its end, as they stand behind the prompt."""
+    tokenizer = engine.tokenizer
+    prompt = engine.encode_prompt(asked, slots=slots, max_new_tokens=0)
+    whole = encode_record(record, tokenizer, tokens_per_image=slots).input_ids
+    behind = len(tokenizer.encode_template(tokenizer.template.after["assistant"]))
+    return whole[len(prompt) : len(whole) - behind]
+
+
+def read_prompt(engine: Engine, row: Row) -> KVCache:
+    """Keys and values of a prompt up to its last position, which is the first that predicts the answer.
+
+    The last position is read too, and forgotten: where attention goes both ways in the prompt, the others see it.
+    """
+    found = engine.prefixes.find(row.names) if row.names is not None and len(engine.prefixes) else None
+    cache = KVCache(() if found is None else found.layers)
+    known = cache.get_seq_length()
+    with torch.inference_mode():
+        engine._decode(row.embeds[None, known:], row.positions[None, known:], None, cache)
+    for layer in cache.layers:
+        layer.hold(layer.keys[:, :, :-1], layer.values[:, :, :-1])
+    return cache
+
+
 @torch.inference_mode()
-def read_attention(hf, embeds: Float[Tensor, "1 S D"]) -> Float[Tensor, "S S"]:
-    """Attention of every position on every other, mean over layers and heads."""
-    before = hf.config._attn_implementation
-    hf.config._attn_implementation = "eager"  # fused kernels keep their weights to themselves
-    try:
-        out = hf.get_decoder()(inputs_embeds=embeds, output_attentions=True, use_cache=False)
-    finally:
-        hf.config._attn_implementation = before
-    given = [layer for layer in out.attentions or () if layer is not None]
+def read_attention(
+    engine: Engine, row: Row, answer: Sequence[int], queries: Int[Tensor, "Q"], cache: KVCache
+) -> Float[Tensor, "S"]:
+    """Attention of some predicting positions on the prompt: the mean over layers and heads, summed over the positions.
+
+    Args:
+        queries: which of the answer's tokens they predict; all before them are in the cache.
+    """
+    llm = engine.model.llm
+    # The prompt's last position predicts the first token, each token the next.
+    fed = torch.cat([row.embeds[-1:], llm.embed(torch.tensor(answer[:-1], dtype=torch.long, device=engine.device))])
+    embeds = fed[queries][None]
+    steps = queries.to(engine.device)
+    positions = (row.positions[-1:] + steps.view(-1, *[1] * (row.positions.ndim - 1)))[None]
+    mask = torch.ones(1, cache.get_seq_length() + len(queries), dtype=torch.long, device=engine.device)
+    with listening(llm) as heard:
+        llm.decode(embeds, positions, mask, cache)
+    given = [layer for layer in heard if layer is not None]
     if not given:
-        raise ValueError(f"{type(hf).__name__} gives no attention weights")
-    return torch.stack([layer[0].float().mean(dim=0) for layer in given]).mean(dim=0).cpu()
+        raise ValueError(f"{type(llm.hf).__name__} gives no attention weights")
+    total = sum(layer[0, :, :, : row.length].float().mean(dim=0).sum(dim=0) for layer in given)
+    return (total / len(given)).cpu()
 
 
-def token_influence(model, patches: Float[Tensor, "1 N D"]) -> Float[Tensor, "M N"]:
-    """How much each visual token changes with each patch: norms of the resampler's gradient, rows summing to 1."""
+@contextmanager
+def listening(llm: LanguageModel) -> Iterator[list[Tensor | None]]:
+    """A list that gets the attention weights of all layers, (1, heads, Q, K) each, when the model is called."""
+    heard: list[Tensor | None] = []
+    decoder, before = llm.hf.get_decoder(), llm.attention
+    ask = decoder.register_forward_pre_hook(
+        lambda _, args, options: (args, options | {"output_attentions": True}), with_kwargs=True
+    )
+    listen = decoder.register_forward_hook(lambda _, args, out: heard.extend(out.attentions or ()))
+    llm.attention = "eager"  # fused kernels keep their weights to themselves
+    try:
+        yield heard
+    finally:
+        llm.attention = before
+        ask.remove()
+        listen.remove()
+
+
+def attention_on_slots(
+    engine: Engine, asked: dict, visual: Sequence[Float[Tensor, "_ D"]], row: Row, looked: Float[Tensor, "S"]
+) -> list[Float[Tensor, "_"]]:
+    """Of attention on a row's positions, what fell on each slot of each image; 0 on slots that were left out."""
+    slots = [len(tokens) for tokens in visual]
+    ids = torch.tensor(engine.encode_prompt(asked, slots=slots, max_new_tokens=0))
+    is_slot, held = ids == engine.tokenizer.image_id, torch.ones(len(ids), dtype=torch.bool)
+    if engine.model.drops_tokens:
+        held[is_slot] = (torch.cat(list(visual)) != 0).any(dim=-1).cpu()
+    assert int(held.sum()) == row.length, (int(held.sum()), row.length)
+    on_ids = torch.zeros(len(ids))
+    on_ids[held] = looked
+    return list(on_ids[is_slot].split(slots))
+
+
+def global_tokens(engine: Engine, image: UInt8[Tensor, "... 3 H W"], *, dim: int) -> Int[Tensor, "T"]:
+    """For each slot of an image: 1 + the number of the global view's visual token that stands in it, or 0.
+
+    A pretrained model's arrangement moves tokens and puts others between them; marks are sent the same way.
+    """
+    model, views = engine.model, len(image) if image.ndim == 4 else 1
+    count = model.resampler.num_tokens_out(model.encoder.num_patches(engine.image_size))
+    layouts = torch.tensor([getattr(image, "view_layout", (1, 1, engine.image_size, engine.image_size))])
+    blank = torch.zeros(views, count, dim, device=engine.device)
+    marks = blank.clone()
+    marks[0] = torch.arange(1, count + 1, device=engine.device)[:, None]
+    with torch.inference_mode():
+        moved = model.arrange(marks, layouts) - model.arrange(blank, layouts)
+    return moved.flatten(0, 1)[:, 0].round().long().cpu()
+
+
+def token_influence(engine: Engine, image: UInt8[Tensor, "... 3 H W"]) -> Generator[None, None, Float[Tensor, "M N"]]:
+    """How much each visual token of the global view changes with each patch of its grid: norms of the resampler's
+    gradient, rows summing to 1 (or 0, where a token depends on none)."""
+    model = engine.model
+    with torch.inference_mode():
+        patches = model.encode_patches((image if image.ndim == 4 else image[None])[:1].to(engine.device))
+    yield
     with torch.enable_grad():
-        given = patches.detach().clone().requires_grad_()  # leaves inference mode
+        given = patches.clone().requires_grad_()  # leaves inference mode
         tokens = model.resampler(given)[0]
-        direction = torch.ones_like(tokens[0])
-        rows = []
-        for token in tokens:
-            (gradient,) = torch.autograd.grad(token, given, direction, retain_graph=True, allow_unused=True)
-            rows.append(torch.zeros(given.shape[1]) if gradient is None else gradient[0].float().norm(dim=-1).cpu())
-    influence = torch.stack(rows)
+    direction, norms = torch.ones_like(tokens[0]), []
+    for number, token in enumerate(range(len(tokens)), start=1):
+        if number % TOKENS_A_PIECE == 0:
+            yield
+        chosen = torch.zeros_like(tokens)
+        chosen[token] = direction
+        (gradient,) = torch.autograd.grad(tokens, given, chosen, retain_graph=True, allow_unused=True)
+        norms.append(torch.zeros(given.shape[1]) if gradient is None else gradient[0].float().norm(dim=-1).cpu())
+    height, width = model.encoder.grid(engine.image_size)
+    in_order = getattr(model.encoder, "in_order", lambda patches: patches)
+    by_patch = in_order(rearrange(torch.stack(norms), "m n -> 1 n m"))
+    influence = rearrange(by_patch[:, -height * width :], "1 n m -> m n")  # a class token stands in front
     return influence / influence.sum(dim=-1, keepdim=True).clamp_min(1e-12)

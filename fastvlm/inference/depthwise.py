@@ -12,6 +12,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastvlm.inference.exchange import exchange
+
 
 class SplitDepthwise(nn.Conv2d):
     """A grouped convolution of one input channel and m output channels a group; parameters are those of `conv`."""
@@ -38,10 +40,4 @@ def is_widening(layer: nn.Module) -> bool:
 
 def split_depthwise(module: nn.Module) -> int:
     """Exchange every such convolution of a module (in place); returns how many."""
-    count = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if is_widening(child):
-                setattr(parent, name, SplitDepthwise(child))
-                count += 1
-    return count
+    return exchange(module, fits=is_widening, make=SplitDepthwise)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference import fast_decoder
 from fastvlm.inference.answer import Answer
+from fastvlm.inference.clock import Clock
 from fastvlm.inference.memory import FileStore, ImageStore, PrefixStore, image_key, position_names
 from fastvlm.inference.rows import Row, Rows
 from fastvlm.inference.sampling import Sampling
@@ -101,11 +102,11 @@ class Engine:
         self.transform = (transform or ImageTransform(image_size=image_size)).restricted(())
         self.max_new_tokens = max_new_tokens
         self.image_batch = image_batch
-        self.device = torch.device(device)
+        self.device, self.clock = torch.device(device), Clock(device)
         self.tokens_per_image = model.num_visual_tokens(image_size)
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.document_end_id})
         self.files, self.images = FileStore(image_store_bytes), ImageStore(image_store_bytes)
-        self.prefixes = PrefixStore(0 if getattr(model.llm, "whole_prompts", False) else prefix_store_bytes)
+        self.prefixes = self._prefix_store(prefix_store_bytes)
         self.workers, self.levers = workers, ()
         self._threads: ThreadPoolExecutor | None = None
         self._local = threading.local()
@@ -373,11 +374,29 @@ class Engine:
         logits[:, len(self.tokenizer) :] = -torch.inf
         return logits
 
+    def _prefix_store(self, max_bytes: int) -> PrefixStore:
+        return PrefixStore(0 if getattr(self.model.llm, "whole_prompts", False) else max_bytes)
+
+    @contextmanager
+    def measured(self, clock: Clock, *, store_bytes: int = 0) -> Iterator[None]:
+        """Meanwhile seconds are the clock's, answers end at their length alone, and stores are fresh ones.
+
+        Args:
+            store_bytes: bound of each of them; 0 remembers nothing.
+        """
+        kept = {name: getattr(self, name) for name in ("clock", "stop_ids", "files", "images", "prefixes")}
+        self.clock, self.stop_ids = clock, frozenset()
+        self.files, self.images = FileStore(store_bytes), ImageStore(store_bytes)
+        self.prefixes = self._prefix_store(store_bytes)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
     def now(self) -> float:
         """Seconds, with the device's work done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return self.clock.now()
 
 
 def finished(row: Row) -> Generation:

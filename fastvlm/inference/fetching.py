@@ -3,23 +3,55 @@
 A server that fetches what strangers name can be made to fetch from its own network. So: no scheme but http and https;
 only hosts of the allow-list (none by default); the name is resolved once, every address must be public, and the
 connection goes to the address that was looked at, under the name for TLS and the Host header; no redirect is followed;
-bytes and seconds are bounded.
+bytes are bounded, and one deadline holds for all images of a request: names, connections, headers and bodies.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import concurrent.futures
 import http.client
+import io
 import ipaddress
 import re
 import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes, urlsplit
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<options>(;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
+NAMES, IMAGES = 8, 16  # names looked up, images fetched at once, of all requests together
+
+
+class Deadline:
+    """A moment after which nothing is waited for."""
+
+    def __init__(self, seconds: float):
+        self.at = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds.
+
+        Raises:
+            TimeoutError: none.
+        """
+        if (seconds := self.at - time.monotonic()) <= 0:
+            raise TimeoutError
+        return seconds
+
+
+@dataclass(frozen=True)
+class Place:
+    """An address that was found allowed."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str
 
 
 class ImageFetcher:
@@ -28,7 +60,7 @@ class ImageFetcher:
         hosts: what may be fetched from: `example.org`, `*.example.org`, or `host:port` for another port than the
             scheme's own.
         max_bytes: of one image.
-        timeout: seconds for the whole of one image.
+        timeout: seconds for all images of a request.
         private: allow private and loopback addresses, for a trusted network.
         resolve: name and port -> addresses (`socket.getaddrinfo`).
     """
@@ -44,14 +76,39 @@ class ImageFetcher:
     ):
         self.hosts, self.max_bytes, self.timeout, self.private = tuple(hosts), max_bytes, timeout, private
         self.resolve = resolve
+        self._names = ThreadPoolExecutor(NAMES, thread_name_prefix="names")  # a look-up cannot be told when to give up
+        self._fetches = ThreadPoolExecutor(IMAGES, thread_name_prefix="fetching")
 
     def __call__(self, url: str) -> bytes:
-        """
+        """One image; see `all`."""
+        return self.all([url])[0]
+
+    def all(self, urls: Sequence[str]) -> list[bytes]:
+        """The images of a request. Nothing is fetched before every address is found allowed; then side by side.
+
         Raises:
-            ValueError: the address is not allowed, cannot be read, or holds too much.
+            ValueError: an address is not allowed or cannot be read, an image holds too much, or they take too long.
         """
-        if url[:5].lower() == "data:":
-            return self._decode(url)
+        deadline = Deadline(self.timeout)
+        found = [self._decode(url) if url[:5].lower() == "data:" else self._check(url) for url in urls]
+        fetches = {i: self._fetches.submit(self._get, p, deadline) for i, p in enumerate(found) if isinstance(p, Place)}
+        try:
+            waited = concurrent.futures.wait(fetches.values(), deadline.left(), return_when="FIRST_EXCEPTION")
+            for i, fetch in sorted(fetches.items(), key=lambda item: item[1] not in waited.done):
+                found[i] = self._result(fetch, found[i].host)
+        finally:
+            deadline.at = 0.0  # where one has failed the others stop at their next read
+            for fetch in fetches.values():
+                fetch.cancel()
+        return found
+
+    def _result(self, fetch: concurrent.futures.Future, host: str) -> bytes:
+        try:
+            return fetch.result(0)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            raise ValueError(f"image_url: {host[:80]!a} took more than {self.timeout:g} s") from None
+
+    def _check(self, url: str) -> Place:
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -70,10 +127,7 @@ class ImageFetcher:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not target.isascii() or any(c <= " " for c in target):
             raise ValueError("image_url: the path must be percent-encoded")
-        try:
-            return self._fetch(parts.scheme, host, port, target)
-        except (OSError, http.client.HTTPException) as error:
-            raise ValueError(f"image_url: {host[:80]!a} did not give the image ({type(error).__name__})") from None
+        return Place(parts.scheme, host, port, target)
 
     def allows(self, host: str, port: int | None) -> bool:
         host = host.lower().rstrip(".")
@@ -102,8 +156,12 @@ class ImageFetcher:
             raise ValueError(f"image_url: an image of more than {self.max_bytes} bytes")
         return data
 
-    def _addresses(self, host: str, port: int) -> list[str]:
-        found = [info[4][0] for info in self.resolve(host, port, type=socket.SOCK_STREAM)]
+    def _addresses(self, host: str, port: int, deadline: Deadline) -> list[str]:
+        asked = self._names.submit(self.resolve, host, port, type=socket.SOCK_STREAM)
+        try:
+            found = [info[4][0] for info in asked.result(deadline.left())]
+        finally:
+            asked.cancel()
         for address in found:
             if not self.private and not is_public(address):
                 raise ValueError(f"image_url: host {host[:80]!a} lies in a private network, which is not allowed")
@@ -111,16 +169,25 @@ class ImageFetcher:
             raise ValueError(f"image_url: host {host[:80]!a} has no address")
         return found
 
-    def _fetch(self, scheme: str, host: str, port: int, target: str) -> bytes:
-        deadline = time.monotonic() + self.timeout
-        address = self._addresses(host, port)[0]
-        plain = socket.create_connection((address, port), timeout=self.timeout)
-        connection = http.client.HTTPConnection(host, port, timeout=self.timeout)
+    def _get(self, place: Place, deadline: Deadline) -> bytes:
         try:
-            connection.sock = (
-                ssl.create_default_context().wrap_socket(plain, server_hostname=host) if scheme == "https" else plain
-            )
-            connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "fastvlm"})
+            return self._fetch(place, deadline)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            raise
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
+            named = f"{place.host[:80]!a} did not give the image ({type(error).__name__})"
+            raise ValueError(f"image_url: {named}") from None
+
+    def _fetch(self, place: Place, deadline: Deadline) -> bytes:
+        host = place.host
+        plain = connect(self._addresses(host, place.port, deadline), place.port, deadline)
+        connection = http.client.HTTPConnection(host, place.port)
+        try:
+            if place.scheme == "https":
+                plain.settimeout(deadline.left())
+                plain = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+            connection.sock = InTime(plain, deadline)
+            connection.request("GET", place.target, headers={"Accept": "image/*", "User-Agent": "fastvlm"})
             reply = connection.getresponse()
             if reply.status != 200:
                 raise ValueError(f"image_url: {host[:80]!a} answered {reply.status}; redirects are not followed")
@@ -129,13 +196,50 @@ class ImageFetcher:
                 size += len(chunk)
                 if size > self.max_bytes:
                     raise ValueError(f"image_url: an image of more than {self.max_bytes} bytes")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"image_url: {host[:80]!a} took more than {self.timeout:g} s")
                 chunks.append(chunk)
             return b"".join(chunks)
         finally:
             connection.close()
             plain.close()
+
+
+def connect(addresses: Sequence[str], port: int, deadline: Deadline) -> socket.socket:
+    """To the first address that answers; all of them were looked at.
+
+    Raises:
+        OSError: none does.
+    """
+    for number, address in enumerate(addresses, start=1):
+        try:
+            # An address that is silent leaves time for the next.
+            return socket.create_connection((address, port), timeout=deadline.left() / (len(addresses) - number + 1))
+        except OSError:
+            if number == len(addresses):
+                raise
+    raise OSError("no address")
+
+
+class InTime(io.RawIOBase):
+    """A socket as `http.client` uses one, whose every read and write ends by a deadline: a timeout of the socket's own
+    begins anew with each of them."""
+
+    def __init__(self, connection: socket.socket, deadline: Deadline):
+        self.connection, self.deadline = connection, deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        # One of its own: the connection closes its socket while the reply is still being read.
+        return io.BufferedReader(InTime(self.connection, self.deadline))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self.connection.settimeout(self.deadline.left())
+        return self.connection.recv_into(buffer)
+
+    def sendall(self, data: bytes) -> None:
+        self.connection.settimeout(self.deadline.left())
+        self.connection.sendall(data)
 
 
 def is_public(address: str) -> bool:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastvlm.inference.exchange import exchange
+
 KINDS = ("dynamic", "weight_only")
 SMALLEST = 64  # below this width rounding costs more than it saves
 LIFT = 2.0**20  # torch's dynamic products take no step below 6e-5: rows come in lifted, the weights' scales lowered
@@ -88,13 +90,7 @@ def quantise_linears(module: nn.Module, *, kind: str) -> int:
     if next(module.parameters()).device.type != "cpu":
         return _quantise_by_torchao(module, kind=kind)
     form = DynamicInt8Linear if kind == "dynamic" else WeightOnlyInt8Linear
-    count = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if is_wide_linear(child):
-                setattr(parent, name, form(child))
-                count += 1
-    return count
+    return exchange(module, fits=is_wide_linear, make=form)
 
 
 def _quantise_by_torchao(module: nn.Module, *, kind: str) -> int:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fastvlm.inference.exchange import exchange
+
 SMALLEST = 1 << 16  # weights of a layer; below, a call costs more than the layout saves
 ROWS = 256  # oneDNN chooses the layout for this many rows; that for one row was slower even with one row
 DTYPES = (torch.float32, torch.bfloat16)
@@ -88,10 +90,4 @@ def pack_linears(module: nn.Module) -> int:
 
     A head tied to the embedding is held twice from then on: rows are looked up in one, multiplied with the other.
     """
-    count = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if is_packable(child):
-                setattr(parent, name, PackedLinear(child))
-                count += 1
-    return count
+    return exchange(module, fits=is_packable, make=PackedLinear)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable
 from typing import Any
+
+from fastapi import Request
 
 from fastvlm.inference.engine import Generation
 
@@ -15,6 +18,32 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.kind, self.code = status, message, kind, code
+
+
+class Left(Exception):
+    """The client went away before its answer was whole."""
+
+
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """What `work` gives; when the client leaves before, the work is cancelled.
+
+    Raises:
+        Left: it did.
+    """
+    task, watch = asyncio.ensure_future(work), asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Left
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.2)
 
 
 def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict:

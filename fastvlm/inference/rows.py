@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,6 @@ class Row:
     decode_seconds: float = 0.0
     reused: int = 0
     begun: float = field(default=0.0, repr=False)
-    tag: Any = None
 
     @property
     def length(self) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,10 @@ from fastvlm.inference.sampling import Sampling
 
 class Busy(Exception):
     """As many questions wait as may."""
+
+
+class Stopped(Exception):
+    """The server ends before the answer does."""
 
 
 @dataclass(eq=False)
@@ -38,7 +41,6 @@ class Job:
     stop: Sequence[str]
     seed: int
     tell: Callable[[str, Any], None]
-    number: int = 0
     row: Row | None = None
     shown: int = 0
     submitted: float = field(default_factory=time.perf_counter)
@@ -53,7 +55,8 @@ class Job:
 class Scheduler:
     """First come, first served, with up to `max_rows` answers written side by side.
 
-    Between two steps at most one prompt is read, so those that are being answered never wait for more than that.
+    Between two steps at most one prompt is read, or a piece of other work (`call`) is done that is no longer than that;
+    where both wait they take turns. So those that are being answered never wait for more.
 
     Args:
         max_rows: answers at once.
@@ -65,9 +68,9 @@ class Scheduler:
             raise ValueError(f"max_rows={max_rows} must be 1 or more, max_waiting={max_waiting} 0 or more")
         self.engine, self.max_rows, self.max_waiting = engine, max_rows, max_waiting
         self.num_active, self.num_done, self.num_cancelled, self.num_tokens = 0, 0, 0, 0
-        self._waiting: deque[Job | Call] = deque()
+        self._waiting: deque[Job] = deque()
+        self._calls: deque[Call] = deque()
         self._active: list[Job] = []
-        self._numbers = itertools.count()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
@@ -75,7 +78,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._calls)
 
     def submit(self, job: Job) -> Job:
         """
@@ -83,21 +86,26 @@ class Scheduler:
             Busy: too many wait.
         """
         with self._wake:
-            if self._stopping or len(self._waiting) >= self.max_waiting + (self.num_active < self.max_rows):
+            if self._stopping or self.num_waiting >= self.max_waiting + (self.num_active < self.max_rows):
                 raise Busy
-            job.number = next(self._numbers)
             self._waiting.append(job)
             self._wake.notify()
         return job
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function between two steps, with the model to itself."""
+    async def call(self, work: Generator[None, None, Any]) -> Any:
+        """What a generator returns, run piece by piece between steps with the model to itself, one generator after the
+        other. Whoever stops waiting for it ends it before its next piece.
+
+        Raises:
+            Busy: too many wait.
+            Stopped: the scheduler has ended.
+        """
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._wake:
-            if self._stopping or len(self._waiting) >= self.max_waiting + 1:
+            if self._stopping or self.num_waiting >= self.max_waiting + 1:
                 raise Busy
-            self._waiting.append(Call(function, loop, future))
+            self._calls.append(Call(work, loop, future))
             self._wake.notify()
         return await future
 
@@ -111,20 +119,25 @@ class Scheduler:
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _work(self) -> None:
-        rows = self.engine.rows()
+        rows, read_last = self.engine.rows(), False
         while True:
             with self._wake:
-                while not (self._waiting or self._active or self._stopping):
+                while not (self._waiting or self._calls or self._active or self._stopping):
                     self._wake.wait()
                 if self._stopping:
                     break
-                entry = self._waiting.popleft() if self._waiting and len(self._active) < self.max_rows else None
-                self.num_active = len(self._active) + isinstance(entry, Job)
+                job = call = None
+                if self._calls and (read_last or not self._may_read()):
+                    call = self._calls[0]
+                elif self._may_read():
+                    job = self._waiting.popleft()
+                read_last = job is not None
+                self.num_active = len(self._active) + read_last
             try:
-                if isinstance(entry, Call):
-                    entry.run()
-                elif entry is not None:
-                    self._admit(entry, rows)
+                if call is not None and call.advance():
+                    self._calls.popleft()
+                if job is not None:
+                    self._admit(job, rows)
                 self._drop_cancelled(rows)
                 rows.step()
                 self._publish()
@@ -133,8 +146,14 @@ class Scheduler:
                     job.tell("error", error)
                 self._active, rows = [], self.engine.rows()
             self.num_active = len(self._active)
-        for job in [*self._active, *(e for e in self._waiting if isinstance(e, Job))]:
-            job.tell("error", RuntimeError("the server stops"))
+        ended = Stopped("the server stops")
+        for job in [*self._active, *self._waiting]:
+            job.tell("error", ended)
+        for call in self._calls:
+            call.fail(ended)
+
+    def _may_read(self) -> bool:
+        return bool(self._waiting) and len(self._active) < self.max_rows
 
     def _admit(self, job: Job, rows) -> None:
         if job.cancelled.is_set():
@@ -168,6 +187,11 @@ class Scheduler:
             rows.drop(job.row)
             self._active.remove(job)
             self.num_cancelled += 1
+        with self._wake:  # those that wait take up places that others could have
+            left = [job for job in self._waiting if job.cancelled.is_set()]
+            for job in left:
+                self._waiting.remove(job)
+            self.num_cancelled += len(left)
 
     def _publish(self) -> None:
         for job in list(self._active):
@@ -186,17 +210,35 @@ class Scheduler:
 
 @dataclass(eq=False)
 class Call:
-    function: Callable[[], Any]
+    """Work in pieces for somebody who waits in an event loop."""
+
+    work: Generator[None, None, Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future
 
-    def run(self) -> None:
+    def advance(self) -> bool:
+        """Do a piece; whether that was the last one, or nobody waits any more."""
+        if self.future.cancelled():
+            self.work.close()
+            return True
         try:
-            result, settle = self.function(), "set_result"
+            next(self.work)
+        except StopIteration as end:
+            self._settle("set_result", end.value)
         except Exception as error:  # noqa: BLE001  handed to whoever called
-            result, settle = error, "set_exception"
-        self.loop.call_soon_threadsafe(self._settle, settle, result)
+            self._settle("set_exception", error)
+        else:
+            return False
+        return True
+
+    def fail(self, error: Exception) -> None:
+        self.work.close()
+        self._settle("set_exception", error)
 
     def _settle(self, how: str, result: Any) -> None:
-        if not self.future.done():
-            getattr(self.future, how)(result)
+        def settle() -> None:
+            if not self.future.done():
+                getattr(self.future, how)(result)
+
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(settle)

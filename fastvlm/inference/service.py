@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import random
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import Request
-
+from fastvlm.data.conversation import encode_record
 from fastvlm.data.decode import measure_image
 from fastvlm.inference.attention import attend
 from fastvlm.inference.clock import peak_bytes, percentiles
@@ -22,7 +23,7 @@ from fastvlm.inference.fetching import ImageFetcher
 from fastvlm.inference.protocol import AttentionRequest, ChatRequest
 from fastvlm.inference.replies import Refused, cost, error_body, reason, usage
 from fastvlm.inference.sampling import Sampling
-from fastvlm.inference.scheduler import Busy, Job, Scheduler
+from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
 from fastvlm.inference.settings import Settings
 
 log = logging.getLogger("fastvlm.server")
@@ -42,19 +43,10 @@ class Asked:
         """
         kind, value = await self.events.get()
         if kind == "error":
-            if isinstance(value, ValueError):
-                raise Refused(400, str(value).splitlines()[0])
-            raise value
+            raise refusal(value)
         if kind == "done":
             self.service.saw_first_token(value.first_token_seconds)
         return kind, value
-
-    async def until_gone(self, request: Request) -> None:
-        """Cancel the job when the client leaves."""
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.2)
-        self.job.cancel()
-        self.job.tell("error", ConnectionResetError("the client left"))
 
 
 class Service:
@@ -71,7 +63,10 @@ class Service:
             timeout=settings.fetch_seconds,
             private=settings.allow_private,
         )
+        # Tokenizers are for one thread at a time, and the engine's is the scheduler's.
+        self._tokenizer, self._counting = copy.deepcopy(engine.tokenizer), threading.Lock()
         self.refusals: dict[int, int] = {}  # by HTTP status
+        self.num_left = 0  # clients that went before their answer was whole
         self._first_tokens: list[float] = []  # seconds, of the last thousand answers
 
     def saw_first_token(self, seconds: float) -> None:
@@ -93,13 +88,33 @@ class Service:
         record, urls = body.record()
         if len(urls) > limits.max_images:
             raise Refused(400, f"{len(urls)} images, more than the {limits.max_images} a request may have")
+        # Where its attention is asked for the answer is part of what is read, and may be as long as this server writes.
+        most = limits.max_prompt_tokens + (limits.max_new_tokens if isinstance(body, AttentionRequest) else 0)
         try:
-            return record, await asyncio.to_thread(self._read_images, urls)
+            return record, await asyncio.to_thread(self._read, record, urls, most)
         except ValueError as error:
             raise Refused(400, str(error).splitlines()[0]) from None
 
+    def _read(self, record: dict, urls: Sequence[str], max_tokens: int) -> list:
+        """The images of a request, in a thread; what is too long is refused before anything is computed."""
+        self._check_length(record, [self.engine.tokens_per_image] * len(urls), max_tokens)  # a view each at the least
+        images = self._read_images(urls)
+        views = [len(image) if image.ndim == 4 else 1 for image in images]
+        if sum(views) > len(images):
+            self._check_length(record, [self.engine.tokens_per_image * count for count in views], max_tokens)
+        return images
+
+    def _check_length(self, record: dict, slots: Sequence[int], max_tokens: int) -> None:
+        with self._counting:
+            encoded = encode_record(record, self._tokenizer, tokens_per_image=slots, prompt=True)
+        if (length := len(encoded.input_ids)) > max_tokens:
+            raise ValueError(
+                f"the prompt has {length} tokens ({sum(slots)} of images), more than the {max_tokens} this server "
+                "reads: shorten it or use fewer images"
+            )
+
     def _read_images(self, urls: Sequence[str]) -> list:
-        files = [self.fetch(url) for url in urls]
+        files = self.fetch.all(urls)
         for data in files:
             width, height = measure_image(data)
             if width * height > self.settings.max_pixels:
@@ -178,14 +193,17 @@ class Service:
                 yield f"data: {json.dumps(opening | {'choices': [], 'usage': usage(value)})}\n\n"
             yield "data: [DONE]\n\n"
             finished = True
-        except ConnectionResetError:
-            pass
-        except Exception as error:  # noqa: BLE001  the headers are sent: the error goes where the client listens
+        except Refused as error:  # the headers are sent: the error goes where the client listens
+            finished = True
+            yield f"data: {json.dumps(error_body(error.message, kind=error.kind, code=error.code))}\n\n"
+        except Exception as error:  # noqa: BLE001  likewise
+            finished = True
             log.error("a stream failed", exc_info=error)
             yield f"data: {json.dumps(error_body('the server failed; its log says why', kind='server_error'))}\n\n"
         finally:
             if not finished:
-                asked.job.cancel()
+                self.num_left += 1
+            asked.job.cancel()
 
     async def attention(self, body: AttentionRequest) -> dict:
         """Shares of image regions for the answer the conversation ends with, and for each visual token.
@@ -197,11 +215,11 @@ class Service:
         if not images:
             raise Refused(400, "there is no image whose regions could be shown")
         try:
-            views = await self.scheduler.call(lambda: attend(self.engine, record, images))
+            views = await self.scheduler.call(attend(self.engine, record, images))
         except Busy:
             raise busy() from None
-        except ValueError as error:
-            raise Refused(400, str(error).splitlines()[0]) from None
+        except (ValueError, Stopped) as error:
+            raise refusal(error) from None
         rounded = lambda tensor: [[round(v, 5) for v in row] for row in tensor.tolist()]
         return {
             "images": [
@@ -225,6 +243,7 @@ class Service:
             "fit": self.engine.transform.fit,
             "context_length": self.engine.model.llm.max_positions,
             "max_images": self.settings.max_images,
+            "max_prompt_tokens": self.settings.max_prompt_tokens,
         }
 
     def metrics(self) -> str:
@@ -234,6 +253,7 @@ class Service:
             "answers_total": scheduler.num_done,
             "answers_cancelled_total": scheduler.num_cancelled,
             "answer_tokens_total": scheduler.num_tokens,
+            "clients_left_total": self.num_left,
             "active": scheduler.num_active,
             "waiting": scheduler.num_waiting,
             "file_store_bytes": engine.files.num_bytes,
@@ -252,6 +272,13 @@ class Service:
             for k, v in values.items()
         ]
         return "\n".join(lines) + "\n"
+
+
+def refusal(error: Exception) -> Exception:
+    """What the client is told of an error: its own mistake, the server's end, or nothing but that the server failed."""
+    if isinstance(error, ValueError):
+        return Refused(400, str(error).splitlines()[0])
+    return Refused(503, str(error), kind="server_error", code="stopped") if isinstance(error, Stopped) else error
 
 
 def busy() -> Refused:

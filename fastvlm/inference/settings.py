@@ -23,6 +23,7 @@ class Settings:
         max_images: of a request.
         max_image_bytes, max_pixels: of an image.
         max_body_bytes: of a request.
+        max_prompt_tokens: of a request's text and images; what is longer is refused before it is computed.
         max_new_tokens: the most a client may ask for.
         default_new_tokens: where a client asks for nothing.
         allow_hosts: comma-separated hosts that images may be fetched from; none by default.
@@ -44,6 +45,7 @@ class Settings:
     max_image_bytes: int = 10 * 2**20
     max_pixels: int = 40_000_000
     max_body_bytes: int = 32 * 2**20
+    max_prompt_tokens: int = 16384
     max_new_tokens: int = 1024
     default_new_tokens: int = 256
     allow_hosts: str = ""

@@ -57,6 +57,7 @@ def build_data(
         plan_cache=plan_cache,
         max_skipped_share=options.max_skipped_share,
         cache_bytes=options.cache_mb << 20,
+        where=f"stages.{name}.",
     )
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.build import build_transform, instantiate
+from fastvlm.callbacks.answer_speed import AnswerSpeed
 from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, stage_cost
 from fastvlm.callbacks.features import CachedFeatures
 from fastvlm.callbacks.freezing import StageFreezing
@@ -27,8 +28,8 @@ from fastvlm.callbacks.samples import Samples
 from fastvlm.data.plan_report import report
 from fastvlm.data.replan import write_order
 from fastvlm.hardware import is_first_rank
-from fastvlm.identity import ENCODING, code_hash, commit, hash_of
-from fastvlm.pipeline.held_out import generate_answers, held_out_records
+from fastvlm.identity import commit, hash_of
+from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
 from fastvlm.pipeline.messages import say, stage_summary
 from fastvlm.pipeline.stage_folder import newest_checkpoint, order_is_kept
 
@@ -162,6 +163,7 @@ class Training:
             *([LongestFirst(self.plan, say=say)] if self.pipeline.config.data.longest_first else []),
             *([self.cached_features()] if self.config.cache_features else []),
             self.metrics,
+            *self.answer_speed(),
             Progress(),
             *self.samples(),
             provenance,
@@ -177,22 +179,38 @@ class Training:
                 "holds the encoder; write the features with hardware.strategy=ddp, or set it false"
             )
         made = self.pipeline.resolved["encoder"] or self.pipeline.resolved["vlm"]
-        description = {"encoder": made, "code": code_hash(ENCODING)}
-        return CachedFeatures(name=self.name, description=description, path=self.folder / "features.json", say=say)
+        return CachedFeatures(
+            name=self.name, description={"encoder": made}, path=self.folder / "features.json", say=say
+        )
 
     def samples(self) -> list[Samples]:
         """Held-out samples drawn at every validation: one callback, or none where no rank could answer."""
-        num, tokenizer = self.pipeline.config.num_samples, self.pipeline.tokenizer
-        if not num or "llm" not in self.config.parts:
+        num = self.pipeline.config.num_samples
+        if not num or not self.can_answer("no samples are drawn"):
             return []
+        transform = build_transform(self.config)
+        records = partial(held_out_records, self.stage.data.mixture, self.pipeline.tokenizer, transform=transform)
+        return [Samples(num, generate=partial(generate_answers, **self.engine_options()), records=records)]
+
+    def answer_speed(self) -> list[AnswerSpeed]:
+        """Time to first token after every validation: one callback, or none where no rank could answer."""
+        images = self.pipeline.config.speed_images
+        if not images or not self.can_answer("no speed is measured"):
+            return []
+        return [AnswerSpeed(partial(answer_speed, images=images, **self.engine_options()))]
+
+    def can_answer(self, otherwise: str) -> bool:
+        """Whether the stage computes with words and a rank holds the whole model; says what is left out where not."""
+        if "llm" not in self.config.parts:
+            return False
         if self.hardware.shards:
             held = self.hardware.strategy
-            say(f"\n{self.name}: no samples are drawn at validations: with {held} no rank holds the model")
-            return []
-        views = {"image_size": self.config.image_size, "transform": build_transform(self.config)}
-        records = partial(held_out_records, self.stage.data.mixture, tokenizer, transform=views["transform"])
-        generate = partial(generate_answers, tokenizer=tokenizer, device=self.hardware.device, **views)
-        return [Samples(num, generate=generate, records=records)]
+            say(f"\n{self.name}: {otherwise} at validations: with {held} no rank holds the model")
+        return not self.hardware.shards
+
+    def engine_options(self) -> dict:
+        options = {"tokenizer": self.pipeline.tokenizer, "device": self.hardware.device}
+        return options | {"image_size": self.config.image_size, "transform": build_transform(self.config)}
 
     def manifest(self) -> dict:
         """What the handoff says of the stage beside its metrics."""

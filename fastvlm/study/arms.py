@@ -125,7 +125,7 @@ def expand(arguments: list[str]) -> list[str]:
 
 # What a cell may differ in and still be the same cell: what names it, and what only tells where and how it runs.
 SILENT = ("experiment", "arm", "scale", "seed", "hardware", "logger", "overwrite", "name", "dry_run", "num_samples")
-SILENT += ("log_every", "checkpoint_every", "paths", "hydra", "objective")
+SILENT += ("speed_images", "log_every", "checkpoint_every", "paths", "hydra", "objective")
 
 
 def is_silent(override: str) -> bool:

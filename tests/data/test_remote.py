@@ -18,8 +18,9 @@ from tiny_world import write_source
 from fastvlm.data import remote
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
+from fastvlm.data.listing import write_listing
 from fastvlm.data.plan import Plan
-from fastvlm.data.remote import locate_shards, write_listing
+from fastvlm.data.remote import locate_shards
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.sidecar import build_index
 from fastvlm.data.source import Mixture, Source

@@ -8,7 +8,7 @@ from tiny_vlm import IMAGE_SIZE, draw_png
 
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
-from fastvlm.evaluation.answer_speed import OPENING, answer_speed, opening
+from fastvlm.evaluation.answer_speed import OPENING, answer_speed, first_token_ms, opening
 from fastvlm.evaluation.questions import Question
 
 
@@ -44,6 +44,26 @@ def test_a_second_question_is_timed_after_another_about_its_image_and_a_first_wi
     assert (engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes) == before
 
 
+def test_an_answers_speed_is_cpu_time_of_one_thread_however_many_there_are(engine, questions, monkeypatch):
+    generate, seen = engine.generate, []
+
+    def spy(*rest, **options):
+        seen.append((torch.get_num_threads(), engine.clock.kind))
+        return generate(*rest, **options)
+
+    monkeypatch.setattr(engine, "generate", spy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        answer_speed(engine, questions[:1], tokens=2, repeats=1)
+        assert set(seen) == {(1, "cpu")} and torch.get_num_threads() == 2 and engine.clock.kind == "wall"
+        seen.clear()
+        times = first_token_ms(engine, questions, repeats=2)
+        assert seen == [(2, "wall")] * 6 and times["test/ttft_ms"] > 0 and not first_token_ms(engine, [])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_opening_question_keeps_the_image_where_it_was(questions):
     ((image, text),) = (message["content"] for message in opening(questions[0])["messages"])
     assert image == {"type": "image"} and text["text"] == OPENING
@@ -54,14 +74,25 @@ def test_levers_are_pulled_on_a_copy(tiny_model, tiny_tokenizer, monkeypatch, tm
     from fastvlm.evaluation import panel, speed_panel
 
     scored = []
-    monkeypatch.setattr(panel.Panel, "run", lambda self, model, *_, **__: scored.append(model) or {"metrics": {}})
+    threads: list[int] = []
+
+    def run(self, model, *_, **__):
+        scored.append(model)
+        threads.append(torch.get_num_threads())
+        return {"metrics": {}}
+
+    monkeypatch.setattr(panel.Panel, "run", run)
     monkeypatch.setattr(speed_panel, "read_questions", lambda *_, **__: [])
     monkeypatch.setattr(speed_panel, "answer_speed", lambda engine, *_, **__: {"same": engine.model is scored[0]})
 
     monkeypatch.setattr(Source, "load", lambda *_: None)
     before = copy.deepcopy(tiny_model.state_dict())
     task = speed_panel.SpeedPanel({"questions": Source("questions", path=tmp_path)}, levers="bf16")
+    many = torch.get_num_threads()
+    torch.set_num_threads(2)
     result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert threads == [1] and torch.get_num_threads() == 2
+    torch.set_num_threads(many)
     assert result["metrics"]["same"] and scored[0] is not tiny_model
     assert next(scored[0].llm.parameters()).dtype == torch.bfloat16
     for name, value in tiny_model.state_dict().items():

@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 from fastvlm.evaluation import aokvqa, boxes, gqa, mathvista, mmmu, pope, science_qa
 from fastvlm.evaluation.anls import ANLS, anls, edit_distance
 from fastvlm.evaluation.captions import Captions, bleu, cider_d, rouge_l
-from fastvlm.evaluation.ptb import tokenise
+from fastvlm.evaluation.ptb import find_jar, tokenise
 from fastvlm.evaluation.relaxed_accuracy import RelaxedAccuracy, relaxed_match
+from fastvlm.evaluation.scores import make_result
 from fastvlm.evaluation.vqa_accuracy import VQAAccuracy, evalai_accuracy, leave_one_out, vqa_accuracy
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -28,6 +31,11 @@ def cases(name: str) -> list:
 def wrong(rows, same) -> list:
     assert len(rows) >= 500
     return [row for row in rows if not same(row)]
+
+
+def as_rows(pairs) -> list[dict]:
+    """(prediction, references, ...) as rows of a predictions file."""
+    return [{"prediction": p[0], "answers": p[1], "meta": {}, "image_id": i} for i, p in enumerate(pairs)]
 
 
 def test_vqa_accuracy_is_the_official_one():
@@ -60,10 +68,43 @@ def test_relaxed_accuracy_is_the_official_one():
     assert not wrong(cases("relaxed_accuracy"), lambda row: relaxed_match(row[0], row[1]) == row[2])
 
 
-def test_anls_is_the_competitions():
+def test_anls_is_the_competitions_script_and_the_harness():
     rows = cases("anls")
-    assert not wrong(rows, lambda row: anls(row[0], row[1]) == row[2])
-    assert any(row[2] == 0.5 for row in rows)  # the formula would drop it
+    assert not wrong(rows, lambda row: anls(row[0], row[1]) == row[2] == row[3])
+    corpus = json.loads((GOLDEN / "anls.json").read_text(encoding="utf-8"))["corpus"]["anls"]
+    assert make_result("x", as_rows(rows), protocol=ANLS(), split="val", resamples=1)["table"][-1]["anls"] == corpus
+
+
+@given(
+    st.text("abAB \t", max_size=9),
+    st.lists(st.text("abAB \t", max_size=9), min_size=1, max_size=3),
+    st.sampled_from([0.25, 0.5, 0.9]),
+)
+def test_anls_is_the_papers_formula_but_for_its_edge_and_the_spaces_that_count_as_length(prediction, answers, tau):
+    """arXiv:1905.13648, section 5: of the normalised texts 1 - NL where NL < tau, else 0; the best reference counts."""
+    norm = lambda text: " ".join(text.lower().split())
+
+    def similarity(answer: str) -> float:
+        a, b = norm(answer), norm(prediction)
+        table = np.zeros((len(a) + 1, len(b) + 1))  # Wagner and Fischer 1974
+        table[0], table[:, 0] = np.arange(len(b) + 1), np.arange(len(a) + 1)
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                both = table[i - 1, j - 1] + (a[i - 1] != b[j - 1])
+                table[i, j] = min(both, table[i - 1, j] + 1, table[i, j - 1] + 1)
+        length = max(len(a), len(b))
+        return 1 - float(table[-1, -1]) / length if length else 1.0
+
+    said = anls(norm(prediction), [norm(answer) for answer in answers], threshold=1 - tau)
+    best = max(map(similarity, answers))
+    assert said == pytest.approx(best if best > 1 - tau or (best == 1 - tau and said) else 0.0)
+    assert (
+        anls(prediction, answers, threshold=0.0) >= best - 1e-12
+    )  # spaces as given make a text longer, never less alike
+
+
+def test_anls_keeps_the_half_that_the_formula_drops():
+    assert anls("ab", ["ac"]) == 0.5 and sum(row[2] == 0.5 for row in cases("anls")) >= 10
 
 
 @given(st.text("abc", max_size=6), st.text("abc", max_size=6), st.text("abc", max_size=6))
@@ -74,20 +115,24 @@ def test_edit_distance_is_a_distance(a, b, c):
 
 
 def test_both_forms_of_aokvqa_are_the_official_ones():
-    def same(row):
-        chosen, choices, right, picked, direct, answers, difficult, said = row
+    def row_of(case) -> dict:
+        _, choices, right, _, _, answers, difficult, _ = case
         meta = {"choices": choices, "correct_choice_idx": right, "difficult_direct_answer": difficult}
-        both = {"answers": answers, "meta": meta}
-        choice = aokvqa.MultipleChoice().grade(both | {"prediction": chosen})["score"]
-        counted = aokvqa.DirectAnswer().counts(both)
-        score = aokvqa.DirectAnswer().grade(both | {"prediction": direct})["score"]
-        # Two options that differ by case alone are the official scorer's to tell apart.
-        exact = chosen not in choices or [c.lower().rstrip(".") for c in choices].count(chosen.lower().rstrip(".")) == 1
-        if exact and chosen not in ("A", "b."):
-            assert 100 * choice == picked
-        return counted == (said is not None) and (said is None or 100 * score == said)
+        return {"question_id": "q", "answers": answers, "meta": meta}
 
-    assert not wrong(cases("aokvqa"), same)
+    def choice_is_same(case) -> bool:
+        return 100 * aokvqa.MultipleChoice().grade(row_of(case) | {"prediction": case[0]})["score"] == case[3]
+
+    def names_one(case) -> bool:
+        """The official scorer is given an option; words name none of two that differ by case, nor one like a letter."""
+        chosen, choices = case[0], [c.lower().rstrip(".") for c in case[1]]
+        return choices.count(chosen.lower().rstrip(".")) < 2 and chosen not in ("A", "b.")
+
+    rows, direct = cases("aokvqa"), aokvqa.DirectAnswer()
+    assert not wrong([case for case in rows if names_one(case)], choice_is_same)
+    assert all(direct.counts(row_of(case)) == (case[7] is not None) for case in rows)
+    counted = [case for case in rows if case[7] is not None]
+    assert not wrong(counted, lambda c: 100 * direct.grade(row_of(c) | {"prediction": c[4]})["score"] == c[7])
 
 
 @pytest.mark.parametrize(
@@ -115,8 +160,24 @@ def test_pope_is_the_official_one():
 
 
 def test_gqa_is_the_harness_and_the_official_script():
-    same = lambda row: gqa.match(row[0], row[1]) == row[2] and gqa.match_strict(row[0], row[1]) == row[3]
-    assert not wrong(cases("gqa"), same)
+    rows = cases("gqa")
+    assert not wrong(
+        rows, lambda row: gqa.match(row[0], row[1]) == row[4] and gqa.match_strict(row[0], row[1]) == row[5]
+    )
+    figures = json.loads((GOLDEN / "gqa.json").read_text(encoding="utf-8"))["corpus"]
+
+    class Strict(gqa.GQA):
+        def grade(self, row: dict) -> dict:
+            return {"score": float(gqa.match_strict(row["prediction"], row["answers"][0]))}
+
+    asked = [
+        row | {"type": case[2], "meta": {"structural": case[2], "semantic": case[3]}}
+        for case, row in zip(rows, as_rows([[case[0], [case[1]]] for case in rows]))
+    ]
+    result = make_result("x", asked, protocol=Strict(), split="test", resamples=1)
+    mine = {row["type"]: 100 * row["exact_match"] for row in result["table"]}
+    assert mine == pytest.approx({("all" if name == "accuracy" else name): value for name, value in figures.items()})
+    assert 100 * result["figures"]["exact_match_strict"] == pytest.approx(figures["accuracy"])
 
 
 def test_science_qa_is_read_as_llava_reads_it():
@@ -217,6 +278,26 @@ def test_a_caption_task_from_raw_text_has_cocos_figures(captions):
     scored = [row | score for row, score in zip(given_, protocol.score(given_))]
     assert sum(r["score"] for r in scored) / len(scored) == pytest.approx(corpus["cider"], rel=1e-3)
     assert protocol.summarise(scored)["bleu_4"] == pytest.approx(corpus["bleu"][3], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_jar() is None or shutil.which("java") is None, reason="needs Java and pycocoevalcap")
+def test_a_caption_task_by_the_original_tokenizer_has_exactly_cocos_figures(captions):
+    rows, corpus = captions
+    protocol = Captions(tokenizer="java")
+    given_ = [{"prediction": row[0], "answers": row[1], "image_id": i, "meta": {}} for i, row in enumerate(rows)]
+    grades = protocol.score(given_)
+    assert [grade["parsed"] for grade in grades] == [row[2] for row in rows]
+    assert math.fsum(grade["score"] for grade in grades) / len(rows) == pytest.approx(corpus["cider"], rel=1e-12)
+    figures = protocol.summarise([row | grade for row, grade in zip(given_, grades)])
+    assert [figures[f"bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx(corpus["bleu"], rel=1e-12)
+    assert figures["rouge_l"] == pytest.approx(corpus["rouge_l"], rel=1e-12)
+
+
+def test_the_original_tokenizer_without_java_or_its_jar_is_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="tokenizer=java: .*(java is not on the PATH|pip install pycocoevalcap)"):
+        Captions(tokenizer="java").score([{"prediction": "a", "answers": ["a"]}])
 
 
 @settings(max_examples=50)

@@ -16,7 +16,9 @@ import json
 import random
 import re
 import sys
+import tempfile
 import types
+import unittest.mock
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,6 +30,9 @@ SOURCES = {
     "aokvqa": ("allenai+aokvqa", "83786de0b24c4fef0bfe39420684f6f73d9f3581"),
     "pope": ("RUCAIBox+POPE", "3df3ba1b110ecce25696989577fad583b67d4239"),
     "mathvista": ("lupantech+MathVista", "53d525874bdde205128e6b160b7357a88277d479"),
+    # Whose own homes are no repositories: copies of GQA's eval.py and of the script of the DocVQA competitions.
+    "gqa": ("SHI-Labs+VCoder", "4e85acef896cee7843257d5d844ec945407efb13"),
+    "rrc": ("QwenLM+Qwen-VL", "aa00ed04091eea5fcdd32985e7915f1c53e7d599"),
 }
 N = 600
 ODD_WORDS = (
@@ -174,7 +179,8 @@ def relaxed(official: dict[str, Path]) -> None:
 def anls(official: dict[str, Path]) -> None:
     metrics = official["lmms-eval"] / "lmms_eval/api/metrics.py"
     [distance] = functions(metrics, "levenshtein_distance")
-    [score] = functions(metrics, "anls", levenshtein_distance=distance)
+    [harness] = functions(metrics, "anls", levenshtein_distance=distance)
+    script = load(official["rrc"] / "eval_mm/infographicsvqa_eval.py", "rrc")
     r = random.Random(3)
     cases = []
     for _ in range(N):
@@ -186,15 +192,27 @@ def anls(official: dict[str, Path]) -> None:
         prediction = "".join(prediction)
         if r.random() < 0.05:
             prediction, answers = r.choice([("", ["", "a"]), ("ab", ["ac"]), ("abcd", ["abxy"]), ("ß" * 4, ["ss" * 4])])
-        cases.append([prediction, answers, score(answers, [prediction])["anls"]])
-    write("anls", ["lmms-eval"], cases, columns=["prediction", "answers", "anls"])
+        cases.append([prediction, answers])
+    truth = [{"questionId": i, "question": "", "answers": answers} for i, (_, answers) in enumerate(cases)]
+    given = [{"questionId": i, "answer": prediction} for i, (prediction, _) in enumerate(cases)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "truth.json"), Path(folder, "given.json")
+        files[0].write_text(json.dumps({"data": truth, "dataset_name": ""}))
+        files[1].write_text(json.dumps(given))
+        settings = types.SimpleNamespace(answer_types=False, anls_threshold=0.5)
+        scored = script.evaluate_method(*files, settings)
+    for i, case in enumerate(cases):
+        case += [scored["per_sample_result"][str(i)]["score"], harness(case[1], [case[0]])["anls"]]
+    figures = {"anls": scored["result"]["score"]}
+    columns = ["prediction", "answers", "the competition's script", "lmms-eval"]
+    write("anls", ["rrc", "lmms-eval"], cases, columns=columns, corpus=figures)
 
 
 def aokvqa(official: dict[str, Path]) -> None:
     [score] = functions(official["aokvqa"] / "evaluation/eval_predictions.py", "eval_aokvqa")
     r = random.Random(4)
     cases = []
-    for _ in range(N):
+    for _ in range(3 * N // 2):  # a fifth is difficult and has no score, and some options cannot be named
         choices = r.sample(["wood", "metal", "stone", "Wood", "plastic", "old wood", "A", "b."], 4)
         answers = [r.choice(["wood", "Wood", "wood ", "stone", "oak"]) for _ in range(10)]
         right, hard = r.randrange(4), r.random() < 0.2
@@ -256,10 +274,49 @@ def gqa(official: dict[str, Path]) -> None:
         answer = words(r, 1, 2).strip("\n\t ") or "x"
         prediction = variant(r, answer) if r.random() < 0.8 else words(r, 1, 2)
         loose = score([prediction], [answer], ignore_case=True, ignore_punctuation=True)["exact_match"]
-        cases.append([prediction, answer, bool(loose), prediction.rstrip(".").lower() == answer])
-    write(
-        "gqa", ["lmms-eval"], cases, columns=["prediction", "answer", "lmms-eval", "eval.py after LLaVA's conversion"]
-    )
+        types_ = [r.choice(["query", "verify", "choose", "logical"]), r.choice(["attr", "rel", "global"])]
+        cases.append([prediction, answer, *types_, bool(loose)])
+    strict, figures = gqa_script(official, cases)
+    cases = [[*case, bool(right)] for case, right in zip(cases, strict)]
+    columns = ["prediction", "answer", "structural", "semantic", "lmms-eval", "eval.py after LLaVA's conversion"]
+    write("gqa", ["lmms-eval", "gqa", "llava"], cases, columns=columns, corpus=figures)
+
+
+def gqa_script(official: dict[str, Path], cases: list) -> tuple[list[float], dict[str, float]]:
+    """What GQA's script makes of the answers as LLaVA's script hands them over: of each, and its percentages."""
+    script = official["gqa"] / "playground/data/eval/gqa/data/eval/eval.py"
+    questions, answers = {}, []
+    for i, (prediction, answer, structural, semantic, _) in enumerate(cases):
+        kinds = {"structural": structural, "semantic": semantic, "detailed": ""}
+        row = {"question": "what", "answer": answer, "types": kinds, "isBalanced": True, "semantic": []}
+        questions[str(i)] = row | {"groups": {"global": "all"}}
+        answers.append(json.dumps({"question_id": str(i), "text": prediction}) + "\n")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        Path("said.jsonl").write_text("".join(answers))
+        Path("testdev_balanced_questions.json").write_text(json.dumps(questions))
+        said = {"tqdm": types.SimpleNamespace(tqdm=lambda rows: rows)}
+        run(official["llava"] / "scripts/convert_gqa_for_eval.py", "--src=said.jsonl", "--dst=converted.json")
+        options = ["--tier=testdev_balanced", "--questions={tier}_questions.json", "--predictions=converted.json"]
+        # The script overwrites its lists with their means: what its mean is given is remembered.
+        seen: list[list[float]] = []
+        scores = run(script, *options, modules=said, sum=lambda values: seen.append(list(values)) or sum(values))[
+            "scores"
+        ]
+    figures = {name: scores[name] for name in ("accuracy", "open", "binary")}
+    figures |= {name: mean for name, (mean, _) in scores["accuracyPerStructuralType"].items()}
+    figures |= {f"about {name}": mean for name, (mean, _) in scores["accuracyPerSemanticType"].items()}
+    return next(values for values in seen if len(values) == len(cases)), figures
+
+
+def run(path: Path, *arguments: str, modules: dict | None = None, **names_in_scope) -> dict:
+    """A whole script with its arguments, in a scope of its own."""
+    before, scope = dict(sys.modules), {"__name__": "__main__", **names_in_scope}
+    with (
+        unittest.mock.patch.object(sys, "argv", [str(path), *arguments]),
+        unittest.mock.patch.dict(sys.modules, before | (modules or {})),
+    ):
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+    return scope
 
 
 def science_qa(official: dict[str, Path]) -> None:

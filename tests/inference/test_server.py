@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import json
 import queue
 import socket
@@ -12,12 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.replies import BodyLimit
 from fastvlm.inference.sampling import Sampling
-from fastvlm.inference.scheduler import Busy, Job, Scheduler
+from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
+from fastvlm.inference.service import refusal
 from fastvlm.inference.settings import parse_settings
 
 pytest.importorskip("openai")
@@ -95,6 +98,7 @@ def test_a_further_turn_finds_the_image_and_what_was_said(server):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
 
 
+LONG = {"max_tokens": 200}
 MISTAKES = [
     (404, "does not exist", {"model": "huge", "messages": [{"role": "user", "content": "x"}]}),
     (400, "messages", {"model": "tiny", "messages": []}),
@@ -106,9 +110,64 @@ MISTAKES = [
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
-    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
+    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 80}], **LONG}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
+SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+UNSUPPORTED = {
+    "response_format": {"type": "json_object"},
+    "repetition_penalty": 1.2,
+    "length_penalty": 0.5,
+    "min_p": 0.1,
+    "best_of": 2,
+    "logprobs": True,
+    "presence_penalty": 1,
+    "logit_bias": {"5": 100},
+    "tool_choice": "required",
+    "reasoning_effort": "high",
+    "guided_regex": "a+",
+    "temprature": 1.0,
+}
+HARMLESS = {
+    "response_format": {"type": "text"},
+    "repetition_penalty": 1.0,
+    "min_p": 0,
+    "reasoning_effort": None,
+    "audio": None,
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "stream_options": None,
+    "tools": [],
+}
+
+
+def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(server):
+    for field, value in UNSUPPORTED.items():
+        status, said = server.ask(**SAID, **{field: value})
+        assert status == 400 and said["error"]["message"].startswith(field), (field, status, said)
+        assert said["error"]["param"].startswith(field) and "\n" not in said["error"]["message"]
+    inside = [
+        ("messages.0.name", {"name": "Ada"}),
+        ("messages.0.tool_calls", {"tool_calls": [{"id": "1"}]}),
+        ("messages.0.content", {"content": [{"type": "text", "text": "x", "weight": 2}]}),
+    ]
+    for field, more in inside:
+        status, said = server.ask(model="tiny", messages=[{"role": "user", "content": "x"} | more])
+        assert status == 400 and said["error"]["message"].startswith(field), said
+    plain, asked = server.ask(**SAID)[1], server.ask(**SAID, **HARMLESS)
+    assert asked[0] == 200 and asked[1]["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+def test_a_reply_of_the_openai_client_is_taken_back_as_it_came(server):
+    client, messages = server.client(), [{"role": "user", "content": "digit"}]
+    message = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    assert message.model_dump()["tool_calls"] is None, "it has fields that ask for nothing"
+    turns = [*messages, message.model_dump(), {"role": "user", "content": "and"}]
+    assert client.chat.completions.create(model="tiny", messages=turns, max_tokens=3).usage.completion_tokens == 3
+    image = {"type": "image_url", "image_url": {"url": data_url(1), "detail": "low"}}
+    assert server.ask(model="tiny", messages=[{"role": "user", "content": [image]}], max_tokens=3)[0] == 200
+
+
 ADDRESSES = [
     ("file:///etc/passwd", "scheme 'file' is not allowed"),
     ("http://127.0.0.1:1/x.png", "not on this server's allow-list"),
@@ -143,6 +202,53 @@ def test_a_clients_mistake_is_one_line_and_a_4xx_and_the_service_goes_on(server)
     assert server.get("/nowhere")[0] == 404 and server.get("/v1/chat/completions")[0] == 405
     assert server.get("/..%2fapp.py")[0] == 404
     assert server.ask(model="tiny", messages=with_images("still here", 1))[0] == 200
+
+
+def test_images_come_from_allowed_hosts_and_from_no_others(server, pictures, reference):
+    def asking(*urls):
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [*parts, {"type": "text", "text": "which digit"}]
+        return server.ask(model="tiny", messages=[{"role": "user", "content": content}])
+
+    status, reply = asking(pictures.url(1), data_url(2), pictures.url(3))
+    assert status == 200 and sorted(pictures.asked[-2:]) == ["/1.png", "/3.png"]
+    assert reply["choices"][0]["message"]["content"] == expected(reference, "which digit", 1, 2, 3).text
+    before = len(pictures.asked)
+    for url in (pictures.url(1, host="127.0.0.1"), "http://localhost/1.png", "http://localhost:1/1.png"):
+        status, reply = asking(pictures.url(1), url)
+        assert status == 400 and "not on this server's allow-list" in reply["error"]["message"]
+    assert len(pictures.asked) == before
+
+
+def test_pages_of_named_origins_may_call_the_server_and_no_others(server):
+    def allowed(origin: str) -> tuple[int, str | None, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin, **wanted})
+        asked = connection.getresponse()
+        asked.read()
+        connection.request("GET", "/v1/models", headers={"Origin": origin})
+        given = connection.getresponse()
+        given.read()
+        connection.close()
+        name = "Access-Control-Allow-Origin"
+        return asked.status, asked.headers[name], given.headers[name]
+
+    for origin in (ORIGIN, "https://b.example"):
+        assert allowed(origin) == (200, origin, origin)
+    for origin in ("https://evil.example", f"{ORIGIN}.evil.example", "null"):
+        assert allowed(origin) == (400, None, None)
+
+
+def test_a_prompt_of_more_tokens_than_allowed_is_refused_before_anything_is_computed(server):
+    messages = with_images("digit " * 230, 77)
+    before = server.metric("image_store_bytes")
+    for path, more in (("chat/completions", []), ("attention", [{"role": "assistant", "content": "digit " * 300}])):
+        body = {"model": "tiny", "messages": [*messages, *more]}
+        status, raw = server.request("POST", f"/v1/{path}", json.dumps(body))
+        said = json.loads(raw)["error"]["message"]
+        assert status == 400 and "4 of images), more than the" in said and "this server reads" in said, said
+    assert server.metric("image_store_bytes") == before
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
@@ -182,27 +288,55 @@ def test_32_clients_at_once_are_each_answered_as_if_alone(server, reference):
     assert all(0 < server.metric(name) <= bound for name, bound in bounds.items())
 
 
-def leave_early(server, *, stream: bool) -> None:
-    body = {"model": "tiny", "messages": with_images("word", 3), "max_tokens": 200, "stream": stream}
-    body = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body)}"
+def leave_early(server, path: str, *, stream: bool = False, when: str = "at once") -> None:
+    """Asks and goes away at once, when the answer is being written, or when its first piece has come."""
+    messages = with_images("word", 3)
+    messages += [{"role": "assistant", "content": "digit"}] if "attention" in path else []
+    body = json.dumps({"model": "tiny", "messages": messages, "max_tokens": 200, "stream": stream}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
-        if stream:
+        if when == "first piece":
             assert b"200 OK" in connection.recv(1 << 12)
+        elif when == "written":
+            wait_for(lambda: server.metric("active") == 1)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_the_answer_of_a_client_that_left_is_not_written_to_its_end(server, stream):
-    before, written = server.metric("answers_cancelled_total"), server.metric("answers_total")
+def wait_for(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "when"),
+    [
+        ("/v1/chat/completions", True, "first piece"),
+        ("/v1/chat/completions", False, "written"),
+        ("/v1/chat/completions", False, "at once"),
+        ("/v1/chat/completions", True, "at once"),
+        ("/v1/attention", False, "at once"),
+    ],
+)
+def test_a_client_that_leaves_is_no_failure_and_its_answer_is_not_written_to_its_end(server, path, stream, when):
+    names = ("clients_left_total", "answers_cancelled_total", "answers_total", "refused_500_total", "refused_499_total")
+    before = {name: server.metric(name) for name in names}
     for _ in range(3):
-        leave_early(server, stream=stream)
-    deadline = time.monotonic() + 30
-    while server.metric("answers_cancelled_total") < before + 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert server.metric("answers_cancelled_total") == before + 3 and server.metric("answers_total") == written
-    assert server.metric("active") == server.metric("waiting") == 0
+        leave_early(server, path, stream=stream, when=when)
+    wait_for(lambda: server.metric("clients_left_total") >= before["clients_left_total"] + 3)
+    wait_for(lambda: server.metric("active") == server.metric("waiting") == 0)
+    more = {name: server.metric(name) - before[name] for name in names}
+    # Who goes at once may be gone before the question is asked.
+    cancelled = [3] if when != "at once" else range(4)
+    assert more.pop("answers_cancelled_total") in cancelled
+    assert more == {
+        "clients_left_total": 3,
+        "answers_total": 0,
+        "refused_500_total": 0,
+        "refused_499_total": 0,
+    }
+    assert "failed" not in server.process.output()[1]
 
 
 def job(engine, *, tokens: int, text: str = "digit"):
@@ -249,6 +383,79 @@ def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobod
         assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
     finally:
         scheduler.stop()
+
+
+def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_answers(reference, monkeypatch):
+    """...and ends when nobody waits for it."""
+    seen, decode = [], reference._decode
+    monkeypatch.setattr(reference, "_decode", lambda *given: seen.append("step") or decode(*given))
+
+    def pieces(count, name="piece"):
+        for _ in range(count):
+            seen.append(name)
+            yield
+        return name
+
+    async def ask():
+        answer, told = job(reference, tokens=20)
+        scheduler.submit(answer)
+        wait_for(lambda: "step" in seen)
+        others = [asyncio.create_task(scheduler.call(pieces(5))) for _ in range(2)]
+        later, later_told = job(reference, tokens=5)
+        scheduler.submit(later)
+        assert [await other for other in others] == ["piece"] * 2
+        for events in (told, later_told):
+            assert (await asyncio.to_thread(last_event, events))[0] == "done"
+        between = [seen[i + 1 : i + 3] for i, name in enumerate(seen) if name == "piece"]
+        assert len(between) == 10 and all("step" in pair for pair in between), seen
+        # Who stops waiting ends the work.
+        endless = asyncio.create_task(scheduler.call(pieces(10**9, "endless")))
+        await asyncio.to_thread(wait_for, lambda: "endless" in seen)
+        endless.cancel()
+        await asyncio.to_thread(wait_for, lambda: scheduler.num_waiting == 0)
+        with pytest.raises(ValueError, match="a mistake"):
+            await scheduler.call(mistake())
+
+    def mistake():
+        raise ValueError("a mistake")
+        yield
+
+    scheduler = Scheduler(reference, max_rows=2, max_waiting=3)
+    try:
+        asyncio.run(ask())
+    finally:
+        scheduler.stop()
+
+
+def test_a_scheduler_that_stops_tells_everybody_who_waits(reference, monkeypatch):
+    gate, decode = threading.Event(), reference._decode
+    monkeypatch.setattr(reference, "_decode", lambda *given: gate.wait(30) and decode(*given))
+
+    async def ask():
+        scheduler = Scheduler(reference, max_rows=1, max_waiting=3)
+        asked = [job(reference, tokens=50) for _ in range(2)]
+        for question, _ in asked:
+            scheduler.submit(question)
+        call = asyncio.create_task(scheduler.call(_ for _ in ()))
+        await asyncio.sleep(0.01)
+        ending = asyncio.get_running_loop().run_in_executor(None, scheduler.stop)
+        wait_for(lambda: scheduler._stopping)
+        gate.set()
+        with pytest.raises(Stopped):
+            await asyncio.wait_for(call, timeout=20)
+        await ending
+        for _, told in asked:
+            assert isinstance(last_event(told)[1], Stopped)
+        with pytest.raises(Busy):
+            await scheduler.call(_ for _ in ())
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_a_stop_cuts_off_is_a_503_and_no_failure():
+    assert refusal(Stopped("the server stops")).status == 503
+    assert refusal(ValueError("one line\nanother")).message == "one line"
+    assert isinstance(refusal(ZeroDivisionError()), ZeroDivisionError)
 
 
 def test_attention_says_which_regions_an_answer_and_each_token_looked_at(server):

@@ -1,0 +1,49 @@
+"""How fast the model answers while it trains: time to first token and tokens a second, beside the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fastvlm.callbacks.metrics import Metrics
+
+
+class AnswerSpeed(Callback):
+    """After each validation asks the model as a user would, and hands the figures to the `Metrics` callback.
+
+    The first rank asks, the others wait for it at their next step; the time is that of validation, no step's. The
+    model answers in eval mode and in the precision its weights are held in (under `bf16-mixed` that is float32).
+    Nothing of the training is different afterwards: weights, statistics, gradients, modes and random state.
+
+    Args:
+        measure: the model -> figures by name, such as `Speed.metrics` of `fastvlm.bench`.
+
+    Raises:
+        ValueError: there is no `Metrics` callback.
+    """
+
+    def __init__(self, measure: Callable[[Any], dict[str, float]]):
+        self.measure = measure
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._metrics = next((c for c in trainer.callbacks if isinstance(c, Metrics)), None)
+        if self._metrics is None:
+            raise ValueError("AnswerSpeed needs the Metrics callback, which writes its figures")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        modes = [(module, module.training) for module in pl_module.modules()]
+        cuda = [pl_module.device] if pl_module.device.type == "cuda" else []
+        try:
+            with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
+                figures = self.measure(getattr(pl_module, "model", pl_module))
+        finally:
+            for module, training in modes:
+                module.training = training
+                if hasattr(module, "take_auxiliary"):  # an encoder's report of these images is for no step
+                    module.take_auxiliary()
+        self._metrics.write(trainer, trainer.global_step, figures)
