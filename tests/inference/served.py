@@ -7,18 +7,50 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tiny_vlm import draw_png
 
 HERE = Path(__file__).parent
 LIMITS = ("max_rows=4", "max_waiting=40", "max_images=3", "max_body_bytes=300000", "max_image_bytes=50000")
-LIMITS += ("max_pixels=90000", "max_new_tokens=200", "default_new_tokens=12")
+ORIGIN = "https://pages.example"
+LIMITS += ("max_pixels=90000", "max_prompt_tokens=200", "max_new_tokens=200", "default_new_tokens=12")
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class Pictures:
+    """`/<seed>.png` are the tiny model's pictures."""
+
+    def __init__(self):
+        asked = self.asked = []
+
+        class Files(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(draw_png(int(self.path.strip("/").removesuffix(".png"))))
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def url(self, seed: int, host: str = "localhost") -> str:
+        return f"http://{host}:{self.port}/{seed}.png"
+
+    def stop(self) -> None:
+        self.http.shutdown()
 
 
 class Server:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import http.client
 import json
 import queue
 import socket
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
@@ -96,6 +98,7 @@ def test_a_further_turn_finds_the_image_and_what_was_said(server):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
 
 
+LONG = {"max_tokens": 200}
 MISTAKES = [
     (404, "does not exist", {"model": "huge", "messages": [{"role": "user", "content": "x"}]}),
     (400, "messages", {"model": "tiny", "messages": []}),
@@ -107,9 +110,64 @@ MISTAKES = [
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
-    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 300}]}),
+    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 80}], **LONG}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
+SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+UNSUPPORTED = {
+    "response_format": {"type": "json_object"},
+    "repetition_penalty": 1.2,
+    "length_penalty": 0.5,
+    "min_p": 0.1,
+    "best_of": 2,
+    "logprobs": True,
+    "presence_penalty": 1,
+    "logit_bias": {"5": 100},
+    "tool_choice": "required",
+    "reasoning_effort": "high",
+    "guided_regex": "a+",
+    "temprature": 1.0,
+}
+HARMLESS = {
+    "response_format": {"type": "text"},
+    "repetition_penalty": 1.0,
+    "min_p": 0,
+    "reasoning_effort": None,
+    "audio": None,
+    "user": "somebody",
+    "metadata": {"a": "b"},
+    "stream_options": None,
+    "tools": [],
+}
+
+
+def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(server):
+    for field, value in UNSUPPORTED.items():
+        status, said = server.ask(**SAID, **{field: value})
+        assert status == 400 and said["error"]["message"].startswith(field), (field, status, said)
+        assert said["error"]["param"].startswith(field) and "\n" not in said["error"]["message"]
+    inside = [
+        ("messages.0.name", {"name": "Ada"}),
+        ("messages.0.tool_calls", {"tool_calls": [{"id": "1"}]}),
+        ("messages.0.content", {"content": [{"type": "text", "text": "x", "weight": 2}]}),
+    ]
+    for field, more in inside:
+        status, said = server.ask(model="tiny", messages=[{"role": "user", "content": "x"} | more])
+        assert status == 400 and said["error"]["message"].startswith(field), said
+    plain, asked = server.ask(**SAID)[1], server.ask(**SAID, **HARMLESS)
+    assert asked[0] == 200 and asked[1]["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+def test_a_reply_of_the_openai_client_is_taken_back_as_it_came(server):
+    client, messages = server.client(), [{"role": "user", "content": "digit"}]
+    message = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3).choices[0].message
+    assert message.model_dump()["tool_calls"] is None, "it has fields that ask for nothing"
+    turns = [*messages, message.model_dump(), {"role": "user", "content": "and"}]
+    assert client.chat.completions.create(model="tiny", messages=turns, max_tokens=3).usage.completion_tokens == 3
+    image = {"type": "image_url", "image_url": {"url": data_url(1), "detail": "low"}}
+    assert server.ask(model="tiny", messages=[{"role": "user", "content": [image]}], max_tokens=3)[0] == 200
+
+
 ADDRESSES = [
     ("file:///etc/passwd", "scheme 'file' is not allowed"),
     ("http://127.0.0.1:1/x.png", "not on this server's allow-list"),
@@ -144,6 +202,53 @@ def test_a_clients_mistake_is_one_line_and_a_4xx_and_the_service_goes_on(server)
     assert server.get("/nowhere")[0] == 404 and server.get("/v1/chat/completions")[0] == 405
     assert server.get("/..%2fapp.py")[0] == 404
     assert server.ask(model="tiny", messages=with_images("still here", 1))[0] == 200
+
+
+def test_images_come_from_allowed_hosts_and_from_no_others(server, pictures, reference):
+    def asking(*urls):
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [*parts, {"type": "text", "text": "which digit"}]
+        return server.ask(model="tiny", messages=[{"role": "user", "content": content}])
+
+    status, reply = asking(pictures.url(1), data_url(2), pictures.url(3))
+    assert status == 200 and sorted(pictures.asked[-2:]) == ["/1.png", "/3.png"]
+    assert reply["choices"][0]["message"]["content"] == expected(reference, "which digit", 1, 2, 3).text
+    before = len(pictures.asked)
+    for url in (pictures.url(1, host="127.0.0.1"), "http://localhost/1.png", "http://localhost:1/1.png"):
+        status, reply = asking(pictures.url(1), url)
+        assert status == 400 and "not on this server's allow-list" in reply["error"]["message"]
+    assert len(pictures.asked) == before
+
+
+def test_pages_of_named_origins_may_call_the_server_and_no_others(server):
+    def allowed(origin: str) -> tuple[int, str | None, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": origin, **wanted})
+        asked = connection.getresponse()
+        asked.read()
+        connection.request("GET", "/v1/models", headers={"Origin": origin})
+        given = connection.getresponse()
+        given.read()
+        connection.close()
+        name = "Access-Control-Allow-Origin"
+        return asked.status, asked.headers[name], given.headers[name]
+
+    for origin in (ORIGIN, "https://b.example"):
+        assert allowed(origin) == (200, origin, origin)
+    for origin in ("https://evil.example", f"{ORIGIN}.evil.example", "null"):
+        assert allowed(origin) == (400, None, None)
+
+
+def test_a_prompt_of_more_tokens_than_allowed_is_refused_before_anything_is_computed(server):
+    messages = with_images("digit " * 230, 77)
+    before = server.metric("image_store_bytes")
+    for path, more in (("chat/completions", []), ("attention", [{"role": "assistant", "content": "digit " * 300}])):
+        body = {"model": "tiny", "messages": [*messages, *more]}
+        status, raw = server.request("POST", f"/v1/{path}", json.dumps(body))
+        said = json.loads(raw)["error"]["message"]
+        assert status == 400 and "4 of images), more than the" in said and "this server reads" in said, said
+    assert server.metric("image_store_bytes") == before
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
