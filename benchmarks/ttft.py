@@ -3,14 +3,16 @@
     python benchmarks/ttft.py                                    # every row that is not measured yet, a process each
     python benchmarks/ttft.py only=fastvlm-1024,llava-onevision  # these again
     python benchmarks/ttft.py modes=eager,none,reparameterize,reparameterize+channels_last,bf16,int8_dynamic,levers \\
-        only=fastvlm-512 out=one_by_one.json                     # `none`: the engine without any lever
+        only=fastvlm-512 out=levers.json                         # one by one; `none`: the engine without any
     python benchmarks/ttft.py report=true                        # tables, CSV and plot of what is measured
 
 The models are stock classes with random weights (`ttft_subjects.py`). `eager` is float32 as `generate` runs it, with
 logits of the last position only; `levers` pulls levers=... and decodes by the engine; any other mode pulls the levers
 it is made of. A prompt is an image and 32 further tokens. Seconds are those of one thread's CPU time (threads=1), or of
 the wall clock (threads=all, device=cuda). Each row measures a fixed matrix product before and after: rows taken while
-the machine was busier show it there. The error of the levers is that of the visual tokens, and that of the logits after
+the machine was busier show it there. Each part is timed repeats=... times (an image in tiles: twice) and its median
+counts; the spread of a sum is that of all its fastest parts to that of all its slowest, and a ratio's that of the one
+extreme over the other. The error of the levers is that of the visual tokens, and that of the logits after
 the prompt, against float32 with the same weights (the last `eager` here): norm of the difference over the norm.
 """
 
@@ -103,7 +105,7 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: 
 
     with torch.inference_mode():
         parts = {}
-        many = repeats if subject.tiles is None else max(1, repeats // 3)
+        many = repeats if subject.tiles is None else min(2, repeats)
         parts["preprocessing"], views = clock.time(lambda: transform(file), repeats=max(3, repeats))
         # Of a minute, the first second may be cold; but a compiler is no part of it.
         warm = 0 if subject.tiles and "compile" not in pulled else 1
@@ -129,6 +131,7 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: 
         "positions": length,
         "seconds": seconds,
         "spread": {name: [min(times), max(times)] for name, times in parts.items()},
+        "repeats": {name: len(times) for name, times in parts.items()},
         "ttft": sum(seconds[name] for name in ("preprocessing", "encoding", "projection", "prefill")),
         "weight_bytes": count_bytes(model),
         "peak_bytes": peak_bytes(device),
@@ -253,7 +256,7 @@ def main(arguments: list[str]) -> None:
     out.with_suffix(".md").write_text(table)
     write_csv(rows, out.with_suffix(".csv"))
     draw(rows, out.with_suffix(".png"))
-    print(f"also in {out.with_suffix('.md')}, {out.with_suffix('.csv')} and {out.with_suffix('.png')}")
+    print(f"also in {', '.join(str(f) for f in map(out.with_suffix, ('.md', '.csv', '.png')) if f.exists())}")
 
 
 if __name__ == "__main__":

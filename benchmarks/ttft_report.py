@@ -9,6 +9,7 @@ from pathlib import Path
 from ttft_subjects import SUBJECTS
 
 PARTS = ("preprocessing", "encoding", "projection", "prefill")
+LONG = ("encoding", "prefill")  # nearly all of it
 # Milliseconds of encoder and prefill on an M1 Max, encoder on the Neural Engine, language model on the GPU. FastVLM
 # (arXiv 2412.13303), table 10; fastvlm-512 from table 4, whose latencies are a set of their own; the prefill of
 # siglip-so400m is nanoLLaVA's, with Qwen1.5-0.5B. None: not said for a language model of this size.
@@ -42,33 +43,90 @@ def settings(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
     return {k: sorted((r for r in rows if key(r) == k), key=order) for k in dict.fromkeys(map(key, rows))}
 
 
+def ttft_range(row: dict) -> tuple[float, float] | None:
+    """Seconds to the first token if every part took its fastest repeat, and its slowest; None where a long part was
+    timed once, or no spread was kept."""
+    spread = row.get("spread", {})
+    if not set(PARTS) <= set(spread) or any(spread[part][0] == spread[part][1] for part in LONG):
+        return None
+    return sum(spread[part][0] for part in PARTS), sum(spread[part][1] for part in PARTS)
+
+
+def ratio(above: dict, below: dict) -> str:
+    """Of two times to first token, with the least and the most it could be by the repeats."""
+    text, ranges = f"{above['ttft'] / below['ttft']:.2f}", (ttft_range(above), ttft_range(below))
+    if None in ranges:
+        return text
+    (least, most), (least_below, most_below) = ranges
+    return f"{text} ({least / most_below:.2f}-{most / least_below:.2f})"
+
+
+def errors(row: dict) -> str:
+    return ", ".join(f"{value:.3f}" for value in row.get("error", {}).values())
+
+
+def repeats(row: dict) -> str:
+    """Of encoder and prefill; of files that do not say it only what follows from the spread."""
+    once = {part: 1 for part in LONG if part in row.get("spread", {}) and len(set(row["spread"][part])) == 1}
+    given = once | row.get("repeats", {})
+    return ", ".join(str(given[part]) for part in LONG if part in given)
+
+
 def tabulate(rows: Sequence[dict]) -> str:
     """Milliseconds of every part, then the ratios, the paper's figures beside ours."""
     lines = []
     for (machine, device, threads, kind), chosen in settings(rows).items():
         kind = "CPU time" if kind == "cpu" else "wall clock"
         lines += [f"{machine}, {device}, threads={threads}, milliseconds of {kind}", ""]
-        names = ["row", "mode", "tokens", "pre", "encode", "project", "prefill", "TTFT", "decode", "2nd question"]
+        names = ["row", "mode", "tokens", "pre", "encode", "project", "prefill", "TTFT", "min-max", "repeats"]
+        names += ["decode", "2nd question"]
         names += ["weights GB", "peak GB", "GFLOP", "error: tokens, logits", "unit", "load"]
         lines += [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
         for r in chosen:
             s = {k: f"{1000 * v:.1f}" for k, v in r["seconds"].items()}
             flops = f"{sum(r['flops'].values()) / 1e9:.0f}" if r["flops"] else ""
             cells = [r["row"], r["mode"], r["tokens"], *(s[part] for part in PARTS)]
-            cells += [f"{1000 * r['ttft']:.0f}", s["first decode"], s.get("second question", "")]
+            span = "-".join(f"{1000 * x:.0f}" for x in ttft_range(r) or ())
+            cells += [f"{1000 * r['ttft']:.0f}", span, repeats(r), s["first decode"], s.get("second question", "")]
             cells += [f"{r['weight_bytes'] / 1e9:.2f}", f"{r['peak_bytes'] / 1e9:.1f}", flops]
-            cells += [", ".join(f"{value:.3f}" for value in r.get("error", {}).values())]
-            cells += ["-".join(f"{1000 * u:.0f}" for u in r["unit_seconds"]), f"{r['load']:.1f}"]
+            cells += [errors(r), "-".join(f"{1000 * u:.0f}" for u in r["unit_seconds"]), f"{r['load']:.1f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-        ttft = {(r["row"], r["mode"]): r["ttft"] for r in chosen}
-        lines += ["", "| ratio | here | bar | paper (M1 Max) |", "|---|---|---|---|"]
-        paper = sum(PAPER["llava-onevision"]) / sum(PAPER["fastvlm-1024"])
-        for label, above, below, bar in RATIOS:
-            if above in ttft and below in ttft:
-                said = f"{paper:.0f}" if above[0] == "llava-onevision" else ""
-                lines.append(f"| {label} | {ttft[above] / ttft[below]:.2f} | {bar or ''} | {said} |")
-        lines.append("")
+        found = {(r["row"], r["mode"]): r for r in chosen}
+        lines += ["", *rivals(found), *lever_by_lever(found)]
     return "\n".join(lines)
+
+
+def rivals(found: dict[tuple[str, str], dict]) -> list[str]:
+    """The ratios of `RATIOS` whose rows are there."""
+    paper = sum(PAPER["llava-onevision"]) / sum(PAPER["fastvlm-1024"])
+    lines = []
+    for label, above, below, bar in RATIOS:
+        if above in found and below in found:
+            said = f"{paper:.0f}" if above[0] == "llava-onevision" else ""
+            lines.append(f"| {label} | {ratio(found[above], found[below])} | {bar or ''} | {said} |")
+    head = ["| ratio of TTFT | here (spread) | bar | paper (M1 Max) |", "|---|---|---|---|"]
+    return [*head, *lines, ""] if lines else []
+
+
+def lever_by_lever(found: dict[tuple[str, str], dict]) -> list[str]:
+    """Of every row that was measured with levers one by one: each mode against the same model eager."""
+    lines = []
+    for name in dict.fromkeys(name for name, _ in found):
+        modes = [mode for row, mode in found if row == name]
+        if set(modes) <= {"eager", "levers"} or (name, "eager") not in found:
+            continue
+        eager = found[name, "eager"]
+        lines += [f"| {name} with | levers | eager TTFT / its TTFT (spread) | encode | prefill | decode | weights GB |"]
+        lines[-1] += " error: tokens, logits |"
+        lines.append("|" + "---|" * 8)
+        for mode in modes:
+            r = found[name, mode]
+            pulled = ", ".join(r["levers"]) if mode == "levers" else ""
+            cells = [mode, pulled, "1" if r is eager else ratio(eager, r)]
+            cells += [f"{eager['seconds'][part] / r['seconds'][part]:.2f}" for part in (*LONG, "first decode")]
+            lines.append("| " + " | ".join([*cells, f"{r['weight_bytes'] / 1e9:.2f}", errors(r)]) + " |")
+        lines.append("")
+    return lines
 
 
 def write_csv(rows: Sequence[dict], path: Path) -> None:
@@ -80,7 +138,7 @@ def write_csv(rows: Sequence[dict], path: Path) -> None:
             ["row", "mode", "levers", "machine", "device", "threads", "time", "tokens", "positions", "ttft"]
             + [part.replace(" ", "_") for part in parts]
             + ["weight_bytes", "peak_bytes", "flops", "error_tokens", "error_logits", "unit_before", "unit_after"]
-            + ["load", "paper_encoding", "paper_prefill"]
+            + ["load", "paper_encoding", "paper_prefill", "ttft_min", "ttft_max", "repeats"]
         )
         for chosen in settings(rows).values():
             for r in chosen:
@@ -94,6 +152,8 @@ def write_csv(rows: Sequence[dict], path: Path) -> None:
                     + [x and f"{x:.4f}" for x in error]
                     + [f"{x:.4f}" for x in r["unit_seconds"]]
                     + [f"{r['load']:.1f}", *said]
+                    + [x and f"{x:.5f}" for x in ttft_range(r) or (None, None)]
+                    + [repeats(r).split(", ")[-1]]
                 )
 
 
@@ -105,6 +165,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     groups = settings([r for r in rows if r["mode"] in ("eager", "levers")])
+    if not groups:
+        return
     tall = [max(2.2, 0.28 * len(chosen) + 1.2) for chosen in groups.values()]
     figure, panels = plt.subplots(
         len(groups), 2, figsize=(11, sum(tall)), layout="constrained", squeeze=False, height_ratios=tall

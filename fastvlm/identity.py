@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,10 @@ INCIDENTAL = (
 )
 # The code that decides a trained weight.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-# The code that decides what an encoder says of an image.
-ENCODING = (
-    "models/encoders",
-    "models/pretrained",
-    "models/vlm.py",
-    "data/transforms.py",
-    "data/decode.py",
-    "data/tiling.py",
-)
-# The code that decides a result: what trains, and what scores.
-SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks/cost.py")
+# The code that decides a result: what trains, what scores, and what chooses precision, threads and micro-batches.
+SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
+# The libraries whose versions a result's numbers depend on most.
+LIBRARIES = ("torch", "transformers")
 
 
 @cache
@@ -90,6 +84,12 @@ def identity(resolved: dict) -> dict:
     return {key: value for key, value in resolved.items() if key not in INCIDENTAL}
 
 
+@cache
+def libraries() -> dict[str, str]:
+    """Their versions, as installed; nothing is imported."""
+    return {name: version(name) for name in LIBRARIES}
+
+
 def machine() -> dict[str, Any]:
     """What the seconds of a result were measured on."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
@@ -105,7 +105,8 @@ def _lines(path: str) -> list[str]:
 
 
 def finished(run_dir: Path, resolved: dict) -> dict | None:
-    """The results of a run directory that holds this very configuration, made by this very code; None otherwise."""
+    """The results of a run directory that holds this very configuration, made by this very code with these libraries;
+    None otherwise."""
     results = read_results(run_dir)
     return results if results is not None and _same(results, resolved) else None
 
@@ -119,6 +120,8 @@ def read_results(run_dir: Path) -> dict | None:
 
 def _same(results: dict, resolved: dict) -> bool:
     made = results.get("made", {})
+    if made.get("libraries") != libraries():
+        return False
     return made.get("config") == hash_of(identity(resolved)) and made.get("code") == code_hash(SCORING)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 
 from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import write_json
+from fastvlm.foundation import rests_on
 
 # Half precision is stored as such: its first reader rounds to it anyway.
 STORED = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-LIBRARIES = ("torch", "torchvision", "pillow", "timm", "open_clip_torch")
+# From a file to the views an encoder sees, and the pass that writes what it says of them.
+IMAGES = ("fastvlm.data.transforms", "fastvlm.data.collate")
+PASS = (Path(__file__), Path(__file__).parents[1] / "data" / "feature_pass.py")
 PIXELS = 4 << 20  # of all images of one forward pass on a CPU; eight times as many on a GPU
 
 
@@ -29,6 +31,16 @@ def weights_hash(part: nn.Module) -> str:
     return hashed.hexdigest()
 
 
+def code_of(model: nn.Module) -> dict[str, dict]:
+    """Everything written that a VLM's patches depend on, as the model stands: `source` and `versions` of `rests_on`.
+
+    It begins with the modules that define the layers there are, so that a layer of the user's own, an adapter's or one
+    of few bits counts too.
+    """
+    layers = {type(module).__module__ for module in (model, *model.encoder.modules())}
+    return rests_on({*layers, *IMAGES}, files=PASS)
+
+
 class CachedFeatures(L.Callback):
     """Has the data module write the encoder's features where they are missing, and read them in place of images.
 
@@ -36,8 +48,8 @@ class CachedFeatures(L.Callback):
 
     Args:
         name: of the stage.
-        description: the encoder's configuration and the hash of its code; weights, precision, device and versions of
-            libraries are added here.
+        description: the encoder's configuration; weights, precision, device, code and versions of libraries are added
+            here.
         path: where the record is written (features.json).
         say: where messages go.
 
@@ -89,7 +101,7 @@ class CachedFeatures(L.Callback):
             "precision": precision,
             "device": torch.cuda.get_device_name(stage.device) if on_gpu else "cpu",
             "matmul": torch.get_float32_matmul_precision(),
-            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            **code_of(model),
         }
         self.record = data.write_features(
             encode,

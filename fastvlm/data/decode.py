@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from fastvlm.data.shards import EncodedImage
+from fastvlm.data.encoded import EncodedImage
 
 MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
 MAX_BYTES = 64 << 20  # of the file

@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvlm.data.shards import EncodedImage
+from fastvlm.data.encoded import EncodedImage
 
 FORMAT = 1
 CHUNK_BYTES = 128 << 20  # a killed writer loses at most so much,

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastvlm.data.encoded import EncodedImage
 from fastvlm.data.listing import LISTING, check_folder, write_listing
 from fastvlm.data.remote import RemoteShard, Unavailable, read_range
 from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
@@ -33,8 +34,6 @@ LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
 STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-
-EncodedImage = bytes | memoryview  # an image file; a view spares a copy of it out of what was read
 
 
 @dataclass
@@ -124,8 +123,10 @@ def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: 
     """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
 
     Raises:
-        ValueError: neither txt nor json holds a caption.
+        ValueError: neither txt nor json holds a caption, or it is a row of img2dataset's without its image.
     """
+    if "status" in fields and not num_images:
+        raise ValueError(f"{key} has no image ({fields['status']})")
     text = members["txt"].decode("utf-8", errors="replace") if "txt" in members else fields.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{key} has no `messages`, no `document` and no caption in txt or json")

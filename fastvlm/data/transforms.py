@@ -24,7 +24,7 @@ from fastvlm.data.decode import (
     read_orientation,
     upright_size,
 )
-from fastvlm.data.shards import EncodedImage
+from fastvlm.data.encoded import EncodedImage
 from fastvlm.data.tiling import check_grids, choose_grids
 
 FITS = ("pad", "crop", "squash")

@@ -77,7 +77,8 @@ def add_errors(app: FastAPI, service: Service) -> None:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         where = where.encode("utf-8", "replace").decode()[:200]
-        return reply(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+        said = "this server does not know it, or does not do it" if first["type"] == "extra_forbidden" else first["msg"]
+        return reply(400, f"{where or 'body'}: {said}", param=where or None)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:

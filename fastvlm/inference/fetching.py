@@ -93,17 +93,20 @@ class ImageFetcher:
         found = [self._decode(url) if url[:5].lower() == "data:" else self._check(url) for url in urls]
         fetches = {i: self._fetches.submit(self._get, p, deadline) for i, p in enumerate(found) if isinstance(p, Place)}
         try:
-            for i, fetch in fetches.items():
-                try:
-                    found[i] = fetch.result(deadline.left())
-                except (TimeoutError, concurrent.futures.TimeoutError):
-                    host = found[i].host[:80]
-                    raise ValueError(f"image_url: {host!a} took more than {self.timeout:g} s") from None
+            waited = concurrent.futures.wait(fetches.values(), deadline.left(), return_when="FIRST_EXCEPTION")
+            for i, fetch in sorted(fetches.items(), key=lambda item: item[1] not in waited.done):
+                found[i] = self._result(fetch, found[i].host)
         finally:
             deadline.at = 0.0  # where one has failed the others stop at their next read
             for fetch in fetches.values():
                 fetch.cancel()
         return found
+
+    def _result(self, fetch: concurrent.futures.Future, host: str) -> bytes:
+        try:
+            return fetch.result(0)
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            raise ValueError(f"image_url: {host[:80]!a} took more than {self.timeout:g} s") from None
 
     def _check(self, url: str) -> Place:
         try:

@@ -56,10 +56,24 @@ def attend_in_transformers(module, query, key, value, attention_mask, dropout=0.
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend_in_transformers)
 
 
+def choose_in_timm(module: nn.Module, args: tuple) -> None:
+    """Before each call of an attention layer of timm: products where they pay, else the fused kernel."""
+    x = args[0]
+    tokens = x[0].numel() // width_of(module)  # whether channels come first or last
+    module.fused_attn = not pays(len(x), module.num_heads, tokens, tokens, dtype=x.dtype, device=x.device)
+
+
+def width_of(module: nn.Module) -> int | None:
+    """Channels of what an attention layer of timm takes; None of a layer in another form."""
+    projection = getattr(module, "qkv", None) or getattr(module, "q_proj", None) or getattr(module, "q", None)
+    return getattr(projection, "in_features", None)
+
+
 def use_products(encoder: nn.Module) -> None:
-    """Have an encoder of timm or transformers attend by products, by the switch each of them has for it."""
+    """Have an encoder of timm or transformers attend by products where they pay, by the switch each of them has."""
     for module in encoder.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+        known = hasattr(module, "fused_attn") and hasattr(module, "num_heads") and width_of(module) is not None
+        if known and choose_in_timm not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(choose_in_timm)
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
             module.config._attn_implementation = NAME

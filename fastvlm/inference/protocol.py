@@ -5,28 +5,39 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-class Loose(BaseModel):
-    """Clients send more than is known here; what would change the answer and is not supported is refused by name."""
+class Strict(BaseModel):
+    """Clients send more than is known here. Nothing that could change an answer is dropped in silence: a field that is
+    not listed is refused by name, unless it is null, which asks for nothing."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def asks_for_something(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or key in cls.model_fields}
 
 
-class ImageURL(Loose):
+class ImageURL(Strict):
     url: Annotated[str, Field(description="data:image/...;base64,... or an allowed http(s) address")]
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Annotated[
+        Literal["auto", "low", "high"],
+        Field(description="taken and without effect: an image is always read as the model was trained to read it"),
+    ] = "auto"
 
 
-class TextPart(Loose):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(Loose):
+class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
 
@@ -34,29 +45,68 @@ class ImagePart(Loose):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Loose):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class StreamOptions(Loose):
+class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: Annotated[bool, Field(description="without effect: no chunk is padded")] = False
 
 
-class Unsupported(Loose):
-    """Fields of the original that would change the answer: only the values that ask for nothing are taken."""
+class Plain(Strict):
+    type: Literal["text"]
+
+
+One = Annotated[float, Field(ge=1, le=1)] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
+class Unsupported(Strict):
+    """Fields of OpenAI's that would change the answer, and those of other servers that clients send with the value that
+    asks for nothing: only that value is taken."""
 
     n: Literal[1] | None = None
+    best_of: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    tools: Nothing = None
+    functions: Nothing = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
+    repetition_penalty: One = None
+    length_penalty: One = None
+    min_p: Zero = None
+    typical_p: One = None
+    min_tokens: Literal[0] | None = None
+    ignore_eos: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: Plain | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
 
 
-class ChatRequest(Unsupported):
+class Harmless(Strict):
+    """Fields of OpenAI's that are about accounts, storage and speed: taken, without effect."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    prediction: Any = None
+    parallel_tool_calls: Any = None
+
+
+class ChatRequest(Unsupported, Harmless):
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

@@ -22,7 +22,7 @@ from fastvlm.build import (
 )
 from fastvlm.callbacks.handoff import load_component, write_json
 from fastvlm.hardware import Hardware, is_first_rank
-from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, machine, remember
+from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, libraries, machine, remember
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
@@ -108,17 +108,19 @@ class Pipeline:
             self.tracking.finish(self.run_id, status)
             study = self.config.study
             if study and CELL not in os.environ:  # else the sweep ends the study's own run
-                self.tracking.finish(self.tracking.study_run(study.name, scale=self.config.scale))
+                self.tracking.finish(self.tracking.study_run(study.name, scale=self.config.scale), status)
 
     def made(self) -> dict:
         """By what the results were made, so that a finished cell of a study is known again."""
         hw = self.hardware
-        ran = {"ranks": hw.num_ranks, "accelerator": hw.accelerator, "precision": hw.precision, "threads": hw.threads}
+        kind = torch.cuda.get_device_name() if hw.accelerator == "gpu" else hw.accelerator
+        ran = {"ranks": hw.num_ranks, "accelerator": kind, "precision": hw.precision, "threads": hw.threads}
         return {
             "commit": commit(),
             "code": code_hash(SCORING),
             "config": hash_of(identity(self.resolved)),
             "hardware": machine() | ran,
+            "libraries": libraries(),
             "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
 

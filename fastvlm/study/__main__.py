@@ -1,57 +1,99 @@
 """Studies: make their pages again, or look at one.
 
 python -m fastvlm.study                          the studies there are; how many cells ran here, how many are published
-python -m fastvlm.study report=llava_align       results.csv, plots, README.md, verdicts (from=runs|csv|mlflow)
-python -m fastvlm.study report=all               all of them, and experiments/README.md
-python -m fastvlm.study cells=llava_align        a line a cell: done, or the command that runs it alone
+python -m fastvlm.study report=llava_align       results.csv, plots, README.md, verdicts at every scale that ran
+    from=runs|csv|mlflow|auto                    where its cells are; auto: run directories, else results.csv
+    uri=sqlite:////path/to/mlflow.db             with from=mlflow: the store, if not that of the run directories
+python -m fastvlm.study report=all               all of them, and experiments/README.md (from=runs|csv|auto)
+python -m fastvlm.study cells=llava_align        a line a cell: done, or the command that runs it alone (scale=paper)
 """
 
 from __future__ import annotations
 
+import difflib
 import sys
 
-from fastvlm.study.arms import load_study, study_names
-from fastvlm.study.cells import planned, read_csv, read_runs
-from fastvlm.study.report import report, report_all, runs_folder
+from fastvlm.study.arms import SCALES, load_study, study_names
+from fastvlm.study.cells import read_csv, read_runs, wanted
+from fastvlm.study.report import SOURCES, report, report_all, runs_folder, say
+
+KEYS = ("report", "from", "uri", "cells", "scale")
 
 
 def main(arguments: list[str]) -> None:
-    given = dict(a.split("=", 1) for a in arguments if "=" in a)
-    unknown = [a for a in arguments if a.split("=")[0] not in ("report", "from", "uri", "cells", "scale")]
+    """Raises:
+    ValueError: a key that is none, or that the command given would not read.
+    """
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
-    if unknown:
-        raise ValueError(f"{unknown[0]} is none of report=, cells=, from=, uri=, scale=; see --help")
+    given = read(arguments)
     source = given.get("from", "auto")
     if given.get("report") == "all":
         report_all(source=source)
         print("experiments/README.md")
     elif "report" in given:
         made = report(given["report"], source=source, uri=given.get("uri"))
-        for line in made["verdicts"] or ["no cell has run"]:
-            print(line)
-        for line in (*made["missing"], *made["remarks"]):
-            print(line)
-        print(made["files"][0])
+        print("\n".join([*say(made), str(made["files"][0])]))
     elif "cells" in given:
         list_cells(given["cells"], scale=given.get("scale", "micro"))
     else:
-        for name in study_names():
-            study = load_study(name)
-            cells, missing = read_runs(study, runs_folder(), scale="micro")
-            published = len(read_csv(study.folder / "results.csv", scale="micro"))
-            count = f"{len(cells):3} of {len(cells) + len(missing):3}, {published:3} published"
-            print(f"{name:28} {count}  {study.question}")
+        list_studies()
+
+
+def read(arguments: list[str]) -> dict[str, str]:
+    """key -> value, all of which the command reads."""
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in KEYS or not value:
+            near = difflib.get_close_matches(key, KEYS, 1)
+            hint = f"; did you mean {near[0]}=?" if near and key not in KEYS else ""
+            raise ValueError(f"{argument} is none of {', '.join(f'{k}=...' for k in KEYS)}{hint}; see --help")
+        if key in given:
+            raise ValueError(f"{key}= stands twice; give one")
+        given[key] = value
+    if {"report", "cells"} <= given.keys():
+        raise ValueError("report= and cells= are two commands; give one")
+    needs = {"from": "report", "uri": "report", "scale": "cells"}
+    for key, command in needs.items():
+        if key in given and command not in given:
+            all_scales = "; a report has every scale that ran" if key == "scale" and "report" in given else ""
+            raise ValueError(f"{key}= goes with {command}=...{all_scales}")
+    source = given.get("from", "auto")
+    if source not in SOURCES:
+        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
+    if "uri" in given and source != "mlflow":
+        raise ValueError("uri= names an MLflow store and goes with from=mlflow")
+    if given.get("report") == "all" and source == "mlflow":
+        raise ValueError("report=all reads run directories or results.csv; name one study with from=mlflow")
+    if given.get("scale", "micro") not in SCALES:
+        raise ValueError(f"scale={given['scale']} is none of {', '.join(SCALES)}")
+    return given
+
+
+def list_studies() -> None:
+    for name in study_names():
+        study = load_study(name)
+        cells, missing = read_runs(study, runs_folder(), scale="micro")
+        published = len(read_csv(study.folder / "results.csv", scale="micro"))
+        count = f"{len(cells):3} of {len(cells) + len(missing):3}, {published:3} published"
+        print(f"{name:28} {count}  {study.question}")
 
 
 def list_cells(name: str, *, scale: str) -> None:
     study = load_study(name)
-    _, missing = read_runs(study, runs_folder(), scale=scale)
-    todo = {line.split(" ")[0].removeprefix("arm=") + line.split(" ")[1] for line in missing}
-    for arm, seed in planned(study, scale=scale):
-        again = f"python train.py experiment={name} scale={scale} arm={arm} seed={seed}"
-        print(f"{arm:24} seed={seed}  {again if f'{arm}seed={seed}' in todo else 'done'}")
+    if scale not in study.arms:
+        raise ValueError(f"scale={scale}: experiment={name} has {', '.join(study.arms)}")
+    cells, missing = read_runs(study, runs_folder(), scale=scale)
+    done = {(cell.arm, cell.seed): "done" for cell in cells}
+    todo = {(one.arm, one.seed): f"{again(name, scale, one.arm, one.seed)}   # {one.reason}" for one in missing}
+    for arm, seed in wanted(study, [*done, *todo], scale=scale):
+        print(f"{arm:24} seed={seed}  {(done | todo)[arm, seed]}")
+
+
+def again(name: str, scale: str, arm: str, seed: int) -> str:
+    return f"python train.py experiment={name} scale={scale} arm={arm} seed={seed}"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
-"""A study's results: one row a cell, from run directories, results.csv or MLflow, and from rows to verdicts."""
+"""A study's results: one row a cell, from run directories, results.csv or MLflow."""
 
 from __future__ import annotations
 
 import csv
-import difflib
-import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from omegaconf import OmegaConf
 
-from fastvlm.identity import read_results
-from fastvlm.study.arms import Study, cell_name
-from fastvlm.study.claims import Claim
-from fastvlm.study.verdicts import Verdict, decide, decide_same
+from fastvlm.identity import LIBRARIES, read_results
+from fastvlm.study.arms import Study, cell_name, merge
 
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
 COST = ("steps", "tokens", "views", "flops", "seconds")
@@ -25,8 +21,6 @@ NOT_KEPT = re.compile(r"test/exact_match_(removed|swapped|majority)/(?!mean$)|te
 TIMES = re.compile(r"seconds$|_ms\b|_per_second$|speed/")
 # Of the stage trained last: its row in the results, and the unit it is shown in.
 TRAINED = {"train/memory_mib": ("held_bytes", 2**20), "train/step_ms": ("step_ms", 1), "train/learned": ("learned", 1)}
-# Operations within this share of each other count as equal.
-EQUAL_COMPUTE = 0.05
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
     """(arm, seed) of every cell of the grid that this scale has.
 
     Raises:
-        ValueError: the grid names an arm that does not exist.
+        ValueError: the grid names an arm that does not exist, or seeds that are none.
     """
     named = [a.strip() for a in study.grid.get("arm", "").split(",") if a.strip()]
     for arm in named:
@@ -63,6 +57,8 @@ def seeds(study: Study) -> list[int]:
     text = study.grid.get("seed", "0")
     if match := re.fullmatch(r"range\((\d+)(?:,\s*(\d+))?\)", text):
         return list(range(int(match[1]))) if match[2] is None else list(range(int(match[1]), int(match[2])))
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        raise ValueError(f"{study.folder}/study.yaml: seed={text} is neither range(...) nor numbers with commas")
     return [int(seed) for seed in text.split(",")]
 
 
@@ -70,6 +66,7 @@ def from_results(results: dict, *, scale: str, arm: str, seed: int) -> Cell:
     made = results["made"]
     about = {"scale": scale, "arm": arm, "seed": str(seed)} | {k: made[k] for k in ("commit", "code", "config")}
     about |= {k: str(made["hardware"][k]) for k in ("cpu", "cores", "accelerator", "precision", "threads")}
+    about |= made.get("libraries", {})
     stages = results.get("cost", {}).values()
     cost = {key: sum(stage.get(key, 0.0) for stage in stages) for key in COST}
     metrics = {k: v for k, v in sorted(results["metrics"].items()) if not NOT_KEPT.match(k)}
@@ -83,19 +80,46 @@ def trained(results: dict) -> dict[str, float]:
     return {name: last[key] / unit for name, (key, unit) in TRAINED.items() if key in last}
 
 
-def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list[str]]:
-    """Cells that run directories hold, and one line for every one they do not."""
+@dataclass(frozen=True)
+class Missing:
+    """A cell that is not to be had, and why."""
+
+    arm: str
+    seed: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"arm={self.arm} seed={self.seed} {self.reason}"
+
+
+def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list[Missing]]:
+    """Cells that run directories hold, those of seeds beyond the grid's too, and what they lack of the grid."""
     cells, missing = [], []
-    for arm, seed in planned(study, scale=scale):
+    for arm, seed in wanted(study, ran(study, runs, scale=scale), scale=scale):
         run_dir = runs / cell_name(study.name, scale, arm, seed)
         results = read_results(run_dir)
         if results is None or "made" not in results:
-            missing.append(f"arm={arm} seed={seed} has not run")
+            missing.append(Missing(arm, seed, "has not run"))
         elif not same_arm(run_dir, study, scale=scale, arm=arm):
-            missing.append(f"arm={arm} seed={seed} was run before the arm was changed")
+            missing.append(Missing(arm, seed, "was run before the arm was changed"))
         else:
             cells.append(from_results(results, scale=scale, arm=arm, seed=seed))
     return cells, missing
+
+
+def ran(study: Study, runs: Path, *, scale: str) -> list[tuple[str, int]]:
+    """(arm, seed) of every run directory that is a cell of this study, begun or done; one in which more was changed
+    than the arm is none."""
+    folder = (runs / cell_name(study.name, scale, "arm", 0)).parent
+    matches = [re.fullmatch(r"(.+)-seed(\d+)", path.name) for path in folder.glob("*-seed*")]
+    arms = study.arms.get(scale, {})
+    return [(match[1], int(match[2])) for match in matches if match and match[1] in arms]
+
+
+def wanted(study: Study, found: Iterable[tuple[str, int]], *, scale: str) -> list[tuple[str, int]]:
+    """The cells of the grid and those found beside it, by arm and seed."""
+    places = {arm: place for place, arm in enumerate(study.arms.get(scale, {}))}
+    return sorted({*planned(study, scale=scale), *found}, key=lambda cell: (places[cell[0]], cell[1]))
 
 
 def same_arm(run_dir: Path, study: Study, *, scale: str, arm: str) -> bool:
@@ -106,8 +130,6 @@ def same_arm(run_dir: Path, study: Study, *, scale: str, arm: str) -> bool:
         return False
     if theirs is None or theirs["name"] != study.name:  # taken over from another study: the same configuration
         return True
-    from fastvlm.study.arms import merge
-
     then = theirs[scale]
     own = then["arms"].get(arm)
     return own is not None and merge(list(then.get("all") or []), list(own)) == study.arms[scale][arm]
@@ -118,11 +140,13 @@ def write_csv(file: Path, cells: list[Cell]) -> None:
     names = sorted({name for cell in cells for name in cell.metrics})
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*ABOUT, *COST, *names])
+        # Results of before libraries were noted keep their form.
+        about = [*ABOUT, *(key for key in LIBRARIES if any(cell.about.get(key) for cell in cells))]
+        writer.writerow([*about, *COST, *names])
         for cell in sorted(cells, key=lambda c: (c.about["scale"], c.arm, c.seed)):
             cost = [f"{cell.cost[key]:.6g}" for key in COST]
             writer.writerow(
-                [cell.about[k] for k in ABOUT]
+                [cell.about.get(k, "") for k in about]
                 + cost
                 + [f"{cell.metrics[n]:.6g}" if n in cell.metrics else "" for n in names]
             )
@@ -140,7 +164,7 @@ def read_csv(file: Path, *, scale: str | None = None) -> list[Cell]:
         if lacks := [key for key in (*ABOUT, *COST) if key not in (reader.fieldnames or ())]:
             raise ValueError(f"{file} has no column {lacks[0]}: it is no results.csv of a study")
         for row in reader:
-            about = {key: row.pop(key) for key in ABOUT}
+            about = {key: row.pop(key) for key in (*ABOUT, *LIBRARIES) if key in row}
             cost = {key: float(row.pop(key)) for key in COST}
             if scale in (None, about["scale"]):
                 cells.append(Cell(about, cost, {k: float(v) for k, v in row.items() if v}))
@@ -148,135 +172,35 @@ def read_csv(file: Path, *, scale: str | None = None) -> list[Cell]:
 
 
 def check_one_origin(cells: list[Cell], *, command: str) -> None:
-    """Refuse results that two versions of the code made.
+    """Refuse to pair results that two versions of the code or of a library made, or two kinds of hardware.
 
-    Two commits whose code that trains and scores is the same are one origin.
+    Two commits whose code that trains and scores is the same are one origin. What older results do not say is taken to
+    be the same.
+
+    Args:
+        command: runs the study; the cells' seeds are added to it.
 
     Raises:
-        ValueError: naming both commits, with the command that makes them one.
+        ValueError: naming both sides, with the command that makes them one.
     """
-    codes: dict[str, list[Cell]] = {}
-    for cell in cells:
-        codes.setdefault(cell.about["code"], []).append(cell)
-    if len(codes) > 1:
-        sides = [f"{len(group)} of commit {group[0].about['commit'][:9]}" for group in codes.values()]
-        raise ValueError(
-            f"the cells mix {' and '.join(sides)}, between which code that decides numbers has changed; {command}"
-        )
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A claim, one of its metrics, on one basis (steps or compute), and what the seeds say.
-
-    `verdict` is None where nothing can be said; `why` then says why.
-    """
-
-    claim: Claim
-    metric: str
-    basis: str
-    pair: tuple[str, str]
-    verdict: Verdict | None
-    why: str = ""
-    ratio: float = 1.0  # operations of the first arm over the second's
-    as_factor: bool = False  # the verdict's numbers are natural logarithms of a factor
-
-
-def by_seed(cells: list[Cell], arm: str, metric: str) -> dict[int, float]:
-    return {cell.seed: cell.metrics[metric] for cell in cells if cell.arm == arm and metric in cell.metrics}
-
-
-def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dict[int, float]:
-    """Seed -> log2 of the value at which the metric is best: the vertex of the parabola through the best arm and its
-    neighbours on a log scale, the arm itself at an end of the range."""
-    arms = sorted(values, key=values.__getitem__)
-    sign = 1.0 if lower_is_better(metric) else -1.0
-    scores = [by_seed(cells, arm, metric) for arm in arms]
-    found = {}
-    for seed in sorted(set.intersection(*(set(score) for score in scores))):
-        y = [sign * score[seed] for score in scores]
-        x = [math.log2(values[arm]) for arm in arms]
-        best = y.index(min(y))
-        found[seed] = x[best]
-        if 0 < best < len(arms) - 1:
-            a, b, _ = np.polyfit(x[best - 1 : best + 2], y[best - 1 : best + 2], 2)
-            found[seed] = float(-b / (2 * a)) if a > 0 else x[best]
-    return found
+    changed = "between which code that decides numbers has changed"
+    kinds = {"code": ("of commit", changed), "accelerator": ("on", ""), "precision": ("in", "")}
+    kinds |= {key: (f"with {key}", "") for key in LIBRARIES}
+    for key, (word, why) in kinds.items():
+        groups: dict[str, list[Cell]] = {}
+        for cell in cells:
+            if cell.about.get(key):
+                groups.setdefault(cell.about[key], []).append(cell)
+        if len(groups) > 1:
+            names = {one: group[0].about["commit"][:9] if key == "code" else one for one, group in groups.items()}
+            sides = " and ".join(f"{len(group)} {word} {names[one]}" for one, group in groups.items())
+            seeds_of = ",".join(map(str, sorted({cell.seed for cell in cells})))
+            why = f", {why}" if why else ", which are no pairs"
+            raise ValueError(
+                f"the cells mix {sides}{why}; {command} seed={seeds_of} runs again those that are not this version's"
+            )
 
 
 def mean_cost(cells: list[Cell], arm: str, key: str) -> float:
     values = [cell.cost[key] for cell in cells if cell.arm == arm]
     return sum(values) / len(values) if values else 0.0
-
-
-def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
-    """Every metric of a claim, at equal steps and at equal compute; the deciding metric first. A claim about a cost has
-    no equal compute.
-
-    Raises:
-        ValueError: no cell has the metric that decides.
-    """
-    known = sorted({name for cell in cells for name in cell.metrics})
-    for metric in (claim.metric, *claim.beside):
-        if cells and metric not in known:
-            near = difflib.get_close_matches(metric, known, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"the claim '{claim.claim}' is decided on {metric}, which no task yielded{hint}")
-    decided = []
-    for metric in (claim.metric, *claim.beside):
-        for basis in ("steps",) if is_cost(claim.metric) else ("steps", "compute"):
-            decided.append(decide_pair(claim, metric, basis, cells))
-    return decided
-
-
-def decide_pair(claim: Claim, metric: str, basis: str, cells: list[Cell]) -> Decided:
-    pair = tuple(claim.compute or claim.steps) if basis == "compute" else tuple(claim.steps)
-    first, second = pair
-    costs = [mean_cost(cells, arm, "flops") for arm in pair]
-    ratio = costs[0] / costs[1] if all(costs) else 1.0
-    if basis == "compute" and abs(ratio - 1) > EQUAL_COMPUTE:
-        why = f"{first} takes {ratio:.2f} times the operations of {second}; no arm has as many"
-        return Decided(claim, metric, basis, pair, None, why, ratio)
-    if claim.optimum:
-        if basis == "compute":
-            return Decided(claim, metric, basis, pair, None, "a law over sizes has no equal compute", ratio)
-        ours, theirs = (best_values(cells, values, metric) for values in claim.optimum)
-    else:
-        ours, theirs = by_seed(cells, first, metric), by_seed(cells, second, metric)
-    paired = sorted(ours.keys() & theirs.keys())
-    if not paired:
-        return Decided(claim, metric, basis, pair, None, "no seed has both arms", ratio)
-    # A metric beside the one that decides has its own good side.
-    sign = -1.0 if lower_is_better(metric) else 1.0
-    if metric == claim.metric:
-        sign = -1.0 if claim.direction == "lower" else 1.0
-    elif claim.direction != "same":
-        claimed_better = (claim.direction == "lower") == lower_is_better(claim.metric)
-        sign *= 1.0 if claimed_better else -1.0
-    if claim.factor and metric == claim.metric:
-        if bad := [value for arm in (ours, theirs) for value in arm.values() if value <= 0]:
-            raise ValueError(f"the claim '{claim.claim}' is about a factor, but {metric} is {bad[0]:g} in a cell")
-        # A smaller factor than the claimed one speaks against the claim, not only the wrong sign.
-        claimed = math.log(claim.factor)
-        v = decide([sign * math.log(ours[s] / theirs[s]) - claimed for s in paired])
-        verdict = replace(v, mean=v.mean + claimed, low=v.low + claimed, high=v.high + claimed)
-        return Decided(claim, metric, basis, pair, verdict, "", ratio, as_factor=True)
-    differences = [sign * (ours[s] - theirs[s]) for s in paired]
-    if claim.direction == "same":
-        if metric != claim.metric:
-            verdict = decide(differences)
-            return Decided(claim, metric, basis, pair, verdict, "", ratio)
-        return Decided(claim, metric, basis, pair, decide_same(differences, margin=claim.margin), "", ratio)
-    margin = claim.margin if metric == claim.metric else 0.0
-    return Decided(claim, metric, basis, pair, decide(differences, margin=margin), "", ratio)
-
-
-def is_cost(metric: str) -> bool:
-    return metric.startswith("train/") or any(word in metric for word in ("ttft", "_ms", "_per_second", "memory"))
-
-
-def lower_is_better(metric: str) -> bool:
-    if metric.endswith("_per_second"):
-        return False
-    words = ("nll", "perplexity", "bits", "ttft", "_ms", "length", "loss", "memory", "seconds", "train/learned")
-    return any(word in metric for word in words)

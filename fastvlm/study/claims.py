@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastvlm.study.arms import Study
+from fastvlm.study.metrics import metric_of
 
 DIRECTIONS = ("higher", "lower", "same")
 STATUSES = ("paper", "official-repository", "secondary", "derived", "unverified")
@@ -23,10 +24,13 @@ class Claim:
     Args:
         claim: the sentence.
         paper, table: where it comes from.
-        metric: decides; `beside` is shown with it.
+        metric: decides; `beside` is shown with it. Rows of fastvlm/study/metrics.py.
         direction: of the metric in the first arm against the second: higher, lower, same.
-        steps: [first, second] arm at equal optimiser steps.
-        compute: the pair at equal operations; left out where the pair of `steps` has about as many.
+        steps: [first, second] arm at equal optimiser steps, all stages that an arm trains itself counted. Steps that
+            are not equal are told wherever the verdict is, which is then that of the arms as planned.
+        planned: the pair as the papers run it, where its arms take unequal steps by intent and `steps` (or `compute`
+            alone) names others.
+        compute: the pair at equal operations; left out where the first of these pairs has about as many.
         margin: `same` needs one; with a direction, what the difference must exceed, below 0 for "no worse than".
         factor: how many times lower or higher the metric must be at least, in place of a margin: for times and sizes,
             whose differences mean nothing on another machine. Decided on logarithms.
@@ -41,8 +45,9 @@ class Claim:
     table: str
     metric: str
     direction: str
-    steps: list[str]
+    steps: list[str] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
+    planned: list[str] = field(default_factory=list)
     compute: list[str] = field(default_factory=list)
     margin: float = 0.0
     factor: float | None = None
@@ -50,12 +55,29 @@ class Claim:
     figures: list[str] = field(default_factory=list)
     optimum: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The first pair: what the claim is about before steps or operations are made equal."""
+        first, second = self.planned or self.steps
+        return first, second
+
+    @property
+    def arms(self) -> set[str]:
+        """All it is decided on."""
+        return {*self.planned, *self.steps, *self.compute, *(arm for one in self.optimum for arm in one)}
+
+    @property
+    def sized(self) -> bool:
+        """Whether it says how large the difference is, in the units of `metric`: of another metric its size says
+        nothing."""
+        return self.direction == "same" or self.margin != 0 or self.factor not in (None, 1)
+
 
 def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
     """Read and check a study's claims; those whose arms this scale does not have are left out.
 
     Raises:
-        ValueError: no file, an unknown key, a pair whose arm exists at no scale, a direction that is none.
+        ValueError: no file, an unknown key or metric, a pair whose arm exists at no scale, a direction that is none.
     """
     file = study.folder / "claims.yaml"
     if not file.is_file():
@@ -69,9 +91,7 @@ def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
         except (OmegaConfBaseException, TypeError) as error:
             raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
         check(claim, study, where=where)
-        if {*claim.steps, *claim.compute, *(arm for one in claim.optimum for arm in one)} <= study.arms.get(
-            scale, {}
-        ).keys():
+        if claim.arms <= study.arms.get(scale, {}).keys():
             claims.append(claim)
     return claims
 
@@ -83,12 +103,19 @@ def check(claim: Claim, study: Study, *, where: str) -> None:
         raise ValueError(f"{where}: direction=same needs a margin above 0")
     if claim.factor is not None and (claim.factor <= 0 or claim.margin or claim.optimum or claim.direction == "same"):
         raise ValueError(f"{where}: factor={claim.factor:g} must be above 0, with direction higher or lower, no margin")
+    for metric in (claim.metric, *claim.beside):
+        try:
+            metric_of(metric)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     arms = sorted({arm for at in study.arms.values() for arm in at})
     if claim.optimum and (len(claim.optimum) != 2 or min(map(len, claim.optimum)) < 3):
         raise ValueError(f"{where}: optimum names two sets of three arms or more, each with its value")
-    for basis in ("steps", "compute"):
+    if not claim.planned and not claim.steps:
+        raise ValueError(f"{where}: steps names two arms, the one that the claim favours first (or planned does)")
+    for basis in ("planned", "steps", "compute"):
         pair = getattr(claim, basis)
-        if len(pair) != 2 and (pair or basis == "steps"):
+        if len(pair) not in (0, 2):
             raise ValueError(f"{where}: {basis} names two arms, the one that the claim favours first")
         for arm in (*pair, *(arm for one in claim.optimum for arm in one)):
             if arm not in arms:

@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from fastvlm.study.arms import Study
-from fastvlm.study.cells import Cell, Decided, mean_cost, seeds
+from fastvlm.study.cells import Cell, Missing, mean_cost, planned
 from fastvlm.study.claims import Claim, Figure
-from fastvlm.study.verdicts import ALPHA, OPEN, POWER, fewest_seeds
+from fastvlm.study.decisions import EQUAL_COMPUTE, EQUAL_STEPS, Decided
+from fastvlm.study.metrics import label_of
+from fastvlm.study.verdicts import ALPHA, OPEN, POWER, SHOWN, Verdict, fewest_seeds
 
-SHOWN = (
-    ("test/answer_nll", "answer NLL"),
-    ("test/exact_match/mean", "exact match"),
-    ("test/text_perplexity", "prose perplexity"),
-    ("test/nll/captions", "captions NLL"),
-    ("test/nll/interleaved/1", "second image NLL"),
-    ("test/nll/long_form", "long answers NLL"),
-    ("test/answer_length", "answer length"),
-    ("test/ttft_ms", "first token, ms"),
+# What every table of arms has, where a task yields it.
+EVERYWHERE = (
+    *("test/answer_nll", "test/exact_match/mean", "test/text_perplexity", "test/nll/captions"),
+    *("test/nll/interleaved/1", "test/nll/long_form", "test/answer_length", "test/ttft_ms"),
 )
-BASIS = {"steps": "equal steps", "compute": "equal compute"}
 
 
 def number(value: float, *, digits: int = 3) -> str:
@@ -53,9 +49,7 @@ def shown_metrics(cells: Sequence[Cell], claims: Sequence[Claim]) -> list[tuple[
     """What the table of arms has: what every study shows, and what this one's claims turn on."""
     named = [m for claim in claims for m in (claim.metric, *claim.beside)]
     have = {name for cell in cells for name in cell.metrics}
-    known = [(m, label) for m, label in SHOWN if m in have]
-    extra = [(m, m.removeprefix("test/")) for m in dict.fromkeys(named) if m in have and m not in dict(SHOWN)]
-    return known + extra
+    return [(m, label_of(m)) for m in dict.fromkeys((*EVERYWHERE, *named)) if m in have]
 
 
 def arms_table(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, scale: str) -> list[str]:
@@ -79,13 +73,19 @@ def say_verdict(decided: Decided) -> str:
     if decided.verdict is None:
         return f"- ({decided.why})"
     v = decided.verdict
-    if v.num_seeds == 1:
-        return f"**{OPEN}**: one seed has no spread; {fewest_seeds()} are the fewest that can decide"
-    text = f"**{v.outcome}**" if v.outcome != OPEN else f"**{OPEN}**"
-    text += f" {amount(decided)}, p = {number(v.p, digits=2)}, n = {v.num_seeds}"
+    numbers = f"{amount(decided)}, p = {number(v.p, digits=2)}, n = {v.num_seeds}"
+    if v.outcome == SHOWN:
+        return f"{numbers} (no verdict)"
     if v.outcome == OPEN:
-        text += f"; about {v.needed} seeds would tell" if v.needed else "; over 1,000 seeds would be needed"
-    return text
+        return f"**{OPEN}** {numbers}; {say_needed(v)}" if v.num_seeds > 1 else f"**{OPEN}**: {say_needed(v)}"
+    return f"**{v.outcome}** {numbers}"
+
+
+def say_needed(verdict: Verdict) -> str:
+    """How many seeds an open question would need."""
+    if verdict.num_seeds == 1:
+        return f"one seed has no spread; {fewest_seeds()} are the fewest that can decide"
+    return f"about {verdict.needed} seeds would tell" if verdict.needed else "over 1,000 seeds would be needed"
 
 
 def amount(decided: Decided) -> str:
@@ -97,12 +97,21 @@ def amount(decided: Decided) -> str:
 
 
 def headline(decided: Sequence[Decided]) -> str:
-    """The verdict of a claim in a few words: that of the deciding metric at equal steps, and at equal compute."""
+    """The verdict of a claim in a few words: that of the deciding metric, on every basis on which it differs or whose
+    steps are not equal; what an open question would need with it."""
+
+    def outcome(one: Decided) -> str:
+        if one.verdict is None:
+            return "no such arm"
+        return one.verdict.outcome + (f" ({say_needed(one.verdict)})" if one.verdict.outcome == OPEN else "")
+
     deciding = [d for d in decided if d.metric == d.claim.metric]
-    said = {d.basis: d.verdict.outcome if d.verdict else "no such arm" for d in deciding}
-    if said["steps"] == said.get("compute", said["steps"]):
-        return said["steps"]
-    return f"{said['steps']} at equal steps; {said['compute']} at equal compute"
+    said = list(dict.fromkeys(map(outcome, deciding)))
+    if len(said) > 1:
+        return "; ".join(f"{outcome(d)} {d.on}" for d in deciding)
+    if all(d.basis != "planned" for d in deciding):
+        return said[0]
+    return f"{said[0]} {' and '.join(d.on for d in deciding)}"
 
 
 def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, Figure]) -> list[str]:
@@ -116,22 +125,14 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
         lines.append("")
     rows = []
     for metric in dict.fromkeys(d.metric for d in decided):
-        two = {d.basis: d for d in decided if d.metric == metric}
         name = f"{metric.removeprefix('test/')}{' (decides)' if metric == claim.metric else ''}"
-        rows.append(
-            [
-                name,
-                *(f"`{d.pair[0]}` against `{d.pair[1]}`: {say_verdict(d)}" for d in two.values()),
-            ]
-        )
+        mine = [d for d in decided if d.metric == metric]
+        rows.append([name, *(f"`{d.pair[0]}` against `{d.pair[1]}`: {say_verdict(d)}" for d in mine)])
     wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same but for {claim.margin:g}"}
-    lines += table(["metric", *(BASIS[basis] for basis in dict.fromkeys(d.basis for d in decided))], rows)
+    lines += table(["metric", *dict.fromkeys(d.on.removeprefix("at ") for d in decided)], rows)
     if claim.optimum:
-        lines += [
-            "",
-            "The difference is in log2 of the value at which the metric is best in each set of arms.",
-        ]
-        return [*lines, ""]
+        words = "The difference is in log2 of the value at which the metric is best in each set of arms."
+        return [*lines, "", words, ""]
     said = wanted[claim.direction]
     if claim.factor:
         said += f" at least {claim.factor:g} times" if claim.factor != 1 else ", by the factor shown"
@@ -139,7 +140,10 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
     elif claim.margin and claim.direction != "same":
         by = f"by more than {claim.margin:g}" if claim.margin > 0 else f"or worse by no more than {-claim.margin:g}"
         said += f" {by}"
-    lines += ["", f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {said}."]
+    said = f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {said}."
+    if any(d.verdict and d.verdict.outcome == SHOWN for d in decided):
+        said += " What stands beside it without a verdict has no size, or no good side, that the claim speaks of."
+    lines += ["", said]
     return [*lines, ""]
 
 
@@ -151,7 +155,7 @@ def readme(
     results: dict[str, tuple[list[Cell], list[list[Decided]]]],
     plots: dict[str, list[str]],
     notes: str = "",
-    missing: dict[str, list[str]],
+    missing: dict[str, list[Missing]],
 ) -> str:
     """README.md of a study: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
     lines = [f"# {study.name}", "", study.question, ""]
@@ -164,8 +168,7 @@ def readme(
     for scale, (cells, decided) in results.items():
         lines += [f"## Scale: {scale}", ""]
         if not cells:
-            count = len(study.arms.get(scale, {})) * len(seeds(study))
-            lines += [f"Not run: {count} cells are planned.", ""]
+            lines += [f"Not run: {len(planned(study, scale=scale))} cells are planned.", ""]
             lines += [f"- {claim.claim} ({claim.paper}, {claim.table}): not run" for claim in claims[scale]]
             lines += [""] + paper_table(figures)
             continue
@@ -175,7 +178,7 @@ def readme(
         lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
         lines += [origin(cells), ""]
         if lacks := missing[scale]:
-            named = "; ".join(lacks[:6]) + (" ..." if len(lacks) > 6 else "")
+            named = "; ".join(map(str, lacks[:6])) + (" ..." if len(lacks) > 6 else "")
             lines += [f"{len(lacks)} planned cells are not here: {named}.", ""]
     if notes:
         lines += ["## Notes", "", notes.strip(), ""]
@@ -185,9 +188,10 @@ def readme(
 RULES = (
     "Differences are in favour of the claim: mean over paired seeds with its 95 % interval. A verdict needs an exact "
     f"sign-flip p of at most {ALPHA} and a one-sided {1 - ALPHA:.0%} interval on the same side; p values are not "
-    f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Cost "
-    "is that of the stages an arm trains itself, without those that stand in for pretrained parts; means over seeds, ± "
-    "is the standard deviation."
+    f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Steps "
+    f"are equal within {EQUAL_STEPS:.0%}, operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the "
+    "stages an arm trains itself, without those that stand in for pretrained parts; means over seeds, ± is the "
+    "standard deviation."
 )
 
 
@@ -217,6 +221,6 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
         "the paper's own sizes, data and steps. `LOG.md` says what was tried.",
         "",
     ]
-    header = ["study", "claim", "paper's figure", "ours (in favour of the claim)", "verdict", "cost of a cell"]
-    keys = ("study", "claim", "paper", "ours", "verdict", "cost")
+    header = ["study", "scale", "claim", "paper's figure", "ours (in favour of the claim)", "verdict", "cost of a cell"]
+    keys = ("study", "scale", "claim", "paper", "ours", "verdict", "cost")
     return "\n".join([*lines, *table(header, [[entry[k] for k in keys] for entry in entries]), ""])

@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fastvlm.study.arms import Study
-from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, planned, trained
+from fastvlm.identity import LIBRARIES
+from fastvlm.study.arms import Study, cell_name
+from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
 
 NOTE = "mlflow.json"
 
@@ -29,7 +30,9 @@ def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | 
     if config.study is None:
         return tracking.pipeline_run(config.name, tags=tags, config=resolved)
     tags |= {"kind": "cell", "study": config.study.name, "scale": config.scale, "arm": config.arm}
+    tags["cell"] = config.name
     tags |= {f"hardware.{key}": str(value) for key, value in made["hardware"].items()}
+    tags |= {f"library.{key}": str(value) for key, value in made.get("libraries", {}).items()}
     same = {key: tags[key] for key in ("kind", "study", "scale", "arm", "seed", "config")}
     parent = tracking.study_run(config.study.name, scale=config.scale)
     name = f"{config.arm}, seed {config.seed}"
@@ -60,8 +63,8 @@ def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], ver
     tracking.finish(run_id)
 
 
-def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvlm") -> tuple[list[Cell], list[str]]:
-    """The finished cells of a study that an MLflow store holds, and a line for each planned one it does not.
+def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvlm") -> tuple[list[Cell], list[Missing]]:
+    """The finished cells of a study that an MLflow store holds, and what it lacks of the grid.
 
     Raises:
         ValueError: the store has no such experiment.
@@ -82,12 +85,17 @@ def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvl
     runs = client.search_runs([found.experiment_id], query, order_by=["attributes.end_time DESC"], max_results=10_000)
     newest: dict[tuple[str, int], Any] = {}
     for run in runs:
-        newest.setdefault((run.data.tags["arm"], int(run.data.tags["seed"])), run)
+        arm, seed = run.data.tags["arm"], int(run.data.tags["seed"])
+        name = cell_name(study.name, scale, arm, seed)
+        if (
+            arm in study.arms.get(scale, {}) and run.data.tags.get("cell", name) == name
+        ):  # nothing changed beside the arm
+            newest.setdefault((arm, seed), run)
     cells, missing = [], []
-    for arm, seed in planned(study, scale=scale):
+    for arm, seed in wanted(study, newest, scale=scale):
         run = newest.get((arm, seed))
         if run is None:
-            missing.append(f"arm={arm} seed={seed} is not in {uri}")
+            missing.append(Missing(arm, seed, f"is not in {uri}"))
         else:
             cells.append(_cell(run.data.tags, run.data.metrics))
     return cells, missing
@@ -95,6 +103,7 @@ def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvl
 
 def _cell(tags: dict[str, str], metrics: dict[str, float]) -> Cell:
     about = {key: tags.get(key, tags.get(f"hardware.{key}", "")) for key in ABOUT}
+    about |= {key: tags.get(f"library.{key}", "") for key in LIBRARIES}
     cost = {key: metrics.get(f"cost/{key}", 0.0) for key in COST}
     kept = {k: v for k, v in sorted(metrics.items()) if k.startswith(("test/", "train/")) and not NOT_KEPT.match(k)}
     return Cell(about, cost, kept)

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names
-from fastvlm.study.cells import (
-    Cell,
-    Decided,
-    check_one_origin,
-    decide_claim,
-    mean_cost,
-    read_csv,
-    read_runs,
-    write_csv,
-)
-from fastvlm.study.claims import load_claims, load_figures
+from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, read_csv, read_runs, write_csv
+from fastvlm.study.claims import Claim, load_claims, load_figures
+from fastvlm.study.decisions import Decided, decide_claim
 from fastvlm.study.plots import make_plots
 from fastvlm.study.readme import amount, catalogue, headline, number, readme
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("auto", "runs", "csv", "mlflow")
 
 
 def runs_folder() -> Path:
     return Path(os.environ.get("FASTVLM_RUNS", ROOT / "runs")).resolve()
 
 
-def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> tuple[list[Cell], list[str]]:
+def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> tuple[list[Cell], list[Missing]]:
     """Cells of one scale and what is missing, from `runs`, `csv`, `mlflow`, or `auto`: run directories where there is
     one, else results.csv.
 
@@ -42,8 +36,8 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
         return read_mlflow(study, scale=scale, uri=uri or f"sqlite:///{runs_folder()}/mlflow.db")
     if source == "csv":
         return read_csv(file, scale=scale), []
-    if source not in ("auto", "runs"):
-        raise ValueError(f"from={source} is none of auto, runs, csv, mlflow")
+    if source not in SOURCES:
+        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
     cells, missing = read_runs(study, runs_folder(), scale=scale)
     if source == "auto" and not cells:
         return read_csv(file, scale=scale), []
@@ -52,40 +46,35 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
 
 def report(name: str, *, source: str = "auto", uri: str | None = None, root: Path = STUDIES) -> dict:
     """Write results.csv, plots and README.md of a study: into its folder, or below runs/ where the folder's results
-    have more cells than are here, so that a part never replaces the whole.
+    have cells that are not here, so that a part never replaces the whole.
 
     Returns:
-        `verdicts` (a line a claim), `missing` (a line a cell), `remarks`, `files` (the page first), `entries` of the
-        catalogue.
+        By scale, of those that ran: `verdicts` (a line a claim) and `missing` (cells); `remarks`, `files` (the page
+        first), `entries` of the catalogue.
 
     Raises:
         ValueError: an arm, a metric or a figure that does not exist; cells of two origins.
     """
     study = load_study(name, root=root)
     figures = load_figures(study.folder)
-    results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {}
     cells_of, missing, claims_of = {}, {}, {}
     for scale in study.arms:
-        cells, missing[scale] = gather(study, scale=scale, source=source, uri=uri)
-        again = f"python train.py -m experiment={name} scale={scale} runs again those of another version"
-        check_one_origin(cells, command=again)
-        claims = claims_of[scale] = load_claims(study, scale=scale)
-        for claim in claims:
+        claims_of[scale] = load_claims(study, scale=scale)
+        for claim in claims_of[scale]:
             if lost := [key for key in claim.figures if key not in figures]:
                 raise ValueError(f"{study.folder}/claims.yaml: figures names {lost[0]}, which paper.csv has not")
-        cells_of[scale] = cells
-        results[scale] = (cells, [decide_claim(claim, cells) for claim in claims] if cells else [])
-    out, remarks = study.folder, []
+        cells_of[scale], missing[scale] = gather(study, scale=scale, source=source, uri=uri)
+        check_one_origin(cells_of[scale], command=f"python train.py -m experiment={name} scale={scale}")
+    out, remarks = place_of(study, cells_of)
     kept = [cell for cells in cells_of.values() for cell in cells]
-    before = read_csv(study.folder / "results.csv")
-    if len(before) > len(kept):
-        out = runs_folder() / "studies" / name
-        out.mkdir(parents=True, exist_ok=True)
-        remarks = [f"{study.folder} keeps its {len(before)} cells; these {len(kept)} are reported in {out}"]
+    if kept:  # before anything is decided: what has run is never lost to a claim that cannot be
+        write_csv(out / "results.csv", kept)
+    results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {
+        scale: (cells, [decide_claim(claim, cells) for claim in claims_of[scale]] if cells else [])
+        for scale, cells in cells_of.items()
+    }
     ran = {scale: cells for scale, cells in cells_of.items() if cells}
     plots = {s: make_plots(study, cells, claims_of[s], folder=out, scale=s) for s, cells in ran.items()}
-    if kept:
-        write_csv(out / "results.csv", kept)
     notes = study.folder / "notes.md"
     text = readme(
         study,
@@ -99,38 +88,57 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
     (out / "README.md").write_text(text, encoding="utf-8")
     files = [out / "README.md", *(out / plot for names in plots.values() for plot in names)]
     return {
-        "verdicts": [f"{d[0].claim.claim} - {headline(d)}" for scale in list(ran)[:1] for d in results[scale][1]],
-        "missing": [line for scale in ran for line in missing[scale]],
+        "verdicts": {s: [f"{d[0].claim.claim} - {headline(d)}" for d in results[s][1]] for s in ran},
+        "missing": {scale: missing[scale] for scale in ran},
         "remarks": remarks,
         "files": files + ([out / "results.csv"] if kept else []),
         "entries": entries(study, results, claims_of),
     }
 
 
-def entries(study: Study, results: dict, claims_of: dict) -> list[dict[str, str]]:
-    """The study's lines of the catalogue: one a claim, of the first scale that was run."""
+def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:
+    """(folder of the page, what to say of it): the study's own, unless its results.csv has cells, of arms that there
+    still are, that these lack."""
+
+    def keys(cells: Iterable[Cell]) -> set[tuple[str, str, int]]:
+        return {(c.about["scale"], c.arm, c.seed) for c in cells if c.arm in study.arms.get(c.about["scale"], {})}
+
+    kept = [cell for cells in cells_of.values() for cell in cells]
+    before = read_csv(study.folder / "results.csv")
+    if keys(before) <= keys(kept):
+        return study.folder, []
+    out = runs_folder() / "studies" / study.name
+    out.mkdir(parents=True, exist_ok=True)
+    return out, [f"{study.folder} keeps its {len(before)} cells; these {len(kept)} are reported in {out}"]
+
+
+def say(made: dict) -> list[str]:
+    """What a command prints of a report: verdicts and missing cells of every scale that ran."""
+    lines = [] if made["verdicts"] else ["no cell has run"]
+    for scale, verdicts in made["verdicts"].items():
+        lines += [f"scale={scale}", *(f"  {line}" for line in (*verdicts, *made["missing"][scale]))]
+    return lines + made["remarks"]
+
+
+def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> list[dict[str, str]]:
+    """The study's lines of the catalogue: one a claim, for each scale that was run."""
     figures = load_figures(study.folder)
-    scale = next((s for s, (cells, _) in results.items() if cells), next(iter(results)))
-    cells, decided = results[scale]
+    ran = [scale for scale, (cells, _) in results.items() if cells] or list(results)[:1]
     lines = []
-    for place, claim in enumerate(claims_of[scale]):
+    for scale, place, claim in ((s, place, claim) for s in ran for place, claim in enumerate(claims_of[s])):
+        cells, decided = results[scale]
         theirs = "; ".join(f"{k.replace('_', ' ')} {figures[k].value} ({figures[k].status})" for k in claim.figures)
         ours, verdict, cost = "not run", "not run", "-"
         if cells:
             first = decided[place][0]
             verdict = headline(decided[place])
-            if first.verdict is None:
-                ours = first.why
-            else:
-                v = first.verdict
-                ours = f"{claim.metric.removeprefix('test/')} {amount(first)}"
-                if v.needed:
-                    verdict += f" (about {v.needed} seeds)"
-            spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in claim.steps]
+            ours = f"{claim.metric.removeprefix('test/')} {amount(first)}" if first.verdict else first.why
+            spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in claim.pair]
             cost = f"{number(mean(f for f, _ in spent) / 1e12)} TFLOP, {mean(s for _, s in spent):.0f} s"
         lines.append(
             {
                 "study": f"[{study.name}]({study.name}/README.md)",
+                "scale": scale,
                 "claim": claim.claim,
                 "paper": theirs or claim.size or "-",
                 "ours": ours,

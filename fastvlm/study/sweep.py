@@ -1,22 +1,26 @@
-"""What a study's sweep does before its first cell and after its last; the launcher calls both."""
+"""What a study's sweep does before its first cell, after each and after its last; the launcher calls them."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from fastvlm.study.arms import is_silent, key_of, load_study, value_of
+from fastvlm.identity import read_results
+from fastvlm.study.arms import expand, is_silent, key_of, load_study, value_of
+from fastvlm.study.cells import trained
 from fastvlm.study.claims import load_claims
 from fastvlm.study.recorded import log_report
-from fastvlm.study.report import report, runs_folder
+from fastvlm.study.report import report, runs_folder, say
 
 
 def prepare(config: DictConfig, jobs: list[list[str]]) -> None:
     """Check arms and claims, and make the MLflow store and the study's run once, before cells open it side by side.
 
     Raises:
-        ValueError: an arm or a claim that is wrong, told before anything has run.
+        ValueError: an arm, a claim or a metric that is wrong, told before anything has run.
     """
     study = load_study(config.study.name)
     for arm in dict.fromkeys(value_of(job, "arm") for job in jobs):
@@ -24,29 +28,61 @@ def prepare(config: DictConfig, jobs: list[list[str]]) -> None:
             raise ValueError(f"experiment={study.name}: its grid has no arm; add arm=... to hydra.sweeper.params")
         study.overrides(arm, config.scale)
     load_claims(study, scale=config.scale)
-    tracking(config).study_run(study.name, scale=config.scale)
+    if not config.dry_run:
+        tracking(config).study_run(study.name, scale=config.scale)
 
 
-def conclude(config: DictConfig, jobs: list[list[str]]) -> None:
+def check_yield(config: DictConfig, job: Sequence[str]) -> None:
+    """After a cell: whether its task yielded what claims about its arm are decided on. Most of a grid need not run to
+    find that it did not.
+
+    Raises:
+        ValueError: naming claim, arm and metric, with the nearest there is.
+    """
+    name, arm = value_of(expand(list(job)), "name"), value_of(list(job), "arm")
+    results = read_results(Path(config.paths.runs) / str(name))
+    if results is None or arm is None:
+        return
+    have = results["metrics"] | trained(results)
+    for claim in load_claims(load_study(config.study.name), scale=config.scale):
+        for metric in (claim.metric, *claim.beside) if arm in claim.arms else ():
+            if metric not in have:
+                near = difflib.get_close_matches(metric, have, 1, 0.4)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(
+                    f"the claim '{claim.claim}' is decided on {metric}, which the task of arm={arm} did not yield{hint}"
+                )
+
+
+def conclude(config: DictConfig, changes: Sequence[str]) -> None:
     """Table, plots, page and verdicts of the study, here and in MLflow. A grid with other settings than the study's
-    own leaves its page alone."""
+    own leaves its page alone.
+
+    Args:
+        changes: the overrides of the sweep's cells.
+    """
     study = load_study(config.study.name)
-    changed = sorted({key_of(o) for job in jobs for o in job if not is_silent(o)})
+    changed = sorted({key_of(o) for o in changes if not is_silent(o)})
     if changed:
         print(f"\n{study.name}: run with {', '.join(changed)} changed, so its page stays as it is", flush=True)
-        tracking(config).finish(tracking(config).study_run(study.name, scale=config.scale))
+        end(config, "FINISHED")
         return
     if Path(config.paths.runs).resolve() != runs_folder():
         print(f"\n{study.name}: for its report set FASTVLM_RUNS={config.paths.runs}", flush=True)
+        end(config, "FINISHED")
         return
     made = report(study.name)
-    print(f"\n{study.name}")
-    for line in made["verdicts"]:
-        print(f"  {line}")
-    for line in (*made["missing"], *made["remarks"]):
-        print(f"  {line}")
-    print(f"  {made['files'][0]}", flush=True)
-    log_report(tracking(config), study, scale=config.scale, files=made["files"], verdicts=made["verdicts"])
+    print("\n".join(["", study.name, *(f"  {line}" for line in (*say(made), made["files"][0]))]), flush=True)
+    verdicts = made["verdicts"].get(config.scale, [])
+    log_report(tracking(config), study, scale=config.scale, files=made["files"], verdicts=verdicts)
+
+
+def end(config: DictConfig, status: str) -> None:
+    """End the study's own run in MLflow, where there is one."""
+    store = tracking(config)
+    run_id = store.study_run(config.study.name, scale=config.scale)
+    if run_id is not None:
+        store.finish(run_id, status)
 
 
 def tracking(config: DictConfig):

@@ -15,10 +15,12 @@ from scipy import stats
 ALPHA = 0.05  # of each of the two one-sided tests
 POWER = 0.8
 MOST_SEEDS = 1000
-AGREES, DISAGREES, OPEN = "agrees", "disagrees", "not resolved"
+AGREES, DISAGREES, OPEN, SHOWN = "agrees", "disagrees", "not resolved", "difference"
 # Above this many seeds the sign flips are drawn, not enumerated.
 ENUMERATE_UP_TO = 16
 DRAWS = 100_000
+# Up to this many seeds the power of the sign-flip test is drawn, above it is the t-test's.
+DRAWN_UP_TO = 10
 
 Differences = Sequence[float] | np.ndarray
 
@@ -57,30 +59,25 @@ def fewest_seeds(alpha: float = ALPHA) -> int:
     return math.ceil(math.log2(1 / alpha))
 
 
-def seeds_needed(
-    differences: Differences, *, margin: float = 0.0, alpha: float = ALPHA, power: float = POWER
-) -> int | None:
-    """Seeds with which a one-sided paired t-test would, with this power, tell a difference from `margin`, if mean and
-    deviation are what they seem; at least `fewest_seeds`. None: more than 1,000, or too few seeds to tell.
+def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
+    """Seeds with which paired differences of this deviation would, with this power, be told to lie beyond every bound
+    that they are `distances` away from (one for "better", two for "the same"), by both tests of a verdict.
 
-    With `margin` it is the distance to the nearer of -margin and margin that has to be told.
+    The one-sided t-test's power is exact; the sign-flip test, which is as strong with many seeds, costs a few more
+    where they are few (with five, all must have one sign), and is drawn up to 10. None: over 1,000, or never.
     """
-    d = _checked(differences)
-    if len(d) < 2:
-        return None
-    mean, deviation = float(d.mean()), float(d.std(ddof=1))
-    distance = abs(mean) if margin == 0 else abs(abs(mean) - margin)
-    if distance == 0:
+    if not math.isfinite(deviation) or min(distances) <= 0:
         return None
     least = fewest_seeds(alpha)
     if deviation == 0:
         return least
-    effect = distance / deviation
+    effects = [distance / deviation for distance in distances]
 
     def enough(n: int) -> bool:
         critical = stats.t.ppf(1 - alpha, n - 1)
-        missed = float(stats.nct.cdf(critical, n - 1, effect * math.sqrt(n)))
-        return not missed > 1 - power  # NaN: so large an effect that scipy's series overflows
+        missed = [float(stats.nct.cdf(critical, n - 1, effect * math.sqrt(n))) for effect in effects]
+        missed = [0.0 if math.isnan(m) else m for m in missed]  # so large an effect that scipy's series overflows
+        return sum(missed) <= 1 - power
 
     first, last = max(2, least), MOST_SEEDS
     if not enough(last):
@@ -88,7 +85,20 @@ def seeds_needed(
     while first < last:  # power grows with n
         middle = (first + last) // 2
         first, last = (first, middle) if enough(middle) else (middle + 1, last)
+    while first <= DRAWN_UP_TO and joint_power(min(*effects, 100.0), first, alpha=alpha) < power:
+        first += 1
     return first
+
+
+def joint_power(effect: float, n: int, *, alpha: float = ALPHA, draws: int = 2000) -> float:
+    """Share of samples of `n` normal differences with this mean, in deviations, that pass the t-test and the sign-flip
+    test; the same at every call."""
+    d = np.random.default_rng(0).normal(effect, 1.0, size=(draws, DRAWN_UP_TO))[:, :n]
+    signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    total = d.sum(axis=1)
+    flipped = (d @ signs.T >= (total - 1e-9 * np.abs(d).sum(axis=1))[:, None]).mean(axis=1)
+    t = total / math.sqrt(n) / d.std(axis=1, ddof=1)
+    return float(((flipped <= alpha) & (t > stats.t.ppf(1 - alpha, n - 1))).mean())
 
 
 @dataclass(frozen=True)
@@ -96,11 +106,11 @@ class Verdict:
     """What paired seeds say of one claim.
 
     Args:
-        outcome: agrees, disagrees or not resolved.
+        outcome: agrees, disagrees or not resolved; `difference` of a metric that is only shown.
         num_seeds: pairs.
         mean, low, high: of the difference in favour of the claim, and its 95 % interval.
         p: sign-flip p of the outcome's side (the smaller side's where not resolved).
-        needed: seeds an open question would need; None where it is not open, or beyond 1,000.
+        needed: seeds an open question would need; None where it is not open, never, or beyond 1,000.
     """
 
     outcome: str
@@ -128,7 +138,10 @@ def decide(differences: Differences, *, margin: float = 0.0, alpha: float = ALPH
         return _verdict(AGREES, d, for_it)
     if against <= alpha and high < floor:
         return _verdict(DISAGREES, d, against)
-    return _verdict(OPEN, d, min(for_it, against), seeds_needed(d - margin, alpha=alpha))
+    mean = float(d.mean())
+    # Between 0 and a margin above it neither side is ever told: the distance is below 0 there.
+    distance = mean - margin if mean > floor else floor - mean
+    return _verdict(OPEN, d, min(for_it, against), seeds_needed([distance], deviation=_deviation(d), alpha=alpha))
 
 
 def decide_same(differences: Differences, *, margin: float, alpha: float = ALPHA) -> Verdict:
@@ -150,7 +163,9 @@ def decide_same(differences: Differences, *, margin: float, alpha: float = ALPHA
         p = sign_flip_p(side - margin)
         if p <= alpha and mean_interval(side, confidence=1 - 2 * alpha)[0] > margin:
             return _verdict(DISAGREES, d, p)
-    return _verdict(OPEN, d, inside, seeds_needed(d, margin=margin, alpha=alpha))
+    mean = abs(float(d.mean()))
+    distances = [margin - mean, margin + mean] if mean < margin else [mean - margin]
+    return _verdict(OPEN, d, inside, seeds_needed(distances, deviation=_deviation(d), alpha=alpha))
 
 
 def _verdict(outcome: str, d: np.ndarray, p: float, needed: int | None = None) -> Verdict:
@@ -158,6 +173,16 @@ def _verdict(outcome: str, d: np.ndarray, p: float, needed: int | None = None) -
     if needed is not None:
         needed = max(needed, len(d) + 1)
     return Verdict(outcome, len(d), float(d.mean()), low, high, p, needed)
+
+
+def describe_only(differences: Differences) -> Verdict:
+    """Mean, interval and sign-flip p (the smaller side's), and no outcome: of a metric that decides nothing."""
+    d = _checked(differences)
+    return _verdict(SHOWN, d, min(sign_flip_p(d), sign_flip_p(-d)))
+
+
+def _deviation(d: np.ndarray) -> float:
+    return float(d.std(ddof=1)) if len(d) > 1 else math.inf
 
 
 def _checked(differences: Differences) -> np.ndarray:

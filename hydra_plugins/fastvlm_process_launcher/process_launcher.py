@@ -88,13 +88,19 @@ class ProcessLauncher(Launcher):
                 cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
             else:
                 cells = self.side_by_side(jobs, free, len(slots))
+        except (KeyboardInterrupt, ValueError) as error:
+            if study is not None:
+                from fastvlm.study.sweep import end
+
+                end(self.config, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
         finally:
             if self.python is not None:
                 self.python.close()
-        if study is not None:
+        if study is not None and not self.config.dry_run:
             from fastvlm.study.sweep import conclude
 
-            conclude(self.config, [list(overrides) for overrides in job_overrides])
+            conclude(self.config, [override for _, overrides in jobs for override in overrides])
         failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
         if failed and self.raise_failed:
             # Raised once all have had their turn; the same command again runs the failed ones alone.
@@ -114,7 +120,9 @@ class ProcessLauncher(Launcher):
         number = max(1, min(number, num_jobs))
         if number == 1:
             return [{}]
-        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, cores // (number * ranks))))
+        # A cell on GPUs has this many threads a rank; one without shares them among its ranks itself.
+        share = cores // (number * ranks) if gpus else cores // number
+        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, share)))
         slots = [{"OMP_NUM_THREADS": str(threads)} for _ in range(number)]
         for place, slot in enumerate(slots if gpus else []):
             own = [gpus[(place * ranks + rank) % len(gpus)] for rank in range(ranks)]
@@ -158,6 +166,10 @@ class ProcessLauncher(Launcher):
             value = json.loads(result.read_text())["value"] if result.exists() else None
         cell = JobReturn(overrides=overrides, cfg=config, hydra_cfg=index, working_dir=os.getcwd(), task_name="train")
         if status == 0:
+            if self.config.get("study") is not None:
+                from fastvlm.study.sweep import check_yield
+
+                check_yield(self.config, overrides)
             cell.status, cell.return_value = JobStatus.COMPLETED, value
             if quiet:
                 print(f"{title}  done in {time.time() - begun:.0f} s: {value}", flush=True)

@@ -93,3 +93,25 @@ def test_only_the_first_rank_measures(fit, monkeypatch):
 def test_without_the_metrics_callback_it_says_so(fit):
     with pytest.raises(ValueError, match="needs the Metrics callback"):
         fit(1, [AnswerSpeed(lambda model: {})])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_the_other_ranks_wait_for_the_first_and_all_learn_the_same(cli, tmp_path):
+    learned = []
+    for images in (0, 1):
+        cli("train.py", *DENSE, "hardware.devices=2", f"speed_images={images}", "name=a")
+        (stage,) = (tmp_path / "runs" / "stages").iterdir()
+        stage = stage.rename(tmp_path / f"{images}-{stage.name}")
+        learned.append({f.name: f.read_bytes() for f in (stage / "handoff").glob("*.safetensors")})
+    assert len(learned[0]) >= 3 and learned[0] == learned[1]
+    assert [r["step"] for r in records_of(stage) if "speed/ttft_ms" in r] == [2, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_where_no_rank_holds_the_model_it_is_said_that_nothing_is_measured(cli, tmp_path):
+    done = cli("train.py", *DENSE, "hardware.strategy=fsdp", "hardware.devices=2", "speed_images=1", "name=a")
+    assert "no speed is measured at validations: with fsdp no rank holds the model" in done.stdout
+    (stage,) = (tmp_path / "runs" / "stages").iterdir()
+    assert not any("speed/ttft_ms" in r for r in records_of(stage))

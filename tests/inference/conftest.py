@@ -7,7 +7,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "data"), str(HERE.parent / "models")]
 
-from served import LIMITS, Server  # noqa: E402
+from served import LIMITS, ORIGIN, Pictures, Server  # noqa: E402
 from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402
 from tiny_world import train_tokenizer  # noqa: E402
 
@@ -27,8 +27,21 @@ def tiny_model(tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def server(commands, tiny_tokenizer):
-    running = Server(commands, tiny_tokenizer.path, *LIMITS)
+def pictures():
+    """A web server with images, and what it was asked for."""
+    running = Pictures()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def server(commands, tiny_tokenizer, pictures):
+    from_elsewhere = (
+        f"allow_hosts=localhost:{pictures.port}",
+        "allow_private=true",
+        f"origins={ORIGIN} , https://b.example",
+    )
+    running = Server(commands, tiny_tokenizer.path, *LIMITS, *from_elsewhere)
     yield running
     running.stop()
 

@@ -7,12 +7,17 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tiny_vlm import draw_png
 
 HERE = Path(__file__).parent
 LIMITS = ("max_rows=4", "max_waiting=40", "max_images=3", "max_body_bytes=300000", "max_image_bytes=50000")
-LIMITS += ("max_pixels=90000", "max_new_tokens=200", "default_new_tokens=12")
+ORIGIN = "https://pages.example"
+LIMITS += ("max_pixels=90000", "max_prompt_tokens=200", "max_new_tokens=200", "default_new_tokens=12")
 
 
 def free_port() -> int:
@@ -21,11 +26,52 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Pictures:
+    """`/<seed>.png` are the tiny model's pictures."""
+
+    def __init__(self):
+        asked = self.asked = []
+
+        class Files(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                seed = self.path.strip("/").removesuffix(".png")
+                self.send_response(200 if seed.isdigit() else 404)
+                self.end_headers()
+                if not seed.isdigit():
+                    return
+                self.wfile.write(draw_png(int(seed)))
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def url(self, seed: int, host: str = "localhost") -> str:
+        return f"http://{host}:{self.port}/{seed}.png"
+
+    def stop(self) -> None:
+        self.http.shutdown()
+
+
 class Server:
     def __init__(self, commands, tokenizer_path: str, *settings: str):
         self.port = free_port()
         command = [str(HERE / "serve_tiny.py"), str(tokenizer_path), str(self.port), *settings]
         self.process = commands.start(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self._wait()
+
+    @classmethod
+    def of(cls, process, port: int) -> Server:
+        """A server that was started otherwise."""
+        running = cls.__new__(cls)
+        running.process, running.port = process, port
+        running._wait()
+        return running
+
+    def _wait(self) -> None:
         for _ in range(600):
             try:
                 assert self.get("/health")[0] == 200

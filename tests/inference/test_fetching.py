@@ -1,5 +1,6 @@
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,9 +18,25 @@ class Files(BaseHTTPRequestHandler):
             self.send_header("Location", "http://127.0.0.1/secret")
             self.end_headers()
             return
-        self.send_response(200)
-        self.end_headers()
+        if self.path == "/together":  # three requests or none
+            self.server.barrier.wait(10)
+        try:
+            if self.path == "/slow-headers":
+                self.drip(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            self.send_response(200)
+            self.end_headers()
+            if self.path == "/slow-body":
+                self.drip()
+        except OSError:
+            return  # who asked has left
         self.wfile.write(b"x" * (5000 if self.path == "/large" else 10))
+
+    def drip(self, start: bytes = b""):
+        """A byte now and then, without an end: no single read takes long."""
+        self.wfile.write(start)
+        while True:
+            self.wfile.write(b"x")
+            time.sleep(0.02)
 
     def log_message(self, *_):
         pass
@@ -28,7 +45,7 @@ class Files(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def files():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
-    server.asked = []
+    server.asked, server.barrier, server.daemon_threads = [], threading.Barrier(3), True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -78,6 +95,57 @@ def test_redirects_are_not_followed_and_bytes_are_bounded(files):
     assert files.asked[-1][0] == "/moved"
     with pytest.raises(ValueError, match="more than 1000 bytes"):
         fetch(f"http://pictures.example:{port}/large")
+
+
+@pytest.mark.parametrize("path", ["slow-headers", "slow-body"])
+def test_a_host_that_sends_a_byte_now_and_then_is_given_up_at_the_deadline(files, path):
+    fetch, port = fetcher(files, "127.0.0.1", private=True, timeout=0.3)
+    with pytest.raises(ValueError, match=r"'pictures.example' took more than 0.3 s"):
+        fetch(f"http://pictures.example:{port}/{path}")
+
+
+def test_a_name_that_is_not_found_out_is_given_up_at_the_deadline():
+    never = threading.Event()
+    fetch = ImageFetcher(hosts=["pictures.example"], resolve=lambda *_, **__: never.wait(20), timeout=0.2)
+    with pytest.raises(ValueError, match=r"took more than 0.2 s"):
+        fetch("http://pictures.example/a.png")
+    assert not never.is_set()
+    never.set()
+
+
+def test_a_host_that_never_greets_is_given_up_at_the_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        resolve = lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+        fetch = ImageFetcher(hosts=[f"pictures.example:{port}"], resolve=resolve, private=True, timeout=0.2)
+        for scheme in ("http", "https"):
+            with pytest.raises(ValueError, match=r"took more than 0.2 s"):
+                fetch(f"{scheme}://pictures.example:{port}/a.png")
+
+
+def test_images_of_a_request_are_fetched_side_by_side_and_one_failure_ends_all(files):
+    fetch, port = fetcher(files, "127.0.0.1", private=True, timeout=20.0)
+    at = lambda path: f"http://pictures.example:{port}/{path}"
+    data = "data:image/png;base64,AAAA"
+    assert fetch.all([at("together"), data, at("together"), at("together")]) == [b"x" * 10, b"\0" * 3, *[b"x" * 10] * 2]
+    before = time.monotonic()
+    with pytest.raises(ValueError, match="answered 302"):
+        fetch.all([at("slow-body"), at("moved")])
+    assert time.monotonic() - before < 15, "the other's 20 s are not waited for"
+
+
+def test_nothing_is_fetched_where_one_address_is_not_allowed(files):
+    fetch, port = fetcher(files, "127.0.0.1", private=True)
+    before = len(files.asked)
+    for bad in ("http://elsewhere.example/a.png", "data:image/png;base64,@@"):
+        with pytest.raises(ValueError, match="image_url"):
+            fetch.all([f"http://pictures.example:{port}/a.png", bad])
+    assert len(files.asked) == before
+
+
+def test_where_one_of_a_hosts_addresses_is_silent_the_next_is_asked(files):
+    fetch, port = fetcher(files, "127.0.0.9", "127.0.0.1", private=True)
+    assert fetch(f"http://pictures.example:{port}/a.png") == b"x" * 10
 
 
 def test_what_is_not_allowed_by_name_is_refused(files):

@@ -91,6 +91,39 @@ def test_images_are_chosen_dropped_and_pasted_and_an_answer_streams_with_its_cos
     assert "reused" in page.locator(".tools .cost").last.inner_text()
 
 
+def test_a_long_chat_goes_on_without_its_oldest_images_and_says_so(page):
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    page.evaluate("document.getElementById('max').value = 3")
+    for number, seeds in enumerate(((1, 2), (3, 4), ()), start=1):
+        page.set_input_files("#files", [picture(seed) for seed in seeds])
+        page.fill("#text", "digit")
+        page.click("#send")
+        wait_for_answer(page, number)
+        dropped = [image.get_attribute("class") == "dropped" for image in page.locator(".pictures img").all()]
+        if number == 1:
+            assert dropped == [False, False] and page.inner_text("#notice") == ""
+        else:
+            assert dropped == [True, False, False, False]
+            assert "the last 3 images of a chat; 1 older is left out" in page.inner_text("#notice")
+            assert "no longer shown" in page.locator(".pictures img").first.get_attribute("alt")
+    assert page.locator(".wrong").count() == 0
+    urls = [
+        base64.b64decode(part["image_url"]["url"].split(",")[1])
+        for message in sent[-1]["messages"]
+        if message["role"] == "user"
+        for part in message["content"]
+        if part["type"] == "image_url"
+    ]
+    assert urls == [draw_png(seed) for seed in (2, 3, 4)]
+    page.locator(".look").last.click()
+    page.wait_for_selector(".regions canvas")
+    names = [canvas.get_attribute("aria-label") for canvas in page.locator(".regions canvas").all()]
+    assert [name.split(":")[0] for name in names] == ["Image 2", "Image 3", "Image 4"]
+    page.keyboard.press("Alt+N")
+    assert page.inner_text("#notice") == ""
+
+
 def test_an_answer_is_stopped_retried_and_forgotten_by_keyboard_alone(page):
     page.keyboard.press("Tab")  # the message has the focus from the start
     page.locator("#text").focus()
@@ -161,7 +194,7 @@ def test_what_the_server_refuses_is_said_and_the_page_goes_on(page):
     page.fill("#text", "digit " * 400)
     page.click("#send")
     wait_for_answer(page)
-    assert "the model ends at 256" in page.inner_text(".wrong")
+    assert "this server reads" in page.inner_text(".wrong")
     page.fill("#text", "digit")
     page.click("#send")
     wait_for_answer(page, 2)

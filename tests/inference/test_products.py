@@ -102,6 +102,68 @@ def test_encoders_of_timm_and_transformers_are_switched_and_see_the_same():
     assert clip.config._attn_implementation == products.NAME
 
 
+def fastvit_of_timm():
+    """The attention of FastViT, channels first."""
+    return timm.models.fastvit.Attention(32, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: timm.layers.Attention(32, num_heads=4, qkv_bias=True), lambda n: (2, n * n, 32)),
+        (
+            lambda: timm.models.eva.EvaAttention(32, num_heads=4, qkv_fused=False, scale_norm=False, qk_norm=False),
+            lambda n: (2, n * n, 32),
+        ),
+        (fastvit_of_timm, lambda n: (2, 32, n, n)),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_of_timm_writes_few_weights_down_and_leaves_many_to_the_fused_kernel(
+    make, shape, compiled, monkeypatch
+):
+    monkeypatch.setattr(products, "LARGEST", 2 * 4 * 16 * 16)  # two rows, four heads, a map of 4 x 4
+    layer = make().eval().requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    products.use_products(layer.bfloat16())
+    products.use_products(layer)  # twice is as once
+    assert len(layer._forward_pre_hooks) == 1
+    layer = copy.deepcopy(layer)
+    call, fused = layer, []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        fused.append(1)
+        return kernel(*args, **kwargs)
+
+    if compiled:
+        torch._dynamo.reset()
+        graphs = []
+        backend = lambda graph, _: graphs.append(graph) or graph.forward
+        call = torch.compile(layer, dynamic=False, fullgraph=True, backend=backend)
+    else:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for side, expected in ((4, False), (5, True), (4, False)):
+        x = torch.randn(shape(side))
+        reference = exact(x.double())
+        fused.clear()
+        out = call(x.bfloat16())
+        assert (out.double() - reference).norm() / reference.norm() < 0.02
+        if compiled:
+            graph = graphs[0 if side == 4 else 1]
+            fused += [n for n in graph.graph.nodes if "scaled_dot_product_attention" in str(n.target)]
+        assert bool(fused) == expected
+    if compiled:
+        assert len(graphs) == 2, "a graph for each size, and none for the choice"
+
+
+def test_attention_of_timm_in_float32_stays_fused():
+    layer = timm.layers.Attention(32, num_heads=4).eval()
+    products.use_products(layer)
+    layer(torch.randn(1, 4, 32))
+    assert layer.fused_attn
+
+
 def test_the_lever_bf16_pulls_it(tiny_model):
     model = copy.deepcopy(tiny_model)
     apply_levers(model, "bf16")

@@ -120,7 +120,7 @@ def generate(model: VLM, batch, num: int = 3) -> list[int]:
     for step in range(num):
         answer.append(int(logits.argmax()))
         mask = torch.ones(1, length + step + 1, dtype=torch.long)
-        logits, cache = model.llm.step(torch.tensor(answer[-1:]), mask, cache)
+        logits, cache = model.llm.prefill(model.llm.embed(torch.tensor([answer[-1:]])), mask, cache=cache)
     return answer
 
 

@@ -90,7 +90,7 @@ def test_cached_decoding_equals_the_full_forward(attention, side):
                 torch.testing.assert_close(logits[row], full, rtol=1e-5, atol=1e-5)
             if t < 4:
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-                logits, cache = llm.step(torch.tensor([more[0][t], more[1][t]]), mask, cache)
+                logits, cache = llm.prefill(llm.embed(torch.tensor([[more[0][t]], [more[1][t]]])), mask, cache=cache)
 
 
 def test_a_mask_of_another_length_than_the_cache_is_refused():
@@ -243,7 +243,7 @@ def test_every_architecture_decodes_from_its_cache_what_it_computes_at_once(name
     with torch.no_grad():
         logits, cache = llm.prefill(llm.embed(ids), mask)
         mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        logits, _ = llm.step(torch.tensor([7, 8]), mask, cache)
+        logits, _ = llm.prefill(llm.embed(torch.tensor([[7], [8]])), mask, cache=cache)
         for row, more in enumerate(([7], [8])):
             full = llm.hf(input_ids=torch.tensor([prompts[row] + more]), use_cache=False).logits[0, -1]
             torch.testing.assert_close(logits[row], full, rtol=1e-4, atol=1e-4)

@@ -119,12 +119,37 @@ def test_two_arms_are_called_the_same_only_where_every_bound_lies_within_the_mar
 
 def test_the_seeds_an_open_question_needs_have_the_power_that_simulation_finds():
     d = np.array([0.9, -0.3, 0.5, 0.1])
-    n = seeds_needed(d)
+    n = seeds_needed([d.mean()], deviation=d.std(ddof=1))
     draws = np.random.default_rng(3).normal(d.mean(), d.std(ddof=1), size=(4000, n))
     power = (stats.ttest_1samp(draws, 0, axis=1, alternative="greater").pvalue <= 0.05).mean()
     assert power == pytest.approx(0.8, abs=0.05)
-    assert seeds_needed([0.1]) is None and seeds_needed([1.0, -1.0]) is None
-    assert seeds_needed([1.0, 1.0]) == fewest_seeds()
+    assert seeds_needed([0.0], deviation=1.0) is None and seeds_needed([1.0], deviation=math.inf) is None
+    assert seeds_needed([1.0], deviation=0.0) == fewest_seeds()
+
+
+@pytest.mark.parametrize("effect", [0.9, 1.2, 1.6, 3.0])
+def test_the_seeds_needed_give_a_verdict_as_often_as_promised_both_tests_counted(effect):
+    n = seeds_needed([effect], deviation=1.0)
+    draws = np.random.default_rng(4).normal(effect, 1.0, size=(400, n))
+
+    def agrees(d) -> bool:  # as `decide` does, without the seeds that an open question would need
+        return sign_flip_p(d) <= 0.05 and mean_interval(d, confidence=0.9)[0] > 0
+
+    told, fewer = np.mean([agrees(d) for d in draws]), np.mean([agrees(d[:-1]) for d in draws])
+    assert told > 0.8 - 0.05 and (n == fewest_seeds() or fewer < 0.8 + 0.05)
+
+
+def test_the_seeds_that_equality_needs_tell_it_as_often_as_promised():
+    n = seeds_needed([1.0, 1.0], deviation=1.2)  # a difference of 0 with a margin of 1
+    draws = np.random.default_rng(5).normal(0.0, 1.2, size=(200, n))
+    assert np.mean([decide_same(d, margin=1.0).outcome == AGREES for d in draws]) > 0.8 - 0.08
+    assert n > seeds_needed([1.0], deviation=1.2)
+
+
+def test_a_difference_between_nothing_and_the_margin_is_told_by_no_number_of_seeds():
+    verdict = decide([0.4, 0.6, 0.5, 0.45, 0.55], margin=1.0)
+    assert verdict.outcome == OPEN and verdict.needed is None
+    assert decide([-0.4, 0.6, -0.5, -0.45, 0.15], margin=1.0).needed is not None
 
 
 def test_what_is_no_number_is_refused():

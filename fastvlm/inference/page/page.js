@@ -2,6 +2,7 @@
 // The whole page: what is said lives in `turns`, what waits to be said in `waiting`; the server keeps nothing.
 const $ = (id) => document.getElementById(id);
 const turns = []; // {role: "user", text, images: [data URL]} or {role: "assistant", text, cost}
+// The server takes `max_images` a request, and a request holds the whole conversation: its first images drop out of it.
 let waiting = [], model = { id: "", max_images: 8 }, running = null;
 
 const element = (tag, properties = {}, ...children) => {
@@ -63,11 +64,31 @@ document.addEventListener("drop", (event) => {
 
 // ------------------------------------------------------------------------------------------------------ conversation
 
+const imagesOf = (some) => some.flatMap((turn) => turn.images || []);
+// How many of a conversation's images, from its first on, are no longer sent.
+const dropped = (some) => Math.max(0, imagesOf(some).length - model.max_images);
+
 function messagesOf(some) {
   const system = $("system").value.trim();
-  const said = some.map(({ role, text, images = [] }) => role === "assistant" ? { role, content: text } : {
-    role, content: [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }] });
+  let skip = dropped(some);
+  const said = some.map(({ role, text, images = [] }) => {
+    if (role === "assistant") return { role, content: text };
+    const sent = images.slice(skip);
+    skip = Math.max(0, skip - images.length);
+    return { role, content: [...sent.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }] };
+  });
   return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+// Says which images the model is no longer shown, at the images and in words.
+function showDropped() {
+  const count = dropped(turns);
+  document.querySelectorAll(".turn.user:not(.unasked) .pictures img").forEach((image, i) => {
+    image.classList.toggle("dropped", i < count);
+    image.title = i < count ? "No longer shown to the model" : "";
+    if (i < count) image.alt = image.alt.replace(/(, no longer shown to the model)?$/, ", no longer shown to the model");
+  });
+  if (count) notice(`The model is shown the last ${model.max_images} images of a chat; ${count} older ${count > 1 ? "are" : "is"} left out.`);
 }
 
 const call = (path, body, signal) => fetch(path, {
@@ -191,9 +212,13 @@ function send() {
   if (running || (!text && !waiting.length)) return;
   notice("");
   const turn = { role: "user", text, images: waiting.map((image) => image.url) };
-  if (turns.length && turns.at(-1).role === "user") turns.pop(); // a question that got no answer is asked anew
+  if (turns.length && turns.at(-1).role === "user") { // a question that got no answer is asked anew
+    turns.pop();
+    [...document.querySelectorAll(".turn.user")].at(-1).classList.add("unasked");
+  }
   turns.push(turn);
   view(turn);
+  showDropped();
   waiting = [];
   showWaiting();
   $("text").value = "";
@@ -223,8 +248,8 @@ async function regions(button, made, said) {
     const reply = await call("v1/attention", { messages: messagesOf(said) });
     if (!reply.ok) throw new Error(await problem(reply));
     const views = (await reply.json()).images;
-    const urls = said.flatMap((turn) => turn.images || []);
-    views.forEach((seen, i) => box.append(figure(urls[i], seen, i)));
+    const first = dropped(said), urls = imagesOf(said).slice(first);
+    views.forEach((seen, i) => box.append(figure(urls[i], seen, first + i)));
   } catch (error) {
     box.append(element("p", { className: "wrong", textContent: error.message }));
   }

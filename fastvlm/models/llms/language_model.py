@@ -151,15 +151,6 @@ class LanguageModel(nn.Module):
         last = (visible[:, -new:] * order).argmax(1)
         return self.head(hidden[torch.arange(hidden.shape[0], device=hidden.device), last]), cache
 
-    def step(
-        self,
-        token_ids: Int[Tensor, "B"],
-        attention_mask: Int[Tensor, "B K"] | Bool[Tensor, "B K"],
-        cache: DynamicCache,
-    ) -> tuple[Float[Tensor, "B V"], DynamicCache]:
-        """Logits after one more token a row; `attention_mask` covers the cache and the new token."""
-        return self.prefill(self.embed(token_ids[:, None]), attention_mask, cache=cache)
-
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _hidden_by_sequence(self, inputs_embeds: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:

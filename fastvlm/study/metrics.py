@@ -1,0 +1,100 @@
+"""Every metric a claim may name: which way is better, whether it is a cost, what a page calls it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+
+HIGHER, LOWER = "higher", "lower"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Args:
+        better: higher, lower, or None where neither is: a claim then says which it favours, and beside another metric
+            it gets no verdict.
+        label: on a page; "" for the name itself.
+        cost: what an arm takes, not what it reaches. A claim about a cost has no equal compute.
+        timed: it depends on the machine it ran on.
+    """
+
+    better: str | None
+    label: str = ""
+    cost: bool = False
+    timed: bool = False
+
+
+# By name; `*` stands for question types, sources, benchmarks. The first that fits counts.
+METRICS = {
+    "test/answer_nll": Metric(LOWER, "answer NLL"),
+    "test/exact_match/mean": Metric(HIGHER, "exact match"),
+    "test/text_perplexity": Metric(LOWER, "prose perplexity"),
+    "test/nll/captions": Metric(LOWER, "captions NLL"),
+    "test/nll/interleaved/1": Metric(LOWER, "second image NLL"),
+    "test/nll/long_form": Metric(LOWER, "long answers NLL"),
+    "test/answer_length": Metric(None, "answer length"),
+    "test/ttft_ms": Metric(LOWER, "first token, ms", cost=True, timed=True),
+    "test/ttft_ms/image": Metric(LOWER, cost=True, timed=True),
+    "test/ttft_ms/prefill": Metric(LOWER, cost=True, timed=True),
+    "test/speed/ttft_ms": Metric(LOWER, cost=True, timed=True),
+    "test/speed/image_ms": Metric(LOWER, cost=True, timed=True),
+    "test/speed/prefill_ms": Metric(LOWER, cost=True, timed=True),
+    "test/speed/tokens_per_second": Metric(HIGHER, cost=True, timed=True),
+    "test/speed/weights_mib": Metric(LOWER, cost=True),
+    "train/memory_mib": Metric(LOWER, cost=True),
+    "train/step_ms": Metric(LOWER, cost=True, timed=True),
+    "train/learned": Metric(LOWER, cost=True),
+    "test/answer_nll/*": Metric(LOWER),
+    # With another image before it: how much worse says how much the image is used.
+    "test/answer_nll_gap": Metric(HIGHER),
+    "test/answer_nll_swapped": Metric(None),
+    "test/answer_length_reference": Metric(None),
+    "test/exact_match/*": Metric(HIGHER),
+    "test/exact_match_removed/mean": Metric(None),
+    "test/exact_match_swapped/mean": Metric(None),
+    "test/exact_match_majority/mean": Metric(None),
+    "test/text_bits_per_byte": Metric(LOWER),
+    "test/nll/*": Metric(LOWER),
+    # Benchmarks: test/<task>/<metric>[/<group>].
+    "test/*/answer_length": Metric(None),
+    "test/*/num_questions": Metric(None),
+    "test/*/yes_share*": Metric(None),
+    **{
+        f"test/*/{name}{group}": Metric(HIGHER)
+        for name in (
+            *("accuracy", "accuracy_at_*", "centre_accuracy", "iou", "anls", "relaxed_accuracy", "vqa_accuracy"),
+            *("direct_answer", "multiple_choice", "exact_match", "exact_match_strict", "cider", "bleu_?", "rouge_l"),
+            *("f1", "f1_mean", "precision", "recall", "acc", "acc_norm", "pass*"),
+        )
+        for group in ("", "/*")
+    },
+}
+
+
+def metric_of(name: str) -> Metric:
+    """The row of a metric.
+
+    Raises:
+        ValueError: the table has no such metric, with the nearest it has.
+    """
+    found = _find(name)
+    if found is None:
+        near = difflib.get_close_matches(name, [known for known in METRICS if "*" not in known], 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"metric {name} is not in the table of fastvlm/study/metrics.py{hint}")
+    return found
+
+
+@cache
+def _find(name: str) -> Metric | None:
+    if name in METRICS:
+        return METRICS[name]
+    return next((metric for pattern, metric in METRICS.items() if fnmatchcase(name, pattern)), None)
+
+
+def label_of(name: str) -> str:
+    return metric_of(name).label or name.removeprefix("test/")

@@ -1,0 +1,201 @@
+"""`python -m fastvlm.study`: cells that ran count whatever started them, nothing given is ignored, nothing lost."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fastvlm.study import report as report_module
+from fastvlm.study.__main__ import main
+from fastvlm.study.arms import load_study, study_names
+from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, write_csv
+from fastvlm.study.report import report, report_all, say
+from tests.conftest import ROOT
+from tests.study.made_cells import cell, grid
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """llava_align alone, without results, and an empty folder of runs."""
+    folder = tmp_path / "studies" / "llava_align"
+    folder.mkdir(parents=True)
+    for name in ("study.yaml", "claims.yaml", "paper.csv"):
+        shutil.copyfile(ROOT / "experiments" / "llava_align" / name, folder / name)
+    monkeypatch.setenv("FASTVLM_RUNS", str(tmp_path / "runs"))
+    for function in (load_study, report, report_all, study_names):
+        own = functools.partial(function, root=folder.parent)
+        monkeypatch.setattr(f"fastvlm.study.__main__.{function.__name__}", own)
+    return folder
+
+
+def put_run(runs, one, *, scale="micro", name=None) -> None:
+    """The run directory of a cell, as a run leaves it."""
+    folder = runs / "studies" / "llava_align" / scale / (name or f"{one.arm}-seed{one.seed}")
+    folder.mkdir(parents=True)
+    about = one.about
+    hardware = {key: about[key] for key in ("cpu", "cores", "accelerator", "precision", "threads")}
+    made = {"commit": about["commit"], "code": about["code"], "config": about["config"], "hardware": hardware}
+    made["libraries"] = {"torch": about.get("torch", "2.9"), "transformers": "5"}
+    results = {"metrics": one.metrics, "cost": {"instruct": one.cost}, "made": made}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text("study: null\n")
+
+
+def test_cells_of_seeds_beyond_the_grid_count_once_they_ran(studies, tmp_path):
+    cells = grid(seeds=8)
+    for one in cells:
+        if (one.arm, one.seed) != ("skip", 7):
+            put_run(tmp_path / "runs", one)
+    put_run(tmp_path / "runs", cells[0], name="align-seed0-stages.instruct.steps_9")  # more than the arm was changed
+    put_run(tmp_path / "runs", cells[0], name="gone-seed0")  # an arm there is no more
+    found, missing = read_runs(load_study("llava_align", root=studies.parent), tmp_path / "runs", scale="micro")
+    assert len(found) == 23 and missing == []
+    made = report("llava_align", root=studies.parent)
+    assert len(read_csv(studies / "results.csv")) == 23
+    page = (studies / "README.md").read_text()
+    assert "n = 7" in page and "n = 8" in page  # paired: skip has no seed 7
+    # A grid that was begun says what it still lacks.
+    (tmp_path / "runs/studies/llava_align/micro/skip-seed7").mkdir()
+    made = report("llava_align", root=studies.parent)
+    assert [str(one) for one in made["missing"]["micro"]] == ["arm=skip seed=7 has not run"]
+
+
+def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies, tmp_path):
+    write_csv(studies / "results.csv", grid())
+    before = (studies / "results.csv").read_bytes()
+    for one in grid(seeds=12):
+        if one.arm != "skip":
+            put_run(tmp_path / "runs", one)
+    made = report("llava_align", root=studies.parent)
+    assert (studies / "results.csv").read_bytes() == before
+    assert "keeps its 15 cells; these 24" in made["remarks"][0]
+
+
+def test_every_scale_that_ran_has_its_own_verdicts_and_lines_of_the_catalogue(studies):
+    large = [cell(arm, seed, nll=0.5 + 0.1 * (arm == "align"), scale="paper") for arm in ("align", "skip", "skip_long")
+             for seed in range(5)]  # fmt: skip
+    write_csv(studies / "results.csv", [*grid(), *large])
+    made = report("llava_align", source="csv", root=studies.parent)
+    assert "agrees at equal steps" in made["verdicts"]["micro"][0]
+    assert made["verdicts"]["paper"][0].endswith("- disagrees")
+    assert [(e["scale"], e["verdict"]) for e in made["entries"]][::2] == [
+        ("micro", "agrees at equal steps; disagrees at equal compute"),
+        ("paper", "disagrees"),
+    ]
+    lines = say(made)
+    assert lines.index("scale=paper") > lines.index("scale=micro") and lines[0] == "scale=micro"
+    report_all(source="csv", root=studies.parent)
+    catalogue = (studies.parent / "README.md").read_text()
+    assert catalogue.count("| micro |") == catalogue.count("| paper |") == 2
+
+
+def test_results_are_written_before_a_claim_that_cannot_be_decided_is_refused(studies, monkeypatch):
+    cells = grid()
+    for one in cells:
+        del one.metrics["test/exact_match/mean"]
+    monkeypatch.setattr(report_module, "read_runs", lambda study, runs, scale: (cells * (scale == "micro"), []))
+    with pytest.raises(ValueError, match="test/exact_match/mean, which no task yielded"):
+        report("llava_align", root=studies.parent)
+    assert len(read_csv(studies / "results.csv")) == 15
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"accelerator": "NVIDIA H200"}, "15 on cpu and 1 on NVIDIA H200, which are no pairs"),
+        ({"precision": "bf16-mixed"}, "15 in 32-true and 1 in bf16-mixed"),
+        ({"torch": "2.10"}, "15 with torch 2.9 and 1 with torch 2.10"),
+    ],
+)
+def test_cells_of_other_hardware_or_libraries_are_no_pairs(own, words):
+    cells = [cell(c.arm, c.seed, nll=0.5, torch="2.9") for c in grid()]
+    with pytest.raises(ValueError, match=words + ".*seed=0,1,2,3,4,7 runs again"):
+        check_one_origin([*cells, cell("align", 7, nll=0.5, **({"torch": "2.9"} | own))], command="python train.py")
+    check_one_origin([*cells, cell("align", 7, nll=0.5)], command="")  # of before libraries were noted
+
+
+def test_libraries_come_back_from_results_csv_and_older_files_keep_their_form(tmp_path):
+    write_csv(tmp_path / "old.csv", grid())
+    assert b"torch" not in (tmp_path / "old.csv").read_bytes()
+    write_csv(tmp_path / "new.csv", [cell("align", 0, nll=0.5, torch="2.9", transformers="5")])
+    assert read_csv(tmp_path / "new.csv")[0].about["torch"] == "2.9"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["scale=paper", "report=llava_align"], "scale= goes with cells=.*every scale"),
+        (["report=all", "from=mlflow"], "name one study with from=mlflow"),
+        (["report=llava_align", "uri=x"], "goes with from=mlflow"),
+        (["cells=llava_align", "from=csv"], "from= goes with report="),
+        (["cells=llava_align", "report=llava_align"], "two commands"),
+        (["report=llava_align", "report=all"], "stands twice"),
+        (["reports=llava_align"], "did you mean report="),
+        (["report=llava_algn"], "did you mean llava_align"),
+        (["report=llava_align", "from=cvs"], "from=cvs is none of auto, runs, csv, mlflow"),
+        (["cells=llava_align", "scale=big"], "scale=big is none of micro, paper"),
+        (["cells"], "cells is none of"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(studies, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        main(arguments)
+
+
+def test_the_command_reports_lists_studies_and_cells(studies, tmp_path, capsys):
+    for one in grid():
+        if one.seed < 3:
+            put_run(tmp_path / "runs", one)
+    main(["report=llava_align"])
+    out = capsys.readouterr().out
+    assert "scale=micro" in out and "not resolved (about 5 seeds would tell)" in out and "README.md" in out
+    main([])
+    assert re.search(r"llava_align +9 of +15, +9 published", capsys.readouterr().out)
+    main(["cells=llava_align"])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 15 and sum(row.endswith("  done") for row in rows) == 9
+    assert "python train.py experiment=llava_align scale=micro arm=skip seed=4   # has not run" in "\n".join(rows)
+    main(["report=all", "from=csv"])
+    assert (studies.parent / "README.md").exists()
+    main(["--help"])
+    assert "from=runs|csv|mlflow|auto" in capsys.readouterr().out
+
+
+def test_the_module_says_a_mistake_in_one_line():
+    command = [sys.executable, "-m", "fastvlm.study", "report=nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: nothing is no study") and "\n" not in done.stderr[:-1]
+    )
+
+
+def deltas(text: str) -> dict[str, int]:
+    """Scale -> lines of 120 columns that its `all` and `arms` take; headings and comments are none."""
+    counts, scale = {}, None
+    for line in text.splitlines():
+        if match := re.match(r"  (micro|paper):(.*)", line):
+            scale = match[1]
+            counts[scale] = 0
+        elif not line.startswith("   "):
+            scale = None
+        plain = line.split(" #")[0].strip()
+        if scale and plain and not re.fullmatch(r"(micro|paper|arms):( &\w+)?|#.*", plain):
+            counts[scale] += -(-len(plain) // 120)
+    return counts
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_is_at_most_twenty_lines_of_deltas_a_scale(name):
+    counts = deltas((ROOT / "experiments" / name / "study.yaml").read_text())
+    assert counts.keys() == load_study(name).arms.keys() and min(counts.values()) > 0
+    assert max(counts.values()) <= 20, counts
+    assert planned(load_study(name), scale="micro")
+
+
+def test_a_long_line_counts_as_the_lines_it_would_take():
+    text = "study:\n  micro:\n    # why\n    arms:\n      a: [" + "x" * 300 + "]\n      b: []\nhydra: {}\n"
+    assert deltas(text) == {"micro": 4}

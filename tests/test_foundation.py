@@ -1,0 +1,89 @@
+"""What a cached feature rests on: all source that can be reached and every library, and nothing is missed."""
+
+import sys
+from modulefinder import ModuleFinder
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlm.callbacks.features import IMAGES, code_of
+from fastvlm.foundation import CARRIERS, distributions, file_of, is_library, rests_on
+from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
+from tests.models.small_parts import small_vlm
+
+ENCODERS = sorted((Path(__file__).parents[1] / "fastvlm/models/encoders").glob("[a-z]*.py"))
+STARTS = [*(f"fastvlm.models.encoders.{path.stem}" for path in ENCODERS), "fastvlm.models.pretrained.whole"]
+
+
+@pytest.mark.parametrize("start", [*STARTS, "fastvlm.models.vlm", *IMAGES])
+def test_nothing_that_the_standard_librarys_module_finder_reaches_is_missed(start):
+    """It follows the instructions of compiled code, and not the text."""
+    libraries = [name for name in distributions() if name.isidentifier() and is_library(name)]
+    finder = ModuleFinder(path=[str(Path(__file__).parents[1])], excludes=[*libraries, *sys.stdlib_module_names])
+    finder.run_script(str(file_of(start)))
+    made = rests_on([start])
+    ours = {name for name in finder.modules if name.split(".")[0] == "fastvlm"}
+    assert ours <= made["source"].keys()
+    reached = {name.split(".")[0] for name in finder.badmodules} - set(sys.stdlib_module_names) - {"fastvlm"}
+    named = {d for name in reached - set(CARRIERS) for d in distributions().get(name, [name])}
+    assert named == made["versions"].keys()
+
+
+def test_the_decoder_the_norms_and_the_library_of_every_kind_of_encoder_are_in_the_key():
+    model = small_vlm()
+    made = code_of(model)
+    assert {"simplejpeg", "torchvision", "pillow", "numpy", "torch", "transformers"} <= made["versions"].keys()
+    assert all(made["versions"].values())
+    assert {"fastvlm.models.norms", "fastvlm.data.decode", "feature_pass.py", "features.py"} <= made["source"].keys()
+    assert {"timm", "open_clip_torch"}.isdisjoint(made["versions"]), "another encoder's"
+    assert not any("perceiver" in name or "fsspec" in name for kind in made.values() for name in kind)
+    few_bits = type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})  # without importing it
+    model.encoder.add_module("adapter", few_bits(4, 4))
+    assert "bitsandbytes" in code_of(model)["versions"], "a layer's library counts, whoever put it there"
+    assert "fastvlm.models.norms" in rests_on([MultiGranularityEncoder.__module__])["source"]
+
+
+MINE = "from torch import nn\nfrom .blocks import Block\nclass Mine(nn.Module):\n    pass\n"
+EDITS = {
+    "its own file": ("__init__.py", MINE + "x = 1\n"),
+    "a file it imports": ("blocks.py", "from mine_encoder.deep import scale\nclass Block: ...\ny = 2\n"),
+    "a file that one imports inside a function": ("late.py", "z = 3\n"),
+    "a file that is imported from": ("deep.py", "scale = 2\n"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_an_edit_of_an_encoder_of_ones_own_makes_another_key_however_deep_it_lies(tmp_path, monkeypatch, what):
+    folder = tmp_path / "mine_encoder"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(MINE)
+    (folder / "blocks.py").write_text("from mine_encoder.deep import scale\nclass Block: ...\n")
+    (folder / "deep.py").write_text("def scale():\n    from mine_encoder import late\n")
+    (folder / "late.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine_encoder
+
+    model = small_vlm()
+    model.encoder = torch.nn.Sequential(model.encoder, mine_encoder.Mine())
+    try:
+        before = code_of(model)
+        assert {"mine_encoder", "mine_encoder.blocks", "mine_encoder.deep", "mine_encoder.late"} <= before[
+            "source"
+        ].keys()
+        name, text = EDITS[what]
+        (folder / name).write_text(text)
+        assert code_of(model) != before
+    finally:
+        for name in [name for name in sys.modules if name.startswith("mine_encoder")]:
+            del sys.modules[name]
+
+
+def test_another_version_of_a_library_makes_another_key(monkeypatch):
+    before = rests_on(IMAGES)
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == "simplejpeg" else real(name))
+    after = rests_on(IMAGES)
+    assert after["source"] == before["source"] and after["versions"] == before["versions"] | {"simplejpeg": "0.0"}
