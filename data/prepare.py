@@ -10,7 +10,7 @@ same command is left alone, and where its input has changed since, that is said.
 for the first. A recipe with `parts` and `convert` (data/recipes/record.py) is run in a pool of processes, and a run
 that was killed goes on where it stopped. These take
 
-    path=...        the data set: a file, a folder, or for parquet a hub id
+    path=...        the data set: a file, a folder, a hub id, or hf://datasets/org/name/file.json
     out=...         the folder to write; $FASTVLM_DATA/shards/<source> unless told
     splits=...      train,val,test; all the data set has unless told
     val=0.01        hold out this share of train by a hash of the image, where the data set has no val
@@ -225,8 +225,10 @@ def prepare_parts(
                 reindex(out, tuple(done["tokenizer"]), workers)
                 write_done(out, done)
             return done | {"path": str(out), "skipped": True}
-        if not os.path.exists(path) and not getattr(recipe, "HUB", False):
-            raise ValueError(f"path={path} does not exist")
+        on_hub = path.startswith("hf://") or hasattr(recipe, "HUB_FILES") or getattr(recipe, "HUB", False)
+        if not os.path.exists(path) and not on_hub:
+            hint = f"; {source} takes no hub id: {recipe.NOT_ON_HUB}" if hasattr(recipe, "NOT_ON_HUB") else ""
+            raise ValueError(f"path={path} does not exist{hint}")
         chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
 
         def build(part: Path) -> dict:

@@ -111,6 +111,7 @@ def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
     runs = tmp_path / "runs"
     kill_at_step_8(commands, arguments, runs, os.environ | {"FASTVLM_RUNS": str(runs), "OMP_NUM_THREADS": "1"})
     (stopped,) = (runs / "stages").iterdir()
+    assert json.loads((stopped / "shares.json").read_text())["num_steps"] == 24, "written before the first step"
     step = newest_checkpoint(stopped).stem.split("=")[1]
 
     captions = data / "embedded" / "captions"
@@ -120,14 +121,26 @@ def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
     assert f"stage dense stopped at step {step} and its data have changed since: shards of captions" in refused.stderr
     assert newest_checkpoint(stopped).exists()
 
+    anew = shutil.copytree(runs, tmp_path / "anew", symlinks=True)
+    done = run_here(commands, [*arguments, "data.on_change=restart"], data, anew)
+    assert "dense: begins anew, its data have changed: shards of captions" in done.stdout, done.stderr
+    assert "going on from" not in done.stdout and "planned anew" not in done.stdout and "report:" in done.stdout
+    assert steps_of(anew) == [1, *range(2, 25, 2)]
+
     arguments.append("data.on_change=replan")
     done = run_here(commands, arguments, data, runs)
     assert f"dense: planned anew from step {step}: shards of captions" in done.stdout, done.stderr
     assert f"going on from step={step}.ckpt" in done.stdout and "report:" in done.stdout
     assert "dense: finished before" in run_here(commands, arguments, data, runs).stdout
-    stage = (runs / "changed" / "stages" / "dense").resolve()
-    steps = [json.loads(line)["step"] for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 24 and stage != stopped
+    steps = steps_of(runs)
+    assert steps == sorted(steps) and steps[-1] == 24
+    assert (runs / "changed" / "stages" / "dense").resolve() != stopped
+
+
+def steps_of(runs: Path) -> list[int]:
+    """Steps at which the run `changed` has logged its loss."""
+    lines = (runs / "changed" / "stages" / "dense" / "metrics.jsonl").read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
 
 def rewrite_without_first_sample(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
 import json
 from collections import Counter
@@ -134,6 +136,31 @@ def read_vqa(
         )
     out += [Dropped(word, NO_QUESTION) for word in found if word not in asked]
     return out
+
+
+def read_vqa_row(
+    row: dict, number: int, *, answers: str = "answers", type_key: str = "answer_type", prompt: str = SHORT
+) -> Question | Dropped:
+    """A question of a copy in parquet or on the hub, its image in the row; without an id its number stands for one.
+
+    Args:
+        answers: the column of the references, a list or its Python text.
+    """
+    name, image = row.get("question_id", number), image_bytes(row.get("image"))
+    if name is None or image is None or row.get("question") is None:
+        return Dropped(plain_id(number if name is None else name), BAD_ROW)
+    given, kind = to_answers(as_list(row.get(answers))), str(row.get(type_key) or "")
+    return Question(name, image, row.get("image_id", name), row["question"], given, kind, prompt=prompt)
+
+
+def as_list(value: object) -> list:
+    """Lists stand as their Python text in some copies; a word is a list of itself, and nothing an empty one."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def image_bytes(value: object) -> bytes | None:

@@ -13,17 +13,17 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
+from data.recipes.workers import open_pool
 from data.recipes.writing import Job, do_part, load_tokenizer, write_text
 
 ROWS = 2000
@@ -96,7 +96,7 @@ def assemble(
 def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> list[Job]:
     jobs = []
     takes_rows = "rows" in inspect.signature(recipe.parts).parameters
-    where = Path(os.path.abspath(path)) if os.path.exists(path) else Path(path)
+    where = find_rows(recipe, path, options)
     for split in splits:
         held_out = bool(val) and split == "val"
         # A held-out shard reads as many rows as fill it.
@@ -107,6 +107,22 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
         share = val if split in ("train", "val") else 0.0
         jobs += [Job(source, split, i, part, work, tokenizer, share) for i, part in enumerate(parts)]
     return jobs
+
+
+def find_rows(recipe, path: str, options: dict) -> Path:
+    """The file or folder of the rows, fetched where it lies on the hub; or the hub id.
+
+    Raises:
+        ValueError: it cannot be fetched, or its images would be missing.
+    """
+    if os.path.exists(path):
+        return Path(os.path.abspath(path))
+    files = getattr(recipe, "HUB_FILES", ())
+    if (found := fetch(path, files)) is None:
+        return Path(path)
+    if files and "images" in inspect.signature(recipe.parts).parameters and not options.get("images"):
+        raise ValueError(f"images=... is missing: {path} gives the rows alone; unpack its images and name their folder")
+    return found
 
 
 def make_stamp(jobs: list[Job], made_of: dict) -> str:
@@ -136,17 +152,8 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
         for i, job in enumerate(jobs):
             yield i, do_part(job)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Forked where there is fork: a fresh interpreter would import for longer than a small part takes. Not behind the
-    # hub's clients, whose connections and threads do not survive a fork.
     hub = any(job.part.options.get("kind") == "hub" for job in jobs)
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and not hub else "spawn"
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=multiprocessing.get_context(method),
-        initializer=start_worker,
-        initargs=(os.getpid(),),
-    )
+    pool = open_pool(min(workers, len(jobs)), fork=not hub)
     waiting: dict[Future, int] = {}
     queue = iter(enumerate(jobs))
     try:
@@ -164,18 +171,6 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def start_worker(parent: int) -> None:
-    """A worker ends with its parent, however that ends; the parent alone answers Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class show_progress:  # noqa: N801  used as a function
@@ -283,8 +278,7 @@ def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
 
     loaded = load_tokenizer(*tokenizer)
     stale = [shard for shard in sorted(folder.glob("*.tar")) if open_sidecar(shard, loaded.fingerprint)[0] is None]
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with ProcessPoolExecutor(max(1, workers), mp_context=multiprocessing.get_context(method)) as pool:
+    with open_pool(workers) as pool:
         list(pool.map(build_index, stale, [loaded] * len(stale)))
 
 

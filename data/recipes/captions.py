@@ -44,7 +44,7 @@ def load_json(path: str) -> dict:
 
 
 def make_records(
-    id: object, image: Path, captions: Sequence[tuple[object, object]], *, source: str, split: str, choice: str
+    id: object, image: Path | bytes, captions: Sequence[tuple[object, object]], *, source: str, split: str, choice: str
 ) -> Iterator[Record | Dropped]:
     """Documents of one image.
 

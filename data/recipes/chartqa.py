@@ -32,6 +32,7 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
@@ -46,7 +47,7 @@ def parts(
     check_split(split, SPLITS)
     options = {"split": split, "images": images, "answers": answers, "grouped": grouped, "prompt": prompt}
     if is_table(path):
-        return cut_table(path, split=split, rows=rows, needs=("image",), options=options, hub="")
+        return cut_table(path, rows=rows, needs=("image",), options=options, streaming=streaming)
     return cut_parts(read, path, rows=rows, options=options)
 
 

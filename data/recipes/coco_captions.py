@@ -5,20 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.recipes.annotations import as_list, image_bytes
 from data.recipes.captions import check_choice, load_json, make_records
+from data.recipes.questions import BAD_ROW, is_table
 from data.recipes.record import Dropped, Part, Record
+from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SPLITS = {"train": "train", "val": "val"}
+HUB = True
 
 
 def parts(
-    path: Path, *, split: str, images: str = "", year: str = "2017", captions: str = "each", rows: int = 1000
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    year: str = "2017",
+    captions: str = "each",
+    streaming: bool = True,
+    rows: int = 1000,
 ) -> list[Part]:
-    """`path` holds annotations/captions_train2017.json and train2017/ (or `images` does); `captions` is each, first
-    or all. Rows are images."""
+    """
+    Args:
+        path: folder of `annotations/captions_<split><year>.json`; or of parquet, or a hub id, with the photograph in
+            `image` and its captions in `answer` (lmms-lab/COCO-Caption2017, lmms-lab/COCO-Caption for 2014: val alone).
+        images: folder of `<split><year>/`, or of its files; `path` unless told.
+        captions: each, first or all; rows are images.
+    """
     check_choice(captions)
     name = f"captions_{split}{year}.json"
     file = next((f for f in (path / "annotations" / name, path / name) if f.is_file()), path / "annotations" / name)
+    if not file.is_file() and is_table(path):
+        settings = {"needs": ("image", "answer"), "hub": "", "streaming": streaming}
+        options = {"becomes": split, "captions": captions}
+        return cut_rows(path, split=SPLIT_NAMES[split], rows=rows, options=options, **settings)
     data = load_json(str(file))
     if not isinstance(data.get("annotations"), list):
         raise ValueError(f"{file}: no list `annotations` in it; is it the right file?")
@@ -30,6 +50,9 @@ def parts(
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        yield from convert_table(part)
+        return
     data = load_json(part.path)
     images = data["images"][part.start : part.stop]
     captions: dict[object, list] = {image["id"]: [] for image in images}
@@ -47,3 +70,17 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         rows = sorted(captions[image["id"]], key=lambda pair: (str(type(pair[0])), pair[0]))
         settings = {"split": part.options["split"], "choice": part.options["captions"]}
         yield from make_records(image["id"], file, rows, source="coco_captions", **settings)
+
+
+def convert_table(part: Part) -> Iterator[Record | Dropped]:
+    settings = {"source": "coco_captions", "split": part.options["becomes"], "choice": part.options["captions"]}
+    for numbers, row in read_rows(part):
+        number = "-".join(map(str, numbers))
+        # The photograph's number stands in its file's name alone: COCO_val2014_000000000042.jpg.
+        digits = Path(str(row.get("file_name") or row.get("question_id") or "")).stem.split("_")[-1]
+        name = int(digits) if digits.isdecimal() else f"row {number}"
+        if (image := image_bytes(row.get("image"))) is None:
+            yield Dropped(str(name), BAD_ROW)
+            continue
+        texts = [(f"{name}-{k}", text) for k, text in enumerate(as_list(row.get("answer")))]
+        yield from make_records(name, image, texts, **settings)

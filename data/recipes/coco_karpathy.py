@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
+from data.recipes.annotations import as_list
 from data.recipes.captions import check_choice, load_json, make_records
+from data.recipes.questions import is_table
 from data.recipes.record import Dropped, Part, Record
+from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+HUB = True
 
 
 def parts(
-    path: Path, *, split: str, images: str = "", captions: str = "each", restval: bool = True, rows: int = 1000
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    captions: str = "each",
+    restval: bool = True,
+    streaming: bool = True,
+    rows: int = 1000,
 ) -> list[Part]:
-    """`images` holds train2014/ and val2014/ (the folder of the JSON unless told); rows are images, counted within the
-    split. `restval=false` leaves those 30,504 images out."""
+    """
+    Args:
+        path: `dataset_coco.json`, or its folder; or a folder of parquet, or a hub id, with its columns
+            (yerevann/coco-karpathy), which hold no photographs: `images` is needed then.
+        images: folder of `train2014/` and `val2014/`; that of the JSON unless told. Rows are images, counted within
+            the split.
+        captions: each, first or all.
+        restval: false leaves those 30,504 images out of train.
+    """
     check_choice(captions)
     file = path / "dataset_coco.json" if path.is_dir() else path
     names = [name for name in SPLITS[split] if restval or name != "restval"]
+    if not file.is_file() and is_table(path):
+        if not images:
+            raise ValueError(f"images=... is missing: the rows of {path} name COCO's files; name their folder")
+        options = {"becomes": split, "images": str(Path(images).expanduser().absolute()), "captions": captions}
+        settings = {"rows": rows, "needs": ("cocoid", "filename"), "hub": "", "streaming": streaming}
+        words = [SPLIT_NAMES.get(name, (name,)) for name in names]
+        cut = [cut_rows(path, split=word, options=options | {"number": n}, **settings) for n, word in enumerate(words)]
+        return [part for parts in cut for part in parts]
     folder = Path(images).expanduser().absolute() if images else file.parent
     options = {"split": split, "names": names, "images": str(folder), "captions": captions}
     count = len(select(str(file), names))
@@ -31,6 +58,14 @@ def select(file: str, names: list[str]) -> list[dict]:
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
     options = part.options
+    if "kind" in options:
+        for _, row in read_rows(part):
+            pairs = zip_longest(as_list(row.get("sentids")), as_list(row.get("sentences")))
+            captions = [(name, text.get("raw") if isinstance(text, dict) else text) for name, text in pairs]
+            file = Path(options["images"], row.get("filepath") or "", row["filename"])
+            settings = {"split": options["becomes"], "choice": options["captions"]}
+            yield from make_records(row["cocoid"], file, captions, source="coco_karpathy", **settings)
+        return
     for image in select(part.path, options["names"])[part.start : part.stop]:
         captions = [(sentence.get("sentid"), sentence.get("raw")) for sentence in image["sentences"]]
         file = Path(options["images"], image.get("filepath", ""), image["filename"])

@@ -11,6 +11,7 @@ from data.recipes.record import EMPTY, MISMATCH, Dropped, Part, Record, Unusable
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train"}
+NOT_ON_HUB = "name a table there as path=hf://datasets/org/name/table.csv"
 FIELDS = "another number of fields than the header"
 
 

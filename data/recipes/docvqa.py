@@ -36,6 +36,7 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
@@ -51,7 +52,8 @@ def parts(
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
     if is_table(path):
         needs = ("questionId", "question", "image", "answers")
-        return cut_table(path, split=SPLITS[split], rows=rows, needs=needs, options=options, hub=config)
+        settings = {"needs": needs, "options": options, "hub": config, "streaming": streaming}
+        return cut_table(path, rows=rows, **settings)
     return cut_parts(read, path, rows=rows, options=options)
 
 

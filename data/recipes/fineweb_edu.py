@@ -25,6 +25,7 @@ def parts(
     max_tokens: int = 0,
     cut_tokenizer: str = "",
     min_score: float = 0.0,
+    streaming: bool = True,
     rows: int = 10000,
 ) -> list[Part]:
     """
@@ -45,7 +46,8 @@ def parts(
         raise ValueError(f"max_tokens={max_tokens} needs cut_tokenizer=<folder or hub id>; max_chars needs none")
     options = {"max_chars": max_chars, "max_tokens": max_tokens, "min_score": min_score}
     options |= {"cut_tokenizer": cut_tokenizer}
-    return cut_rows(Path(path), split=split, rows=rows, needs=("text",), options=options, hub=name)
+    settings = {"needs": ("text",), "hub": name, "streaming": streaming}
+    return cut_rows(Path(path), split=split, rows=rows, options=options, **settings)
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:

@@ -9,6 +9,7 @@ from data.recipes.annotations import find_file, first_there, read_json
 from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts
 from data.recipes.record import Dropped, Part, Record
 
+NOT_ON_HUB = "get its JSON files from https://cs.stanford.edu/people/dorarad/gqa"
 SPLITS = {"train": "train_balanced", "val": "val_balanced", "test": "testdev_balanced"}
 
 

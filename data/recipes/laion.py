@@ -10,6 +10,7 @@ from pathlib import Path
 
 NO_RECORD = "neither .parquet nor _stats.json beside the shard: its failed rows are not counted"
 UNEQUAL = "the parquet has another number of successes than the shard has samples"
+NO_IMAGE = "no image"
 EXAMPLES = 3
 
 
@@ -49,22 +50,15 @@ def prepare(
     Returns:
         counts, dropped (failed downloads by status, unreadable samples) and notes; `out/failed.json` has the errors.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_all_start_methods, get_context
-
     from data.prepare import embedded_tokenizer
-    from data.recipes.assembly import show_progress, start_worker
+    from data.recipes.assembly import show_progress
+    from data.recipes.workers import open_pool
 
     chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
     found = find_shards(path, shards)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    method = "fork" if "fork" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(
-        max(1, workers), mp_context=get_context(method), initializer=start_worker, initargs=(os.getpid(),)
-    )
     kept, notes, errors = 0, Counter(), Counter()
     dropped: dict[str, dict] = {}
-    with pool, show_progress(len(found)) as advance:
+    with open_pool(workers) as pool, show_progress(len(found)) as advance:
         for report in pool.map(index_shard, found, [chosen] * len(found)):
             kept += report["kept"]
             notes.update(report["notes"])
@@ -108,21 +102,25 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
     faults = [
         (key, name_fault(fault)) for key, fault in zip(*table.select(["key", "fault"]).to_pydict().values()) if fault
     ]
+    failed, errors, successes = read_failures(shard)
     for reason in {reason for _, reason in faults}:
         keys = [key for key, why in faults if why == reason]
         dropped[reason] = (len(keys), keys[:EXAMPLES])
-    failed, errors, successes = read_failures(shard)
+    bare = dropped.get(NO_IMAGE, (0, []))[0]
+    if failed:
+        dropped.pop(NO_IMAGE, None)  # the same rows once more
     notes = []
     if successes is None:
         notes.append(NO_RECORD)
-    elif successes != len(table):
+    elif successes != len(table) - bare:
         notes.append(UNEQUAL)
     return {"kept": len(table) - len(faults), "dropped": dropped | failed, "notes": notes, "errors": errors}
 
 
 def name_fault(fault: str) -> str:
     """The words under which an unreadable sample is counted."""
-    for sign, reason in (("no caption", "no caption"), ("cannot be opened", "image unreadable")):
+    signs = {"no caption": "no caption", "has no image": NO_IMAGE, "cannot be opened": "image unreadable"}
+    for sign, reason in signs.items():
         if sign in fault:
             return reason
     return "unreadable"

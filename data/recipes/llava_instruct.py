@@ -9,8 +9,8 @@ from data.recipes.record import Part
 
 __all__ = ["SPLITS", "convert", "parts"]
 SPLITS = {"train": "train"}
+HUB_FILES = ("llava_v1_5_mix665k.json", "llava_instruct_150k.json")  # of liuhaotian/LLaVA-Instruct-150K
 
 
 def parts(path: Path, *, split: str, images: tuple = (), rows: int = 2000) -> list[Part]:
-    files = ("llava_v1_5_mix665k.json", "llava_instruct_150k.json")
-    return cut_conversations(path, source="llava_instruct", rows=rows, images=images, files=files)
+    return cut_conversations(path, source="llava_instruct", rows=rows, images=images, files=HUB_FILES)

@@ -23,6 +23,7 @@ def parts(
     languages: str = "English",
     flagged: str = "drop",
     redacted: str = "keep",
+    streaming: bool = True,
     rows: int = 5000,
 ) -> list[Part]:
     """
@@ -36,7 +37,8 @@ def parts(
     check_choice("redacted", redacted, "keep", "drop")
     wanted = [word.strip() for word in str(languages).split(",") if word.strip()]
     options = {"languages": wanted, "flagged": flagged, "redacted": redacted}
-    return cut_rows(Path(path), split=split, rows=rows, needs=("conversation",), options=options, hub="")
+    settings = {"needs": ("conversation",), "hub": "", "streaming": streaming}
+    return cut_rows(Path(path), split=split, rows=rows, options=options, **settings)
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:

@@ -16,6 +16,7 @@ from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
+NOT_ON_HUB = "get its shards by https://github.com/allenai/mmc4, or one of a copy as path=hf://datasets/org/name/file"
 SUFFIXES = (".jsonl", ".jsonl.zip", ".tar")
 BAD_LINE = "line is not a JSON object with text_list and image_info"
 NO_PLACE = f"image has no sentence{LEFT_OUT}"

@@ -24,6 +24,7 @@ def parts(
     images: str = "",
     names: str = "sha256",
     min_images: int = 1,
+    streaming: bool = True,
     rows: int = 1000,
 ) -> list[Part]:
     """
@@ -36,8 +37,8 @@ def parts(
     """
     check_choice("names", names, "sha256", "filename")
     options = {"images": images, "names": names, "min_images": min_images}
-    needs = ("images", "texts", "metadata")
-    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub="default")
+    settings = {"needs": ("images", "texts", "metadata"), "hub": "default", "streaming": streaming}
+    return cut_rows(Path(path), split=split, rows=rows, options=options, **settings)
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.annotations import find_file, read_json, read_vqa
-from data.recipes.questions import Question, check_choice, check_split, convert_part, cut_parts
+from data.recipes.annotations import as_list, find_file, look_for, read_json, read_vqa, read_vqa_row
+from data.recipes.questions import (
+    Question,
+    check_choice,
+    check_split,
+    convert_part,
+    convert_rows,
+    cut_parts,
+    cut_table,
+    is_table,
+)
 from data.recipes.record import Dropped, Part, Record
 from data.recipes.vqav2 import coco_2014
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+HUB = True
 
 
 def parts(
@@ -22,11 +32,13 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
     Args:
-        path: folder of `OpenEnded_mscoco_<split>_questions.json` and `mscoco_<split>_annotations.json`.
+        path: folder of `OpenEnded_mscoco_<split>_questions.json` and `mscoco_<split>_annotations.json`; or of parquet,
+            or a hub id, with the photograph in `image` (lmms-lab/OK-VQA: val alone, with one form of each answer).
         images: folder of `train2014/` and `val2014/`, or of their files; `path` unless told.
         field: the form that is learned, raw_answer as it was given or answer, its stem. `meta.answers` always holds
             the stems, which the official score compares, and `meta.raw_answers` the others.
@@ -35,7 +47,11 @@ def parts(
     check_split(split, SPLITS)
     check_choice("field", field, "raw_answer", "answer")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
-    return cut_parts(read, path, rows=rows, options=options | {"field": field})
+    options |= {"field": field}
+    if look_for(path, f"OpenEnded_mscoco_{SPLITS[split]}_questions.json") is None and is_table(path):
+        needs = ("question_id", "question", "image", "answers")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
+    return cut_parts(read, path, rows=rows, options=options)
 
 
 def read(path: str, options: dict) -> list[Question | Dropped]:
@@ -60,5 +76,17 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
     )
 
 
+def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
+    question = read_vqa_row(row, number, type_key="question_type")
+    given = [a for a in as_list(row.get("answers")) if isinstance(a, dict)]
+    if isinstance(question, Question) and given:
+        raw = [str(a.get("raw_answer", a.get("answer"))) for a in given]
+        question.meta = {"raw_answers": raw}
+        question.said = raw if options["field"] == "raw_answer" else None
+    return question
+
+
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        return convert_rows(read_row, part, source="okvqa")
     return convert_part(read, part, source="okvqa")

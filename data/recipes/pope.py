@@ -6,26 +6,50 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.annotations import find_file, first_there
-from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, to_answers
+from data.recipes.annotations import find_file, first_there, look_for, read_vqa_row
+from data.recipes.questions import (
+    BAD_ROW,
+    Question,
+    check_split,
+    convert_part,
+    convert_rows,
+    cut_parts,
+    cut_table,
+    is_table,
+    to_answers,
+)
 from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"test": "coco"}
+HUB = True
 CATEGORIES = ("random", "popular", "adversarial")
 
 
 def parts(
-    path: Path, *, split: str, images: str = "", dataset: str = "coco", prompt: str = "first", rows: int = 2000
+    path: Path,
+    *,
+    split: str,
+    images: str = "",
+    dataset: str = "coco",
+    prompt: str = "first",
+    streaming: bool = True,
+    rows: int = 2000,
 ) -> list[Part]:
     """
     Args:
-        path: folder of `<dataset>_pope_<category>.json`, JSON lines; all three categories are read.
+        path: folder of `<dataset>_pope_<category>.json`, JSON lines; all three categories are read. Or a folder of
+            parquet, or a hub id, with `question`, `answer`, `category` and the photograph in `image` (lmms-lab/POPE).
         images: folder of COCO's `val2014/`, or of its files; `path` unless told.
         dataset: first word of the files' names.
         prompt: as in vqav2.
     """
     check_split(split, SPLITS)
     common = {"split": split, "images": images or str(path), "answers": "majority", "grouped": False, "prompt": prompt}
+    if look_for(path, *(f"{dataset}_pope_{CATEGORIES[0]}.{kind}" for kind in ("json", "jsonl"))) is None and is_table(
+        path
+    ):
+        needs = ("question_id", "question", "image", "answer", "category")
+        return cut_table(path, rows=rows, needs=needs, options=common, streaming=streaming)
     made = []
     for category in CATEGORIES:
         file = find_file(path, f"{dataset}_pope_{category}.json", f"{dataset}_pope_{category}.jsonl")
@@ -61,7 +85,18 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
     return out
 
 
+def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
+    question = read_vqa_row(row, number, answers="answer", type_key="category")
+    if isinstance(question, Question):
+        question.image_id = row.get("image_source", question.image_id)
+        question.meta = {"category": question.type}
+    return question
+
+
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        yield from convert_rows(read_row, part, source="pope")
+        return
     # Each file counts its questions from 1: the category keeps their keys apart.
     for made in convert_part(read, part, source="pope"):
         if isinstance(made, Record):

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
-from data.recipes.rows import cut_rows, read_rows
+from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -141,14 +141,21 @@ def is_table(path: Path | str) -> bool:
 
 
 def cut_table(
-    path: Path | str, *, split: str, rows: int, needs: tuple[str, ...], options: dict, hub: str
+    path: Path | str,
+    *,
+    rows: int,
+    needs: tuple[str, ...],
+    options: dict,
+    hub: str = "",
+    streaming: bool = True,
 ) -> list[Part]:
     """Parts of parquet files, or of a hub data set, whose rows hold one question and its image."""
     for key, allowed in CHOICES.items():
         check_choice(key, options[key], *allowed)
     # `split` says where the rows come from; ours says what becomes of them.
     options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
-    return cut_rows(Path(path), split=split, rows=rows, needs=needs, options=options, hub=hub)
+    settings = {"needs": needs, "options": options, "hub": hub, "streaming": streaming}
+    return cut_rows(Path(path), split=SPLIT_NAMES[options["becomes"]], rows=rows, **settings)
 
 
 def convert_rows(

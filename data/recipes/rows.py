@@ -6,6 +6,7 @@ gigabyte never stands in memory as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -19,12 +20,15 @@ SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 CHUNK = 1 << 22  # characters
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+# What copies call them.
+SPLIT_NAMES = {"train": ("train", "train2014"), "val": ("validation", "val", "val2014", "val2017"), "test": ("test",)}
+KNOWN_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
 
 def cut_rows(
     path: Path,
     *,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     rows: int,
     needs: Sequence[str] = (),
     files: Sequence[str] = (),
@@ -37,7 +41,8 @@ def cut_rows(
 
     Args:
         path: a file, a folder, or a hub id ("org/name") where there is no such file.
-        split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split.
+        split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split; of several
+            names under which copies have it the first that is there.
         rows: rows a part.
         needs: keys that a row of this layout has; looked for in the first row.
         files: names looked for in a folder, the first that is there is taken.
@@ -76,7 +81,11 @@ def check_layout(part: Part, needs: Sequence[str]) -> None:
 
 
 def find_files(
-    path: Path, *, split: str = "train", files: Sequence[str] = (), suffixes: Sequence[str] = SUFFIXES
+    path: Path,
+    *,
+    split: str | Sequence[str] = "train",
+    files: Sequence[str] = (),
+    suffixes: Sequence[str] = SUFFIXES,
 ) -> list[Path]:
     """The files of a data set: the file itself, the first of `files` in a folder, its one text file, or its parquet."""
     if path.is_file():
@@ -89,11 +98,14 @@ def find_files(
     found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
     parquet = [f for f in found if f.suffix == ".parquet"]
     if parquet:
-        named = [f for f in parquet if re.split(r"[-_.]", f.name)[0] == split or f.parent.name == split]
-        others = [f for f in parquet if re.split(r"[-_.]", f.name)[0] in ("train", "validation", "val", "test")]
-        if not named and others:
-            raise ValueError(f"{path}: no parquet files of split {split} ({others[0].name} is of another)")
-        return named or parquet
+        words = {f: {re.split(r"[-_.]", f.name)[0], f.parent.name} for f in parquet}
+        names = [split] if isinstance(split, str) else list(split)
+        for name in names:
+            if named := [f for f in parquet if name in words[f]]:
+                return named
+        if others := [f for f in parquet if words[f] & KNOWN_SPLITS]:
+            raise ValueError(f"{path}: no parquet files of split {names[0]} ({others[0].name} is of another)")
+        return parquet
     if len(found) != 1:
         what = ", ".join(f.name for f in found[:5]) + (", ..." if len(found) > 5 else "")
         hint = f"{len(found)} files ({what}); name one of them" if found else f"no {', '.join(suffixes)} in it"
@@ -270,8 +282,9 @@ def cut_parquet(path: Path, rows: int, options: dict) -> tuple[list[Part], int]:
 
 
 def cut_hub(
-    path: str, name: str, *, split: str, rows: int, needs: Sequence[str], options: dict, streaming: bool
+    path: str, name: str, *, split: str | Sequence[str], rows: int, needs: Sequence[str], options: dict, streaming: bool
 ) -> list[Part]:
+    split = split if isinstance(split, str) else choose_split(path, name, split)
     dataset = load_hub(path, name, split, streaming)
     features = dataset.features or {}
     missing = [key for key in needs if features and key not in features]
@@ -285,6 +298,32 @@ def cut_hub(
     return [Part(path, i, min(i + rows, count), options | spot) for i in range(0, count, rows)]
 
 
+def choose_split(path: str, name: str, wanted: Sequence[str]) -> str:
+    """Raises:
+    ValueError: the hub's data set has none of these splits.
+    """
+    import datasets
+
+    with asking_hub(path):
+        there = datasets.get_dataset_split_names(path, name or None)
+    for split in wanted:
+        if split in there:
+            return split
+    raise ValueError(f"path={path}: no split {wanted[0]} (it has {', '.join(there)}); leave it out with splits=...")
+
+
+@contextlib.contextmanager
+def asking_hub(path: str) -> Iterator[None]:
+    """Raises:
+    ValueError: whatever went wrong, in a line.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  the libraries raise a dozen kinds, the network more
+        words = next(iter(str(error).split("\n")), "") or type(error).__name__
+        raise ValueError(f"path={path}: no such file or folder here, and the hub says: {words[:200]}") from None
+
+
 def load_hub(path: str, name: str, split: str, streaming: bool):
     """`datasets.load_dataset` with images left as the bytes they are.
 
@@ -293,11 +332,8 @@ def load_hub(path: str, name: str, split: str, streaming: bool):
     """
     import datasets
 
-    try:
+    with asking_hub(path):
         dataset = datasets.load_dataset(path, name or None, split=split, streaming=streaming)
-    except Exception as error:  # noqa: BLE001  the library raises a dozen kinds, the network more
-        words = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"path={path}: no such folder here, and the hub says: {words[:200]}") from None
     if streaming:
         return dataset.decode(False)
     for column, feature in dataset.features.items():

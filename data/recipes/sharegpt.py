@@ -9,6 +9,7 @@ from data.recipes.record import Part
 
 __all__ = ["SPLITS", "convert", "parts"]
 SPLITS = {"train": "train"}
+HUB_FILES = ("ShareGPT_V3_unfiltered_cleaned_split.json",)  # of anon8231489123/ShareGPT_Vicuna_unfiltered
 
 
 def parts(path: Path, *, split: str, rows: int = 5000) -> list[Part]:

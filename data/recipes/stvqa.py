@@ -6,20 +6,26 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.annotations import find_file, first_there, list_rows
+from data.recipes.annotations import find_file, first_there, image_bytes, list_rows, look_for
 from data.recipes.questions import (
     BAD_ROW,
+    CHOICES,
     NO_TEST_ANSWERS,
     Question,
+    check_choice,
     check_split,
+    converse,
     convert_part,
     cut_parts,
+    is_table,
     plain_id,
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
+from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train", "val": "held out of train"}
+HUB = True
 REFUSED = {"test": NO_TEST_ANSWERS}
 
 
@@ -32,11 +38,13 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
     Args:
-        path: folder of `train_task_3.json`.
+        path: folder of `train_task_3.json`; or of parquet, or a hub id, of photographs in `image` with their questions
+            in `qas` (vikhyatk/st-vqa).
         images: folder of the images, by `file_path`, by `train_imgs/<dataset>/<file_name>` or without the first
             folder; `path` unless told.
         holdout: share of the images kept for val; the data set has no validation split of its own.
@@ -48,7 +56,15 @@ def parts(
     if split == "val" and holdout == 0:
         raise ValueError("split=val is what holdout keeps back, and holdout=0; give a share or take splits=train")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
-    return cut_parts(read, path, rows=rows, options=options | {"holdout": holdout})
+    options |= {"holdout": holdout}
+    if look_for(path, "train_task_3.json") is None and is_table(path):
+        for key, allowed in CHOICES.items():
+            check_choice(key, options[key], *allowed)
+        # The hub's split is train for both; ours says what becomes of a photograph.
+        options["becomes"] = options.pop("split")
+        settings = {"needs": ("image", "qas"), "options": options, "hub": "", "streaming": streaming}
+        return cut_rows(Path(path), split="train", rows=rows, **settings)
+    return cut_parts(read, path, rows=rows, options=options)
 
 
 def read(path: str, options: dict) -> list[Question | Dropped]:
@@ -81,6 +97,28 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
     return out
 
 
+def read_photograph(row: dict, number: str, options: dict) -> list[Question] | Dropped | None:
+    """The questions of a row; None where the photograph is of the other side."""
+    image, asked = image_bytes(row.get("image")), row.get("qas")
+    if image is None or not isinstance(asked, list) or not all(isinstance(qa, dict) for qa in asked):
+        return Dropped(number, BAD_ROW) if options["split"] == "train" else None
+    name = hashlib.sha256(image).hexdigest()
+    if held_out(name, options["holdout"]) != (options["split"] == "val"):
+        return None
+    answers = lambda qa: to_answers(qa.get("answers") or qa.get("answer") or [])
+    return [Question(f"{number}-{k}", image, number, qa.get("question"), answers(qa)) for k, qa in enumerate(asked)]
+
+
+def convert_photographs(part: Part) -> Iterator[Record | Dropped]:
+    options = part.options | {"split": part.options["becomes"]}
+    for numbers, row in read_rows(part):
+        group = read_photograph(row, "-".join(map(str, numbers)), options)
+        whole = options["grouped"] and options["split"] == "train" or not isinstance(group, list)
+        for k, asked in enumerate([group] if whole else [[question] for question in group]):
+            if asked is not None:
+                yield from converse(asked, *numbers, k, source="stvqa", options=options)
+
+
 def held_out(image: str, share: float) -> bool:
     """Whether an image is validation's: by a hash of its name, so that no other row changes it."""
     digest = hashlib.sha256(image.encode()).digest()
@@ -88,4 +126,6 @@ def held_out(image: str, share: float) -> bool:
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        return convert_photographs(part)
     return convert_part(read, part, source="stvqa")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
+from data.recipes.annotations import find_file, first_there, image_bytes, list_rows, look_for, read_vqa
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
@@ -13,13 +13,17 @@ from data.recipes.questions import (
     Question,
     check_split,
     convert_part,
+    convert_rows,
     cut_parts,
+    cut_table,
+    is_table,
     plain_id,
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val"}
+HUB = True
 REFUSED = {"test": NO_TEST_ANSWERS}
 
 
@@ -32,13 +36,15 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
     Args:
         path: folder of `TextVQA_0.5.1_<split>.json`, with `TextVQA_Rosetta_OCR_v0.2_<split>.json` beside it where the
             recognised text is wanted; or of OpenFlamingo's copy in VQA format, `<split>_questions_vqa_format.json` and
-            `<split>_annotations_vqa_format.json`.
+            `<split>_annotations_vqa_format.json`; or of parquet, or a hub id, with the original's columns and the
+            photograph in `image` (lmms-lab/textvqa).
         images: folder of `train_images/`, which holds val's too, or of its files; `path` unless told.
         ocr: say the recognised text under the question, as LLaVA does. A score with it is another score: say so.
             `meta.ocr_tokens` of evaluation splits holds it where the files do.
@@ -46,7 +52,12 @@ def parts(
     """
     check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
-    return cut_parts(read, path, rows=rows, options=options | {"ocr": ocr})
+    options |= {"ocr": ocr}
+    files = (f"TextVQA_0.5.1_{split}.json", f"{split}_questions_vqa_format.json")
+    if look_for(path, *files) is None and is_table(path):
+        needs = ("question_id", "question", "image", "answers", *(["ocr_tokens"] if ocr else []))
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
+    return cut_parts(read, path, rows=rows, options=options)
 
 
 def read(path: str, options: dict) -> list[Question | Dropped]:
@@ -72,20 +83,32 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
                 f"ocr=true: {original} has no ocr_tokens for image {row['image_id']} and no "
                 f"TextVQA_Rosetta_OCR_v0.2_{split}.json lies beside it; download that file"
             )
-        meta = {"image_classes": row.get("image_classes"), "ocr_tokens": seen}
-        out.append(
-            Question(
-                row["question_id"],
-                image(row),
-                row["image_id"],
-                row["question"],
-                to_answers(row.get("answers") or []),
-                prompt=f"Reference OCR token: {', '.join(map(str, seen))}\n{SHORT}" if options["ocr"] else SHORT,
-                meta={key: value for key, value in meta.items() if value is not None},
-            )
-        )
+        out.append(make_question(row, image(row), seen, options))
     return out
 
 
+def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
+    image = image_bytes(row.get("image"))
+    if image is None or any(row.get(key) is None for key in ("question_id", "image_id", "question")):
+        return Dropped(plain_id(row.get("question_id", number)), BAD_ROW)
+    return make_question(row, image, row.get("ocr_tokens"), options)
+
+
+def make_question(row: dict, image: str | bytes, seen: list | None, options: dict) -> Question:
+    """`seen` is the recognised text."""
+    meta = {"image_classes": row.get("image_classes"), "ocr_tokens": seen}
+    return Question(
+        row["question_id"],
+        image,
+        row["image_id"],
+        row["question"],
+        to_answers(row.get("answers") or []),
+        prompt=f"Reference OCR token: {', '.join(map(str, seen or ()))}\n{SHORT}" if options["ocr"] else SHORT,
+        meta={key: value for key, value in meta.items() if value is not None},
+    )
+
+
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        return convert_rows(read_row, part, source="textvqa")
     return convert_part(read, part, source="textvqa")

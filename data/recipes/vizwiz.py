@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa
+from data.recipes.annotations import find_file, first_there, list_rows, look_for, read_vqa, read_vqa_row
 from data.recipes.questions import (
     BAD_ROW,
     NO_TEST_ANSWERS,
@@ -14,13 +14,17 @@ from data.recipes.questions import (
     check_choice,
     check_split,
     convert_part,
+    convert_rows,
     count_answers,
     cut_parts,
+    cut_table,
+    is_table,
     to_answers,
 )
 from data.recipes.record import Dropped, Part, Record
 
 SPLITS = {"train": "train", "val": "val"}
+HUB = True
 REFUSED = {"test": NO_TEST_ANSWERS}
 UNANSWERABLE = "unanswerable (unanswerable=drop)"
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -35,12 +39,14 @@ def parts(
     answers: str = "majority",
     grouped: bool = True,
     prompt: str = "first",
+    streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
     """
     Args:
         path: folder of VizWiz's own `<split>.json`, or of OpenFlamingo's copy in VQA format,
-            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`.
+            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`; or of parquet, or a hub id,
+            with `question`, `answers`, `category` and the photograph in `image` (lmms-lab/VizWiz-VQA: val alone).
         images: folder of `train/` and `val/`, or of their files; `path` unless told.
         unanswerable: what becomes of questions most annotators called unanswerable: keep, drop (training only), or
             prompt, which keeps them and says under every question what to answer then.
@@ -49,23 +55,41 @@ def parts(
     check_split(split, SPLITS, refused=REFUSED)
     check_choice("unanswerable", unanswerable, "keep", "drop", "prompt")
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
-    return cut_parts(read, path, rows=rows, options=options | {"unanswerable": unanswerable})
+    options |= {"unanswerable": unanswerable}
+    if look_for(path, f"{split}.json", f"{split}_questions_vqa_format.json") is None and is_table(path):
+        needs = ("question", "image", "answers")
+        return cut_table(path, rows=rows, needs=needs, options=options, streaming=streaming)
+    return cut_parts(read, path, rows=rows, options=options)
 
 
 def read(path: str, options: dict) -> list[Question | Dropped]:
     split = options["split"]
     image = lambda name: first_there(options["images"], f"{split}/{name}", name)
-    line = f"{INSUFFICIENT}\n{SHORT}" if options["unanswerable"] == "prompt" else SHORT
+    line = say_how(options)
     own = look_for(path, f"{split}.json")
     if own is None and (questions := look_for(path, f"{split}_questions_vqa_format.json")):
         annotations = find_file(path, f"{split}_annotations_vqa_format.json")
         out = read_vqa(questions, annotations, image=lambda row: image(row["image_id"]), prompt=line)
     else:
         out = read_own(own or find_file(path, f"{split}.json"), image, line)
-    if options["unanswerable"] != "drop" or split != "train":
-        return out
-    silent = lambda q: isinstance(q, Question) and count_answers(q.answers)[:1] == ["unanswerable"]
-    return [Dropped(str(q.id), UNANSWERABLE) if silent(q) else q for q in out]
+    return [drop_silent(question, options) for question in out]
+
+
+def say_how(options: dict) -> str:
+    return f"{INSUFFICIENT}\n{SHORT}" if options["unanswerable"] == "prompt" else SHORT
+
+
+def drop_silent(question: Question | Dropped, options: dict) -> Question | Dropped:
+    """Without an answer in training, where that is asked for."""
+    if options["unanswerable"] != "drop" or options["split"] != "train" or isinstance(question, Dropped):
+        return question
+    silent = count_answers(question.answers)[:1] == ["unanswerable"]
+    return Dropped(str(question.id), UNANSWERABLE) if silent else question
+
+
+def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
+    key = "category" if "category" in row else "answer_type"
+    return drop_silent(read_vqa_row(row, number, type_key=key, prompt=say_how(options)), options)
 
 
 def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
@@ -86,4 +110,6 @@ def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
+    if "kind" in part.options:
+        return convert_rows(read_row, part, source="vizwiz")
     return convert_part(read, part, source="vizwiz")

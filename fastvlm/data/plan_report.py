@@ -61,8 +61,9 @@ def left_out(source: Measured) -> dict[str, dict]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a user should know before the first step, one line each: what is left out, cut or broken."""
-    lines = []
+    """What a user should know before the first step, one line each: what is left out, cut or broken, and what caps,
+    repeats and `max_epochs` make of a source."""
+    lines = limits(plan)
     for s in plan.sources:
         for shard, where in s.index.broken.items():
             lines.append(f"{s.name}: {shard} {where}; the samples before are used, write the shard again")
@@ -76,6 +77,57 @@ def notes(plan: Plan) -> list[str]:
         rest = ", ".join(f"{name} {float(w):.1%}" for name, w in zip(plan.names, weights) if w)
         lines.append(f"{gone} used up (max_epochs) after {first} samples; from there on the shares are {rest}")
     return lines
+
+
+def limits(plan: Plan) -> list[str]:
+    """A line for every source that is capped, repeated or used up by `max_epochs`: its share of all steps, what that
+    would be without, and how often its samples come."""
+    if all(s.source.max_samples is None and s.repeat == 1 and s.max_epochs is None for s in plan.sources):
+        return []
+    planned = plan.num_samples
+    columns = plan.order.columns
+    seen = np.bincount(columns.source[columns.place[:planned]], minlength=len(plan.sources)).tolist()
+    asked = [", ".join(limits_of(source, served)) for source, served in zip(plan.sources, seen)]
+    if not any(asked):
+        return []
+    lines, realised, plain = [], shares(plan, planned), plain_shares(plan)
+    for s, what, served in zip(plan.sources, asked, seen):
+        if what:
+            now, before = f"{realised[s.name]:.1%}", f"{plain[s.name]:.1%}"
+            instead = "" if now == before else f" in place of {before}"
+            passes = f"{served / len(s.rows):.2f} passes over {len(s.rows)} samples"
+            lines.append(f"{s.name}: {what}: {now} of {plan.unit}{instead}, {passes}")
+    return lines
+
+
+def limits_of(source: Measured, served: int) -> list[str]:
+    """Which of a source's caps, repeats and bounds take effect in a plan that serves so many samples of it."""
+    cap, words = source.source.max_samples, []
+    if cap is not None and cap < (there := len(uncapped(source))):
+        words.append(f"max_samples={cap} of {there}")
+    if source.repeat != 1:
+        words.append(f"repeat={float(source.repeat):g}")
+    if source.num_served is not None and served >= source.num_served:
+        words.append(f"max_epochs={float(source.max_epochs):g}")
+    return words
+
+
+def uncapped(source: Measured) -> np.ndarray:
+    """Rows of a source's index that would be chosen without `max_samples`, and hold something to learn."""
+    rows, _ = source.source.select(source.index, capped=False)
+    return rows[source.index.answer_tokens[rows] > 0]
+
+
+def plain_shares(plan: Plan) -> dict[str, float]:
+    """Shares without caps, repeats and `max_epochs`: the weights, or what each source would hold."""
+    if plan.mixture.shares is not None:
+        return {name: float(weight) for name, weight in zip(plan.names, plan.mixture.shares)}
+    held = {}
+    for s in plan.sources:
+        costs = s.costs(plan.unit)[uncapped(s)]
+        # Rows that were not chosen have not been cut.
+        held[s.name] = int((np.minimum(costs, plan.max_tokens) if plan.unit == "tokens" else costs).sum())
+    return {name: cost / sum(held.values()) for name, cost in held.items()}
 
 
 def shares(plan: Plan, n: int, unit: str | None = None) -> dict[str, float]:

@@ -246,6 +246,9 @@ def _filesystem(url: str):
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
         options["client_kwargs"] = {"timeout": timeout}
         options["headers"] = {"Accept-Encoding": "identity"}  # else a server may count compressed bytes
+    elif protocol in ("s3", "s3a"):
+        own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT} | own
     # What stands in its cache of listings may be older than the files.
     return fsspec.filesystem(protocol, use_listings_cache=False, **options)
 
@@ -338,8 +341,10 @@ def read_small(url: str) -> bytes:
         Unavailable: it cannot be had.
     """
 
+    # By itself: of two requests that fail now and then one may always be the one that does.
+    size = retry(lambda: _info(url).get("size"), url=url)
+
     def read() -> bytes:
-        size = _info(url).get("size")
         with open_at(url, 0) as (_, file):
             data = b"".join(iter(lambda: file.read(BLOCK), b""))
         if size is not None and len(data) != size:

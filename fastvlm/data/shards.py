@@ -123,8 +123,10 @@ def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: 
     """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
 
     Raises:
-        ValueError: neither txt nor json holds a caption.
+        ValueError: neither txt nor json holds a caption, or it is a row of img2dataset's without its image.
     """
+    if "status" in fields and not num_images:
+        raise ValueError(f"{key} has no image ({fields['status']})")
     text = members["txt"].decode("utf-8", errors="replace") if "txt" in members else fields.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{key} has no `messages`, no `document` and no caption in txt or json")

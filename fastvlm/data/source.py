@@ -111,8 +111,11 @@ class Source:
             text = with_system_text(text, self.system, tokenizer)
         return text if self.images else without_images_text(text)
 
-    def select(self, index: SourceIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def select(self, index: SourceIndex, *, capped: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.
+
+        Args:
+            capped: by `max_samples`.
 
         Raises:
             ValueError: none of `types` occurs, or no sample has a number that `filters` names.
@@ -138,7 +141,7 @@ class Source:
             keep = (number >= bounds.get("min", -np.inf)) & (number <= bounds.get("max", np.inf))
             keep |= np.isnan(number) & (bounds.get("missing", "drop") == "keep")
             left_out[f"filtered by {name}"], rows = rows[~keep], rows[keep]
-        if self.max_samples is not None and index.split == "train" and len(rows) > self.max_samples:
+        if capped and self.max_samples is not None and index.split == "train" and len(rows) > self.max_samples:
             rows = np.sort(rows[shuffled(len(rows), "subset", self.name)[: self.max_samples]])
         return rows, left_out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import shutil
 import sys
@@ -76,14 +78,16 @@ class Training:
             KeyboardInterrupt: it was interrupted; the newest checkpoint is kept.
         """
         say(stage_summary(self.name, self.plain, self.plan, folders=self.pipeline.folders, resume=self.resume))
-        if is_first_rank() and not order_is_kept(self.folder, self.plan):
-            write_order(self.plan, self.folder)
-            write_json(self.folder / "identity.json", self.stage.identity)
+        if is_first_rank():
+            self.write_plan()
         self.hardware.forget_peak()
         status = "FAILED"
         try:
             self.fit()
             status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             if self.logger:
                 self.pipeline.tracking.finish(self.logger.run_id, status)
@@ -91,13 +95,28 @@ class Training:
         holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
         say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
         if self.trainer.is_global_zero:
-            write_json(self.folder / "shares.json", report(self.plan))
             for old in (*self.folder.glob("step=*.ckpt"), self.folder / "order.npz"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
+    def write_plan(self) -> None:
+        """What the stage will see, before it sees any of it: its order, its identity and its shares."""
+        if not order_is_kept(self.folder, self.plan):
+            write_order(self.plan, self.folder)
+            write_json(self.folder / "identity.json", self.stage.identity)
+        shares = self.folder / "shares.json"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            said = json.loads(shares.read_text())
+            if (said["fingerprint"], said["num_steps"]) == (self.plan.fingerprint, self.plan.num_steps):
+                return  # by the run that this one goes on from
+        write_json(shares, report(self.plan))
+
     def fit(self) -> None:
         checkpoint = {"ckpt_path": str(self.resume), "weights_only": False} if self.resume else {}
-        self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
+        try:
+            self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
+        except SystemExit:  # what Lightning makes of a Ctrl-C, with a status that says failed
+            if not self.trainer.interrupted:
+                raise
         if self.trainer.interrupted or self.trainer.global_step < self.plan.num_steps:
             raise KeyboardInterrupt
 

@@ -1,10 +1,15 @@
 """The longest batch is tried early, and changes nothing."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fastvlm.callbacks.rehearsal import LongestFirst
+from fastvlm.callbacks.rehearsal import LongestFirst, longest_steps
 from tests.conftest import TINY
 
 
@@ -45,3 +50,13 @@ def test_a_batch_that_does_not_fit_is_one_line_with_the_keys_that_make_it_smalle
     with pytest.raises(ValueError, match=message) as caught:
         LongestFirst.rehearse(None, Trainer, Stage, Batch)
     assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 9)), min_size=3, max_size=3), min_size=1))
+def test_no_step_takes_more_memory_than_those_that_are_tried(steps):
+    tokens, images = np.moveaxis(np.array(steps), 2, 0)  # (steps, rows) each
+    tried = longest_steps(SimpleNamespace(row_sizes=lambda: (tokens, images)))
+    assert 1 <= len(tried) <= 2
+    # A batch is as wide as its longest row, and its images lie one behind the other.
+    width, stack = [3 * max(t for t, _ in rows) for rows in steps], [sum(i for _, i in rows) for rows in steps]
+    assert max(width[i] for i in tried) == max(width) and max(stack[i] for i in tried) == max(stack)

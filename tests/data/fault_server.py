@@ -1,8 +1,10 @@
-"""A web server on loopback that serves a folder, with ranges, and fails as it is told."""
+"""Servers on loopback that fail as they are told: one that serves a folder, with ranges, and one that stands before
+another server."""
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import threading
 import time
@@ -95,18 +97,33 @@ class FaultServer:
                 handler.send_header("Content-Length", "0")
                 handler.end_headers()
                 return
-        part = bytearray(data[start:stop])
+        headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"} if partial else {}
+        headers |= {"Accept-Ranges": "bytes"} if self.ranges else {}
+        headers |= {"ETag": etag} if self.etags else {}
+        self.respond(handler, name, data[start:stop], 206 if partial else 200, headers, fault=fault, body=body)
+
+    def respond(
+        self,
+        handler: BaseHTTPRequestHandler,
+        name: str,
+        data: bytes,
+        status: int,
+        headers: dict[str, str],
+        *,
+        fault: str,
+        body: bool,
+        size: int | None = None,
+    ) -> None:
+        """Send an answer, with its fault; `size` is what it says where there is no body."""
+        part = bytearray(data)
         if fault == "wrong" and body:
             part[len(part) // 2] ^= 255
-        length = {"short": len(part) // 2, "long": len(part) + 1000}.get(fault, len(part))
-        handler.send_response(206 if partial else 200)
+        size = len(part) if size is None else size
+        length = {"short": size // 2, "long": size + 1000}.get(fault, size)
+        handler.send_response(status)
         handler.send_header("Content-Length", str(length))
-        if partial:
-            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        if self.ranges:
-            handler.send_header("Accept-Ranges", "bytes")
-        if self.etags:
-            handler.send_header("ETag", etag)
+        for key, value in headers.items():
+            handler.send_header(key, value)
         handler.end_headers()
         if not body:
             return
@@ -193,3 +210,34 @@ class HubServer(FaultServer):
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
         handler.wfile.write(data)
+
+
+class FaultProxy(FaultServer):
+    """Stands before a server at (host, port) and passes on what it says, with faults."""
+
+    def __init__(self, host: str, port: int, **options):
+        self.upstream = (host, port)
+        super().__init__(Path(), **options)
+
+    def answer(self, handler: BaseHTTPRequestHandler, *, body: bool) -> None:
+        path, _, query = handler.path.partition("?")
+        name = "the list" if "list-type" in query else path.rsplit("/", 1)[-1]
+        with self._lock:
+            fault = self.fault(handler.command, name, self.count(name, handler.command))
+            self.requests.append((handler.command, name, handler.headers.get("Range", "")))
+        if fault == "empty":
+            handler.close_connection = True
+            return
+        if fault.isdigit():
+            return self.respond(handler, name, b"", int(fault), {}, fault="", body=body)
+        connection = http.client.HTTPConnection(*self.upstream, timeout=30)
+        try:
+            connection.request(handler.command, handler.path, headers=dict(handler.headers))
+            answer = connection.getresponse()
+            data = answer.read()
+        finally:
+            connection.close()
+        ours = ("content-length", "transfer-encoding", "connection", "date", "server")
+        headers = {key: value for key, value in answer.getheaders() if key.lower() not in ours}
+        size = None if body else int(answer.getheader("Content-Length") or 0)
+        self.respond(handler, name, data, answer.status, headers, fault=fault, body=body, size=size)

@@ -336,6 +336,48 @@ def test_without_weights_an_epoch_holds_every_sample_as_often_as_its_source_is_r
     assert seen == held
 
 
+def lines_of(sources, tokenizer, *, weights, unit="samples", num_steps=None, **options):
+    """What a plan of captions (90), chat (70) and text (40) says, with options of the captions."""
+    made = {k: Source(k, path=sources[k], **(options if k == "caption" else {})) for k in ("caption", "chat", "text")}
+    length = {"num_steps": num_steps, "epochs": 1 if num_steps is None else None}
+    plan = plan_of({}, tokenizer, mixture=Mixture(made, weights=weights, unit=unit), packing=False, **length)
+    return plan, notes(plan)
+
+
+def test_a_capped_or_repeated_source_is_one_line_that_says_its_share_and_its_passes_before_the_first_step(
+    sources, tokenizer
+):
+    _, quiet = lines_of(sources, tokenizer, weights=None)
+    assert not quiet, "an ordinary plan says nothing"
+    # 30 of 140 samples in place of 90 of 200, in 140 samples.
+    _, lines = lines_of(sources, tokenizer, weights=None, max_samples=30)
+    assert lines == ["caption: max_samples=30 of 90: 21.4% of samples in place of 45.0%, 1.00 passes over 30 samples"]
+    _, lines = lines_of(sources, tokenizer, weights=None, repeat=3)
+    (line,) = lines  # 270 of 380
+    assert line == "caption: repeat=3: 71.1% of samples in place of 45.0%, 3.00 passes over 90 samples"
+    # Weights hold whatever a source has: what a cap changes is how often the same samples come.
+    weights = {"caption": 2, "chat": 1, "text": 1}
+    plan, lines = lines_of(sources, tokenizer, weights=weights, max_samples=20, num_steps=40)
+    assert lines == ["caption: max_samples=20 of 90: 50.0% of samples, 4.00 passes over 20 samples"]
+    assert report(plan)["sources"]["caption"]["epochs"] == 4
+    _, lines = lines_of(sources, tokenizer, weights=weights, max_samples=500, num_steps=40)
+    assert not lines, "a cap above what there is caps nothing"
+    _, lines = lines_of(sources, tokenizer, weights=weights, max_epochs=1, num_steps=40)
+    assert not lines, "nor is the source used up in 160 samples"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_line_of_a_bounded_source_has_the_shares_of_the_report(sources, tokenizer, unit):
+    weights = {"caption": 2, "chat": 1, "text": 1}
+    plan, lines = lines_of(sources, tokenizer, weights=weights, unit=unit, max_epochs=1, num_steps=90)
+    said = report(plan)["sources"]["caption"]
+    share = said["share"][unit][str(plan.num_samples)]
+    assert share < 0.45 and said["epochs"] == 1
+    (line,) = (line for line in lines if "used up" not in line)
+    expected = f"caption: max_epochs=1: {share:.1%} of {unit} in place of 50.0%, 1.00 passes over 90 samples"
+    assert line == expected and len(lines) == 2
+
+
 def test_filters_keep_what_lies_within_and_the_report_names_the_rest(tokenizer, tmp_path):
     with ShardWriter(tmp_path, "train") as writer:
         for i in range(10):
@@ -362,6 +404,22 @@ def test_filters_keep_what_lies_within_and_the_report_names_the_rest(tokenizer, 
         kept({"page_id": {"min": 1}})
     with pytest.raises(ValueError, match="filters.relevance=.* takes min, max and missing"):
         kept({"relevance": {"least": 3}})
+
+
+@pytest.mark.parametrize("number", ["text_tokens", "answer_tokens"])
+def test_filters_by_length_keep_the_samples_whose_encoded_length_lies_within(sources, tokenizer, number):
+    def length(row: int) -> int:
+        encoded = encode_record(make_record("chat", row)[0], tokenizer, tokens_per_image=0)
+        return len(encoded.input_ids) if number == "text_tokens" else sum(i != IGNORE_INDEX for i in encoded.labels)
+
+    lengths = [length(row) for row in range(70)]
+    low, high = sorted(lengths)[15], sorted(lengths)[50]
+    source = Source("chat", path=sources["chat"], filters={number: {"min": low, "max": high}})
+    plan = plan_of({}, tokenizer, mixture=Mixture({"chat": source}, weights={"chat": 1}, unit="samples"), num_steps=1)
+    kept = [row for row in range(70) if low <= lengths[row] <= high]
+    assert plan.sources[0].rows.tolist() == kept and 30 < len(kept) < 70
+    (reason,) = plan.sources[0].excluded
+    assert reason == f"filtered by {number}" and len(plan.sources[0].excluded[reason]) == 70 - len(kept)
 
 
 def test_a_system_prompt_stands_before_every_conversation_and_in_the_planned_lengths(sources, tokenizer):

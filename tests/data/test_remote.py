@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 import torch
-from fault_server import FaultServer, HubServer
+from fault_server import FaultProxy, FaultServer, HubServer
 from tiny_world import write_source
 
 from fastvlm.data import remote
@@ -268,44 +268,99 @@ def test_any_file_system_of_fsspec_will_do(folder, tokenizer):
         assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
 
 
-def test_an_s3_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer, monkeypatch):
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory, tokenizer):
+    """An S3 server with the shards of a folder in a bucket: (its host and port, the folder, the bucket's URL)."""
     import s3fs
     from moto.server import ThreadedMotoServer
 
+    folder = write_source(tmp_path_factory.mktemp("s3") / "shards", "chat", 50)
+    for shard in folder.glob("*.tar"):
+        build_index(shard, tokenizer)
+    write_listing(folder)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for key, value in (
-            ("AWS_ACCESS_KEY_ID", "x"),
-            ("AWS_SECRET_ACCESS_KEY", "x"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(key, value)
+    place, name = server.get_host_and_port(), f"b{uuid.uuid4().hex[:12]}"
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in S3.items():
+            patch.setenv(key, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        bucket = f"b{uuid.uuid4().hex[:12]}"
-        fs = s3fs.S3FileSystem()
-        fs.mkdir(bucket)
-        fs.put(str(folder), f"{bucket}/data", recursive=True)
-        local = plan_of(folder, tokenizer)
-        for path in (f"s3://{bucket}/data", f"s3://{bucket}/data/train-{{00000..00002}}.tar"):
-            plan = plan_of(path, tokenizer)
-            assert plan.fingerprint == local.fingerprint
-            assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
-        shard = locate_shards(f"s3://{bucket}/data", "train")[0]
-        assert shard.version and shard.size == (folder / "train-00000.tar").stat().st_size
-        assert remote.read_range(shard, 512, 100) == (folder / "train-00000.tar").read_bytes()[512:612]
-        with pytest.raises(ValueError, match=r"no shards val-\*.tar"):
-            load_index(f"s3://{bucket}/data", "val", tokenizer)
-        with pytest.raises(ValueError, match=r"train-00009.tar: not found"):
-            load_index(f"s3://{bucket}/data/train-{{00000,00009}}.tar", "train", tokenizer)
-    finally:
-        server.stop()
+        fs = s3fs.S3FileSystem(endpoint_url="http://{}:{}".format(*place))
+        fs.mkdir(name)
+        fs.put(str(folder), f"{name}/data", recursive=True)
+        yield place, folder, f"s3://{name}/data"
         s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
-@pytest.mark.slow
+S3 = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+S3["AWS_MAX_ATTEMPTS"] = "1"  # of botocore's own: its pauses between two are seconds long
+
+
+@pytest.fixture
+def s3(bucket, monkeypatch):
+    """Where the bucket's server is asked for: give the URL of a proxy to have it asked there."""
+    import s3fs
+
+    def ask(url: str) -> None:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    ask("http://{}:{}".format(*bucket[0]))
+    return ask
+
+
+def test_an_s3_server_gives_the_order_and_the_bytes_of_the_folder(bucket, s3, tokenizer):
+    _, folder, url = bucket
+    local = plan_of(folder, tokenizer)
+    for path in (url, f"{url}/train-{{00000..00002}}.tar"):
+        plan = plan_of(path, tokenizer)
+        assert plan.fingerprint == local.fingerprint
+        assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+    shard = locate_shards(url, "train")[0]
+    assert shard.version and shard.size == (folder / "train-00000.tar").stat().st_size
+    assert remote.read_range(shard, 512, 100) == (folder / "train-00000.tar").read_bytes()[512:612]
+    with pytest.raises(ValueError, match=r"no shards val-\*.tar"):
+        load_index(url, "val", tokenizer)
+    with pytest.raises(ValueError, match=r"train-00009.tar: not found"):
+        load_index(f"{url}/train-{{00000,00009}}.tar", "train", tokenizer)
+
+
+# S3 has no server without HEAD; two faults of the shards alone, because every one of them takes its time.
+S3_FAULTS = {name: fault for name, fault in FAULTS.items() if name != "no HEAD"}
+for name in ("the connection goes in the middle", "a server that falls silent"):
+    S3_FAULTS[name] = lambda method, file, count, fault=FAULTS[name]: (
+        fault(method, file, count) if file.endswith(".tar") else ""
+    )
+
+
+@pytest.mark.parametrize("fault", S3_FAULTS)
+def test_what_an_s3_server_does_wrong_for_a_while_changes_nothing(bucket, s3, tokenizer, fault, tmp_path):
+    place, folder, url = bucket
+    whole = batches_of(plan_of(folder, tokenizer), tokenizer)
+    happened = []
+
+    def fail(method: str, file: str, count: int) -> str:
+        happened.append(S3_FAULTS[fault](method, file, count))
+        return happened[-1]
+
+    with FaultProxy(*place, fault=fail) as proxy:
+        s3(proxy.url)
+        plan = plan_of(url, tokenizer)
+        assert_same(batches_of(plan, tokenizer), whole)
+        assert any(happened) and proxy.count("train-00001.tar")
+    names = {p.name.split("-", 1)[1] for p in (tmp_path / "cache/shards").iterdir() if p.name != ".lock"}
+    assert names == {f"train-{i:05d}.tar" for i in range(3)}, "no part is left behind"
+
+
+def test_an_s3_server_that_only_fails_is_given_up_by_name(bucket, s3, tokenizer):
+    place, _, url = bucket
+    with FaultProxy(*place, fault=lambda *request: "503") as proxy:
+        s3(proxy.url)
+        with pytest.raises(ValueError, match=rf"{url}: .*; gave up after 5 attempts"):
+            load_index(url, "train", tokenizer)
+
+
 def test_a_gcs_server_gives_the_order_and_the_bytes_of_the_folder(folder, tokenizer, monkeypatch):
     from gcp_storage_emulator.server import create_server
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+
+from data.recipes.workers import open_pool
 
 DEFAULT_PATH = "embedded"
 SHEET_SAMPLES = 12
@@ -60,10 +61,8 @@ def prepare(path: Path, *, seed: int = 0, workers: int = 2, scale: float = 1.0) 
     arguments = [(path, family, split, seed, scale) for family, split in tasks]
     Tokenizer(str(path / "tokenizer"), template="roles")  # imports before the fork what every worker needs
     if workers > 1:
-        # Forked where there is fork: a fresh interpreter would import for longer than it works.
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with multiprocessing.get_context(method).Pool(workers) as pool:
-            counts = pool.starmap(write_split, arguments, chunksize=1)
+        with open_pool(workers) as pool:
+            counts = list(pool.map(write_split, *zip(*arguments)))
     else:
         counts = [write_split(*a) for a in arguments]
     table = {family: {} for family in FAMILIES}

@@ -6,8 +6,6 @@ caption of a picture and the premise of the text-only questions.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 from random import Random
 
 from data.recipes.embedded.world import Scene
@@ -124,35 +122,3 @@ def answer(scene: Scene, kind: str, argument: int | None = None) -> str:
     if kind == "read_line":
         return spell(scene.groups[argument])
     return str(digits[scene.tallest if kind == "tallest" else scene.shortest])
-
-
-def question_text(content: str | list[dict]) -> str:
-    """The words of a user's turn, without its image."""
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
-def blind_table(train: Iterable[dict], test: Iterable[dict]) -> dict[str, dict[str, float]]:
-    """What guessing without the picture reaches on single-question records, per `meta.type`.
-
-    `majority` is the share of the commonest answer in the test records themselves; `prior` is the accuracy of the best
-    answer to the question's very words among the training turns, all that a model without the picture can learn;
-    `best` the larger one. The row `mean` averages over types.
-    """
-    seen: dict[str, Counter] = defaultdict(Counter)
-    for record in train:
-        turns = record["messages"]
-        for asked, told in zip(turns[::2], turns[1::2]):
-            seen[question_text(asked["content"])][told["content"]] += 1
-    by_type: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for record in test:
-        asked, told = record["messages"]
-        by_type[record["meta"]["type"]].append((question_text(asked["content"]), told["content"]))
-    table = {}
-    for kind, pairs in by_type.items():
-        majority = Counter(told for _, told in pairs).most_common(1)[0][1] / len(pairs)
-        guesses = {q: seen[q].most_common(1)[0][0] for q, _ in pairs if seen[q]}
-        prior = sum(guesses.get(q) == told for q, told in pairs) / len(pairs)
-        table[kind] = {"n": len(pairs), "majority": majority, "prior": prior, "best": max(majority, prior)}
-    columns = ("n", "majority", "prior", "best")
-    table["mean"] = {c: sum(row[c] for row in table.values()) / len(table) for c in columns}
-    return table

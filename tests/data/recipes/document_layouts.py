@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
+from PIL import Image
 from tiny_world import draw_png
 
 URLS = [f"https://example.org/{name}.jpg" for name in ("one", "two", "three")]
@@ -127,8 +128,22 @@ def write_mmc4_tar(folder: Path) -> Path:
     return folder
 
 
-def write_img2dataset(folder: Path, *, statistics: bool = True, table: bool = True) -> Path:
-    """Two shards of four URLs each; in each one download fails, in the second also a resize and a caption is lost."""
+def encode_as(data: bytes, kind: str) -> bytes:
+    """A picture in one of img2dataset's `encode_format`."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(file, {"jpg": "jpeg"}.get(kind, kind))
+    return file.getvalue()
+
+
+def write_img2dataset(
+    folder: Path, *, statistics: bool = True, table: bool = True, kind: str = "", failed: bool = False
+) -> Path:
+    """Two shards of four URLs each; in each one download fails, in the second also a resize and a caption is lost.
+
+    Args:
+        kind: encode_format, jpg, png or webp; unless told a PNG under the name of jpg.
+        failed: the rows that failed stand in the tars too, without an image.
+    """
     folder.mkdir(parents=True)
     for shard in range(2):
         rows, status = [], {"success": 0}
@@ -156,9 +171,12 @@ def write_img2dataset(folder: Path, *, statistics: bool = True, table: bool = Tr
                 }
                 rows.append(row)
                 status[message or "success"] = status.get(message or "success", 0) + 1
+                if failed and state != "success":
+                    writer.write({"__key__": key, "txt": row["caption"], "json": json.dumps(row).encode()})
                 if state == "success":
                     image = draw_png(10 * shard + i)
-                    members = {"__key__": key, "jpg": image, "json": json.dumps(row).encode()}
+                    image = encode_as(image, kind) if kind else image
+                    members = {"__key__": key, kind or "jpg": image, "json": json.dumps(row).encode()}
                     lost = shard == 1 and i == 3  # neither a txt nor a caption in the json
                     if lost:
                         members["json"] = json.dumps(row | {"caption": None}).encode()

@@ -224,13 +224,16 @@ def finevision(folder: Path) -> Path:
     return folder
 
 
-def coco_captions(folder: Path) -> Path:
+def coco_captions(folder: Path, year: str = "2017") -> Path:
+    """In 2014 the files' names begin with the split's."""
     for split, ids in (("train", (9, 25, 30)), ("val", (139,))):
+        front = f"COCO_{split}2014_" if year == "2014" else ""
         images = [
-            {"license": 5, "file_name": f"{i:012d}.jpg", "coco_url": "", "height": 8, "width": 10, "id": i} for i in ids
+            {"license": 5, "file_name": f"{front}{i:012d}.jpg", "coco_url": "", "height": 8, "width": 10, "id": i}
+            for i in ids
         ]
         for i in ids[:2]:
-            put(folder / f"{split}2017/{i:012d}.jpg", draw_jpg(i))
+            put(folder / f"{split}{year}/{front}{i:012d}.jpg", draw_jpg(i))
         notes = [
             {"image_id": i, "id": 100 * i + k, "caption": f"caption {k} of {i}. "}
             for k in (1, 0)
@@ -239,8 +242,8 @@ def coco_captions(folder: Path) -> Path:
         ]
         if split == "train":
             notes += [{"image_id": 9, "id": 999, "caption": " "}, {"image_id": 77, "id": 7700, "caption": "whose?"}]
-        data = {"info": {"year": 2017}, "licenses": [], "images": images, "annotations": notes}
-        put_json(folder / f"annotations/captions_{split}2017.json", data)
+        data = {"info": {"year": int(year)}, "licenses": [], "images": images, "annotations": notes}
+        put_json(folder / f"annotations/captions_{split}{year}.json", data)
     return folder
 
 

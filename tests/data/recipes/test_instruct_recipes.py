@@ -218,6 +218,16 @@ def test_coco_captions_one_document_a_caption_for_training_one_an_image_for_vali
         made("coco_captions", captions="some")
 
 
+def test_coco_of_2014_is_found_under_its_longer_names(tokenizer, tmp_path):
+    raw = layouts.coco_captions(tmp_path / "raw", "2014")
+    told = {"path": str(raw), "year": "2014", "workers": 1, **layouts.told_tokenizer(tokenizer)}
+    done = prepare("coco_captions", out=tmp_path / "out", **told)
+    assert done["counts"] == {"coco_captions": {"train": 4, "val": 1}}
+    assert not [reason for reason in dropped(done) if "image missing" in reason]
+    key, record, images, _ = layouts.read_split(tmp_path / "out", "val")[0]
+    assert key == "139-0" and images == [layouts.draw_jpg(139)] and record["meta"]["image_id"] == 139
+
+
 def test_karpathys_restval_belongs_to_train_and_test_is_written(made):
     done, samples = made("coco_karpathy")
     assert done["counts"] == {"coco_karpathy": {"train": 6, "val": 1, "test": 1}}

@@ -49,6 +49,27 @@ def test_statistics_stand_in_for_a_missing_parquet_and_silence_is_noted(tmp_path
     assert set(done["dropped"]["train"]) == {"no caption"} and sum(done["notes"]["train"].values()) == 2
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_every_encode_format_is_read_whatever_else_failed(kind, tmp_path, tokenizer):
+    """The suffix follows img2dataset's `encode_format`. A row in the tar without its image is no lesson in text."""
+    raw = document_layouts.write_img2dataset(tmp_path / "laion", kind=kind, failed=True)
+    done = prepare("laion", out=tmp_path / "out", path=str(raw), tokenizer=tokenizer.path, **SETTINGS)
+    assert done["counts"] == {"laion": {"train": 4}}
+    counts = {reason: row["count"] for reason, row in done["dropped"]["train"].items()}
+    assert counts == {"no caption": 1, "failed_to_download": 2, "failed_to_resize": 1}
+    assert not done["notes"]["train"]
+    index = Source("laion", path=raw, shards="*.tar").load("train", tokenizer)
+    rows = [row for row, fault in enumerate(index.faults.to_pylist()) if not fault]
+    samples = [index.read(row, ShardReader()) for row in rows]
+    assert all(sample.record["document"][0] == {"type": "image"} for sample in samples)
+    drawn = [document_layouts.encode_as(draw_png(10 * int(s.key[4]) + int(s.key[-1])), kind) for s in samples]
+    assert [sample.images for sample in samples] == [[image] for image in drawn]
+    for file in (*raw.glob("0000?.parquet"), *raw.glob("*_stats.json")):
+        file.unlink()
+    done = prepare("laion", out=tmp_path / "bare", path=str(raw), tokenizer=tokenizer.path, **SETTINGS)
+    assert done["dropped"]["train"]["no image"] == {"count": 3, "examples": ["000000000", "000010000", "000010001"]}
+
+
 def test_a_shard_still_being_written_is_refused(laion, tmp_path, tokenizer):
     shard = laion / "00001.tar"
     shard.write_bytes(shard.read_bytes()[:-9000])

@@ -166,6 +166,7 @@ def test_okvqa_learns_raw_answers_and_keeps_the_stems_that_are_scored(tmp_path):
     (train,), _ = run("okvqa", tmp_path, "train", field="answer")
     assert train.record["messages"][1]["content"] == "race"
     (val,), _ = run("okvqa", tmp_path, "val")
+    assert val.images == [tmp_path / "val2014/COCO_val2014_000000051606.jpg"]
     stems = ["race", "race", "ride bike", "ride bike", "race", "race", "sport", "sport", "race", "race"]
     assert val.record["messages"] == ask((f"What is the hairstyle called?{SHORT}", "racing"))
     meta = val.record["meta"]
