@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 make check
 make test
-# The light studies, one step a cell: about two minutes.
-make test ARGS="tests/study/test_sweep.py -m slow -k 'one_step and (llava_align or text_share)'"
+# The light studies, one step a cell.
+light="llava_align or text_share or sft_balance or mm1_resolution or three_stage or fastvlm_multiscale"
+make test ARGS="tests/study/test_sweep.py -m slow -k 'one_step and ($light)'"
 make train

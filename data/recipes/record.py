@@ -6,6 +6,12 @@ A recipe is a module `data/recipes/<name>.py` with
     def parts(path, *, split, <options>) -> list[Part]     # how the work is cut: one part, one shard
     def convert(part) -> Iterator[Record | Dropped]        # a pure function of the part, run in a worker process
 
+and one of
+
+    HUB = True                                             # `path` may be a hub id whose rows `datasets` reads
+    HUB_FILES = ("rows.json", ...)                         # it may be one whose first of these files holds the rows
+    NOT_ON_HUB = "get it from ..."                         # what to do instead
+
 `parts` may take `rows`, the rows of a shard; its other keyword arguments are keys of the command line, and their
 defaults give the types. Modules are imported for `--help`: import pyarrow, PIL and the like inside the functions.
 """

@@ -85,6 +85,9 @@ class Training:
         try:
             self.fit()
             status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
             if self.logger:
                 self.pipeline.tracking.finish(self.logger.run_id, status)
@@ -109,7 +112,11 @@ class Training:
 
     def fit(self) -> None:
         checkpoint = {"ckpt_path": str(self.resume), "weights_only": False} if self.resume else {}
-        self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
+        try:
+            self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
+        except SystemExit:  # what Lightning makes of a Ctrl-C, with a status that says failed
+            if not self.trainer.interrupted:
+                raise
         if self.trainer.interrupted or self.trainer.global_step < self.plan.num_steps:
             raise KeyboardInterrupt
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fastvlm.identity import read_results
+from fastvlm.identity import LIBRARIES, read_results
 from fastvlm.study.arms import Study, cell_name, merge
 
-LIBRARIES = ("torch", "transformers")
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
 COST = ("steps", "tokens", "views", "flops", "seconds")
 # Left out of results.csv: what the questions score without looking, type by type.
@@ -45,7 +44,7 @@ def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
     """(arm, seed) of every cell of the grid that this scale has.
 
     Raises:
-        ValueError: the grid names an arm that does not exist.
+        ValueError: the grid names an arm that does not exist, or seeds that are none.
     """
     named = [a.strip() for a in study.grid.get("arm", "").split(",") if a.strip()]
     for arm in named:
@@ -58,6 +57,8 @@ def seeds(study: Study) -> list[int]:
     text = study.grid.get("seed", "0")
     if match := re.fullmatch(r"range\((\d+)(?:,\s*(\d+))?\)", text):
         return list(range(int(match[1]))) if match[2] is None else list(range(int(match[1]), int(match[2])))
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        raise ValueError(f"{study.folder}/study.yaml: seed={text} is neither range(...) nor numbers with commas")
     return [int(seed) for seed in text.split(",")]
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from fastvlm.identity import LIBRARIES
 from fastvlm.study.arms import Study, cell_name
-from fastvlm.study.cells import ABOUT, COST, LIBRARIES, NOT_KEPT, Cell, Missing, trained, wanted
+from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
 
 NOTE = "mlflow.json"
 

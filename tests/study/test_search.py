@@ -31,6 +31,17 @@ def test_a_search_of_two_objectives_ends_in_its_front_and_the_same_command_goes_
 
 
 @pytest.mark.slow
+def test_a_search_of_one_objective_ends_in_its_best(cli, tmp_path):
+    one = ["objective=[test/answer_nll]", "hydra.sweeper.directions=[minimize]", "hydra.sweeper.n_trials=2"]
+    done = cli("train.py", "-m", *SMALL, "hydra/sweeper=optuna", "resampler.num_tokens=choice(4,16)", *one)
+    assert done.stdout.count("\n#") == 2 and "best of 2 trials" in done.stdout
+    (file,) = (tmp_path / "runs" / "searches").glob("*.json")
+    (best,) = json.loads(file.read_text())["best"]
+    scores = [json.loads(f.read_text())["metrics"] for f in (tmp_path / "runs").rglob("results.json")]
+    assert best["values"]["test/answer_nll"] == min(score["test/answer_nll"] for score in scores)
+
+
+@pytest.mark.slow
 def test_a_search_without_a_range_or_with_a_wrong_direction_is_one_line(cli):
     done = cli("train.py", "-m", *SMALL, "hydra/sweeper=optuna", check=False)
     assert done.returncode == 2 and "nothing to search: give a range" in done.stderr

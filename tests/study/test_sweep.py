@@ -67,24 +67,28 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     assert again.stdout.count("done before") == 1 and "1 of 2 cells failed" in again.stderr
     assert (toy / "results.csv").read_bytes() == before
 
-    from mlflow import MlflowClient
-
     from fastvlm.study.recorded import read_mlflow
-    from fastvlm.tracking import import_mlflow
 
-    import_mlflow()
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
-    client = MlflowClient(uri)
-    runs = client.search_runs([client.get_experiment_by_name("fastvlm").experiment_id])
-    by_kind = {kind: [r for r in runs if r.data.tags.get("kind") == kind] for kind in ("study", "cell", None)}
+    by_kind = mlflow_runs(uri)
     (parent,) = by_kind["study"]
     assert {r.data.tags["arm"] for r in by_kind["cell"]} == {"few", "many"} and len(by_kind["cell"]) == 2
     assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in by_kind["cell"])
     cells = {r.info.run_id for r in by_kind["cell"]}
     assert {r.data.tags["mlflow.parentRunId"] for r in by_kind[None]} == cells  # stages, below their cells
     assert parent.info.status == "FINISHED"
-    assert "not resolved" in parent.data.tags["mlflow.note.content"]
-    assert {"README.md", "results.csv", "micro.svg"} <= {f.path for f in client.list_artifacts(parent.info.run_id)}
+    table = {row["arm"]: row for row in csv.DictReader(rows)}
+    for run in by_kind["cell"]:
+        tags, row = run.data.tags, table[run.data.tags["arm"]]
+        assert [tags[key] for key in ("commit", "code", "config", "seed")] == [
+            row[key] for key in ("commit", "code", "config", "seed")
+        ]
+        assert tags["library.torch"] == row["torch"] and tags["cell"] == f"studies/toy/micro/{row['arm']}-seed0"
+    assert "not resolved (one seed has no spread" in parent.data.tags["mlflow.note.content"]
+    from mlflow import MlflowClient
+
+    artifacts = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id)}
+    assert {"README.md", "results.csv", "micro.svg"} <= artifacts
     study = load_study("toy", root=toy.parent)
     found, missing = read_mlflow(study, scale="micro", uri=uri)
     assert len(found) == 2 and len(missing) == 1
@@ -109,20 +113,86 @@ def test_a_study_run_again_from_nothing_has_the_same_results_but_for_times(cli, 
     assert not {"seconds", "test/ttft_ms", "test/ttft_ms/image", "train/step_ms"} & rows[0][0].keys()
 
 
+def mlflow_runs(uri: str) -> dict[str, list]:
+    """Kind -> runs of the store: study, cell, or None for stages."""
+    from fastvlm.tracking import import_mlflow
+
+    import_mlflow()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("fastvlm").experiment_id])
+    return {kind: [r for r in runs if r.data.tags.get("kind") == kind] for kind in ("study", "cell", None)}
+
+
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on(commands, cli_place, toy, tmp_path):
-    command = [str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "logger=none"]
+def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on_in_the_same_runs(commands, cli_place, toy, tmp_path):
+    # Many steps of one row: long enough to be met in the middle of a stage.
+    long = ["max_steps=400", "stages.align.batch_size=1", "checkpoint_every=5"]
+    command = [str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "hydra.launcher.parallel=1", *long]
     process = commands.start(command, **cli_place())
-    deadline = time.time() + 120
-    first = tmp_path / "runs" / "studies" / "toy" / "micro" / "few-seed0" / "results.json"
-    while not first.exists() and time.time() < deadline:
+    deadline = time.time() + 180
+    while not list((tmp_path / "runs" / "stages").glob("*/step=*.ckpt")) and time.time() < deadline:
+        assert process.poll() is None, process.output()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.wait(120.0)
     _, err = process.output()
-    assert process.returncode == 130 and "the same command goes on" in err and "experiment=toy" in err
-    done = commands.run(command, timeout=300, **cli_place())
-    assert done.returncode == 0 and "done before" in done.stdout, done.stdout + done.stderr
+    assert process.returncode == 130 and "the same command goes on" in err and "experiment=toy" in err, err
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    killed = mlflow_runs(uri)
+    assert [run.info.status for run in killed["study"]] == ["KILLED"]
+    assert [run.info.status for run in killed["cell"]] == ["KILLED"]
+    command[-3:] = [*long[1:], "max_steps=400"]  # the same, in another order
+    done = commands.run(command, timeout=400, **cli_place())
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = mlflow_runs(uri)
+    assert {r.info.status for kind in after.values() for r in kind} == {"FINISHED"}
+    assert len(after["study"]) == 1 and len(after["cell"]) == 2
+    assert killed["cell"][0].info.run_id in {run.info.run_id for run in after["cell"]}
+    assert killed[None][0].info.run_id in {run.info.run_id for run in after[None]}
+
+
+def test_an_unknown_arm_in_a_sweep_is_told_before_anything_runs(cli, toy, tmp_path):
+    done = cli("train.py", "-m", "experiment=toy", "arm=few,mny", "logger=none", check=False)
+    assert done.returncode == 2 and "arm=mny: experiment=toy has no such arm" in done.stderr
+    assert "did you mean arm=many?" in done.stderr and not (tmp_path / "runs" / "studies").exists()
+
+
+@pytest.mark.slow
+def test_a_metric_that_the_task_does_not_yield_ends_the_grid_after_its_first_cell(cli, toy, tmp_path):
+    file = toy / "claims.yaml"
+    file.write_text(CLAIMS.replace("metric: test/answer_nll", "metric: test/speed/ttft_ms"))
+    command = ["train.py", "-m", "experiment=toy", "arm=few,many", "hydra.launcher.parallel=1"]
+    done = cli(*command, check=False)
+    assert done.returncode == 2 and "which the task of arm=few did not yield" in done.stderr
+    assert len(list((tmp_path / "runs" / "studies").rglob("results.json"))) == 1
+    assert [run.info.status for run in mlflow_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")["study"]] == ["FAILED"]
+    file.write_text(CLAIMS.replace("metric: test/answer_nll", "metric: test/answer_nl"))
+    done = cli(*command, check=False)
+    assert done.returncode == 2 and "did you mean test/answer_nll?" in done.stderr and "\n#" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_cell_of_a_sweep_may_have_several_ranks(cli, toy, tmp_path):
+    two = ["hardware.devices=2", "hydra.launcher.parallel=1", "logger=none"]
+    cli("train.py", "-m", "experiment=toy", "arm=few,many", *two, timeout=400)
+    results = list((tmp_path / "runs" / "studies" / "toy").rglob("results.json"))
+    assert len(results) == 2 and {json.loads(f.read_text())["made"]["hardware"]["ranks"] for f in results} == {2}
+    assert len((toy / "results.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+def test_a_study_under_another_launcher_ends_in_its_page_too(cli, toy, tmp_path, launcher):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = cli("train.py", "-m", "experiment=toy", "arm=few,many", *launcher, timeout=400)
+    assert "Few tokens are better. - not resolved" in done.stdout and "README.md" in done.stdout
+    assert len((toy / "results.csv").read_text().splitlines()) == 3
+    runs = mlflow_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [run.info.status for run in runs["study"]] == ["FINISHED"] and len(runs["cell"]) == 2
+    done = cli("train.py", "-m", "experiment=toy", "arm=few,mny", *launcher, check=False)
+    assert done.returncode == 2 and "did you mean arm=many?" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,102 @@
+"""What surrounds a sweep: cores and GPUs shared among its cells, tab completion, the dashboard."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+
+from fastvlm.study.sweep import check_yield
+from hydra_plugins.fastvlm_process_launcher import process_launcher
+from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher
+from tests.conftest import ROOT
+from tests.study.made_cells import cell
+from tests.study.test_study_command import put_run
+
+
+def slots(monkeypatch, *, cores: int, gpus: int = 0, study: bool = True, parallel=None, jobs: int = 8, **hardware):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(process_launcher, "visible_gpus", lambda: [str(i) for i in range(gpus)])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launcher = ProcessLauncher(parallel=parallel)
+    launcher.config = OmegaConf.create({"hardware": hardware, "study": {"name": "x"} if study else None})
+    return launcher.slots(jobs)
+
+
+def test_cells_side_by_side_share_the_cores_and_a_cells_ranks_share_its_own(monkeypatch):
+    assert slots(monkeypatch, cores=8) == [{"OMP_NUM_THREADS": "1"}] * 8
+    assert slots(monkeypatch, cores=8, jobs=2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert slots(monkeypatch, cores=8, parallel=3) == [{"OMP_NUM_THREADS": "2"}] * 3
+    # Without a GPU a cell divides its threads among its ranks (fastvlm/hardware.py): 2 cells of 2 ranks fill 8 cores.
+    assert slots(monkeypatch, cores=8, jobs=2, devices=2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert len(slots(monkeypatch, cores=8, devices=2)) == 4
+    assert slots(monkeypatch, cores=8, study=False) == [{}] == slots(monkeypatch, cores=1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # said by the user
+    launcher = ProcessLauncher(parallel=2)
+    launcher.config = OmegaConf.create({"hardware": {}})
+    assert launcher.slots(5) == [{"OMP_NUM_THREADS": "1"}] * 2
+
+
+def test_each_cell_has_gpus_of_its_own(monkeypatch):
+    four = slots(monkeypatch, cores=16, gpus=4)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in four] == ["0", "1", "2", "3"]
+    assert {slot["OMP_NUM_THREADS"] for slot in four} == {"4"}
+    pairs = slots(monkeypatch, cores=16, gpus=4, devices=2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in pairs] == ["0,1", "2,3"]
+    assert {slot["OMP_NUM_THREADS"] for slot in pairs} == {"4"}
+    assert all("CUDA_VISIBLE_DEVICES" not in slot for slot in slots(monkeypatch, cores=4, gpus=4, accelerator="cpu"))
+
+
+def test_a_finished_cell_without_the_metric_of_a_claim_is_named(tmp_path):
+    one = cell("align", 0, nll=0.5)
+    del one.metrics["test/answer_nll"]
+    put_run(tmp_path, one)
+    config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "paths": {"runs": str(tmp_path)}})
+    job = ["experiment=llava_align", "arm=align", "seed=0"]
+    with pytest.raises(ValueError, match="test/answer_nll, which the task of arm=align did not yield"):
+        check_yield(config, job)
+    check_yield(config, [*job[:2], "seed=1"])  # has no results
+    one.metrics["test/answer_nll"] = 0.5
+    put_run(tmp_path, one, name="align-seed2")
+    check_yield(config, [*job[:2], "seed=2"])
+
+
+def test_the_tab_key_completes_studies_and_parts():
+    for typed, found in (("experiment=llava_a", "experiment=llava_align"), ("resampler=perc", "resampler=perceiver")):
+        line = {"COMP_LINE": f"python train.py {typed}", "COMP_POINT": "99", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "train.py"), "-sc", "query=bash"]
+        done = subprocess.run(command, env=os.environ | line, capture_output=True, text=True)
+        assert found in done.stdout.split(), done.stderr
+
+
+@pytest.mark.slow
+def test_make_dashboard_prints_the_address_and_answers_on_loopback(tmp_path):
+    # The environment is taken as it is: neither `env` nor what it depends on is made.
+    place = [f"VENV={sys.prefix}", "-o", "env", "-o", f"{sys.prefix}/.ready", "PORT=5917"]
+    process = subprocess.Popen(
+        ["make", *place, "dashboard"], cwd=ROOT, env=os.environ | {"FASTVLM_RUNS": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        address = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:5917", address)
+        answer, deadline = None, time.time() + 120
+        while answer is None and time.time() < deadline:
+            try:
+                answer = urllib.request.urlopen(f"{address}/health", timeout=5).read()
+            except OSError:
+                time.sleep(0.5)
+        assert answer == b"OK"
+        assert (tmp_path / "mlflow.db").exists()
+        open_here = [c.laddr for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.laddr.port == 5917]
+        assert {where.ip for where in open_here} == {"127.0.0.1"}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
