@@ -35,9 +35,12 @@ class Pictures:
         class Files(BaseHTTPRequestHandler):
             def do_GET(self):
                 asked.append(self.path)
-                self.send_response(200)
+                seed = self.path.strip("/").removesuffix(".png")
+                self.send_response(200 if seed.isdigit() else 404)
                 self.end_headers()
-                self.wfile.write(draw_png(int(self.path.strip("/").removesuffix(".png"))))
+                if not seed.isdigit():
+                    return
+                self.wfile.write(draw_png(int(seed)))
 
             def log_message(self, *_):
                 pass
@@ -58,6 +61,17 @@ class Server:
         self.port = free_port()
         command = [str(HERE / "serve_tiny.py"), str(tokenizer_path), str(self.port), *settings]
         self.process = commands.start(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self._wait()
+
+    @classmethod
+    def of(cls, process, port: int) -> Server:
+        """A server that was started otherwise."""
+        running = cls.__new__(cls)
+        running.process, running.port = process, port
+        running._wait()
+        return running
+
+    def _wait(self) -> None:
         for _ in range(600):
             try:
                 assert self.get("/health")[0] == 200

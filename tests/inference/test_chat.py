@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
+from served import Server, free_port
+from tiny_checkpoints import SIDE, save_checkpoint
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, draw_png
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastvlm.inference import chat, dialogue
+from fastvlm.inference.partners import to_data_url
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,6 +159,73 @@ def test_a_path_inside_a_sentence_is_an_image_where_it_stands(load_tiny_run, ask
         assert dialogue.compose_content(words, num_images=len(found)) == parts
     converse(monkeypatch, tmp_path, list(expected))
     assert [images for _, images in asked] == [1, 3, 3]
+
+
+def test_an_address_is_an_image_by_command_and_inside_a_sentence(
+    load_tiny_run, pictures, engine, tmp_path, capsys, monkeypatch
+):
+    absent = f"http://127.0.0.1:{pictures.port}/none.png"
+    lines = [
+        f"/image {pictures.url(1)} {pictures.url(2)}",
+        "which digit",
+        "/clear",
+        f"what is in {pictures.url(3)}, and then?",
+        f"/image {absent}",
+        f"what is in {absent}?",
+    ]
+    converse(monkeypatch, tmp_path, lines)
+    printed = capsys.readouterr()
+    answers = [line for line in printed.out.splitlines() if not line.startswith("[")]
+    image, text = {"type": "image"}, lambda words: {"type": "text", "text": words}
+    asked = [
+        ([image, image, text("which digit")], (1, 2)),
+        ([text("what is in "), image, text(", and then?")], (3,)),
+    ]
+    for content, seeds in asked:
+        images = [engine.transform(draw_png(seed)) for seed in seeds]
+        record = {"messages": [{"role": "user", "content": content}]}
+        expected = engine.generate([record], [images], max_new_tokens=4)[0].text
+        assert answers and "\n".join(answers).count(expected)
+    errors = printed.err.splitlines()
+    assert len(errors) == 2 and all(f"image {absent}: nothing to be had there" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_a_folder_of_the_original_class_is_asked_in_the_terminal_and_through_the_server(run_chat, commands, tmp_path):
+    """What both say is what the original class generates."""
+    folder = save_checkpoint("llava", tmp_path / "llava")
+    picture = str(tmp_path / "picture.png")
+    Image.open(io.BytesIO(draw_png(0))).crop((0, 0, SIDE, SIDE)).save(picture)  # no pixel is scaled
+    processor = AutoProcessor.from_pretrained(folder)
+    stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    content = [{"type": "image"}, {"type": "text", "text": "what is in the image?"}]
+    words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=Image.open(picture), text=words, return_tensors="pt")
+    begun = inputs["input_ids"].shape[1]
+    written = stock.generate(**inputs, max_new_tokens=8, do_sample=False)[0, begun:]
+    expected = processor.tokenizer.decode(written, skip_special_tokens=True).strip()
+    question = ["--image", picture, "--prompt", "what is in the image?", "--max-new-tokens", "8"]
+    local = run_chat(f"run={folder}", *question)
+    assert local.returncode == 0, local.stderr
+    port = free_port()
+    process = commands.start(
+        ["-m", "fastvlm.inference.server", f"run={folder}", f"port={port}", "name=original"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT.parent,
+    )
+    running = Server.of(process, port)
+    try:
+        remote = run_chat(f"http://127.0.0.1:{port}", *question)
+        assert remote.returncode == 0, remote.stderr
+        assert json.loads(running.get("/v1/models")[1])["data"][0]["id"] == "original"
+        shown = {"type": "image_url", "image_url": {"url": to_data_url(Path(picture).read_bytes())}}
+        messages = [{"role": "user", "content": [shown]}, {"role": "assistant", "content": "a red square"}]
+        status, raw = running.request("POST", "/v1/attention", json.dumps({"model": "original", "messages": messages}))
+        assert status == 200 and len(json.loads(raw)["images"]) == 1
+    finally:
+        running.stop()
+    for done in (local, remote):
+        assert done.stdout.rsplit("\n", 2)[0].strip() == expected, (done.stdout, expected)
 
 
 def test_commands_change_what_is_asked(load_tiny_run, asked, tmp_path, picture, capsys, monkeypatch):

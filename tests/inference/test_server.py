@@ -10,9 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
@@ -252,10 +255,6 @@ def test_a_prompt_of_more_tokens_than_allowed_is_refused_before_anything_is_comp
 
 
 def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
-    from io import BytesIO
-
-    from PIL import Image
-
     file = BytesIO()
     Image.new("L", (301, 300)).save(file, "png")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -264,28 +263,76 @@ def test_too_many_pixels_are_refused_before_they_are_unpacked(server):
     assert status == 400 and "301 x 300 pixels" in said["error"]["message"]
 
 
-def test_32_clients_at_once_are_each_answered_as_if_alone(server, reference):
-    questions = [("digit " * (1 + i % 9), tuple(range(i, i + i % 4))) for i in range(32)]
+def draw_file(seed: int) -> bytes:
+    """A picture of any size, shape and format the server takes."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(rng.integers(8, 300)) for _ in range(2))
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    file = BytesIO()
+    coarse.resize((width, height), Image.Resampling.NEAREST).save(file, ("png", "jpeg", "webp", "bmp")[seed % 4])
+    return file.getvalue() if file.tell() < 50_000 else draw_file(seed + 1000)
+
+
+def as_part(file: bytes) -> dict:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(file).decode()}}
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_32_clients_at_once_with_images_of_all_sizes_are_each_answered_as_if_alone_in_bounded_memory(
+    server, reference, rounds
+):
+    """...while others send broken requests and leave. Later rounds, with other images, need no more than the first."""
+
+    def question(seed: int) -> list[dict]:
+        files = [draw_file(100 * seed + i) for i in range(seed % 4)]
+        content = [*map(as_part, files), {"type": "text", "text": "digit " * (1 + seed % 9)}]
+        return [{"role": "user", "content": content}]
+
+    def alone(seed: int) -> str:
+        files = [draw_file(100 * seed + i) for i in range(seed % 4)]
+        content = [*[{"type": "image"}] * len(files), {"type": "text", "text": "digit " * (1 + seed % 9)}]
+        images = reference.read_images(files)
+        record = {"messages": [{"role": "user", "content": content}]}
+        return reference.generate([record], [images], max_new_tokens=4 + seed % 12)[0].text
+
+    def malformed(seed: int) -> list[bytes]:
+        cut = {**SAID, "messages": [{"role": "user", "content": [as_part(draw_file(seed)[: 40 + seed])]}]}
+        wrong = {**SAID, "messages": question(seed), "temperature": -1}
+        unknown = {**SAID, "messages": question(seed), "seed": "x" * 10_000, f"field{seed}": [[[]]] * 50}
+        many = {**SAID, "messages": [{"role": "user", "content": [as_part(draw_file(seed))] * 4}]}
+        bodies = [json.dumps(body).encode() for body in (cut, wrong, unknown, many)]
+        return [*bodies, bodies[0][:-9], b"\xff" * 1000, b"[" * 5000, b"x" * 300_001]
+
     answers: dict[int, str] = {}
+    statuses: list[int] = []
 
-    def ask(i: int) -> None:
-        text, seeds = questions[i]
-        if i % 8 == 7:
-            server.ask(model="tiny", messages=with_images(text, *seeds), temperature=-1)  # some make mistakes
-        status, reply = server.ask(model="tiny", messages=with_images(text, *seeds), max_tokens=4 + i % 12)
-        answers[i] = reply["choices"][0]["message"]["content"] if status == 200 else f"{status} {reply}"
+    def ask(seed: int) -> None:
+        status, reply = server.ask(model="tiny", messages=question(seed), max_tokens=4 + seed % 12)
+        answers[seed] = reply["choices"][0]["message"]["content"] if status == 200 else f"{status} {reply}"
 
-    before = server.metric("answers_total")
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(32)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.metric("answers_total") == before + 32 and server.metric("active") == server.metric("waiting") == 0
-    for i, (text, seeds) in enumerate(questions):
-        assert answers[i] == expected(reference, text, *seeds, max_new_tokens=4 + i % 12).text
+    def client(seed: int) -> None:
+        for body in malformed(seed)[seed % 2 :: 2]:
+            statuses.append(server.request("POST", "/v1/chat/completions", body)[0])
+        if seed % 8 == 3:
+            leave_early(server, "/v1/chat/completions", stream=bool(seed % 2))
+        ask(seed)
+
+    failed, peaks = server.metric("refused_500_total"), [server.metric("peak_memory_bytes")]
+    for number in range(rounds):
+        threads = [threading.Thread(target=client, args=(32 * number + i,)) for i in range(32)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_for(lambda: server.metric("active") == server.metric("waiting") == 0)
+        peaks.append(server.metric("peak_memory_bytes"))
+    for seed, answer in answers.items():
+        assert answer == alone(seed), seed
+    assert len(answers) == 32 * rounds and len(statuses) == 4 * 32 * rounds and set(statuses) == {400, 413}
+    assert server.metric("refused_500_total") == failed and server.process.poll() is None
     bounds = {"file_store_bytes": 1 << 20, "image_store_bytes": 1 << 20, "prefix_store_bytes": 1 << 22}
     assert all(0 < server.metric(name) <= bound for name, bound in bounds.items())
+    assert peaks[1] - peaks[0] <= 64 << 20 and peaks[-1] - peaks[1] <= 16 << 20, peaks
 
 
 def leave_early(server, path: str, *, stream: bool = False, when: str = "at once") -> None:
