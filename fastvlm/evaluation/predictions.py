@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm.evaluation.protocol import Protocol
+from fastvlm.files import write_whole
 
 NAMES = ("key", "question_id", "questionId", "image_id", "sent_id", "image")  # of a question, in result files
 STYLE = """
@@ -37,9 +38,9 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
             (folder / file).write_bytes(base64.b64decode(thumbnail.split(",", 1)[1]))
             row["image"] = file.as_posix()
     rows = result["predictions"]
-    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
-    write_text(folder / f"{name}.html", render_page(result))
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
+    write_whole(folder / f"{name}.html", render_page(result))
     examples = []
     for row in [row for row in rows if row.get("image")][:12]:
         examples.append(
@@ -53,13 +54,6 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
             }
         )
     return examples
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def render_page(result: dict) -> str:
