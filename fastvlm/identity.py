@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastvlm.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # What only tells where, how fast and under which heading: never part of a stage's or a run's identity.
@@ -129,9 +131,7 @@ def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
     """Note where this configuration's results are, for a cell of another study that is the same."""
     note = _note(runs, resolved)
     note.parent.mkdir(parents=True, exist_ok=True)
-    beside = note.with_suffix(f".{os.getpid()}")
-    beside.write_text(os.path.relpath(run_dir, runs))
-    beside.replace(note)
+    write_whole(note, os.path.relpath(run_dir, runs))
 
 
 def elsewhere(runs: Path, resolved: dict) -> Path | None:

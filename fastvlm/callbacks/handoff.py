@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ import lightning as L
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
+
+from fastvlm.files import replacing, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -23,10 +24,8 @@ def file_hash(path: Path) -> str:
 
 
 def write_json(path: Path, value) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, default=str))
-    beside.replace(path)
+    """Write JSON so that a reader sees the old file or the new one."""
+    write_whole(path, json.dumps(value, indent=1, default=str))
 
 
 def write_handoff(folder: Path, parts: dict[str, nn.Module], manifest: dict) -> dict:
@@ -35,9 +34,8 @@ def write_handoff(folder: Path, parts: dict[str, nn.Module], manifest: dict) -> 
     components = {}
     for name, part in parts.items():
         path = folder / f"{name}.safetensors"
-        beside = folder / f".{name}.{os.getpid()}.safetensors"
-        save_model(part, str(beside))
-        beside.replace(path)
+        with replacing(path) as beside:
+            save_model(part, str(beside))
         components[name] = {
             "file": path.name,
             "sha256": file_hash(path),

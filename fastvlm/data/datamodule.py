@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
-from fastvlm.data.feature_pass import fill
+from fastvlm.data.feature_pass import Encode, fill
 from fastvlm.data.features import FeatureStore
 from fastvlm.data.plan import Plan
 from fastvlm.data.replan import Seen
@@ -143,12 +142,12 @@ class MixtureDataModule(L.LightningDataModule):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
 
     def write_features(
-        self, encode: Callable[[Tensor], Tensor], *, description: dict, shape: tuple[int, int], dtype, **options
+        self, encode: Encode, *, description: dict, shape: tuple[int, int], dtype: torch.dtype, **options
     ) -> dict:
         """Fill the feature store of an encoder and let the loaders read it in place of images.
 
         Args:
-            encode: uint8 (I, 3, H, W) -> features (I, N, D), on the CPU.
+            encode: uint8 (I, 3, H, W) and which of them are tiles -> features (I, N, D), on the CPU in `dtype`.
             description: what the features depend on, beside the image and how this module transforms it.
             options: of `feature_pass.fill`.
 

@@ -27,8 +27,9 @@ from fastvlm.data.validation import ValidationPlan
 
 ROWS = 64  # samples a worker hashes at a time
 
-
 Sample = tuple[int, int, list[int]]  # source number, row of its index, views of each image
+# Views, uint8 (I, 3, H, W), and which of them are tiles, bool (I,), or None for none -> features (I, N, D) on the CPU.
+Encode = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> list[Sample]:
@@ -110,7 +111,7 @@ def fill(
     store: FeatureStore,
     plans: Sequence[Plan | ValidationPlan],
     *,
-    encode: Callable[[Tensor, Tensor | None], Tensor],
+    encode: Encode,
     transform: ImageTransform,
     batch_size: int,
     where: str,
@@ -125,8 +126,7 @@ def fill(
     Safe to kill at any time and to run twice at once: the second run waits, and finds what the first has written.
 
     Args:
-        encode: uint8 (I, 3, H, W) and which of them are tiles, bool (I,) -> features (I, N, D), on the CPU in the
-            store's dtype.
+        encode: the features of views, in the store's dtype.
         transform: encoded image -> its views; without augmentation.
         batch_size: images `encode` takes at once.
         where: the configuration's key, for messages.
@@ -144,43 +144,26 @@ def fill(
     chosen = [planned_samples(plan, transform) for plan in plans]
     name = plan_key(plans, chosen)
     samples = [(p, *sample) for p, found in enumerate(chosen) for sample in found]
-    about = {"key": store.key, "folder": str(store.folder), "shape": list(store.shape), "dtype": str(store.dtype)}
-    store.refresh()
     total = sum(len(views) for *_, views in samples)
+    about = {"key": store.key, "folder": str(store.folder), "shape": list(store.shape), "dtype": str(store.dtype)}
+    about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
+    store.refresh()
     if all(gather(store.has_plan(name))):
-        about |= {"images": total, "distinct": None, "written": 0, "bytes": 0, "unreadable": 0}
         say(f"features: all {total:,} images are in {store.folder}; no image is decoded")
         return about | {"seconds": time.monotonic() - begun}
-    # A generator of its own: the pass leaves the run's random numbers as they are.
-    loader = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
-    loader |= {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
+    loader = loader_options(num_workers)
     with alone(store, ranks, say=say):
         if rank == 0:
             store.prepare()
         gather(None)
         store.refresh()
         first = distinct_images(DataLoader(_Keys(plans, samples[rank::world_size]), **loader), ranks)
-        known = store.keys()
-        missing = [at for key, at in first.items() if key not in known]
-        num_views = sum(samples[number][3][k] for number, k in missing)
-        (n, d), dtype = store.shape, str(store.dtype).removeprefix("torch.")
-        say(
-            f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
-            f"writing {num_views:,} x {n} x {d} {dtype} = {num_views * store.view_bytes / 1e9:.2f} GB to {store.folder}"
-        )
-        check_room(store, num_views * store.view_bytes, ranks, where=where)
-        jobs = [(*samples[number][:3], k) for number, k in missing[rank::world_size]]
+        jobs = missing_images(store, samples, first, ranks, where=where, say=say)[rank::world_size]
         line = ProgressLine(len(jobs), share=world_size, say=say)
         views = DataLoader(_Views(plans, jobs, transform, batch_size), **loader)
         written = np.sum(gather(write_features(store, views, encode=encode, line=line)), axis=0).tolist()
-        store.refresh()
-        lost = sum(key not in store for key in first)
-        about |= {"images": total, "distinct": len(first), **dict(zip(("bytes", "unreadable", "written"), written))}
-        if any(gather(lost != about["unreadable"])):
-            raise ValueError(
-                f"{where}=true: {store.folder} does not hold what all ranks wrote; "
-                "FASTVLM_CACHE must be one folder for all of them"
-            )
+        about |= {"distinct": len(first), **dict(zip(("bytes", "unreadable", "written"), written))}
+        check_written(store, first, about["unreadable"], ranks, where=where)
         about["seconds"] = time.monotonic() - begun
         if rank == 0:
             store.note_plan(name, keys=set(first), about=about)
@@ -189,6 +172,12 @@ def fill(
         + (f"; {about['unreadable']:,} cannot be decoded and will be skipped" if about["unreadable"] else "")
     )
     return about
+
+
+def loader_options(num_workers: int) -> dict:
+    # A generator of its own: the pass leaves the run's random numbers as they are.
+    options = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
+    return options | {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
 
 
 @dataclass(frozen=True)
@@ -231,6 +220,37 @@ def distinct_images(found: Iterable[list[tuple[int, int, bytes]]], ranks: Ranks)
     return first
 
 
+def missing_images(
+    store: FeatureStore,
+    samples: Sequence[tuple[int, int, int, list[int]]],
+    first: dict[bytes, tuple[int, int]],
+    ranks: Ranks,
+    *,
+    where: str,
+    say: Callable[[str], None],
+) -> list[tuple[int, int, int, int]]:
+    """What `_Views` is to decode: images that the store lacks, once each, as (plan, source, row, image of the sample).
+
+    Args:
+        samples: (plan, source, row, views of each image) of every planned sample.
+        first: of `distinct_images`.
+
+    Raises:
+        ValueError: the disk has no room for them.
+    """
+    known = store.keys()
+    missing = [at for key, at in first.items() if key not in known]
+    total = sum(len(views) for *_, views in samples)
+    num_views = sum(samples[number][3][k] for number, k in missing)
+    (n, d), dtype, size = store.shape, str(store.dtype).removeprefix("torch."), num_views * store.view_bytes
+    say(
+        f"features: {total:,} planned images, {len(first):,} distinct, {len(first) - len(missing):,} in the cache; "
+        f"writing {num_views:,} x {n} x {d} {dtype} = {size / 1e9:.2f} GB to {store.folder}"
+    )
+    check_room(store, size, ranks, where=where)
+    return [(*samples[number][:3], k) for number, k in missing]
+
+
 def check_room(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> None:
     """Raise ValueError where the disk has not room for that many bytes and a little more."""
     free = ranks.gather(shutil.disk_usage(store.folder).free)[0]
@@ -241,9 +261,18 @@ def check_room(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> N
         )
 
 
-def write_features(
-    store: FeatureStore, views: Iterable, *, encode: Callable[[Tensor, Tensor | None], Tensor], line: ProgressLine
-) -> tuple[int, int, int]:
+def check_written(store: FeatureStore, keys: Iterable[bytes], unreadable: int, ranks: Ranks, *, where: str) -> None:
+    """Raise ValueError where a rank does not see in the store what all ranks wrote."""
+    store.refresh()
+    lost = sum(key not in store for key in keys)
+    if any(ranks.gather(lost != unreadable)):
+        raise ValueError(
+            f"{where}=true: {store.folder} does not hold what all ranks wrote; "
+            "FASTVLM_CACHE must be one folder for all of them"
+        )
+
+
+def write_features(store: FeatureStore, views: Iterable, *, encode: Encode, line: ProgressLine) -> tuple[int, int, int]:
     """Encode and write what `_Views` gives: (bytes, images that could not be decoded, images written)."""
     writer, unreadable, written = FeatureWriter(store), 0, 0
     for keys, counts, pixels, failed in views:

@@ -41,6 +41,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvlm.data.encoded import EncodedImage
+from fastvlm.data.shard_cache import cache_folder
+from fastvlm.files import replacing, write_whole
 
 FORMAT = 1
 CHUNK_BYTES = 128 << 20  # a killed writer loses at most so much,
@@ -51,7 +53,7 @@ MAX_OPEN = 64  # files
 
 def features_folder() -> Path:
     """`$FASTVLM_CACHE/features`. Beside the cached shards and not in a run: runs share it, and it can be made again."""
-    return Path(os.environ.get("FASTVLM_CACHE") or Path.home() / ".cache" / "fastvlm").expanduser() / "features"
+    return cache_folder() / "features"
 
 
 def image_key(data: EncodedImage) -> bytes:
@@ -272,21 +274,20 @@ class FeatureWriter:
             return
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 32)
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:32]
-        part = self.store.folder / f".{name}.{os.getpid()}.part"
         tensors = {
             "features": torch.cat(self._features),
             "keys": torch.from_numpy(keys.copy()),
             "views": torch.tensor(self._views, dtype=torch.int32),
         }
         try:
-            save_file(tensors, part)
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, self.store.folder / f"{name}.safetensors")
+            with replacing(self.store.folder / f"{name}.safetensors") as part:
+                save_file(tensors, part)
+                with open(part, "rb+") as file:
+                    os.fsync(file.fileno())
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
             raise ValueError(
-                f"{part.parent}: features cannot be written ({error}); free the disk, or set FASTVLM_CACHE to another"
+                f"{self.store.folder}: features cannot be written ({error}); free the disk, or set FASTVLM_CACHE to "
+                "another"
             ) from None
         self.num_bytes += self._held
         self._keys, self._views, self._features, self._held = [], [], [], 0
@@ -297,12 +298,6 @@ class FeatureWriter:
 
 def prefixes(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
-
-
-def write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def stores(root: Path | None = None) -> Iterator[tuple[Path, dict, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +19,7 @@ from fastvlm.data.sidecar import FORMAT
 from fastvlm.data.source import Source
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
+from fastvlm.files import replacing
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
@@ -154,11 +154,10 @@ def cut(
         left[:, i] = len(ids), learned, sum(counts[:num_images]), 0 if learned else CUT
     reader.close()
     if len(rows) > NOTED_ROWS and not (left[3] == UNREADABLE).any():  # what cannot be had now may be there tomorrow
-        part = note.with_name(f".{note.stem}.{os.getpid()}.npy")
         with suppress(OSError):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            np.save(part, left)
-            os.replace(part, note)
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(note) as part, open(part, "wb") as file:
+                np.save(file, left)
     return left
 
 

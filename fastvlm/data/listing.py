@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+
+from fastvlm.files import write_whole
 
 LISTING = "shards.json"
 SPLIT = re.compile(r"(train|val|test)-")
@@ -83,7 +84,5 @@ def write_listing(folder: str | Path) -> Path:
             entry, size = known.get(shard.name, {}), shard.stat().st_size
             entry = entry if entry.get("size") == size else {"name": shard.name, "size": size}
             listing.setdefault(match[1], []).append(entry)
-    part = folder / f".{LISTING}.{os.getpid()}"
-    part.write_text(json.dumps(listing, indent=1) + "\n")
-    os.replace(part, folder / LISTING)
+    write_whole(folder / LISTING, json.dumps(listing, indent=1) + "\n")
     return folder / LISTING

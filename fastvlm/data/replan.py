@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastvlm.data.source_index import SourceIndex
+from fastvlm.files import replacing, write_whole
 
 
 @dataclass
@@ -89,9 +89,7 @@ def write_order(plan, folder: Path) -> None:
     if plan.after is not None:
         plan.after.save(folder)
     state = describe(plan) | {"after": plan.after and plan.after.digest}
-    beside = folder / f".plan.json.{os.getpid()}"
-    beside.write_text(json.dumps(state, indent=1))
-    beside.replace(folder / "plan.json")
+    write_whole(folder / "plan.json", json.dumps(state, indent=1))
 
 
 def read_description(folder: Path) -> dict | None:
@@ -141,6 +139,5 @@ def changes(before: dict, plan) -> list[str]:
 
 
 def write_arrays(path: Path, **columns: np.ndarray) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(beside, **columns)
-    os.replace(beside, path)
+    with replacing(path) as part, open(part, "wb") as file:  # to a path without .npz numpy would add it
+        np.savez(file, **columns)

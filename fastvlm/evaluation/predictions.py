@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm.evaluation.protocol import Protocol
+from fastvlm.files import write_whole
 
 NAMES = ("key", "question_id", "questionId", "image_id", "sent_id", "image")  # of a question, in result files
 STYLE = """
@@ -37,9 +38,9 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
             (folder / file).write_bytes(base64.b64decode(thumbnail.split(",", 1)[1]))
             row["image"] = file.as_posix()
     rows = result["predictions"]
-    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
-    write_text(folder / f"{name}.html", render_page(result))
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
+    write_whole(folder / f"{name}.html", render_page(result))
     examples = []
     for row in [row for row in rows if row.get("image")][:12]:
         examples.append(
@@ -55,21 +56,13 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
     return examples
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
 def render_page(result: dict) -> str:
     """Questions with their pictures, the lowest scores first; one file, no script."""
-    show = 100 if result["percent"] else 1
     total = result["table"][-1]
     low, high = result["interval"]
-    head = f"{result['task']}: {result['metric'].replace('_', ' ')} {show * total[result['metric']]:.2f}"
+    head = f"{result['task']}: {result['metric'].replace('_', ' ')} {100 * total[result['metric']]:.2f}"
     body = [f"<h1>{html.escape(head)}</h1>"]
-    body.append(f"<p>{total['n']} questions of the {result['split']} split, 95 % {show * low:.2f}-{show * high:.2f}. ")
+    body.append(f"<p>{total['n']} questions of the {result['split']} split, 95 % {100 * low:.2f}-{100 * high:.2f}. ")
     shown = sorted((row for row in result["predictions"] if row.get("image")), key=lambda row: row["score"])
     body.append(f"Shown are {len(shown)} of them, the lowest scores first.</p>")
     for row in shown:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -20,6 +19,7 @@ from fastvlm.data.transforms import ImageTransform
 from fastvlm.inference import fast_decoder
 from fastvlm.inference.answer import Answer
 from fastvlm.inference.clock import Clock
+from fastvlm.inference.generation import Generation, finished
 from fastvlm.inference.memory import FileStore, ImageStore, PrefixStore, image_key, position_names
 from fastvlm.inference.rows import Row, Rows
 from fastvlm.inference.sampling import Sampling
@@ -27,32 +27,6 @@ from fastvlm.inference.static_decoder import StaticDecoder
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
-
-
-@dataclass
-class Generation:
-    """One answer and what it cost. Seconds are wall time; those of images and prompt are of the whole call."""
-
-    text: str
-    token_ids: list[int]  # without the token that ended it
-    num_prompt_tokens: int  # all positions of the prompt, image slots included
-    num_image_tokens: int
-    num_reused_tokens: int  # positions of the prompt that an earlier question had computed
-    image_seconds: float  # encoder, resampler and projector
-    prefill_seconds: float  # the prompt, up to the first token of the answer
-    decode_seconds: float  # every further token
-    finish_reason: str  # "end": the model ended it; "stop": a stop string; "length": max_new_tokens
-
-    @property
-    def first_token_seconds(self) -> float:
-        """Images and prompt; reading files comes before."""
-        return self.image_seconds + self.prefill_seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed of this row, its first token (which prefill pays for) not counted; 0 with nothing to time."""
-        further = len(self.token_ids) - (self.finish_reason != "end")
-        return further / self.decode_seconds if further > 0 and self.decode_seconds > 0 else 0.0
 
 
 class Engine:
@@ -397,21 +371,6 @@ class Engine:
     def now(self) -> float:
         """Seconds, with the device's work done."""
         return self.clock.now()
-
-
-def finished(row: Row) -> Generation:
-    """What became of a row."""
-    return Generation(
-        text=row.answer.text(),
-        token_ids=row.answer.token_ids,
-        num_prompt_tokens=row.num_prompt_tokens,
-        num_image_tokens=row.num_image_tokens,
-        num_reused_tokens=row.reused,
-        image_seconds=row.image_seconds,
-        prefill_seconds=row.prefill_seconds,
-        decode_seconds=row.decode_seconds,
-        finish_reason=row.answer.finish_reason,
-    )
 
 
 def _returned(generator: Generator):

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fastvlm.files import write_whole
 from fastvlm.identity import INCIDENTAL
 
 
@@ -36,9 +37,7 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     # What stands in the run directory is true of this command from here on.
     (run_dir / "lineage.json").unlink(missing_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
-    beside.replace(path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     point(runs / "latest", at=run_dir)
 
 

@@ -138,17 +138,18 @@ def machine(cells: list[Cell], arm: str, seed: int) -> tuple[str, ...]:
 
 
 def judge(claim: Claim, metric: str, ours: list[float], theirs: list[float]) -> Verdict:
-    """What paired values say; a difference is counted so that above 0 speaks for the claim.
+    """What paired values say; a difference is counted so that above 0 speaks for the claim, as first minus second where
+    the claim is that two arms are the same, or the metric has no good side.
 
     A metric beside the one that decides has its own good side. It gets no verdict where it has none, or where the claim
     says how large a difference is: that size is not one in its units.
     """
     decides, better = metric == claim.metric, metric_of(metric).better
     side = claim.direction
-    if not decides and not claim.optimum:
+    if not decides and not claim.optimum and claim.direction != "same":
         claimed = metric_of(claim.metric).better
         # Of two metrics with a good side: does the claim favour that of the deciding one, or speak against it?
-        against = claim.direction != "same" and claimed is not None and claim.direction != claimed
+        against = claimed is not None and claim.direction != claimed
         side = {HIGHER: LOWER, LOWER: HIGHER}.get(better) if against else better
     sign = -1.0 if side == LOWER else 1.0
     if claim.factor and decides:

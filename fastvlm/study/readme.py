@@ -186,7 +186,8 @@ def readme(
 
 
 RULES = (
-    "Differences are in favour of the claim: mean over paired seeds with its 95 % interval. A verdict needs an exact "
+    "Differences are in favour of the claim (the first arm's minus the second's where it says that two arms are the "
+    "same, or a metric has no good side): mean over paired seeds with its 95 % interval. A verdict needs an exact "
     f"sign-flip p of at most {ALPHA} and a one-sided {1 - ALPHA:.0%} interval on the same side; p values are not "
     f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Steps "
     f"are equal within {EQUAL_STEPS:.0%}, operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the "

@@ -141,6 +141,15 @@ def test_a_metric_beside_a_claim_with_a_size_gets_no_verdict_only_its_difference
     assert "0.107 [0.107, 0.107], p = 0.031, n = 5 (no verdict)" in page and page.count("**agrees**") == 2
 
 
+def test_under_a_claim_of_sameness_every_difference_is_the_first_arm_less_the_second():
+    claim = Claim("x", "p", "t", "test/answer_nll", "same", ["align", "skip"], ["test/text_perplexity"], margin=0.5)
+    cells = [cell(arm, s, nll=0.6 + 0.1 * (arm == "skip")) for arm in ("align", "skip") for s in range(5)]
+    for one in cells:
+        one.metrics["test/text_perplexity"] = 40.0 + (one.arm == "align")
+    means = {d.metric: d.verdict.mean for d in decide_claim(claim, cells)}
+    assert means["test/answer_nll"] == pytest.approx(-0.1) and means["test/text_perplexity"] == 1.0
+
+
 def test_a_metric_without_a_good_side_gets_no_verdict_beside_another():
     cells = grid()
     for one in cells:

@@ -127,7 +127,7 @@ def test_the_seeds_an_open_question_needs_have_the_power_that_simulation_finds()
     assert seeds_needed([1.0], deviation=0.0) == fewest_seeds()
 
 
-@pytest.mark.parametrize("effect", [0.9, 1.2, 1.6, 3.0])
+@pytest.mark.parametrize("effect", [0.9, 1.2, 1.48, 3.0])
 def test_the_seeds_needed_give_a_verdict_as_often_as_promised_both_tests_counted(effect):
     n = seeds_needed([effect], deviation=1.0)
     draws = np.random.default_rng(4).normal(effect, 1.0, size=(400, n))
@@ -144,6 +144,8 @@ def test_the_seeds_that_equality_needs_tell_it_as_often_as_promised():
     draws = np.random.default_rng(5).normal(0.0, 1.2, size=(200, n))
     assert np.mean([decide_same(d, margin=1.0).outcome == AGREES for d in draws]) > 0.8 - 0.08
     assert n > seeds_needed([1.0], deviation=1.2)
+    d = np.array([1.2, -1.2, 1.0, -1.0])
+    assert decide_same(d, margin=1.0).needed == seeds_needed([1.0, 1.0], deviation=d.std(ddof=1))
 
 
 def test_a_difference_between_nothing_and_the_margin_is_told_by_no_number_of_seeds():

@@ -157,6 +157,20 @@ def test_rows_in_a_file_of_the_hub_are_fetched_once_and_need_their_images(hub, t
         assert refused.returncode == 2 and words in refused.stderr and refused.stderr.count("\n") == 1, refused.stderr
 
 
+@pytest.mark.parametrize(("kind", "forked"), [("hub", False), ("json", True)])
+def test_workers_are_forked_but_behind_the_hubs_client(kind, forked, tmp_path):
+    from unittest.mock import patch
+
+    from data.recipes import assembly
+    from data.recipes.record import Part
+    from data.recipes.writing import Job
+
+    jobs = [Job("vqav2", "val", i, Part("org/name", i, i + 1, {"kind": kind}), tmp_path, ("", "")) for i in range(2)]
+    with patch.object(assembly, "open_pool", side_effect=InterruptedError) as opened, pytest.raises(InterruptedError):
+        list(assembly.finished(jobs, 2))
+    assert opened.call_args.kwargs == {"fork": forked}
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

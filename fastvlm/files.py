@@ -1,0 +1,27 @@
+"""Files that are there whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, in the folder of `path`, that takes its name when the block ends and goes when it fails: a
+    reader sees the old file or the new one. What a killed process leaves is called `.<name>.<process>.part`."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file so."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
