@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.prompts import Prompt, first_question
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.memory import ImageStore
 
 THUMBNAIL = 160  # pixels of the longer side
 DECODERS = 2  # threads
@@ -64,7 +64,7 @@ def read_window(
         shown: rows that get a thumbnail.
 
     Raises:
-        ValueError: a sample that cannot be read: a score over fewer questions would be another score.
+        ValueError: a sample that cannot be had or read: a score over fewer questions would be another score.
     """
     reader = ShardReader()
     faults = index.faults.to_pylist()
@@ -74,7 +74,10 @@ def read_window(
         for row in rows.tolist():
             if faults[row]:
                 raise ValueError(f"{index.folder}: sample {index.key(row)} of {index.split} is broken ({faults[row]})")
-            raw = index.read(row, reader)
+            try:
+                raw = index.read(row, reader)
+            except OSError as error:
+                raise ValueError(f"{error}; what is answered is kept: run the same command again") from error
             images = list(raw.images) if source.images and transform is not None else []
             asked.append(
                 Asked(
@@ -106,8 +109,7 @@ def answer_window(
     batch_size: int = 32,
     max_new_tokens: int = 16,
     stop: Sequence[str] = (),
-    cache: OrderedDict | dict | None = None,
-    cache_bytes: int = 0,
+    cache: ImageStore | None = None,
 ) -> list[dict]:
     """`prediction` and `tokens` of every question, greedy, in order; `fault` where it could not be asked.
 
@@ -115,9 +117,9 @@ def answer_window(
 
     Args:
         examples: records and image files that stand before every question.
-        cache: visual tokens by digest, oldest first, kept from window to window up to `cache_bytes`.
+        cache: visual tokens by digest, kept from window to window.
     """
-    cache = {} if cache is None else cache
+    cache = ImageStore(0) if cache is None else cache
     shots = [record for record, _ in examples]
     before = [(hashlib.sha256(image).hexdigest(), image) for _, images in examples for image in images]
     needed = dict(before) | {d: image for q in asked for d, image in zip(q.digests, q.images)}
@@ -145,16 +147,14 @@ def answer_window(
         )
         for i, generation in zip(batch, generations):
             rows[i] = {"prediction": generation.text, "tokens": len(generation.token_ids)}
-    keep(cache, visual, cache_bytes)
     return rows
 
 
-def encode_new(
-    engine: Engine, images: dict[str, bytes], cache: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def encode_new(engine: Engine, images: dict[str, bytes], cache: ImageStore) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Visual tokens of every image by digest, those not in the cache encoded now; and why others cannot be read."""
-    visual = {digest: cache[digest] for digest in images if digest in cache}
-    new = [digest for digest in images if digest not in cache]
+    found = {digest: cache.get(digest.encode()) for digest in images}
+    visual = {digest: tokens for digest, tokens in found.items() if tokens is not None}
+    new = [digest for digest in images if digest not in visual]
     broken: dict[str, str] = {}
     if not new:
         return visual, broken
@@ -181,22 +181,10 @@ def encode_new(
             decoded = {chunk[t + DECODERS * i]: view for t in range(DECODERS) for i, view in enumerate(parts[t])}
             broken |= {digest: why for digest, why in decoded.items() if isinstance(why, str)}
             good = [digest for digest in chunk if digest not in broken]
-            visual |= dict(zip(good, engine.encode_images([decoded[digest] for digest in good])))
+            for digest, tokens in zip(good, engine.encode_images([decoded[digest] for digest in good])):
+                visual[digest] = tokens
+                cache.keep(digest.encode(), tokens)
     return visual, broken
-
-
-def keep(cache: dict[str, Tensor], visual: dict[str, Tensor], most: int) -> None:
-    """Remember these visual tokens as the newest; the oldest go until the rest fits into `most` bytes."""
-    size = lambda tensor: tensor.numel() * tensor.element_size()
-    for digest, tokens in visual.items():
-        cache.pop(digest, None)
-        # A view into a chunk would hold the whole chunk.
-        cache[digest] = tokens.clone() if tokens.untyped_storage().nbytes() > size(tokens) else tokens
-    total = sum(map(size, cache.values()))
-    for digest in list(cache):
-        if total <= most:
-            break
-        total -= size(cache.pop(digest))
 
 
 def make_thumbnail(image: bytes) -> str:

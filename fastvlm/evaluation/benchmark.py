@@ -22,6 +22,7 @@ from fastvlm.evaluation.prompts import Prompt, answer_of, split_question
 from fastvlm.evaluation.protocol import Protocol
 from fastvlm.evaluation.scores import describe, make_result
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.memory import ImageStore
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
 
@@ -162,7 +163,7 @@ class Benchmark:
         mine = range(rank, len(windows), num_ranks)
         shown = self.shown(windows)
         examples = self.examples(tokenizer)
-        cache: dict = {}
+        cache = ImageStore(self.cache_mb << 20)
         answered, done, total = [], 0, sum(len(windows[k]) for k in mine)
         missing = [k for k in mine if folder is None or not (folder / f"{k:06d}.json").exists()]
         batches = read_window(
@@ -181,7 +182,6 @@ class Benchmark:
                     max_new_tokens=self.max_new_tokens,
                     stop=self.stop,
                     cache=cache,
-                    cache_bytes=self.cache_mb << 20,
                 )
                 rows = [self.row_of(question) | row for question, row in zip(asked, rows)]
                 if file is not None:

@@ -58,12 +58,11 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
 
 def render_page(result: dict) -> str:
     """Questions with their pictures, the lowest scores first; one file, no script."""
-    show = 100 if result["percent"] else 1
     total = result["table"][-1]
     low, high = result["interval"]
-    head = f"{result['task']}: {result['metric'].replace('_', ' ')} {show * total[result['metric']]:.2f}"
+    head = f"{result['task']}: {result['metric'].replace('_', ' ')} {100 * total[result['metric']]:.2f}"
     body = [f"<h1>{html.escape(head)}</h1>"]
-    body.append(f"<p>{total['n']} questions of the {result['split']} split, 95 % {show * low:.2f}-{show * high:.2f}. ")
+    body.append(f"<p>{total['n']} questions of the {result['split']} split, 95 % {100 * low:.2f}-{100 * high:.2f}. ")
     shown = sorted((row for row in result["predictions"] if row.get("image")), key=lambda row: row["score"])
     body.append(f"Shown are {len(shown)} of them, the lowest scores first.</p>")
     for row in shown:

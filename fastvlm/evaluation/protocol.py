@@ -13,9 +13,7 @@ class Protocol:
     file can be scored again without the model.
     """
 
-    metric = "accuracy"  # the main figure's name
-    instruction: str | None = None  # the line that asks for the form of the answer, where the shards do not carry it
-    percent = True  # shown times 100, as the papers do
+    metric = "accuracy"  # the main figure's name; shown times 100, as the papers do
 
     def grade(self, row: dict) -> dict:
         """`score` of one answer in [0, 1], and what was read out of it (`parsed`)."""

@@ -85,7 +85,6 @@ def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: s
     return {
         "task": name,
         "metric": key,
-        "percent": protocol.percent,
         "split": split,
         "metrics": metrics,
         "table": table,
@@ -101,7 +100,7 @@ def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    key, show = result["metric"], 100 if result["percent"] else 1
+    key = result["metric"]
     asked = result.get("asked") or {}
     how = f"{result['split']} split"
     if asked:
@@ -113,13 +112,13 @@ def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
     kept = sorted(range(len(rows) - 1), key=lambda i: -rows[i]["n"])[:most]
     for i in [*sorted(kept), len(rows) - 1]:
         row = rows[i]
-        interval = f"{show * row['low']:.2f}-{show * row['high']:.2f}"
-        table.add_row(row["type"], str(row["n"]), f"{show * row[key]:.2f}", interval, end_section=i == len(rows) - 2)
+        interval = f"{100 * row['low']:.2f}-{100 * row['high']:.2f}"
+        table.add_row(row["type"], str(row["n"]), f"{100 * row[key]:.2f}", interval, end_section=i == len(rows) - 2)
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(f"{result['task']}: {key.replace('_', ' ')} x {show} ({how})", highlight=False)
+    console.print(f"{result['task']}: {key.replace('_', ' ')} x 100 ({how})", highlight=False)
     console.print(table, highlight=False)
     if figures := result["figures"]:
-        console.print(", ".join(f"{name} {show * value:.2f}" for name, value in figures.items()), highlight=False)
+        console.print(", ".join(f"{name} {100 * value:.2f}" for name, value in figures.items()), highlight=False)
     for why, count in result["faults"].items():
         console.print(f"{count} questions could not be asked, their answers are empty: {why}", highlight=False)
     return console.file.getvalue().rstrip("\n")

@@ -1,11 +1,10 @@
 """What happens to a question whose image cannot be read."""
 
-from tiny_vlm import IMAGE_SIZE
 from tiny_world import draw_png
 
-from fastvlm.evaluation.answering import Asked, answer_window, keep
+from fastvlm.evaluation.answering import Asked, answer_window
 from fastvlm.evaluation.prompts import Prompt
-from fastvlm.inference.engine import Engine
+from fastvlm.inference.memory import ImageStore
 
 
 def asked(key: str, image: bytes) -> Asked:
@@ -23,13 +22,15 @@ def test_an_unreadable_image_is_named_and_leaves_its_neighbours_alone(engine):
     assert both[1]["prediction"] == "" and both[1]["fault"].startswith("image cannot be read: ")
 
 
-def test_visual_tokens_are_kept_newest_first_within_their_bytes(tiny_model, tiny_tokenizer):
-    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
-    views = [engine.transform(draw_png(i, (20, 20))) for i in range(4)]
-    tokens = dict(zip("abcd", engine.encode_images(views)))
-    size = tokens["a"].numel() * 4
-    cache: dict = {}
-    keep(cache, {k: tokens[k] for k in "abc"}, 3 * size)
-    keep(cache, {"a": cache["a"], "d": tokens["d"]}, 3 * size)
-    assert list(cache) == ["c", "a", "d"]
-    assert all(t.untyped_storage().nbytes() == size for t in cache.values())  # no view holds its whole chunk
+def test_an_image_asked_about_again_is_not_encoded_again_within_the_bytes_of_the_cache(engine, monkeypatch):
+    encode, encoded = engine.encode_images, []
+    monkeypatch.setattr(engine, "encode_images", lambda views: encoded.append(len(views)) or encode(views))
+    ask = lambda *names: answer_window(
+        engine, [asked(n, draw_png(ord(n), (20, 20))) for n in names], prompt=Prompt(), max_new_tokens=3, cache=cache
+    )
+    cache = ImageStore(3 * 4 * engine.tokens_per_image * engine.model.llm.dim)
+    first = ask("a", "b", "c")
+    assert ask("a") == first[:1] and encoded == [3]
+    ask("d")  # b has not been asked about for longest, and goes
+    assert cache.keys() == [b"c", b"a", b"d"] and encoded == [3, 1]
+    assert ask("b") == first[1:2] and encoded == [3, 1, 1]

@@ -144,6 +144,8 @@ def test_the_seeds_that_equality_needs_tell_it_as_often_as_promised():
     draws = np.random.default_rng(5).normal(0.0, 1.2, size=(200, n))
     assert np.mean([decide_same(d, margin=1.0).outcome == AGREES for d in draws]) > 0.8 - 0.08
     assert n > seeds_needed([1.0], deviation=1.2)
+    d = np.array([1.2, -1.2, 1.0, -1.0])
+    assert decide_same(d, margin=1.0).needed == seeds_needed([1.0, 1.0], deviation=d.std(ddof=1))
 
 
 def test_a_difference_between_nothing_and_the_margin_is_told_by_no_number_of_seeds():
