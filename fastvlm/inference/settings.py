@@ -28,7 +28,7 @@ class Settings:
         default_new_tokens: where a client asks for nothing.
         allow_hosts: comma-separated hosts that images may be fetched from; none by default.
         allow_private: let those hosts lie in a private network.
-        fetch_seconds: for an image from elsewhere.
+        fetch_seconds: for all of a request's images from elsewhere, names and connections included.
         origins: comma-separated origins whose pages may call the server (CORS).
         image_store_mb, prefix_store_mb: memory for what is kept between questions.
     """

@@ -124,7 +124,7 @@ def test_attention_is_that_of_a_whole_forward_pass_however_few_weights_are_held(
             patch.setattr(engine.model.llm, "decode", spy)
             views, found = look(engine, record, images, max_weights=most)
         for ours, theirs in zip(found, expected, strict=True):
-            assert theirs.sum() > 0 and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+            assert theirs.sum() > 0 and torch.allclose(ours, theirs, rtol=2e-5, atol=1e-7)
         assert len(views) == len(images)
         for view in views:
             assert view.answer.shape == (view.rows * view.columns,) == view.tokens.shape[1:]
