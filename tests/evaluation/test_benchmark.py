@@ -177,11 +177,20 @@ def test_answers_of_a_file_are_scored_and_other_questions_refused(task, run, tin
     for rows, words in (
         ([{"question_id": 7, "answer": "x"}], "no answer to question 100 .* such as to 7"),
         ([{"question_id": 100 + i, "answer": "x"} for i in range(23)], "does not ask, such as 122"),
-        ([{"question_id": 100, "answer": "x"}] * 2, "answers question 100 twice"),
+        ([{"question_id": 100, "answer": "x"}] * 2, "row 2: question 100 is answered twice"),
         ([{"question_id": 100, "answer": None}], "no answer in words"),
     ):
         other.write_text(json.dumps(rows))
         with pytest.raises(ValueError, match=words):
+            task().score_file(other, tiny_tokenizer)
+    for text, words in (
+        ("[1, 2]", "row 1: 1 is no object"),
+        ("[null]", "row 1: null is no object"),
+        ('{"question_id": 100, "answer": "x"}\n\n2', "line 3: 2 is no object"),
+        ('["question_id answer"]', 'row 1: "question_id answer" is no object'),
+    ):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=f"predictions={other}, {words} with a question_id and an answer"):
             task().score_file(other, tiny_tokenizer)
     with pytest.raises(ValueError, match="No such file"):
         task().score_file(tmp_path / "nothing.json", tiny_tokenizer)
