@@ -292,7 +292,10 @@ def test_captions_are_asked_of_documents(run, tmp_path):
             writer.write(f"c{i}", {"document": document, "id": i, "meta": meta}, [draw_png(i)])
     source = Source("captions", path=tmp_path)
     options = {"split": "test", "request": "what is here", "resamples": 10}
-    result = run(Benchmark("captions", source=source, protocol=Captions(), **options))
+    task = Benchmark("captions", source=source, protocol=Captions(tokenizer="python"), **options)
+    result = run(task)
+    assert result["asked"]["tokenizer"].startswith("python (ptb.py, within 0.1 %"), "what cut them into tokens"
+    assert f"\ntokens of captions: {result['asked']['tokenizer']}" in task.render(result)
     assert {"test/captions/cider", "test/captions/bleu_4", "test/captions/rouge_l"} <= set(result["metrics"])
     assert result["predictions"][0]["answers"] == ["a small grey digit", "the digit seven"]
 
