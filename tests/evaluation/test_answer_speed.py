@@ -44,6 +44,26 @@ def test_a_second_question_is_timed_after_another_about_its_image_and_a_first_wi
     assert (engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes) == before
 
 
+@pytest.mark.parametrize(("threads", "kind"), [(1, "cpu"), (2, "wall")])
+def test_first_tokens_are_cpu_time_on_one_thread_and_wall_time_on_several(
+    engine, questions, monkeypatch, threads, kind
+):
+    generate, seen = engine.generate, []
+
+    def spy(*rest, **options):
+        seen.append((torch.get_num_threads(), engine.clock.kind))
+        return generate(*rest, **options)
+
+    monkeypatch.setattr(engine, "generate", spy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        figures = first_token_ms(engine, questions[:1], repeats=1)
+        assert set(seen) == {(threads, kind)} and figures["test/ttft_ms"] > 0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_answers_speed_is_cpu_time_of_one_thread_however_many_there_are(engine, questions, monkeypatch):
     generate, seen = engine.generate, []
 

@@ -199,3 +199,28 @@ def test_what_the_server_refuses_is_said_and_the_page_goes_on(page):
     page.click("#send")
     wait_for_answer(page, 2)
     assert page.locator(".wrong").count() == 1
+
+
+def test_the_images_of_a_question_without_an_answer_wait_for_the_next_one(page):
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
+    page.set_input_files("#files", [picture(1), picture(2)])
+    page.fill("#text", "digit " * 400)
+    page.click("#send")
+    wait_for_answer(page)
+    assert page.locator(".wrong").count() == 1 and page.locator("#waiting img").count() == 2
+    page.click(".retry")  # the same question has them already
+    wait_until(
+        page, "document.querySelectorAll('.wrong').length === 1 && document.querySelector('.turn.running') === null"
+    )
+    assert page.locator("#waiting img").count() == 2
+    page.click("#waiting li:first-child button")
+    page.fill("#text", "which digit")
+    page.click("#send")
+    wait_for_answer(page, 2)
+    asked = [[part["type"] for part in request["messages"][-1]["content"]] for request in sent]
+    assert asked == [["image_url", "image_url", "text"]] * 2 + [["image_url", "text"]]
+    assert (
+        sent[-1]["messages"][0]["content"][0] == sent[0]["messages"][0]["content"][1] and len(sent[-1]["messages"]) == 1
+    )
+    assert page.locator("#waiting img").count() == 0

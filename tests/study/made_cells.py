@@ -1,8 +1,20 @@
 """Rows of a study that no run made: three arms whose differences are known."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 
 from fastvlm.study.cells import ABOUT, COST, Cell
+from tests.conftest import ROOT
+
+
+def put_study(root: Path) -> Path:
+    """llava_align with three of its arms, in a folder of its own, without results; what `grid` below fills."""
+    folder = root / "llava_align"
+    shutil.copytree(Path(__file__).with_name("three_arms"), folder)
+    shutil.copyfile(ROOT / "experiments" / "llava_align" / "paper.csv", folder / "paper.csv")
+    return folder
 
 
 def cell(arm: str, seed: int, *, nll: float, flops: float = 1e12, steps: float = 10.0, **own: str) -> Cell:

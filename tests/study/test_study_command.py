@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -15,16 +14,13 @@ from fastvlm.study.arms import load_study, study_names
 from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, write_csv
 from fastvlm.study.report import report, report_all, say
 from tests.conftest import ROOT
-from tests.study.made_cells import cell, grid
+from tests.study.made_cells import cell, grid, put_study
 
 
 @pytest.fixture
 def studies(tmp_path, monkeypatch):
-    """llava_align alone, without results, and an empty folder of runs."""
-    folder = tmp_path / "studies" / "llava_align"
-    folder.mkdir(parents=True)
-    for name in ("study.yaml", "claims.yaml", "paper.csv"):
-        shutil.copyfile(ROOT / "experiments" / "llava_align" / name, folder / name)
+    """llava_align with three arms, without results, and an empty folder of runs."""
+    folder = put_study(tmp_path / "studies")
     monkeypatch.setenv("FASTVLM_RUNS", str(tmp_path / "runs"))
     for function in (load_study, report, report_all, study_names):
         own = functools.partial(function, root=folder.parent)

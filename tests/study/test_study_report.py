@@ -1,7 +1,5 @@
 """From rows to a page: it says what the rows say, the same rows make the same bytes, and faults are named."""
 
-import shutil
-
 import pytest
 
 from fastvlm.study import report as report_module
@@ -11,17 +9,13 @@ from fastvlm.study.claims import load_claims
 from fastvlm.study.plots import pareto_front
 from fastvlm.study.readme import number
 from fastvlm.study.report import report, report_all
-from tests.conftest import ROOT
-from tests.study.made_cells import cell, grid
+from tests.study.made_cells import cell, grid, put_study
 
 
 @pytest.fixture
 def studies(tmp_path, monkeypatch):
-    """llava_align alone, in a folder of its own, without results."""
-    folder = tmp_path / "studies" / "llava_align"
-    folder.mkdir(parents=True)
-    for name in ("study.yaml", "claims.yaml", "paper.csv"):
-        shutil.copyfile(ROOT / "experiments" / "llava_align" / name, folder / name)
+    """llava_align with three arms, in a folder of its own, without results."""
+    folder = put_study(tmp_path / "studies")
     monkeypatch.setenv("FASTVLM_RUNS", str(tmp_path / "runs"))
     return folder.parent
 

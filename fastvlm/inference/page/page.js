@@ -41,6 +41,13 @@ function showWaiting() {
   }));
 }
 
+// A question that got no answer gives its images back, to be asked about again or removed.
+function putBack(turn) {
+  const lost = (turn.images || []).filter((url) => !waiting.some((image) => image.url === url));
+  waiting = [...lost.map((url, i) => ({ url, name: `image ${i + 1}` })), ...waiting].slice(0, model.max_images);
+  showWaiting();
+}
+
 $("files").onchange = (event) => { addFiles(event.target.files).then(() => { event.target.value = ""; }); };
 $("choose").onkeydown = (event) => {
   if (event.key === "Enter" || event.key === " ") { event.preventDefault(); $("files").click(); }
@@ -162,8 +169,9 @@ async function answer() {
     turns.push(turn);
     if (!turn.text) bubble.append(element("em", { className: "cost", textContent: "an empty answer" }));
   } catch (error) {
+    if (error.name === "AbortError" && turn.text) turns.push(turn);
+    else putBack(asked.at(-1));
     if (error.name === "AbortError") {
-      if (turn.text) turns.push(turn);
       made.append(element("div", { className: "cost", textContent: "stopped" }));
     } else {
       made.append(element("div", { className: "wrong", textContent: error.message }));
@@ -198,6 +206,9 @@ function retry() {
   if (turns.at(-1).role === "assistant") turns.pop();
   const views = $("chat").querySelectorAll(".turn.assistant");
   if (views.length) views[views.length - 1].remove();
+  const again = turns.at(-1).images || [];
+  waiting = waiting.filter((image) => !again.includes(image.url));
+  showWaiting();
   answer();
 }
 
