@@ -13,9 +13,17 @@ from fastvlm.data.replan import Seen, changes, read_description, seen_before
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of
 from fastvlm.pipeline.messages import say
-from fastvlm.pipeline.run_folder import point
+from fastvlm.pipeline.run_folder import ON_CHANGE, point
 from fastvlm.pipeline.stage_data import build_data
-from fastvlm.pipeline.stage_folder import newest_checkpoint, only_one, step_of, stopped_before, take_over
+from fastvlm.pipeline.stage_folder import (
+    augment_changes,
+    newest_checkpoint,
+    only_one,
+    read_identity,
+    step_of,
+    stopped_before,
+    take_over,
+)
 from fastvlm.pipeline.training import Training
 
 if TYPE_CHECKING:
@@ -110,18 +118,18 @@ class StageRun:
         before, checkpoint = read_description(stopped), newest_checkpoint(stopped)
         if before is None:
             return
-        if before["base"] == self.data.plan.base and before["after"]:  # planned anew by an earlier run of this command
+        augmented = augment_changes(read_identity(stopped), self.identity)
+        # Planned anew by an earlier run of this command.
+        if before["base"] == self.data.plan.base and before["after"] and not augmented:
             self.replan(Seen.load(stopped))
             return
         if checkpoint is None or not (stopped / "order.npz").exists():
             return
-        step, changed = step_of(checkpoint), "; ".join(changes(before, self.data.plan))
+        step, changed = step_of(checkpoint), "; ".join(changes(before, self.data.plan, more=augmented))
         choice = self.pipeline.config.data.on_change
         if choice == "refuse":
             raise ValueError(
-                f"stage {self.name} stopped at step {step} and its data have changed since: {changed}. "
-                "data.on_change=replan goes on with the new data from the samples already seen, "
-                "data.on_change=restart begins the stage anew"
+                f"stage {self.name} stopped at step {step} and its data have changed since: {changed}. {ON_CHANGE}"
             )
         if choice == "restart":
             say(f"\n{self.name}: begins anew, its data have changed: {changed}")

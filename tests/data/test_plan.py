@@ -221,6 +221,9 @@ def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
     begun = [p for p, q in zip(positions[1:], positions) if p[0] != q[0]]
     assert begun == [(k, 0) for k in range(1, positions[-1][0] + 1)] and len(begun) >= 2
     assert positions == sorted(positions)
+    planned = longer.order.num_samples
+    epoch, step = longer.position(longer.num_steps)
+    assert (epoch, step) > positions[-1] and longer.order.num_samples == planned, "the end is a place too"
     longest = report(longer)
     for name, source in longest["sources"].items():
         seen = sum(plan.sources[s].name == name for step in steps_of(longer) for row in step.rows for s, _ in row)
