@@ -7,13 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from fastvlm.callbacks.handoff import write_json
-from fastvlm.data.plan import Plan
-from fastvlm.data.plan_report import report
-from fastvlm.data.replan import read_description, write_order
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
 
@@ -69,27 +65,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("=")[1])
-
-
-def order_is_kept(folder: Path, plan: Plan) -> bool:
-    """Whether the order of this very plan is kept there already."""
-    before, after = read_description(folder), plan.after and plan.after.digest
-    if before is None or not (folder / "order.npz").exists():
-        return False
-    return (before["base"], before["after"]) == (plan.base, after)
-
-
-def write_plan(folder: Path, plan: Plan, *, identity: dict) -> None:
-    """What a stage will see, before it sees any of it: its order, its identity and its shares."""
-    if not order_is_kept(folder, plan):
-        write_order(plan, folder)
-        write_json(folder / "identity.json", identity)
-    shares = folder / "shares.json"
-    with suppress(OSError, ValueError, KeyError):
-        said = json.loads(shares.read_text())
-        if (said["fingerprint"], said["num_steps"]) == (plan.fingerprint, plan.num_steps):
-            return  # by the run that this one goes on from
-    write_json(shares, report(plan))
 
 
 def take_over(stopped: Path, checkpoint: Path, folder: Path) -> None:

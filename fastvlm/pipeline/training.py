@@ -25,11 +25,12 @@ from fastvlm.callbacks.progress import Progress
 from fastvlm.callbacks.provenance import Provenance
 from fastvlm.callbacks.rehearsal import LongestFirst
 from fastvlm.callbacks.samples import Samples
+from fastvlm.data.kept_plan import write_plan
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
 from fastvlm.pipeline.messages import say, stage_summary
-from fastvlm.pipeline.stage_folder import newest_checkpoint, write_plan
+from fastvlm.pipeline.stage_folder import newest_checkpoint
 
 if TYPE_CHECKING:
     from fastvlm.pipeline.stage_run import StageRun
@@ -75,7 +76,7 @@ class Training:
         """
         say(stage_summary(self.name, self.plain, self.plan, folders=self.pipeline.folders, resume=self.resume))
         if is_first_rank():
-            write_plan(self.folder, self.plan, identity=self.stage.identity)
+            write_plan(self.plan, self.folder, identity=self.stage.identity)
         self.hardware.forget_peak()
         status = "FAILED"
         try:

@@ -172,6 +172,37 @@ def test_what_the_optimiser_has_seen_stays_close_to_the_shares_too(sources, toke
         assert largest_step_error(arrived) <= 1
 
 
+@pytest.mark.parametrize("piece", [7, 1 << 14])
+def test_a_report_in_pieces_is_that_of_all_samples_at_once(sources, tokenizer, monkeypatch, piece):
+    monkeypatch.setattr("fastvlm.data.plan.PIECE", piece)
+    parts = {k: Source(k, path=sources[k], max_epochs=0.5 if k == "chat" else None) for k in KINDS}
+    mixture = Mixture(parts, weights=dict(zip(KINDS, (4, 3, 2, 1))), unit="tokens")
+    plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=20)
+    planned, columns = plan.num_samples, plan.order.columns
+    (_, _), (gone, _) = plan.segments()
+    worth = max(int(s.length[s.rows].max()) for s in plan.sources)
+    place, ends = columns.place[:planned], columns.end[plan.batch_size : 20 * plan.batch_size + 1 : plan.batch_size] - 1
+    at_steps = 0.0
+    for i, source in enumerate(plan.sources):
+        for which in (np.arange(planned), place):
+            order, rows = columns.source[which], columns.row[which]
+            costs = np.array([int(plan.sources[s].length[r]) for s, r in zip(order, rows)])
+            halves = [(slice(None, gone), plan.segments()[0][1][i]), (slice(gone, None), plan.segments()[1][1][i])]
+            error = np.abs(np.concatenate([prefix_error(order[cut], costs[cut], i, w) for cut, w in halves]))
+            if which is place:
+                at_steps = max(at_steps, error[ends].max())
+            else:
+                assert largest_error(plan, planned)[source.name] == error.max() / worth
+                assert shares(plan, planned)[source.name] == costs[order == i].sum() / costs.sum()
+        assert report(plan)["sources"][source.name]["planned"] == (columns.source[place] == i).sum()
+    assert largest_step_error(plan) == at_steps / worth
+    tokens, images = plan.row_sizes()
+    for step in (0, 7, 19):
+        for r, row in enumerate(plan.step(step).rows):
+            assert tokens[step, r] == sum(int(plan.sources[s].length[n]) for s, n in row)
+            assert images[step, r] == sum(int(plan.sources[s].images[n]) for s, n in row)
+
+
 def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sources, tokenizer):
     plan = plan_of(sources, tokenizer, max_tokens=14, max_images=2, num_steps=3)
     found = {s.name: s for s in plan.sources}
