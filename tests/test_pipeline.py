@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastvlm.data.source import Mixture, Source
+from fastvlm.pipeline.stage_data import in_stage
 from fastvlm.pipeline.stage_folder import augment_changes, newest_checkpoint, stopped_before
 from tests.conftest import ROOT, TINY
 
@@ -189,6 +191,13 @@ def test_a_changed_augmentation_is_one_of_the_changes_and_hides_no_interrupted_s
     assert stopped_before(tmp_path, now) == tmp_path and stopped_before(tmp_path, ours | {"stage": "align"}) is None
     assert augment_changes(ours, now) == ["augmentation of captions jitter -> crop, jitter"]
     assert augment_changes({}, now) == augment_changes(now, now) == []
+
+
+def test_what_is_wrong_with_a_mixture_or_a_source_is_said_with_its_stage():
+    with pytest.raises(ValueError, match=r"^stages\.dense\.mixture\.weights\.txt: no such source"), in_stage("dense"):
+        Mixture({"text": Source("text", path="x")}, weights={"txt": 1}, unit="samples")
+    with pytest.raises(ValueError, match=r"^stages\.dense\.mixture: source text: repeat=0 must"), in_stage("dense"):
+        Source("text", path="x", repeat=0)
 
 
 def steps_of(runs: Path) -> list[int]:

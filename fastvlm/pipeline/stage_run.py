@@ -14,7 +14,7 @@ from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of
 from fastvlm.pipeline.messages import say
 from fastvlm.pipeline.run_folder import ON_CHANGE, point
-from fastvlm.pipeline.stage_data import build_data
+from fastvlm.pipeline.stage_data import build_data, in_stage
 from fastvlm.pipeline.stage_folder import (
     augment_changes,
     newest_checkpoint,
@@ -44,17 +44,18 @@ class StageRun:
     def __init__(self, pipeline: Pipeline, *, name: str, config: DictConfig):
         self.pipeline, self.name, self.config = pipeline, name, config
         self.seed = pipeline.config.seed if config.get("seed") is None else config.seed
-        self.data = build_data(
-            name,
-            config,
-            pipeline.model,
-            pipeline.tokenizer,
-            hardware=pipeline.hardware,
-            options=pipeline.config.data,
-            seed=self.seed,
-            plan_cache=pipeline.runs / "plans",
-        )
-        self.data.setup("fit")
+        with in_stage(name):
+            self.data = build_data(
+                name,
+                config,
+                pipeline.model,
+                pipeline.tokenizer,
+                hardware=pipeline.hardware,
+                options=pipeline.config.data,
+                seed=self.seed,
+                plan_cache=pipeline.runs / "plans",
+            )
+            self.data.setup("fit")
         self.identity = self.identify()
 
     @property
