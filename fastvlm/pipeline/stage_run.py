@@ -124,9 +124,11 @@ class StageRun:
         if before["base"] == self.data.plan.base and before["after"] and not augmented:
             self.replan(Seen.load(stopped))
             return
+        changed = "; ".join(changes(before, self.data.plan, more=augmented))
         if checkpoint is None or not (stopped / "order.npz").exists():
+            say(f"\n{self.name}: its data have changed since it was trained in {stopped.name}: {changed}")
             return
-        step, changed = step_of(checkpoint), "; ".join(changes(before, self.data.plan, more=augmented))
+        step = step_of(checkpoint)
         choice = self.pipeline.config.data.on_change
         if choice == "refuse":
             raise ValueError(
