@@ -96,8 +96,8 @@ def add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answers a conversation; with `stream`, as server-sent events that end in [DONE]."""
-        record, images = await unless_gone(request, service.prepare(body))
-        asked = service.ask(body, record, images)
+        record, images, length = await unless_gone(request, service.prepare(body))
+        asked = service.ask(body, record, images, length)
         try:
             # A question that cannot be asked is refused before anything is sent.
             first = await unless_gone(request, asked.next())

@@ -75,8 +75,8 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------- questions
 
-    async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[dict, list]:
-        """Record and views of a request; files are read in threads, the event loop goes on.
+    async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[dict, list, int]:
+        """Record, views and prompt tokens of a request; files are read in threads, the event loop goes on.
 
         Raises:
             Refused: another model, too many images, or one that cannot be read.
@@ -91,20 +91,21 @@ class Service:
         # Where its attention is asked for the answer is part of what is read, and may be as long as this server writes.
         most = limits.max_prompt_tokens + (limits.max_new_tokens if isinstance(body, AttentionRequest) else 0)
         try:
-            return record, await asyncio.to_thread(self._read, record, urls, most)
+            return record, *await asyncio.to_thread(self._read, record, urls, most)
         except ValueError as error:
             raise Refused(400, str(error).splitlines()[0]) from None
 
-    def _read(self, record: dict, urls: Sequence[str], max_tokens: int) -> list:
-        """The images of a request, in a thread; what is too long is refused before anything is computed."""
-        self._check_length(record, [self.engine.tokens_per_image] * len(urls), max_tokens)  # a view each at the least
+    def _read(self, record: dict, urls: Sequence[str], max_tokens: int) -> tuple[list, int]:
+        """The images of a request and its length, in a thread; what is too long is refused before it is computed."""
+        one = self.engine.tokens_per_image
+        length = self._measure(record, [one] * len(urls), max_tokens)  # a view each at the least
         images = self._read_images(urls)
         views = [len(image) if image.ndim == 4 else 1 for image in images]
         if sum(views) > len(images):
-            self._check_length(record, [self.engine.tokens_per_image * count for count in views], max_tokens)
-        return images
+            length = self._measure(record, [one * count for count in views], max_tokens)
+        return images, length
 
-    def _check_length(self, record: dict, slots: Sequence[int], max_tokens: int) -> None:
+    def _measure(self, record: dict, slots: Sequence[int], max_tokens: int) -> int:
         with self._counting:
             encoded = encode_record(record, self._tokenizer, tokens_per_image=slots, prompt=True)
         if (length := len(encoded.input_ids)) > max_tokens:
@@ -112,6 +113,7 @@ class Service:
                 f"the prompt has {length} tokens ({sum(slots)} of images), more than the {max_tokens} this server "
                 "reads: shorten it or use fewer images"
             )
+        return length
 
     def _read_images(self, urls: Sequence[str]) -> list:
         files = self.fetch.all(urls)
@@ -121,11 +123,11 @@ class Service:
                 raise ValueError(f"an image of {width} x {height} pixels, more than {self.settings.max_pixels}")
         return self.engine.read_images(files)
 
-    def ask(self, body: ChatRequest, record: dict, images: Sequence) -> Asked:
-        """Give the question to the scheduler.
+    def ask(self, body: ChatRequest, record: dict, images: Sequence, length: int) -> Asked:
+        """Give the question, of `length` tokens, to the scheduler.
 
         Raises:
-            Refused: more tokens than allowed, or too many questions wait.
+            Refused: too many questions wait.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -133,15 +135,12 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, (kind, value))
 
-        asked, most = body.max_completion_tokens or body.max_tokens, self.settings.max_new_tokens
-        if asked is not None and asked > most:
-            raise Refused(400, f"max_tokens={asked} is more than the {most} this server writes")
         seed = body.seed if body.seed is not None else random.getrandbits(62)
         job = Job(
             record=record,
             images=images,
             sampling=Sampling(body.temperature or 0.0, body.top_k or 0, 1.0 if body.top_p is None else body.top_p),
-            max_new_tokens=asked or self._default_room(),
+            max_new_tokens=self._room(body, length),
             stop=body.stop_strings,
             seed=seed % 2**63,
             tell=tell,
@@ -151,9 +150,14 @@ class Service:
         except Busy:
             raise busy() from None
 
-    def _default_room(self) -> int:
-        wanted, limit = self.settings.default_new_tokens, self.engine.model.llm.max_positions
-        return wanted if limit is None else max(1, min(wanted, limit // 4))
+    def _room(self, body: ChatRequest, length: int) -> int:
+        """Tokens an answer may have: what was asked for bounds it, as in OpenAI's API, and so do server and model.
+
+        Where the model has no room at all it is 1, and the engine says so.
+        """
+        asked = body.max_completion_tokens or body.max_tokens or self.settings.default_new_tokens
+        room, limit = min(asked, self.settings.max_new_tokens), self.engine.model.llm.max_positions
+        return room if limit is None else max(1, min(room, limit - length))
 
     # ------------------------------------------------------------------------------------------------------- replies
 
@@ -211,7 +215,7 @@ class Service:
         Raises:
             Refused: no image, a conversation that cannot be read, or a busy server.
         """
-        record, images = await self.prepare(body)
+        record, images, _ = await self.prepare(body)
         if not images:
             raise Refused(400, "there is no image whose regions could be shown")
         try:

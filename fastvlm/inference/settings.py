@@ -24,7 +24,7 @@ class Settings:
         max_image_bytes, max_pixels: of an image.
         max_body_bytes: of a request.
         max_prompt_tokens: of a request's text and images; what is longer is refused before it is computed.
-        max_new_tokens: the most a client may ask for.
+        max_new_tokens: of an answer; where a client asks for more it ends there, with `finish_reason` length.
         default_new_tokens: where a client asks for nothing.
         allow_hosts: comma-separated hosts that images may be fetched from; none by default.
         allow_private: let those hosts lie in a private network.

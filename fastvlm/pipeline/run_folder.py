@@ -43,6 +43,9 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     # What stands in the run directory is true of this command from here on.
     (run_dir / "lineage.json").unlink(missing_ok=True)
+    if resolved["overwrite"]:  # what it ended in belongs to the configuration that is replaced
+        for name in ("results.json", "report.html"):
+            (run_dir / name).unlink(missing_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     point(runs / "latest", at=run_dir)
 

@@ -69,7 +69,8 @@ def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dic
 
 
 def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
-    """Every metric of a claim on every basis; the deciding metric first. A claim about a cost has no equal compute.
+    """Every metric of a claim on every basis; the deciding metric first. A claim about a cost, and a law over sizes,
+    have no equal compute.
 
     Raises:
         ValueError: no cell has the metric that decides.
@@ -81,7 +82,7 @@ def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"the claim '{claim.claim}' is decided on {metric}, which no task yielded{hint}")
     pairs = {"planned": claim.planned, "steps": claim.steps}
-    if not metric_of(claim.metric).cost:
+    if not metric_of(claim.metric).cost and not claim.optimum:
         pairs["compute"] = claim.compute or claim.pair
     return [
         decide_pair(claim, metric, basis, tuple(pair), cells)
@@ -104,8 +105,6 @@ def decide_pair(claim: Claim, metric: str, basis: str, pair: tuple[str, str], ce
         return Decided(claim, metric, basis, pair, steps, None, why)
 
     if basis == "compute":
-        if claim.optimum:
-            return none("a law over sizes has no equal compute")
         flops = (mean_cost(cells, first, "flops"), mean_cost(cells, second, "flops"))
         if not all(flops):
             return none("operations were not counted")

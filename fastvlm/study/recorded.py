@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastvlm.identity import LIBRARIES
 from fastvlm.study.arms import Study, cell_name
 from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
 
+CELL = "FASTVLM_CELL_RESULT"  # set by the launcher
 NOTE = "mlflow.json"
 
 
@@ -39,6 +41,12 @@ def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | 
     return tracking.pipeline_run(name, tags=tags, config=resolved, parent=parent, run_id=tracking.find_run(same))
 
 
+def end_study(tracking, config: DictConfig, status: str) -> None:
+    """End the study's own run with its only cell; in a sweep that is the sweep's to do."""
+    if config.study is not None and CELL not in os.environ:
+        tracking.finish(tracking.study_run(config.study.name, scale=config.scale), status)
+
+
 def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_dir: Path) -> None:
     """Give a cell that was done before, perhaps under another study's name or without a logger, its MLflow run."""
     note = run_dir / NOTE
@@ -51,6 +59,7 @@ def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_di
     run_id = begin(tracking, config, made=results["made"], resolved=resolved)
     tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
     tracking.finish(run_id)
+    end_study(tracking, config, "FINISHED")
     note.write_text(json.dumps({"uri": uri, "run_id": run_id}))
 
 

@@ -20,10 +20,11 @@ from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
 from fastvlm.inference.engine import Engine
-from fastvlm.inference.replies import BodyLimit
+from fastvlm.inference.protocol import ChatRequest
+from fastvlm.inference.replies import BodyLimit, Refused
 from fastvlm.inference.sampling import Sampling
 from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
-from fastvlm.inference.service import refusal
+from fastvlm.inference.service import Service, refusal
 from fastvlm.inference.settings import parse_settings
 
 pytest.importorskip("openai")
@@ -101,7 +102,6 @@ def test_a_further_turn_finds_the_image_and_what_was_said(server):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"]
 
 
-LONG = {"max_tokens": 200}
 MISTAKES = [
     (404, "does not exist", {"model": "huge", "messages": [{"role": "user", "content": "x"}]}),
     (400, "messages", {"model": "tiny", "messages": []}),
@@ -112,8 +112,7 @@ MISTAKES = [
     (400, "top_p", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 0}),
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
-    (400, "more than the 200", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 201}),
-    (400, "the model ends at 256", {"model": "tiny", "messages": [{"role": "user", "content": "digit " * 80}], **LONG}),
+    (400, "max_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
 SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
@@ -159,6 +158,37 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(server)
         assert status == 400 and said["error"]["message"].startswith(field), said
     plain, asked = server.ask(**SAID)[1], server.ask(**SAID, **HARMLESS)
     assert asked[0] == 200 and asked[1]["choices"][0]["message"] == plain["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
+def test_an_answer_may_be_asked_longer_than_server_and_model_let_it_be(server, reference, key):
+    """Harnesses ask for 32,768 tokens of every model."""
+    for text in ("x", "digit " * 80):
+        status, reply = server.ask(model="tiny", messages=[{"role": "user", "content": text}], **{key: 32768})
+        assert status == 200, reply
+        used, choice = reply["usage"], reply["choices"][0]
+        room = min(200, 256 - used["prompt_tokens"])
+        assert used["completion_tokens"] == room and choice["finish_reason"] == "length"
+        assert choice["message"]["content"] == expected(reference, text, max_new_tokens=room).text
+
+
+def test_a_prompt_that_leaves_the_model_no_room_is_refused(reference):
+    service = Service(reference, parse_settings(["run=tiny", "max_prompt_tokens=400"]))
+
+    async def ask(text):
+        body = ChatRequest(model="tiny", messages=[{"role": "user", "content": text}])
+        asked = service.ask(body, *await service.prepare(body))
+        while (told := await asked.next())[0] == "text":
+            pass
+        return told[1]
+
+    try:
+        fitting = asyncio.run(ask("digit " * 240))
+        assert 0 < len(fitting.token_ids) == 256 - fitting.num_prompt_tokens < 256 // 4
+        with pytest.raises(Refused, match="the model ends at 256"):
+            asyncio.run(ask("digit " * 260))
+    finally:
+        service.scheduler.stop()
 
 
 def test_a_reply_of_the_openai_client_is_taken_back_as_it_came(server):
