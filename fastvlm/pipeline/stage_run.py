@@ -126,7 +126,7 @@ class StageRun:
             return
         changed = "; ".join(changes(before, self.data.plan, more=augmented))
         if checkpoint is None or not (stopped / "order.npz").exists():
-            say(f"\n{self.name}: its data have changed since it was trained in {stopped.name}: {changed}")
+            say(f"\n{self.name}: its data are others than those of {stopped.name}: {changed}")
             return
         step = step_of(checkpoint)
         choice = self.pipeline.config.data.on_change
