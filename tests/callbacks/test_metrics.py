@@ -3,6 +3,7 @@ import logging
 import math
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -111,12 +112,11 @@ def test_what_was_counted_of_a_source_stays_its_own_when_data_planned_anew_bring
     state = {"losses": losses, "sources": ["a", "b"], "window": rows(1, 2, 3), "total": rows(4, 5, 6)}
     state |= {"seconds": {"step": 0.0, "wait": 0.0, "total": 1.0}, "skipped": [], "num_skipped": 0, "logged_step": 6}
     plan = SimpleNamespace(names=("new", "b"), sources=())
-    trainer = SimpleNamespace(
-        is_global_zero=True, global_step=8, loggers=[], default_root_dir=tmp_path, datamodule=SimpleNamespace(plan=plan)
-    )
+    trainer = Mock(spec=L.Trainer, is_global_zero=True, global_step=8, loggers=[], default_root_dir=tmp_path)
+    trainer.datamodule = SimpleNamespace(plan=plan)
     metrics = Metrics()
     metrics.load_state_dict(state)
-    metrics.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
+    metrics.on_train_start(trainer, Mock(spec=L.LightningModule, device=torch.device("cpu")))
     now = metrics.state_dict()
     assert now["sources"] == ["new", "b"] and now["window"] == rows(1, 0, 3) and now["total"] == rows(4, 0, 6)
     assert now["losses"]["sums"] == {"source_loss": [0.0, 7.0], "source_tokens": [0.0, 3.0], "other": 1.0}
