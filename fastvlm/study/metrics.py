@@ -39,6 +39,8 @@ METRICS = {
     "test/answer_nll/shots/0": Metric(LOWER, "answer NLL, no example"),
     "test/answer_nll/shots/2": Metric(LOWER, "answer NLL, 2 examples"),
     "test/answer_nll/shots/4": Metric(LOWER, "answer NLL, 4 examples"),
+    # How much lower than without examples.
+    "test/answer_nll_gain/4": Metric(HIGHER, "gain of 4 examples"),
     "test/answer_nll_gain/*": Metric(HIGHER),
     "test/exact_match/shots/4": Metric(HIGHER, "exact match, 4 examples"),
     "test/answer_length": Metric(None, "answer length"),
