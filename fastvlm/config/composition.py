@@ -47,6 +47,13 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         GlobalHydra.instance().hydra = around
 
 
+# What a run may be gone on with, such as the `data.on_change=replan` that a refusal asks for: it stays the same run.
+SILENT = (
+    r"\+*(name|hardware|logger|overwrite|pipeline|paths|data|log_every|checkpoint_every|num_samples|speed_images|"
+    r"stages\.\w+\.cache_features)\b"
+)
+
+
 def run_name() -> str:
     """The run directory's default name: the pipeline, and what was changed on the command line.
 
@@ -55,8 +62,7 @@ def run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    silent = r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b"
-    changed = [o for o in hydra.overrides.task if not re.match(silent, o)]
+    changed = [o for o in hydra.overrides.task if not re.match(SILENT, o)]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:
