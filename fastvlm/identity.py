@@ -56,7 +56,7 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
 
 
 # Pages and results that a study writes while the next one runs say nothing of the code.
-WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "*.svg")]
+WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "grid.json", "*.svg")]
 
 
 @cache

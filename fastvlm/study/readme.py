@@ -10,6 +10,7 @@ from fastvlm.study.arms import Study
 from fastvlm.study.cells import Cell, Missing, mean_cost, planned
 from fastvlm.study.claims import Claim, Figure
 from fastvlm.study.decisions import EQUAL_COMPUTE, EQUAL_STEPS, Decided
+from fastvlm.study.grid import Sweep, say_grid
 from fastvlm.study.metrics import label_of
 from fastvlm.study.verdicts import ALPHA, OPEN, POWER, SHOWN, Verdict, fewest_seeds
 
@@ -171,6 +172,7 @@ def readme(
     notes: str = "",
     missing: dict[str, list[Missing]],
     remarks: dict[str, list[str]],
+    sweeps: Sequence[Sweep] = (),
 ) -> str:
     """README.md of a study: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
     lines = [f"# {study.name}", "", study.question, ""]
@@ -191,7 +193,7 @@ def readme(
             lines += claim_section(claim, of_claim, figures)
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
         lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
-        lines += [origin(cells), ""]
+        lines += [" ".join(filter(None, (origin(cells), say_grid(sweeps, cells, scale=scale)))), ""]
         lines += [line for remark in remarks[scale] for line in (f"{remark[0].upper()}{remark[1:]}.", "")]
         if lacks := missing[scale]:
             named = "; ".join(map(str, lacks[:6])) + (" ..." if len(lacks) > 6 else "")
