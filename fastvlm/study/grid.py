@@ -33,11 +33,12 @@ class Sweep:
 
 
 def began(run_dir: Path) -> float | None:
-    """When the run began that a run directory's results are of; None without results."""
+    """When the run began that a run directory's results are of, 0 where they do not say; None without results."""
     results = read_results(run_dir)
-    if results is None or "made" not in results:
+    if results is None:
         return None
-    return datetime.strptime(results["made"]["began"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    at = results.get("made", {}).get("began")
+    return datetime.strptime(at, "%Y-%m-%dT%H:%M:%S%z").timestamp() if at else 0.0
 
 
 def cells_since(study: Study, runs: Path, *, scale: str, begun: float) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         "verdicts": {s: [f"{d[0].claim.claim} - {headline(d)}" for d in results[s][1]] for s in ran},
         "missing": {scale: found[scale].missing for scale in ran},
         "remarks": [*remarks, *(line for one in found.values() for line in one.remarks)],
-        "files": files + ([out / "results.csv"] if kept else []),
+        "files": files + ([out / "results.csv"] if kept else []) + ([out / FILE] if sweeps else []),
         "entries": entries(study, results, claims_of),
     }
 

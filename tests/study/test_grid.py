@@ -44,9 +44,10 @@ def test_a_sweep_says_what_it_ran_and_what_it_found(tmp_path, capsys):
         results["made"]["began"] = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began))
         file.write_text(json.dumps(results))
     config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "paths": {"runs": str(tmp_path)}})
-    jobs = [["arm=align", "seed=0"], ["arm=align", "seed=1"], ["arm=skip", "seed=0"], ["arm=skip", "seed=1"]]
+    put_run(tmp_path, cell("skip", 1, nll=0.5))  # of before that was noted
+    jobs = [[f"arm={arm}", f"seed={seed}"] for arm in ("align", "skip") for seed in range(3)]
     time_grid(config, ["arm=align", "seed=0"], begun=begun, at_once=2, jobs=jobs)
-    assert "llava_align: 0.0 minutes by the clock, 2 cells run, 2 at once, 1 found done" in capsys.readouterr().out
+    assert "llava_align: 0.0 minutes by the clock, 2 cells run, 2 at once, 2 found done" in capsys.readouterr().out
     (sweep,) = read_sweeps(tmp_path / "studies" / "llava_align" / FILE)
     assert sweep.cells == ("align-seed0", "skip-seed0") and sweep.at_once == 2
     time_grid(config, ["max_steps=1"], begun=begun - 600, at_once=None)  # of other cells than the study's

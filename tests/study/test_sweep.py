@@ -92,7 +92,7 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     from mlflow import MlflowClient
 
     artifacts = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id)}
-    assert {"README.md", "results.csv", "micro.svg"} <= artifacts
+    assert {"README.md", "results.csv", "grid.json", "micro.svg"} <= artifacts
     study = load_study("toy", root=toy.parent)
     found, missing = read_mlflow(study, scale="micro", uri=uri)
     assert len(found) == 2 and len(missing) == 1
