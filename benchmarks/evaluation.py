@@ -5,9 +5,10 @@
 `lmms` is the Python of an environment made of benchmarks/requirements-lmms-eval.txt. The questions are those of the
 embedded data's training pictures, several to a picture as in VQAv2, with ten answers each, scored by EvalAI's rules on
 both sides. lmms-eval runs our model by our plugin (`fastvlm.harnesses.lmms`): the same engine, batch size and device,
-so what differs is the harness: images encoded once a picture or once a question, prompts of like length together or as
-they come, reading ahead or in between. The two take turns in processes of their own; imports and loading the weights
-count on neither side. `batch_size=1` is what most of lmms-eval's own local models can do.
+and the same memory for images, so that neither side encodes a picture twice while it is kept; what differs is the
+harness: prompts of like length together or as they come, reading ahead or in between. `cache_mb=0` has the plugin
+encode an image once a question, as lmms-eval's own models do. The two take turns in processes of their own; imports and
+loading the weights count on neither side. `batch_size=1` is what most of lmms-eval's own local models can do.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def run_ours(folder: Path, *, run: str, batch_size: int, tokens: int) -> dict:
     }
 
 
-def run_theirs(folder: Path, *, run: str, batch_size: int, tokens: int) -> dict:
+def run_theirs(folder: Path, *, run: str, batch_size: int, tokens: int, cache_mb: int = 512) -> dict:
     import datasets
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -163,7 +164,7 @@ def run_theirs(folder: Path, *, run: str, batch_size: int, tokens: int) -> dict:
     begun, spent = time.perf_counter(), time.process_time()
     found = simple_evaluate(
         model="fastvlm",
-        model_args=f"run={run}",
+        model_args=f"run={run},cache_mb={cache_mb}",
         tasks=["bench_vqa"],
         batch_size=batch_size,
         task_manager=manager,
@@ -182,6 +183,8 @@ def main() -> None:
     side, out = given.get("side"), given.get("out")
     options = {"run": given.get("run", "runs/latest"), "batch_size": int(given.get("batch_size", 16))}
     options["tokens"] = int(given.get("tokens", 8))
+    if side == "theirs":
+        options["cache_mb"] = int(given.get("cache_mb", 512))
     if side:
         # The harness prints as it likes; what is measured goes into a file.
         result = {"ours": run_ours, "theirs": run_theirs}[side](Path(given["data"]), **options)
@@ -199,6 +202,7 @@ def main() -> None:
                 file = Path(folder, f"{name}.json")
                 command = [python, __file__, f"side={name}", f"data={folder}", f"out={file}"]
                 command += [f"{key}={value}" for key, value in options.items()]
+                command += [f"cache_mb={given['cache_mb']}"] if "cache_mb" in given else []
                 env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
                 done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if done.returncode:

@@ -276,7 +276,7 @@ class MLflowTracking:
         return run_id
 
     def study_run(self, study: str, *, scale: str) -> str:
-        """The run that a study's cells are nested below: found, or begun by the first that asks."""
+        """The run that a study's cells are nested below, RUNNING: found, or begun by the first that asks."""
         from filelock import FileLock
 
         self.prepare()
@@ -284,7 +284,8 @@ class MLflowTracking:
         root = artifact_root(self.uri)
         with FileLock(f"{root}.lock", timeout=300) if root else nullcontext():
             found = self.find_run(tags)
-            return found or start_run(self.uri, self.experiment, f"{study} ({scale})", tags=tags)
+            tags = tags if found is None else {}  # which a found one has
+            return start_run(self.uri, self.experiment, f"{study} ({scale})", tags=tags, run_id=found)
 
     def stage_logger(
         self,

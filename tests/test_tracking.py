@@ -100,6 +100,16 @@ def test_artifacts_stand_beside_the_database_and_runs_are_described(started, tmp
     assert Path(default.artifact_location).is_relative_to(database.parent)
 
 
+def test_a_study_gone_on_with_is_running_again_in_its_own_run(started):
+    tracking = started[1]
+    run = tracking.study_run("llava_align", scale="micro")
+    tracking.finish(run, "KILLED")
+    assert client(tracking).get_run(run).info.status == "KILLED"
+    assert tracking.study_run("llava_align", scale="micro") == run
+    assert client(tracking).get_run(run).info.status == "RUNNING"
+    assert tracking.study_run("llava_align", scale="paper") != run
+
+
 def test_a_file_that_is_no_store_is_refused_in_one_line(tmp_path):
     (tmp_path / "mlflow.db").write_text("not a database, but long enough to look at " * 40)
     with pytest.raises(ValueError, match="choose another logger.uri") as error:

@@ -252,10 +252,12 @@ class Benchmark:
         return self.score(rows, tokenizer=tokenizer, out=out)
 
     def describe_prompt(self) -> dict:
-        """How the questions were put: what a score cannot be compared without."""
+        """What a score cannot be compared without: how the questions were put, and how answers were scored where a
+        protocol has several ways."""
         said = {"form": self.prompt.form, "shots": self.shots, "ocr_tokens": self.prompt.ocr}
         instruction = self.prompt.request if self.prompt.instruction is None else self.prompt.instruction
-        return said | {"instruction": "as in the shards" if instruction is None else instruction}
+        said |= {"instruction": "as in the shards" if instruction is None else instruction}
+        return said | self.protocol.describe()
 
     def examples(self, tokenizer: Tokenizer) -> list[tuple[dict, list[bytes]]]:
         """Records and image files of the shots.

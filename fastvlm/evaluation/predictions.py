@@ -106,25 +106,34 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"predictions={path}: {error.strerror or error}") from None
+    listed = text.lstrip()[:1] == "["
     try:
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else None
-        if rows is None:
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            whole = len(lines) == 1 and not {"prediction", "answer"} & set(lines[0])
-            rows = [{"question_id": k, "answer": v} for k, v in lines[0].items()] if whole else lines
-    except (ValueError, AttributeError, TypeError) as error:
+        # (where a row stands, the row)
+        rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)] if listed else []
+        for number, line in enumerate([] if listed else text.splitlines(), 1):
+            if line.strip():
+                rows.append((f"line {number}", json.loads(line)))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"predictions={path} is neither JSON nor JSON lines ({error})") from None
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"predictions={path}, {place}: {json.dumps(row)[:80]} is no object with a question_id and an answer"
+            )
+    if len(rows) == 1 and not listed and not {"prediction", "answer"} & set(rows[0][1]):
+        rows = [("line 1", {"question_id": name, "answer": said}) for name, said in rows[0][1].items()]
     answers: dict[str, str] = {}
-    for row in rows:
+    for place, row in rows:
         named = next((row[k] for k in NAMES if k in row), None)
         said = next((row[k] for k in ("prediction", "answer", "caption", "response") if k in row), None)
         if isinstance(said, dict):
             said = next(iter(said.values()), None)
         if named is None or not isinstance(said, str):
-            raise ValueError(f"predictions={path}: a row has no question_id or no answer in words: {str(row)[:80]}")
+            shown = str(row)[:80]
+            raise ValueError(f"predictions={path}, {place}: there is no question_id or no answer in words: {shown}")
         if str(named) in answers:
-            raise ValueError(f"predictions={path} answers question {named} twice")
+            raise ValueError(f"predictions={path}, {place}: question {named} is answered twice")
         answers[str(named)] = said
     if not answers:
         raise ValueError(f"predictions={path} holds no answer")
-    return answers, "key" if "key" in rows[0] else "question_id"
+    return answers, "key" if "key" in rows[0][1] else "question_id"

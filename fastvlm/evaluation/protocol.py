@@ -35,6 +35,10 @@ class Protocol:
         """Figures beside the mean score, of scored rows."""
         return {}
 
+    def describe(self) -> dict[str, str]:
+        """What a score of this protocol cannot be compared without, beside the prompt."""
+        return {}
+
     def official(self, rows: Sequence[dict]) -> list | dict:
         """What the benchmark's own scorer or server takes as a result file."""
         return [{"question_id": row["question_id"], "answer": row["prediction"]} for row in rows]

@@ -81,11 +81,16 @@ def find_jar() -> Path | None:
     return next((jar for folder in folders for jar in Path(folder).glob("tokenizer/stanford-corenlp-*.jar")), None)
 
 
+def has_java() -> bool:
+    """Whether `tokenise_java` can run here."""
+    return shutil.which("java") is not None and find_jar() is not None
+
+
 def tokenise_java(captions: Sequence[str]) -> list[str]:
     """The same by the original program.
 
     Raises:
-        ValueError: there is no Java, or no jar.
+        ValueError: there is no Java, or no jar, or the program fails.
     """
     jar = find_jar()
     if jar is None or shutil.which("java") is None:
@@ -93,6 +98,9 @@ def tokenise_java(captions: Sequence[str]) -> list[str]:
         raise ValueError(f"protocol.tokenizer=java: {missing}; or take protocol.tokenizer=python")
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "\n".join(caption.replace("\n", " ") for caption in captions)
-    done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    done = subprocess.run(command, input=text.encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if done.returncode:
+        failed = f"the program ended with status {done.returncode}"
+        raise ValueError(f"protocol.tokenizer=java: {failed}; or take protocol.tokenizer=python")
     lines = done.stdout.decode().split("\n")
     return [" ".join(w for w in line.rstrip().split(" ") if w not in DROPPED) for line in lines[: len(captions)]]

@@ -119,6 +119,8 @@ def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
     console.print(table, highlight=False)
     if figures := result["figures"]:
         console.print(", ".join(f"{name} {100 * value:.2f}" for name, value in figures.items()), highlight=False)
+    if "tokenizer" in asked:
+        console.print(f"tokens of captions: {asked['tokenizer']}", highlight=False)
     for why, count in result["faults"].items():
         console.print(f"{count} questions could not be asked, their answers are empty: {why}", highlight=False)
     return console.file.getvalue().rstrip("\n")

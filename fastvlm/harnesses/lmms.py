@@ -29,6 +29,8 @@ class FastVLM(lmms):
         batch_size: requests answered at once.
         device: cpu, cuda or cuda:<n>; a GPU where there is one unless told.
         max_new_tokens: bound of an answer where the task gives none.
+        cache_mb: of visual tokens kept for questions about the same image, and again of the views read from its file,
+            as our own evaluation keeps them; 0 reads and encodes an image once a question.
     """
 
     is_simple = False
@@ -39,15 +41,24 @@ class FastVLM(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         max_new_tokens: int | str = 128,
+        cache_mb: int | str = 512,
         **others,
     ):
         super().__init__()
         if others:
-            raise ValueError(f"model_args: {next(iter(others))} is none of run, batch_size, device, max_new_tokens")
+            known = "run, batch_size, device, max_new_tokens, cache_mb"
+            raise ValueError(f"model_args: {next(iter(others))} is none of {known}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer, config = load_run(run, device=device)
         size, transform = config.image_size, build_transform(config)
-        self.engine = Engine(model, tokenizer, image_size=size, transform=transform, device=device)
+        self.engine = Engine(
+            model,
+            tokenizer,
+            image_size=size,
+            transform=transform,
+            device=device,
+            image_store_bytes=int(cache_mb) << 20,
+        )
         self.batch_size, self.device = int(batch_size), torch.device(device)
         self.max_new_tokens = int(max_new_tokens)
 
@@ -84,7 +95,7 @@ class FastVLM(lmms):
         """The conversation of a request and the views of its images."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).model_dump()["messages"]
-        images, turns = [], []
+        files, turns = [], []
         for message in messages:
             content = []
             for part in message["content"]:
@@ -92,13 +103,13 @@ class FastVLM(lmms):
                     content.append({"type": "text", "text": part["text"]})
                 elif part["type"] == "image":
                     content.append({"type": "image"})
-                    images.append(self.engine.transform(to_bytes(part["url"])))
+                    files.append(to_bytes(part["url"]))
                 else:
                     raise ValueError(
                         f"task {task} shows a part of type {part['type']}; this model reads text and images"
                     )
             turns.append({"role": message["role"], "content": content})
-        return {"messages": turns}, images
+        return {"messages": turns}, self.engine.read_images(files)
 
 
 def to_bytes(image: Image.Image | str) -> bytes:

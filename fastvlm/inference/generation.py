@@ -34,7 +34,13 @@ class Generation:
 
 
 def finished(row: Row) -> Generation:
-    """What became of a row."""
+    """What became of a row.
+
+    Raises:
+        FloatingPointError: none of its tokens could be drawn, or not all.
+    """
+    if row.error is not None:
+        raise row.error
     return Generation(
         text=row.answer.text(),
         token_ids=row.answer.token_ids,

@@ -17,7 +17,7 @@ from fastvlm.inference.exchange import exchange
 
 KINDS = ("dynamic", "weight_only")
 SMALLEST = 64  # below this width rounding costs more than it saves
-LIFT = 2.0**20  # torch's dynamic products take no step below 6e-5: rows come in lifted, the weights' scales lowered
+STEP, MIDDLE = 1 / 127, 128  # how a row is rounded once its largest value is 1: to -127..127 steps around the middle
 
 
 def round_weight(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,8 @@ def round_weight(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor]:
 
 
 class DynamicInt8Linear(nn.Module):
-    """Integer products on a CPU. Of several rows each is scaled to 1 before it is rounded: none coarsens another's."""
+    """Integer products on a CPU. Each row is scaled to 1 before it is rounded, always by the same steps, so that what
+    comes of it depends on no other row; torch's own dynamic products take one range for all rows."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -36,19 +37,15 @@ class DynamicInt8Linear(nn.Module):
         zero = torch.zeros(self.out_features, dtype=torch.long)
         with warnings.catch_warnings():  # torch means to give such tensors up one day
             warnings.simplefilter("ignore", UserWarning)
-            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double() / LIFT, zero, 0)
+            quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantised, None)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
         rows = x.float()
-        scale = None
-        if rows.numel() > self.in_features:
-            scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12)
-        lifted = rows * LIFT if scale is None else rows * (LIFT / scale)
-        out = torch.ops.quantized.linear_dynamic(lifted, self.packed, False)
-        if scale is not None:
-            out = out.mul_(scale)
+        largest = rows.abs().amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        out = product(rows / largest, STEP, MIDDLE, self.packed).mul_(largest)
         if self.bias is not None:
             out = out.add_(self.bias)
         return out.to(x.dtype)

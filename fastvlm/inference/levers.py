@@ -30,7 +30,7 @@ LEVERS = {
     "channels_last": "encoder: convolutions see channels last in memory (exact)",
     "depthwise": "encoder: convolutions that make several maps of a channel as several that make one (exact; CPU)",
     "bf16": "all parts in bfloat16; with int8_dynamic the language model's activations stay float32 outside attention",
-    "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits",
+    "int8_dynamic": "language model: linear layers with 8-bit weights and rows rounded to 8 bits, each by itself",
     "int8_weight_only": "language model: linear layers with 8-bit weights",
     "packed": "linear layers that are left laid out once for the products that read them (exact; CPU)",
     "graphs": "decoding: a token is one CUDA graph over keys and values that do not move (exact; CUDA)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,7 @@ class Row:
         positions: where the language model takes them to stand; the answer goes on behind the last.
         names: what stands at each position (`position_names`); None where nothing is to be kept or found.
         reused: positions whose keys were found in the store (set by `Rows.add`).
+        error: why no further token could be drawn (set by `Rows`); the answer has ended then, and its neighbours go on.
     """
 
     embeds: Float[Tensor, "S D"]
@@ -43,6 +45,7 @@ class Row:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     reused: int = 0
+    error: Exception | None = None
     begun: float = field(default=0.0, repr=False)
 
     @property
@@ -150,12 +153,23 @@ class Rows:
 
     def _choose(self, rows: Sequence[Row], hidden: Tensor) -> None:
         logits = self.logits(hidden[:, -1])
+        chosen: list[int | None] = []
         if len({row.sampling for row in rows}) == 1:
-            chosen = self._draw(rows, logits)
-        else:
-            chosen = torch.cat([self._draw([row], logits[i : i + 1]) for i, row in enumerate(rows)])
-        for row, token in zip(rows, chosen.tolist()):
-            row.answer.add(token)
+            with suppress(FloatingPointError):  # of one row; nothing has been drawn yet
+                chosen = self._draw(rows, logits).tolist()
+        chosen = chosen or [self._draw_alone(row, logits[i : i + 1]) for i, row in enumerate(rows)]
+        for row, token in zip(rows, chosen):
+            if token is not None:
+                row.answer.add(token)
+
+    def _draw_alone(self, row: Row, logits: Tensor) -> int | None:
+        """A row's token; None, and the row has failed, where none can be drawn."""
+        try:
+            return self._draw([row], logits).item()
+        except FloatingPointError as error:
+            if not row.answer.finish_reason:
+                row.error, row.answer.finish_reason = error, "failed"
+            return None
 
     @staticmethod
     def _draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
@@ -183,16 +197,17 @@ class Rows:
             if row.answer.finish_reason and not row.decode_seconds:
                 row.decode_seconds = max(end - row.begun - row.prefill_seconds, 1e-9)
                 self._keep(row)
+        failed = any(row.error is not None for row in self.rows)  # there is no token such a row could go on from
         live = [i for i, row in enumerate(self.rows) if not row.answer.finish_reason]
         if not live:
             self.rows, self._columns, self.cache = [], [], None
-        elif len(self.rows) - len(live) >= max(1, LEAVE_AT * len(self.rows)):
+        elif failed or len(self.rows) - len(live) >= max(1, LEAVE_AT * len(self.rows)):
             columns = [self._columns[i] for i in live]
             self.cache.select(live, skip=self.cache.get_seq_length() - max(columns))
             self.rows, self._columns = [self.rows[i] for i in live], columns
 
     def _keep(self, row: Row) -> None:
-        if row.names is None or not self.prefixes.max_bytes:
+        if row.names is None or not self.prefixes.max_bytes or row.error is not None:
             return
         index = self.rows.index(row)
         length = self._columns[index]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Beyond these float32 has no room for a logit over the temperature. Nearer to 0 only the most probable token is left
+# anyway, further up all are as probable to the last digit.
+COLDEST, HOTTEST = 1e-30, 1e30
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Sampling:
         top_p: sample among the most probable tokens that together reach this probability.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range or no number.
     """
 
     temperature: float = 0.0
@@ -28,8 +33,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} is negative; 0 is greedy")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            said = "negative" if self.temperature < 0 else "no number to divide by"
+            raise ValueError(f"temperature={self.temperature} is {said}; 0 is greedy")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative; 0 keeps every token")
         if not 0 < self.top_p <= 1:
@@ -56,16 +62,22 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more probable tokens
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the mass of the more probable tokens
+        beyond[..., 0] = False  # a top_p that float32 rounds to 0 is reached by nothing
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
 
 
 def probabilities_of(
     logits: Float[Tensor, "B V"], *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Float[Tensor, "B V"]:
-    """What `choose_tokens` draws from at a temperature above 0: the nucleus is that of the logits so divided."""
-    return keep_probable(logits.float() / temperature, top_k=top_k, top_p=top_p).softmax(dim=-1)
+    """What `choose_tokens` draws from at a temperature above 0: the nucleus is that of the logits so divided.
+
+    Of each row its largest logit is taken off before, which changes no probability and lets no quotient overflow.
+    """
+    logits = logits.float()
+    below = logits - logits.amax(dim=-1, keepdim=True)
+    return keep_probable(below / min(max(temperature, COLDEST), HOTTEST), top_k=top_k, top_p=top_p).softmax(dim=-1)
 
 
 def choose_tokens(
@@ -82,12 +94,15 @@ def choose_tokens(
 
     Raises:
         ValueError: a negative temperature, or see `keep_probable`.
+        FloatingPointError: the logits of a row to draw for hold NaN or infinity; nothing has been drawn.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
     if temperature == 0:  # no filter takes the most probable token out
         return logits.argmax(dim=-1)
-    probabilities = probabilities_of(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    probabilities = probabilities_of(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
+    if probabilities[:, 0].isnan().any():  # then all of the row are
+        raise FloatingPointError("the model's logits are not finite: no token can be drawn")
     # Draws are made on the CPU, row by row: the same seed gives the same answer whatever the device and the neighbours.
-    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities.cpu(), generators)]
+    draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
     return torch.cat(draws).to(logits.device)

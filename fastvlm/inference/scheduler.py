@@ -195,6 +195,10 @@ class Scheduler:
 
     def _publish(self) -> None:
         for job in list(self._active):
+            if job.row.error is not None:
+                self._active.remove(job)
+                job.tell("error", job.row.error)
+                continue
             answer = job.row.answer
             text = answer.text() if answer.finish_reason else answer.settled_text()
             if piece := text[job.shown :]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +28,7 @@ from fastvlm.pipeline.messages import run_summary, say
 from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.stage_run import StageRun
 from fastvlm.report import write_report
-from fastvlm.study.cell import CELL
-from fastvlm.study.recorded import NOTE, begin, flat_cost
+from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
 
 
 class Pipeline:
@@ -59,6 +57,8 @@ class Pipeline:
         begun, made = time.time(), self.made()
         if is_first_rank():
             check_run_dir(self.run_dir, resolved=self.resolved)
+            if self.config.data.on_change == "replan" and not (self.run_dir / "config.yaml").exists():
+                say(f"data.on_change=replan: {self.run_dir} holds no run to go on with; name=<the run's own> finds it")
         self.build()
         if is_first_rank():  # what cannot be built takes no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
@@ -106,9 +106,7 @@ class Pipeline:
             raise
         finally:
             self.tracking.finish(self.run_id, status)
-            study = self.config.study
-            if study and CELL not in os.environ:  # else the sweep ends the study's own run
-                self.tracking.finish(self.tracking.study_run(study.name, scale=self.config.scale), status)
+            end_study(self.tracking, self.config, status)
 
     def made(self) -> dict:
         """By what the results were made, so that a finished cell of a study is known again."""

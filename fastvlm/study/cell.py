@@ -10,8 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.identity import elsewhere, finished
-
-CELL = "FASTVLM_CELL_RESULT"  # set by the launcher
+from fastvlm.study.recorded import CELL, NOTE, record_finished
 
 
 def finished_cell(config: DictConfig) -> dict | None:
@@ -20,6 +19,10 @@ def finished_cell(config: DictConfig) -> dict | None:
     in_sweep = config.study is not None or CELL in os.environ
     if not in_sweep or config.overwrite:
         return None
+    if config.get("vlm"):  # what a pretrained model settles is part of the configuration
+        from fastvlm.build import settle_views
+
+        settle_views(config)
     runs = Path(config.paths.runs).resolve()
     run_dir = runs / config.name
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
@@ -28,7 +31,7 @@ def finished_cell(config: DictConfig) -> dict | None:
         # The same cell under another study's name, a baseline most often: its results are these.
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         if not run_dir.exists():
-            shutil.copytree(other, run_dir, symlinks=True)
+            shutil.copytree(other, run_dir, symlinks=True, ignore=shutil.ignore_patterns(NOTE))  # its own run's
         else:
             for name in ("results.json", "config.yaml", "lineage.json"):
                 shutil.copyfile(other / name, run_dir / name)
@@ -37,8 +40,6 @@ def finished_cell(config: DictConfig) -> dict | None:
     if results is not None:
         print(f"{config.name}: done before ({run_dir})", flush=True)
         if config.study is not None:
-            from fastvlm.study.recorded import record_finished
-
             record_finished(config, results=results, resolved=resolved, run_dir=runs / config.name)
     return results
 

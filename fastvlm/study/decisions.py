@@ -27,6 +27,7 @@ class Decided:
         steps: optimiser steps of the two arms, means over seeds.
         verdict: None where nothing can be said; `why` then says why.
         as_factor: the verdict's numbers are natural logarithms of a factor.
+        below: parts, in words, that differ between the arms and of which each arm has one training for all seeds.
     """
 
     claim: Claim
@@ -37,6 +38,7 @@ class Decided:
     verdict: Verdict | None
     why: str = ""
     as_factor: bool = False
+    below: tuple[str, ...] = ()
 
     @property
     def on(self) -> str:
@@ -69,7 +71,8 @@ def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dic
 
 
 def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
-    """Every metric of a claim on every basis; the deciding metric first. A claim about a cost has no equal compute.
+    """Every metric of a claim on every basis; the deciding metric first. A claim about a cost, and a law over sizes,
+    have no equal compute.
 
     Raises:
         ValueError: no cell has the metric that decides.
@@ -81,7 +84,7 @@ def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"the claim '{claim.claim}' is decided on {metric}, which no task yielded{hint}")
     pairs = {"planned": claim.planned, "steps": claim.steps}
-    if not metric_of(claim.metric).cost:
+    if not metric_of(claim.metric).cost and not claim.optimum:
         pairs["compute"] = claim.compute or claim.pair
     return [
         decide_pair(claim, metric, basis, tuple(pair), cells)
@@ -104,8 +107,6 @@ def decide_pair(claim: Claim, metric: str, basis: str, pair: tuple[str, str], ce
         return Decided(claim, metric, basis, pair, steps, None, why)
 
     if basis == "compute":
-        if claim.optimum:
-            return none("a law over sizes has no equal compute")
         flops = (mean_cost(cells, first, "flops"), mean_cost(cells, second, "flops"))
         if not all(flops):
             return none("operations were not counted")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from fastvlm.identity import LIBRARIES
+from fastvlm.identity import LIBRARIES, portable_hash
 from fastvlm.study.arms import Study, cell_name
 from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
 
+CELL = "FASTVLM_CELL_RESULT"  # set by the launcher
 NOTE = "mlflow.json"
 
 
@@ -26,7 +28,8 @@ def flat_cost(results: dict) -> dict[str, float]:
 
 def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | None:
     """Start the MLflow run of a pipeline. A study's cell goes below the study and, done again, on in its own run."""
-    tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed), "config": made["config"]}
+    tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed)}
+    tags["config"] = portable_hash(resolved)
     if config.study is None:
         return tracking.pipeline_run(config.name, tags=tags, config=resolved)
     tags |= {"kind": "cell", "study": config.study.name, "scale": config.scale, "arm": config.arm}
@@ -37,6 +40,12 @@ def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | 
     parent = tracking.study_run(config.study.name, scale=config.scale)
     name = f"{config.arm}, seed {config.seed}"
     return tracking.pipeline_run(name, tags=tags, config=resolved, parent=parent, run_id=tracking.find_run(same))
+
+
+def end_study(tracking, config: DictConfig, status: str) -> None:
+    """End the study's own run with its only cell; in a sweep that is the sweep's to do."""
+    if config.study is not None and CELL not in os.environ:
+        tracking.finish(tracking.study_run(config.study.name, scale=config.scale), status)
 
 
 def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_dir: Path) -> None:
@@ -51,6 +60,7 @@ def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_di
     run_id = begin(tracking, config, made=results["made"], resolved=resolved)
     tracking.log_metrics(run_id, results["metrics"] | flat_cost(results), step=0)
     tracking.finish(run_id)
+    end_study(tracking, config, "FINISHED")
     note.write_text(json.dumps({"uri": uri, "run_id": run_id}))
 
 

@@ -177,11 +177,20 @@ def test_answers_of_a_file_are_scored_and_other_questions_refused(task, run, tin
     for rows, words in (
         ([{"question_id": 7, "answer": "x"}], "no answer to question 100 .* such as to 7"),
         ([{"question_id": 100 + i, "answer": "x"} for i in range(23)], "does not ask, such as 122"),
-        ([{"question_id": 100, "answer": "x"}] * 2, "answers question 100 twice"),
+        ([{"question_id": 100, "answer": "x"}] * 2, "row 2: question 100 is answered twice"),
         ([{"question_id": 100, "answer": None}], "no answer in words"),
     ):
         other.write_text(json.dumps(rows))
         with pytest.raises(ValueError, match=words):
+            task().score_file(other, tiny_tokenizer)
+    for text, words in (
+        ("[1, 2]", "row 1: 1 is no object"),
+        ("[null]", "row 1: null is no object"),
+        ('{"question_id": 100, "answer": "x"}\n\n2', "line 3: 2 is no object"),
+        ('["question_id answer"]', 'row 1: "question_id answer" is no object'),
+    ):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=f"predictions={other}, {words} with a question_id and an answer"):
             task().score_file(other, tiny_tokenizer)
     with pytest.raises(ValueError, match="No such file"):
         task().score_file(tmp_path / "nothing.json", tiny_tokenizer)
@@ -283,7 +292,10 @@ def test_captions_are_asked_of_documents(run, tmp_path):
             writer.write(f"c{i}", {"document": document, "id": i, "meta": meta}, [draw_png(i)])
     source = Source("captions", path=tmp_path)
     options = {"split": "test", "request": "what is here", "resamples": 10}
-    result = run(Benchmark("captions", source=source, protocol=Captions(), **options))
+    task = Benchmark("captions", source=source, protocol=Captions(tokenizer="python"), **options)
+    result = run(task)
+    assert result["asked"]["tokenizer"].startswith("python (ptb.py, within 0.1 %"), "what cut them into tokens"
+    assert f"\ntokens of captions: {result['asked']['tokenizer']}" in task.render(result)
     assert {"test/captions/cider", "test/captions/bleu_4", "test/captions/rouge_l"} <= set(result["metrics"])
     assert result["predictions"][0]["answers"] == ["a small grey digit", "the digit seven"]
 

@@ -294,6 +294,13 @@ def test_a_caption_task_by_the_original_tokenizer_has_exactly_cocos_figures(capt
     assert figures["rouge_l"] == pytest.approx(corpus["rouge_l"], rel=1e-12)
 
 
+@pytest.mark.parametrize("there, chosen", [(True, "java"), (False, "python")])
+def test_captions_are_cut_by_the_original_program_where_it_can_run_unless_told(there, chosen, monkeypatch):
+    monkeypatch.setattr("fastvlm.evaluation.captions.has_java", lambda: there)
+    assert Captions().describe()["tokenizer"].split()[0] == Captions().tokenizer == chosen
+    assert Captions(tokenizer="python").tokenizer == "python" and Captions(tokenizer="java").tokenizer == "java"
+
+
 def test_the_original_tokenizer_without_java_or_its_jar_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="tokenizer=java: .*(java is not on the PATH|pip install pycocoevalcap)"):

@@ -272,6 +272,18 @@ def test_mistakes_are_named_in_one_line(engine, tiny_tokenizer):
         assert "\n" not in str(error.value)
 
 
+def test_logits_that_are_no_numbers_are_said_and_nothing_of_the_row_is_kept(tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=4, prefix_store_bytes=1 << 22)
+    logits = engine._next_logits
+    engine._next_logits = lambda hidden: logits(hidden) * torch.nan
+    records = [{"messages": [{"role": "user", "content": "digit"}]}]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        engine.generate(records, [[]], temperature=1.0)
+    assert not len(engine.prefixes)
+    engine._next_logits = logits
+    assert len(engine.generate(records, [[]], temperature=1.0)[0].token_ids) == 4 and len(engine.prefixes)
+
+
 def test_no_records_give_no_answers(engine):
     assert engine.generate([], []) == []
     assert engine.encode_images([]) == []

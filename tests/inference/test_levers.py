@@ -47,6 +47,22 @@ def test_8_bit_products_are_those_of_the_rounded_weights(has_bias, form):
         assert error.max() < 0.012
 
 
+@pytest.mark.parametrize("form", [DynamicInt8Linear, WeightOnlyInt8Linear])
+def test_an_8_bit_row_is_the_same_alone_and_beside_others(form):
+    torch.manual_seed(4)
+    layer, usual = form(nn.Linear(96, 80, bias=False)), torch.randn(4, 96)
+    scales = torch.tensor([1e-25, 1e-9, 1e3, 1e20])[:, None]
+    # Large and tiny ones, those of one sign, zeros, and one value alone.
+    rows = torch.cat([usual, usual * scales, usual.abs(), -usual.abs() * scales, torch.zeros(1, 96), torch.eye(96)[:2]])
+    with torch.inference_mode():
+        together = layer(rows)
+        for i, row in enumerate(rows):
+            for alone in (rows[i : i + 1], rows[None, i : i + 1], torch.stack([row, -row, row.abs()])):
+                assert torch.equal(layer(alone).reshape(-1, 80)[0], together[i]), i
+            assert torch.equal(layer(rows[: i + 1])[i], together[i])
+    assert not together[16].any() and together[:16].abs().amax(dim=1).min() > 0, "the smallest are not rounded away"
+
+
 @pytest.mark.parametrize("kind, bound", [("dynamic", 0.05), ("weight_only", 0.05)])
 def test_a_language_model_of_8_bits_gives_nearly_the_same_logits_with_fewer_bytes(wide_llm, kind, bound):
     llm, embeds = wide_llm

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastvlm.inference.sampling import choose_tokens, keep_probable, probabilities_of
+from fastvlm.inference.sampling import Sampling, choose_tokens, keep_probable, probabilities_of
 
 LOGITS = torch.tensor([[math.log(p) for p in (0.1, 0.4, 0.3, 0.2)]])
 
@@ -70,6 +70,28 @@ def test_draws_follow_the_probabilities():
     torch.testing.assert_close(shares, LOGITS.exp()[0], atol=0.031, rtol=0)
 
 
-def test_a_negative_temperature_is_refused():
+def test_a_temperature_that_is_negative_or_no_number_is_refused():
     with pytest.raises(ValueError, match="temperature=-0.5"):
         choose_tokens(LOGITS, temperature=-0.5)
+    for temperature, said in ((-0.5, "negative"), (math.inf, "no number"), (math.nan, "no number")):
+        with pytest.raises(ValueError, match=f"temperature={temperature} is {said}"):
+            Sampling(temperature)
+
+
+@pytest.mark.parametrize("largest", [-1e6, -90.0, 0.0, 60.0, 1e6])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-38, 1e-12, 1e38, 1e300])
+def test_the_coldest_and_the_hottest_draws_are_probabilities(temperature, largest):
+    """In the limits: the most probable tokens alone, and every token that is not ruled out as probable as another."""
+    logits = torch.tensor([[largest, largest, largest - abs(largest) / 100 - 1, -math.inf]])
+    expected = [[0.5, 0.5, 0, 0]] if temperature < 1 else [[1 / 3, 1 / 3, 1 / 3, 0]]
+    torch.testing.assert_close(probabilities_of(logits, temperature=temperature), torch.tensor(expected))
+    drawn = choose_tokens(logits, temperature=temperature, top_p=5e-324, generators=[torch.Generator().manual_seed(0)])
+    assert drawn.item() in (0, 1, 2) if temperature > 1 else drawn.item() in (0, 1)
+
+
+def test_logits_that_are_no_numbers_are_said_before_anything_is_drawn():
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        choose_tokens(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), temperature=1.0, generators=generators)
+    again = [torch.Generator().manual_seed(i) for i in range(2)]
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, again))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
@@ -420,10 +421,10 @@ def test_a_client_that_leaves_is_no_failure_and_its_answer_is_not_written_to_its
     assert "failed" not in server.process.output()[1]
 
 
-def job(engine, *, tokens: int, text: str = "digit"):
+def job(engine, *, tokens: int, text: str = "digit", temperature: float = 0.0):
     told = queue.Queue()
     record = {"messages": [{"role": "user", "content": text}]}
-    options = {"sampling": Sampling(), "max_new_tokens": tokens, "stop": (), "seed": 0}
+    options = {"sampling": Sampling(temperature), "max_new_tokens": tokens, "stop": (), "seed": 0}
     return Job(record=record, images=[], tell=lambda *event: told.put(event), **options), told
 
 
@@ -464,6 +465,60 @@ def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobod
         assert last_event(again_told)[0] == "done" and scheduler.num_active == 0
     finally:
         scheduler.stop()
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0, 1.0), (1.0, 1e-38, 0.0), (0.0, 1.0, 1.5)])
+@pytest.mark.parametrize("when", ["at its first token", "at a later one"])
+def test_an_answer_whose_next_token_cannot_be_drawn_ends_alone(reference, monkeypatch, temperatures, when):
+    texts, failing = ("digit", "what word", "which"), 1
+    wanted = [
+        reference.generate(
+            [{"messages": [{"role": "user", "content": text}]}], [[]], temperature=heat, max_new_tokens=12
+        )[0].text
+        for text, heat in zip(texts, temperatures)
+    ]
+    logits, decode, gate, lengths = reference._next_logits, reference._decode, threading.Event(), []
+
+    def read(embeds, *given):
+        gate.wait(30)
+        lengths.append(embeds.shape[1])
+        return decode(embeds, *given)
+
+    def spoil(hidden):
+        given = logits(hidden)
+        if len(hidden) == 3 and when == "at a later one":
+            given[failing] = torch.nan
+        if when == "at its first token" and lengths[-1] > 1 and sum(length > 1 for length in lengths) == 1 + failing:
+            given[:] = torch.nan  # prompts are read one by one
+        return given
+
+    monkeypatch.setattr(reference, "_decode", read)
+    monkeypatch.setattr(reference, "_next_logits", spoil)
+    scheduler = Scheduler(reference, max_rows=3, max_waiting=3)
+    try:
+        told = []
+        for text, temperature in zip(texts, temperatures):
+            asked, events = job(reference, tokens=12, text=text, temperature=temperature)
+            scheduler.submit(asked)
+            told.append(events)
+        gate.set()
+        for i, events in enumerate(told):
+            kind, value = last_event(events)
+            if i == failing:
+                assert kind == "error" and isinstance(value, FloatingPointError), value
+            else:
+                assert kind == "done" and value.text == wanted[i]
+        wait_for(lambda: scheduler.num_active == 0)
+        assert scheduler.num_done == 2
+    finally:
+        scheduler.stop()
+
+
+def test_the_coldest_temperatures_are_answered_as_greedy_ones(server):
+    plain = server.ask(**SAID)[1]["choices"][0]["message"]
+    for temperature in (5e-324, 1e-40, 1e-38):
+        status, reply = server.ask(**SAID, temperature=temperature, top_p=5e-324)
+        assert status == 200 and reply["choices"][0]["message"] == plain
 
 
 def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_answers(reference, monkeypatch):

@@ -62,9 +62,9 @@ def test_a_law_is_decided_on_where_the_metric_is_best_not_on_how_good_it_is():
     cells = [cell(f"wide_{n}", s, nll=bowl(n, 1.0 + 0.01 * s)) for n in rates for s in range(5)]
     cells += [cell(f"narrow_{n}", s, nll=2 + bowl(n, 2.0 - 0.01 * s)) for n in rates for s in range(5)]
     claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["wide_1", "narrow_1"], optimum=sets)
-    steps, compute = decide_claim(claim, cells)
+    (steps,) = decide_claim(claim, cells)  # over sizes there is no equal compute
     assert steps.verdict.outcome == "agrees" and steps.verdict.mean == pytest.approx(1 - 0.04)
-    assert compute.verdict is None
+    assert headline([steps]) == "agrees"
 
 
 STEPS = {"align": 210.0, "skip": 150.0, "skip_long": 217.0}
