@@ -4,7 +4,8 @@
 
 Writes the indexes of sparse shards (their bytes are never read), with lengths like those of the sft_minimal mixture's
 sources, then, each in a process of its own, plans all of it and starts once more as a resumed run does: opens
-the indexes, finds the plan, and names the samples of a step in the middle.
+the indexes, finds the plan, and names the samples of a step in the middle. Both write what a stage writes before its
+first step (`write_plan`: order, identity, shares), or find it written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -100,23 +102,37 @@ def make_plan(folder: Path, tokenizer, samples: int):
     return Plan(mixture, tokenizer, cache=folder / "plans", **PLAN)
 
 
+def peak_gib() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
 def step(folder: Path, samples: int, resume: bool) -> dict:
     """One process: plan, or start again; returns seconds and memory."""
     from fastvlm.build import build_tokenizer
     from fastvlm.config import compose
+    from fastvlm.data.kept_plan import write_plan
     from fastvlm.data.plan_report import largest_error, packing_efficiency
 
+    stage = folder / "stage"
+    if not resume:
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(folder / "plans", ignore_errors=True)
+    stage.mkdir(exist_ok=True)
     tokenizer = build_tokenizer(compose("inspect"))
     begun, wall = time.process_time(), time.time()
     plan = make_plan(folder, tokenizer, samples)
     opened = time.process_time() - begun
     plan.extend()
     plan.step(plan.num_steps // 2)
+    planned, before = time.process_time() - begun, peak_gib()
+    write_plan(plan, stage, identity={})
     out = {
         "cpu_s": round(time.process_time() - begun, 1),
         "wall_s": round(time.time() - wall, 1),
         "opened_cpu_s": round(opened, 1),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "planned_cpu_s": round(planned, 1),
+        "planned_peak_gib": before,
+        "peak_gib": peak_gib(),
         "samples": plan.epoch_samples,
         "steps": plan.num_steps,
     }

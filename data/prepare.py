@@ -162,6 +162,16 @@ def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
 COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template", "rewrite")
 
 
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether a path that is not here can be a data set's name there: no file's, and at most `org/name`."""
+    if path.startswith("hf://"):
+        return True
+    return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and Path(path).suffix not in FILES
+
+
 def prepare_parts(
     recipe,
     out: Path,
@@ -226,9 +236,11 @@ def prepare_parts(
                 write_done(out, done)
             return done | {"path": str(out), "skipped": True}
         on_hub = path.startswith("hf://") or hasattr(recipe, "HUB_FILES") or getattr(recipe, "HUB", False)
-        if not os.path.exists(path) and not on_hub:
-            hint = f"; {source} takes no hub id: {recipe.NOT_ON_HUB}" if hasattr(recipe, "NOT_ON_HUB") else ""
-            raise ValueError(f"path={path} does not exist{hint}")
+        if not os.path.exists(path) and not (on_hub and may_be_on_hub(path)):
+            hint = "name the file or the folder of the data set" + (", or its hub id (org/name)" if on_hub else "")
+            if may_be_on_hub(path) and hasattr(recipe, "NOT_ON_HUB"):
+                hint = f"{source} takes no hub id: {recipe.NOT_ON_HUB}"
+            raise ValueError(f"path={path} does not exist; {hint}")
         chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
 
         def build(part: Path) -> dict:

@@ -86,6 +86,24 @@ def identity(resolved: dict) -> dict:
     return {key: value for key, value in resolved.items() if key not in INCIDENTAL}
 
 
+def portable_hash(resolved: dict) -> str:
+    """Hash of a run's identity with the folders of `paths` by name: the same wherever data and runs lie."""
+    places = sorted(resolved["paths"].items(), key=lambda item: -len(item[1]))
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        if isinstance(value, str):
+            for name, place in places:
+                if value == place or value.startswith(f"{place}/"):
+                    return f"<{name}>{value[len(place) :]}"
+        return value
+
+    return hash_of(named(identity(resolved)))
+
+
 @cache
 def libraries() -> dict[str, str]:
     """Their versions, as installed; nothing is imported."""

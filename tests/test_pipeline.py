@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvlm.pipeline.stage_folder import newest_checkpoint
+from fastvlm.data.source import Mixture, Source
+from fastvlm.pipeline.stage_data import in_stage
+from fastvlm.pipeline.stage_folder import augment_changes, newest_checkpoint, stopped_before
 from tests.conftest import ROOT, TINY
 
 CHAIN = [*TINY, "stages.encoder.steps=4", "stages.base.steps=4", "stages.align.steps=4", "stages.dense.steps=4"]
@@ -105,7 +107,8 @@ def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
     data = tmp_path / "data"
     shutil.copytree(embedded, data)
     monkeypatch.setenv("FASTVLM_DATA", str(data))
-    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=changed"]
+    # Without a name: the default one stays the same when a refusal's remedy is added to the command.
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4"]
     arguments += ["stages.dense.batch_size=4", "mixture@stages.dense.mixture=embedded_45_45_10"]
     arguments.append(f"hardware.devices={devices}")
     runs = tmp_path / "runs"
@@ -134,12 +137,72 @@ def test_data_that_changed_under_a_killed_stage_are_refused_or_planned_anew(
     assert "dense: finished before" in run_here(commands, arguments, data, runs).stdout
     steps = steps_of(runs)
     assert steps == sorted(steps) and steps[-1] == 24
-    assert (runs / "changed" / "stages" / "dense").resolve() != stopped
+    assert (runs / "latest" / "stages" / "dense").resolve() != stopped
+    assert len(list(runs.glob("*/config.yaml"))) == 2, "the run and the link to the latest"
+
+
+OF_STAGE = "stages.dense.mixture"
+# What is edited in a mixture, and how refusal and replanning name it.
+EDITS = {
+    "weights": (
+        [f"{OF_STAGE}.weights.text=30"],
+        f"{OF_STAGE}.weights.text: 10 there, 30 here",
+        "share of captions 0.45 -> 0.375; share of interleaved 0.45 -> 0.375; share of text 0.1 -> 0.25",
+    ),
+    "a source": (
+        [f"{OF_STAGE}.sources.more={{_target_:fastvlm.data.source.Source,name:more,path:'$DATA/embedded/charts'}}"]
+        + [f"{OF_STAGE}.weights.more=100"],
+        f"{OF_STAGE}.sources.more: only here; {OF_STAGE}.weights.more: None there, 100 here",
+        "source more is new; share of captions 0.45 -> 0.225; share of interleaved 0.45 -> 0.225; share of text 0.1 -> "
+        "0.05",
+    ),
+}
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_a_mixture_edited_under_a_killed_stage_is_refused_with_the_remedy_which_then_goes_on(
+    commands, embedded, tmp_path, edited
+):
+    arguments = [*TINY, "pipeline=dense", "stages.dense.steps=24", "checkpoint_every=4", "name=edited"]
+    arguments += ["stages.dense.batch_size=4", f"mixture@{OF_STAGE}=embedded_45_45_10", "hardware.num_workers=0"]
+    # The sources' names stand in the identity of a stage that augments.
+    arguments += ["stages.dense.val_samples=0", "stages.dense.image.augment.jitter=0.2"]
+    runs = tmp_path / "runs"
+    env = os.environ | {"FASTVLM_RUNS": str(runs), "FASTVLM_DATA": str(embedded), "OMP_NUM_THREADS": "1"}
+    kill_at_step_8(commands, arguments, runs, env)
+    (stopped,) = (runs / "stages").iterdir()
+    step = newest_checkpoint(stopped).stem.split("=")[1]
+    more, differs, changed = EDITS[edited]
+    arguments += [argument.replace("$DATA", str(embedded)) for argument in more]
+    refused = run_here(commands, arguments, embedded, runs)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"holds another configuration ({differs}); data.on_change=replan goes on with the new data" in refused.stderr
+    done = run_here(commands, [*arguments, "data.on_change=replan"], embedded, runs)
+    assert f"dense: planned anew from step {step}: {changed}\n" in done.stdout, done.stderr
+    assert f"going on from step={step}.ckpt" in done.stdout and "report:" in done.stdout
+    assert steps_of(runs) == [1, *range(2, 25, 2)]
+    assert "dense: finished before" in run_here(commands, arguments, embedded, runs).stdout
+
+
+def test_a_changed_augmentation_is_one_of_the_changes_and_hides_no_interrupted_stage(tmp_path):
+    ours = {"stage": "dense", "data": "a", "augment": {"captions": ("jitter",), "text": ()}}
+    (tmp_path / "identity.json").write_text(json.dumps(ours))
+    now = ours | {"data": "b", "augment": {"captions": ("crop", "jitter"), "charts": ("crop",)}}
+    assert stopped_before(tmp_path, now) == tmp_path and stopped_before(tmp_path, ours | {"stage": "align"}) is None
+    assert augment_changes(ours, now) == ["augmentation of captions jitter -> crop, jitter"]
+    assert augment_changes({}, now) == augment_changes(now, now) == []
+
+
+def test_what_is_wrong_with_a_mixture_or_a_source_is_said_with_its_stage():
+    with pytest.raises(ValueError, match=r"^stages\.dense\.mixture\.weights\.txt: no such source"), in_stage("dense"):
+        Mixture({"text": Source("text", path="x")}, weights={"txt": 1}, unit="samples")
+    with pytest.raises(ValueError, match=r"^stages\.dense\.mixture: source text: repeat=0 must"), in_stage("dense"):
+        Source("text", path="x", repeat=0)
 
 
 def steps_of(runs: Path) -> list[int]:
-    """Steps at which the run `changed` has logged its loss."""
-    lines = (runs / "changed" / "stages" / "dense" / "metrics.jsonl").read_text().splitlines()
+    """Steps at which the latest run has logged its loss."""
+    lines = (runs / "latest" / "stages" / "dense" / "metrics.jsonl").read_text().splitlines()
     return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
 

@@ -103,17 +103,22 @@ class Metrics(Callback):
 
     def _restore(self, trainer: Trainer, device: torch.device) -> None:
         state, self._restored = self._restored, None
-        self._sources = tuple(state["sources"])
+        before = tuple(state["sources"])
+        plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
+        now = self._sources = tuple(getattr(plan, "names", before))  # others, where data were planned anew
         if state["total"] is not None:
-            self._total = torch.tensor(state["total"], dtype=torch.int64)
+            self._total = of_sources(torch.tensor(state["total"], dtype=torch.int64), before, now, beside=1)
         self._seconds = dict(state["seconds"])
         self._num_skipped, self._logged_step = state["num_skipped"], state["logged_step"]
         # The checkpoint holds the first rank's window: only that rank may add it again.
         if trainer.is_global_zero:
             self._losses.load_state_dict(state["losses"], device)
+            for key in {"source_loss", "source_tokens"} & self._losses.sums.keys():
+                self._losses.sums[key] = of_sources(self._losses.sums[key], before, now)
             self._skipped = list(state["skipped"])
             if state["window"] is not None:
-                self._window = torch.tensor(state["window"], dtype=torch.int64, device=device)
+                window = torch.tensor(state["window"], dtype=torch.int64, device=device)
+                self._window = of_sources(window, before, now, beside=1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.path = self.path or Path(trainer.default_root_dir) / "metrics.jsonl"
@@ -301,6 +306,22 @@ class Metrics(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._idle_since = None
+
+
+def of_sources(rows: Tensor, before: tuple[str, ...], now: tuple[str, ...], *, beside: int = 0) -> Tensor:
+    """Rows of the sources of before as those of now: the same where a source stays, 0 where it is new.
+
+    Args:
+        beside: so many rows in front are no source's.
+    """
+    if before == now:
+        return rows
+    out = rows.new_zeros(beside + len(now), *rows.shape[1:])
+    out[:beside] = rows[:beside]
+    for i, name in enumerate(now):
+        if name in before:
+            out[beside + i] = rows[beside + before.index(name)]
+    return out
 
 
 def keep_lines(path: Path, *, step: int) -> None:

@@ -35,12 +35,23 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
     from fastvlm.study.arms import expand
 
     register()
+    around = GlobalHydra.instance().hydra  # of the command that runs, or None
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = relax(expand(list(overrides)))
-        if config_name == "train" and not any(o.startswith("name=") for o in overrides):
-            overrides.append("name=composed")
-        return hydra_compose(config_name, overrides)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            overrides = relax(expand(list(overrides)))
+            if config_name == "train" and not any(o.startswith("name=") for o in overrides):
+                overrides.append("name=composed")
+            return hydra_compose(config_name, overrides)
+    finally:
+        GlobalHydra.instance().hydra = around
+
+
+# What a run may be gone on with, such as the `data.on_change=replan` that a refusal asks for: it stays the same run.
+SILENT = (
+    r"\+*(name|hardware|logger|overwrite|pipeline|paths|data|log_every|checkpoint_every|num_samples|speed_images|"
+    r"stages\.\w+\.cache_features)\b"
+)
 
 
 def run_name() -> str:
@@ -51,8 +62,7 @@ def run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    silent = r"\+*(name|hardware|logger|overwrite|pipeline|paths|stages\.\w+\.cache_features)\b"
-    changed = [o for o in hydra.overrides.task if not re.match(silent, o)]
+    changed = [o for o in hydra.overrides.task if not re.match(SILENT, o)]
     label = ",".join([hydra.runtime.choices.get("pipeline", "run"), *sorted(o.lstrip("+") for o in changed)])
     label = re.sub(r"[^A-Za-z0-9_.,=@-]+", "_", label)
     if len(label) <= 80:

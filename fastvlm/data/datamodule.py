@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Sampler
 
 from fastvlm.data.dataset import PlannedDataset
@@ -40,7 +41,8 @@ class StepSampler(Sampler[int]):
 
 
 class PlanLoader(DataLoader):
-    """A loader whose position is the step counter; its empty state tells Lightning that it resumes in mid-epoch."""
+    """A loader whose position is the step counter; its empty state tells Lightning that it resumes in mid-epoch.
+    What there is to keep stands in the data module's state."""
 
     def state_dict(self) -> dict:
         return {}
@@ -125,7 +127,7 @@ class MixtureDataModule(L.LightningDataModule):
         }
 
     def replan(self, after: Seen) -> None:
-        """Plan anew, from what an interrupted stage has seen."""
+        """Plan anew, from what an interrupted stage has seen; the checkpoint of that very step is gone on with."""
         self._order["after"] = after
         self.plan = None
         self.setup()
@@ -140,6 +142,27 @@ class MixtureDataModule(L.LightningDataModule):
             and any(s.has_split("val") for s in self.mixture.sources.values())
         ):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """All that a resume needs of the data: (epoch, step in it) of what comes next, and the plan's fingerprint."""
+        done = 0 if self.trainer is None else min(self.trainer.global_step, self.plan.num_steps)
+        epoch, step = self.plan.position(done)
+        return {"epoch": epoch, "step": step, "plan": self.plan.fingerprint}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """The checkpoint's plan must be this one, or the one that this goes on from.
+
+        Raises:
+            ValueError: training would go on in another order, over samples seen already.
+        """
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.plan.after is None and state["plan"] != self.plan.fingerprint:
+            raise ValueError(
+                f"the checkpoint was written in epoch {state['epoch']}, step {state['step']} of plan {state['plan']}, "
+                f"but sources, weights, shards, budget or seed make plan {self.plan.fingerprint} now; bring them back, "
+                "or plan the rest from the samples seen (train.py: data.on_change=replan; a Trainer of your own: "
+                "MixtureDataModule.replan(seen_before(folder, step)), the first plan kept by write_order)"
+            )
 
     def write_features(
         self, encode: Encode, *, description: dict, shape: tuple[int, int], dtype: torch.dtype, **options
@@ -213,6 +236,11 @@ class MixtureDataModule(L.LightningDataModule):
             raise ValueError(
                 f"MixtureDataModule(accumulate={self.accumulate}) and Trainer(accumulate_grad_batches="
                 f"{trainer.accumulate_grad_batches}) must have the same number"
+            )
+        if self.plan.after is not None and trainer.global_step < self.plan.after.step:
+            raise ValueError(
+                f"the plan goes on from step {self.plan.after.step}, but training stands at step "
+                f"{trainer.global_step}; resume from the checkpoint of step {self.plan.after.step}"
             )
         start = trainer.global_step * self.accumulate
         done = trainer.fit_loop.epoch_loop.batch_progress.current.processed

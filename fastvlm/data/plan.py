@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastvlm.data.windows import Rows, WindowPlanner
 from fastvlm.tokens import Tokenizer
 
 KEEP_AFTER = 2.0  # seconds of planning that are worth a place in the cache
+PIECE = 1 << 14  # samples, or rows, that are looked up at a time
 VERSION = 2  # of the order: another number, another order for the same data
 
 
@@ -247,9 +249,10 @@ class Plan:
         return Step([pairs[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:])], answers)
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epoch, step in the epoch): the epoch to which the step's first sample belongs."""
-        self.extend(step + 1)
-        starts = self.order.columns.end[: (step + 1) * self.batch_size : self.batch_size]
+        """(epoch, step in the epoch): the epoch to which the step's first sample belongs. Also of the step after the
+        last one, without planning it."""
+        self.extend(max(step, 1))
+        starts = self.order.columns.end[: step * self.batch_size + 1 : self.batch_size]
         epoch = int(starts[step]) // self.epoch_samples
         return epoch, step - int(np.searchsorted(starts, epoch * self.epoch_samples))
 
@@ -286,27 +289,54 @@ class Plan:
         Raises:
             ValueError: no such unit.
         """
+        pieces = list(self.pieces(n, unit))
+        return tuple(np.concatenate(column) for column in zip(*pieces)) if pieces else (np.empty(0, np.int16),) * 2
+
+    def pieces(
+        self, n: int, unit: str, *, start: int = 0, in_rows: bool = False
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`costs` of samples `start .. n`, some at a time: what is computed over all of them needs little memory.
+
+        Args:
+            in_rows: in the order in which rows hold the samples, else as scheduled.
+
+        Raises:
+            ValueError: no such unit.
+        """
         if unit not in UNITS:
             raise ValueError(f"unit={unit} is not one of {', '.join(UNITS)}")
-        sources, rows = self.arrivals(n)
-        costs = np.empty(len(sources), dtype=np.int64)
-        for i, source in enumerate(self.sources):
-            costs[sources == i] = source.costs(unit)[rows[sources == i]]
-        return sources, costs
+        n = len(self.arrivals(n)[0])
+        costs, columns = Joined([source.costs(unit) for source in self.sources]), self.order.columns
+        for first in range(start, n, PIECE):
+            at = slice(first, min(first + PIECE, n))
+            at = columns.place[at] if in_rows else at
+            yield columns.source[at], costs.at(columns.source[at], columns.row[at])
 
     def row_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions and images of every row: two int64 (steps, rows of a step)."""
         self.extend()
         order, rows = self.order.columns, self.num_steps * self.batch_size
-        place = order.place[: order.end[rows]]
-        lengths, images = np.empty(len(place), dtype=np.int64), np.empty(len(place), dtype=np.int64)
-        sources, rows_of = order.source[place], order.row[place]
-        for i, source in enumerate(self.sources):
-            here = sources == i
-            lengths[here], images[here] = source.length[rows_of[here]], source.images[rows_of[here]]
-        totals = (np.concatenate([[0], np.cumsum(column)]) for column in (lengths, images))
-        tokens, images = (np.diff(t[order.end[: rows + 1]]).reshape(self.num_steps, -1) for t in totals)
-        return tokens, images
+        tokens, images = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
+        sizes = [(tokens, Joined([s.length for s in self.sources])), (images, Joined([s.images for s in self.sources]))]
+        for first in range(0, rows, PIECE):
+            end = order.end[first : min(first + PIECE, rows) + 1]
+            place = order.place[end[0] : end[-1]]
+            sources, rows_of = order.source[place], order.row[place]
+            for out, column in sizes:
+                total = np.concatenate([[0], column.at(sources, rows_of).cumsum()])
+                out[first : first + PIECE] = np.diff(total[end - end[0]])
+        return tuple(column.reshape(self.num_steps, -1) for column in (tokens, images))
+
+
+class Joined:
+    """A column of every source, to be looked up by source number and row."""
+
+    def __init__(self, columns: Sequence[np.ndarray]):
+        self.values, self.starts = np.concatenate(columns), np.cumsum([0, *map(len, columns)])
+
+    def at(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """int64, as many as there are pairs of a source's number and a row of its index."""
+        return self.values[self.starts[sources] + rows].astype(np.int64)
 
 
 def check_limits(where: str, **numbers: int | None) -> None:

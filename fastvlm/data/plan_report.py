@@ -8,7 +8,6 @@ import numpy as np
 
 from fastvlm.data.lengths import Measured
 from fastvlm.data.plan import Plan
-from fastvlm.data.schedule import prefix_error
 from fastvlm.data.source import UNITS
 
 PREFIXES = (100, 1000, 10000)
@@ -22,8 +21,7 @@ def report(plan: Plan, prefixes: tuple[int, ...] = PREFIXES) -> dict:
     """
     planned = plan.num_samples
     errors = largest_error(plan, max(planned, 1))
-    columns = plan.order.columns
-    seen = np.bincount(columns.source[columns.place[:planned]], minlength=len(plan.sources))
+    seen = samples_served(plan)
     realised = {unit: {n: shares(plan, n, unit) for n in (*prefixes, planned)} for unit in UNITS}
     sources = {
         source.name: {
@@ -84,9 +82,7 @@ def limits(plan: Plan) -> list[str]:
     would be without, and how often its samples come."""
     if all(s.source.max_samples is None and s.repeat == 1 and s.max_epochs is None for s in plan.sources):
         return []
-    planned = plan.num_samples
-    columns = plan.order.columns
-    seen = np.bincount(columns.source[columns.place[:planned]], minlength=len(plan.sources)).tolist()
+    planned, seen = plan.num_samples, samples_served(plan).tolist()
     asked = [", ".join(limits_of(source, served)) for source, served in zip(plan.sources, seen)]
     if not any(asked):
         return []
@@ -132,16 +128,24 @@ def plain_shares(plan: Plan) -> dict[str, float]:
 
 def shares(plan: Plan, n: int, unit: str | None = None) -> dict[str, float]:
     """Realised share of every source after n planned samples, in a unit (the mixture's own unless told)."""
-    sources, costs = plan.costs(n, unit or plan.unit)
-    served = np.bincount(sources, weights=costs, minlength=len(plan.sources))
+    served = np.zeros(len(plan.sources))
+    for sources, costs in plan.pieces(n, unit or plan.unit):
+        served += np.bincount(sources, weights=costs, minlength=len(plan.sources))
     return {s.name: float(x) for s, x in zip(plan.sources, served / served.sum())}
+
+
+def samples_served(plan: Plan) -> np.ndarray:
+    """Samples of every source in all steps: int64."""
+    pieces = plan.pieces(plan.num_samples, "samples", in_rows=True)
+    return sum(np.bincount(sources, minlength=len(plan.sources)) for sources, _ in pieces)
 
 
 def largest_error(plan: Plan, n: int) -> dict[str, float]:
     """Largest distance of every source from its share over all prefixes of n samples, in largest samples' worth."""
-    errors = prefix_errors(plan, *plan.costs(n, plan.unit))
-    worth = largest_cost(plan)
-    return {s.name: float(np.abs(e).max()) / worth for s, e in zip(plan.sources, errors)}
+    largest = np.zeros(len(plan.sources))
+    for _, errors in prefix_errors(plan, n):
+        np.maximum(largest, np.abs(errors).max(axis=1), out=largest)
+    return {s.name: float(x) / largest_cost(plan) for s, x in zip(plan.sources, largest)}
 
 
 def largest_step_error(plan: Plan) -> float:
@@ -150,25 +154,33 @@ def largest_step_error(plan: Plan) -> float:
     Within a window packing changes the order of samples, so this is some samples' worth; at its end it is one.
     """
     planned = plan.num_samples  # first: it plans all steps, and the order grows by that
-    place = plan.order.columns.place[:planned]
-    sources, costs = plan.costs(plan.order.num_samples, plan.unit)
-    rows = plan.num_steps * plan.batch_size
+    rows, largest = plan.num_steps * plan.batch_size, 0.0
     ends = plan.order.columns.end[plan.batch_size : rows + 1 : plan.batch_size] - 1
-    ends = ends[ends >= 0]
-    errors = prefix_errors(plan, sources[place], costs[place])
-    return float(max(np.abs(e[ends]).max() for e in errors)) / largest_cost(plan)
+    for first, errors in prefix_errors(plan, planned, in_rows=True):
+        a, b = np.searchsorted(ends, [first, first + errors.shape[1]])
+        largest = max(largest, float(np.abs(errors[:, ends[a:b] - first]).max(initial=0.0)))
+    return largest / largest_cost(plan)
 
 
-def prefix_errors(plan: Plan, sources: np.ndarray, costs: np.ndarray) -> Iterator[np.ndarray]:
-    """`prefix_error` of every source in turn; sources that are used up begin the count anew."""
-    segments = plan.order.segments
-    firsts = [first for first, _ in segments if first < len(sources)]
-    for i in range(len(plan.sources)):
-        pieces = [
-            prefix_error(sources[a:b], costs[a:b], i, weights[i])
-            for a, b, (_, weights) in zip(firsts, [*firsts[1:], len(sources)], segments)
-        ]
-        yield np.concatenate(pieces)
+def prefix_errors(plan: Plan, n: int, *, in_rows: bool = False) -> Iterator[tuple[int, np.ndarray]]:
+    """`prefix_error` of every source over n samples, piece by piece: (first sample, float64 (sources, samples)).
+
+    Sources that are used up begin the count anew. In pieces, because all of ten million samples take a gigabyte.
+
+    Args:
+        in_rows: in the order in which rows hold the samples, else as scheduled.
+    """
+    n = len(plan.arrivals(n)[0])
+    segments = [(first, weights) for first, weights in plan.order.segments if first < n]
+    for (first, weights), end in zip(segments, [*(first for first, _ in segments[1:]), n]):
+        weights = np.array([[float(w)] for w in weights])
+        served, total = np.zeros((len(plan.sources), 1), dtype=np.int64), 0
+        for sources, costs in plan.pieces(end, plan.unit, start=first, in_rows=in_rows):
+            numbers = np.arange(len(plan.sources), dtype=sources.dtype)[:, None]
+            by_source = np.where(sources == numbers, costs, 0).cumsum(axis=1) + served
+            whole = costs.cumsum() + total
+            yield first, by_source - weights * whole
+            served, total, first = by_source[:, -1:], whole[-1], first + len(costs)
 
 
 def largest_cost(plan: Plan) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,12 @@ def seen_before(folder: Path, step: int) -> Seen:
     return Seen(step, sources)
 
 
-def changes(before: dict, plan) -> list[str]:
-    """What differs between a plan's description and a plan, one short line each."""
+def changes(before: dict, plan, *, more: Sequence[str] = ()) -> list[str]:
+    """What differs between a plan's description and a plan, one short line each.
+
+    Args:
+        more: what else has changed, which neither of them knows.
+    """
     now, lines = describe(plan), []
     if before["unit"] != now["unit"]:
         lines.append(f"unit {before['unit']} -> {now['unit']}")
@@ -135,7 +140,7 @@ def changes(before: dict, plan) -> list[str]:
             lines.append(f"shards of {name} ({b['path']}) changed: {a['samples']} -> {b['samples']} samples")
         elif a["rows"] != b["rows"]:
             lines.append(f"other samples of {name} are chosen: {a['samples']} -> {b['samples']}")
-    return lines or ["the plan's own options"]
+    return [*lines, *more] or ["the plan's own options"]
 
 
 def write_arrays(path: Path, **columns: np.ndarray) -> None:

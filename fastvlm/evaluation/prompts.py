@@ -62,6 +62,14 @@ class Prompt:
                 messages.append({"role": "assistant", "content": answer})
         return {"messages": messages}
 
+    def answer(self, asked: dict, answer: str) -> dict:
+        """What `ask` made, with its answer behind it as an example has its own."""
+        if self.form == "document":
+            before, after = self.template.split("{answer}")
+            said = before[len(before.rstrip(" ")) :] + answer + after
+            return {"document": [*asked["document"], {"type": "text", "text": said}]}
+        return {"messages": [*asked["messages"], {"role": "assistant", "content": answer}]}
+
     def question(self, record: dict) -> list[dict]:
         """The parts of a record's question, as this prompt puts it."""
         if "document" in record:

@@ -14,6 +14,7 @@ from fastvlm.data.shards import ShardReader
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import majority_answer, normalise_answer
+from fastvlm.inference.engine import Engine
 
 
 @dataclass
@@ -94,6 +95,13 @@ def read_questions(
         )
     reader.close()
     return questions
+
+
+def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
+    """Visual tokens (T, D) of every question's images; an image several questions ask about is encoded once."""
+    images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}
+    encoded = dict(zip(images, engine.encode_images(list(images.values()))))
+    return [[encoded[name] for name in q.image_ids] for q in questions]
 
 
 def count_majorities(

@@ -20,6 +20,7 @@ from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.questions import (
     Question,
     count_majorities,
+    encode_once,
     plain_text,
     read_questions,
     swap_partners,
@@ -60,7 +61,7 @@ def evaluate_answers(
         have = ", ".join(sorted({q.type for q in questions}))
         raise ValueError(f"task.formed names {unknown[0]}, but the questions are of the types {have}")
     partners = swap_partners(questions)
-    visual = _encode_once(engine, questions)
+    visual = encode_once(engine, questions)
     seen = {
         "real": visual,
         "removed": [[] for _ in visual],
@@ -236,13 +237,6 @@ def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
         texts.append(plain_text(raw.record["document"]))
     reader.close()
     return texts
-
-
-def _encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
-    """Visual tokens (T, D) of every question's images; an image several questions ask about is encoded once."""
-    images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}
-    encoded = dict(zip(images, engine.encode_images(list(images.values()))))
-    return [[encoded[name] for name in q.image_ids] for q in questions]
 
 
 def _answer_all(

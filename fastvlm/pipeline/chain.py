@@ -57,6 +57,8 @@ class Pipeline:
         begun, made = time.time(), self.made()
         if is_first_rank():
             check_run_dir(self.run_dir, resolved=self.resolved)
+            if self.config.data.on_change == "replan" and not (self.run_dir / "config.yaml").exists():
+                say(f"data.on_change=replan: {self.run_dir} holds no run to go on with; name=<the run's own> finds it")
         self.build()
         if is_first_rank():  # what cannot be built takes no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)

@@ -13,6 +13,12 @@ from omegaconf import OmegaConf
 from fastvlm.files import write_whole
 from fastvlm.identity import INCIDENTAL
 
+MIXTURE = r"stages\.\w+\.mixture\b"
+ON_CHANGE = (
+    "data.on_change=replan goes on with the new data from the samples already seen, "
+    "data.on_change=restart begins the stage anew"
+)
+
 
 def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
     """Refuse a run directory that holds another configuration.
@@ -25,10 +31,10 @@ def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
         differ = differences_that_count(OmegaConf.to_container(OmegaConf.load(path)), resolved)
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-            raise ValueError(
-                f"{run_dir} holds another configuration ({'; '.join(differ[:3])}{more}); "
-                "choose name=<another> or overwrite=true"
-            )
+            remedy = "choose name=<another> or overwrite=true"
+            if all(re.match(MIXTURE, d) for d in differ):
+                remedy = f"{ON_CHANGE}, name=<another> makes another run"
+            raise ValueError(f"{run_dir} holds another configuration ({'; '.join(differ[:3])}{more}); {remedy}")
 
 
 def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
@@ -47,8 +53,8 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
 def differences_that_count(theirs: dict, ours: dict) -> list[str]:
     """Those between two resolved configurations that make another run of it."""
     silent = [rf"({'|'.join(INCIDENTAL)})\b", r"[^:]*\.cache_features:"]
-    if ours["data"]["on_change"] == "replan":
-        silent.append(r"stages\.\w+\.mixture\.")
+    if ours["data"]["on_change"] != "refuse":
+        silent.append(MIXTURE)
     return [d for d in differences(theirs, ours) if not any(re.match(pattern, d) for pattern in silent)]
 
 
@@ -57,6 +63,8 @@ def differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}, key=str):
             yield from differences(theirs.get(key), ours.get(key), f"{prefix}{key}.")
+    elif isinstance(theirs, dict) and ours is None or isinstance(ours, dict) and theirs is None:
+        yield f"{prefix[:-1]}: only {'here' if theirs is None else 'there'}"
     elif theirs != ours:
         yield f"{prefix[:-1]}: {theirs} there, {ours} here"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -59,6 +61,24 @@ def build_data(
         cache_bytes=options.cache_mb << 20,
         where=f"stages.{name}.",
     )
+
+
+@contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """What is wrong with a mixture or one of its sources is said with the stage that asked for it.
+
+    Raises:
+        ValueError: the same, the stage named.
+    """
+    try:
+        yield
+    except ValueError as error:
+        words = str(error)
+        if words.startswith("mixture."):
+            raise ValueError(f"stages.{name}.{words}") from error
+        if words.startswith("source "):
+            raise ValueError(f"stages.{name}.mixture: {words}") from error
+        raise
 
 
 def slots_of(stage: DictConfig, model: VLM) -> int:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastvlm.data.plan import Plan
-from fastvlm.data.replan import read_description
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
 
@@ -38,13 +36,24 @@ def stopped_before(link: Path, identity: dict) -> Path | None:
         link: of the run to its stage.
         identity: of the stage that is asked for.
     """
-    folder = link.resolve()
+    folder, of_data = link.resolve(), {"data": None, "augment": None}
+    theirs = read_identity(folder)
+    ours = json.loads(json.dumps(identity, default=str))
+    return folder if theirs is not None and theirs | of_data == ours | of_data else None
+
+
+def read_identity(folder: Path) -> dict | None:
     try:
-        theirs = json.loads((folder / "identity.json").read_text())
+        return json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError):
         return None
-    ours = json.loads(json.dumps(identity, default=str))
-    return folder if theirs | {"data": None} == ours | {"data": None} else None
+
+
+def augment_changes(before: dict, now: dict) -> list[str]:
+    """What differs in the augmentation of the sources that two identities of a stage have in common, a line each."""
+    old, new = (identity.get("augment", {}) for identity in (before, now))
+    words = {name: [", ".join(kinds[name]) or "none" for kinds in (old, new)] for name in old if name in new}
+    return [f"augmentation of {name} {a} -> {b}" for name, (a, b) in words.items() if a != b]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -56,14 +65,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.stem.split("=")[1])
-
-
-def order_is_kept(folder: Path, plan: Plan) -> bool:
-    """Whether the order of this very plan is kept there already."""
-    before, after = read_description(folder), plan.after and plan.after.digest
-    if before is None or not (folder / "order.npz").exists():
-        return False
-    return (before["base"], before["after"]) == (plan.base, after)
 
 
 def take_over(stopped: Path, checkpoint: Path, folder: Path) -> None:

@@ -13,9 +13,17 @@ from fastvlm.data.replan import Seen, changes, read_description, seen_before
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of
 from fastvlm.pipeline.messages import say
-from fastvlm.pipeline.run_folder import point
-from fastvlm.pipeline.stage_data import build_data
-from fastvlm.pipeline.stage_folder import newest_checkpoint, only_one, step_of, stopped_before, take_over
+from fastvlm.pipeline.run_folder import ON_CHANGE, point
+from fastvlm.pipeline.stage_data import build_data, in_stage
+from fastvlm.pipeline.stage_folder import (
+    augment_changes,
+    newest_checkpoint,
+    only_one,
+    read_identity,
+    step_of,
+    stopped_before,
+    take_over,
+)
 from fastvlm.pipeline.training import Training
 
 if TYPE_CHECKING:
@@ -36,17 +44,18 @@ class StageRun:
     def __init__(self, pipeline: Pipeline, *, name: str, config: DictConfig):
         self.pipeline, self.name, self.config = pipeline, name, config
         self.seed = pipeline.config.seed if config.get("seed") is None else config.seed
-        self.data = build_data(
-            name,
-            config,
-            pipeline.model,
-            pipeline.tokenizer,
-            hardware=pipeline.hardware,
-            options=pipeline.config.data,
-            seed=self.seed,
-            plan_cache=pipeline.runs / "plans",
-        )
-        self.data.setup("fit")
+        with in_stage(name):
+            self.data = build_data(
+                name,
+                config,
+                pipeline.model,
+                pipeline.tokenizer,
+                hardware=pipeline.hardware,
+                options=pipeline.config.data,
+                seed=self.seed,
+                plan_cache=pipeline.runs / "plans",
+            )
+            self.data.setup("fit")
         self.identity = self.identify()
 
     @property
@@ -110,18 +119,20 @@ class StageRun:
         before, checkpoint = read_description(stopped), newest_checkpoint(stopped)
         if before is None:
             return
-        if before["base"] == self.data.plan.base and before["after"]:  # planned anew by an earlier run of this command
+        augmented = augment_changes(read_identity(stopped), self.identity)
+        # Planned anew by an earlier run of this command.
+        if before["base"] == self.data.plan.base and before["after"] and not augmented:
             self.replan(Seen.load(stopped))
             return
+        changed = "; ".join(changes(before, self.data.plan, more=augmented))
         if checkpoint is None or not (stopped / "order.npz").exists():
+            say(f"\n{self.name}: its data are others than those of {stopped.name}: {changed}")
             return
-        step, changed = step_of(checkpoint), "; ".join(changes(before, self.data.plan))
+        step = step_of(checkpoint)
         choice = self.pipeline.config.data.on_change
         if choice == "refuse":
             raise ValueError(
-                f"stage {self.name} stopped at step {step} and its data have changed since: {changed}. "
-                "data.on_change=replan goes on with the new data from the samples already seen, "
-                "data.on_change=restart begins the stage anew"
+                f"stage {self.name} stopped at step {step} and its data have changed since: {changed}. {ON_CHANGE}"
             )
         if choice == "restart":
             say(f"\n{self.name}: begins anew, its data have changed: {changed}")

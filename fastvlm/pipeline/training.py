@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import shutil
 import sys
@@ -21,19 +19,18 @@ from fastvlm.callbacks.answer_speed import AnswerSpeed
 from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, stage_cost
 from fastvlm.callbacks.features import CachedFeatures
 from fastvlm.callbacks.freezing import StageFreezing
-from fastvlm.callbacks.handoff import StageHandoff, write_json
+from fastvlm.callbacks.handoff import StageHandoff
 from fastvlm.callbacks.metrics import Metrics
 from fastvlm.callbacks.progress import Progress
 from fastvlm.callbacks.provenance import Provenance
 from fastvlm.callbacks.rehearsal import LongestFirst
 from fastvlm.callbacks.samples import Samples
-from fastvlm.data.plan_report import report
-from fastvlm.data.replan import write_order
+from fastvlm.data.kept_plan import write_plan
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
 from fastvlm.pipeline.messages import say, stage_summary
-from fastvlm.pipeline.stage_folder import newest_checkpoint, order_is_kept
+from fastvlm.pipeline.stage_folder import newest_checkpoint
 
 if TYPE_CHECKING:
     from fastvlm.pipeline.stage_run import StageRun
@@ -79,7 +76,7 @@ class Training:
         """
         say(stage_summary(self.name, self.plain, self.plan, folders=self.pipeline.folders, resume=self.resume))
         if is_first_rank():
-            self.write_plan()
+            write_plan(self.plan, self.folder, identity=self.stage.identity)
         self.hardware.forget_peak()
         status = "FAILED"
         try:
@@ -97,18 +94,6 @@ class Training:
         if self.trainer.is_global_zero:
             for old in (*self.folder.glob("step=*.ckpt"), self.folder / "order.npz"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-
-    def write_plan(self) -> None:
-        """What the stage will see, before it sees any of it: its order, its identity and its shares."""
-        if not order_is_kept(self.folder, self.plan):
-            write_order(self.plan, self.folder)
-            write_json(self.folder / "identity.json", self.stage.identity)
-        shares = self.folder / "shares.json"
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            said = json.loads(shares.read_text())
-            if (said["fingerprint"], said["num_steps"]) == (self.plan.fingerprint, self.plan.num_steps):
-                return  # by the run that this one goes on from
-        write_json(shares, report(self.plan))
 
     def fit(self) -> None:
         checkpoint = {"ckpt_path": str(self.resume), "weights_only": False} if self.resume else {}

@@ -60,7 +60,7 @@ def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float
         for line in memory_notes(config, model, hardware, known=known):
             print(f"  {line}")
     if config.task is not None:
-        for group in ("sources", "held_out"):
+        for group in ("sources", "held_out", "benchmarks"):
             for source, given in (config.task.get(group) or {}).items():
                 instantiate(given, key=f"task.{group}.{source}")
     sys.stdout.flush()

@@ -36,6 +36,11 @@ METRICS = {
     "test/nll/captions": Metric(LOWER, "captions NLL"),
     "test/nll/interleaved/1": Metric(LOWER, "second image NLL"),
     "test/nll/long_form": Metric(LOWER, "long answers NLL"),
+    "test/answer_nll/shots/0": Metric(LOWER, "answer NLL, no example"),
+    "test/answer_nll/shots/2": Metric(LOWER, "answer NLL, 2 examples"),
+    "test/answer_nll/shots/4": Metric(LOWER, "answer NLL, 4 examples"),
+    "test/answer_nll_gain/*": Metric(HIGHER),
+    "test/exact_match/shots/4": Metric(HIGHER, "exact match, 4 examples"),
     "test/answer_length": Metric(None, "answer length"),
     "test/ttft_ms": Metric(LOWER, "first token, ms", cost=True, timed=True),
     "test/ttft_ms/image": Metric(LOWER, cost=True, timed=True),
@@ -59,7 +64,9 @@ METRICS = {
     "test/exact_match_majority/mean": Metric(None),
     "test/text_bits_per_byte": Metric(LOWER),
     "test/nll/*": Metric(LOWER),
-    # Benchmarks: test/<task>/<metric>[/<group>].
+    # Of several benchmarks with this many examples: the mean of their main figures.
+    "test/benchmarks/shots/*": Metric(HIGHER),
+    # Benchmarks: test/<task>/<metric>[/<group>]; after examples test/<task>/shots/<k>/<metric>[/<group>].
     "test/*/answer_length": Metric(None),
     "test/*/num_questions": Metric(None),
     "test/*/yes_share*": Metric(None),

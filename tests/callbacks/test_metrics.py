@@ -2,6 +2,8 @@ import json
 import logging
 import math
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -102,6 +104,22 @@ class Crash(L.Callback):
         if trainer.global_step == self.step:
             trainer.should_stop = True
             trainer.fit_loop.epoch_loop.min_steps = None
+
+
+def test_what_was_counted_of_a_source_stays_its_own_when_data_planned_anew_bring_others(tmp_path):
+    rows = lambda *values: [[value] * 8 for value in values]
+    losses = {"sums": {"source_loss": [5.0, 7.0], "source_tokens": [2.0, 3.0], "other": 1.0}, "batches": 4}
+    state = {"losses": losses, "sources": ["a", "b"], "window": rows(1, 2, 3), "total": rows(4, 5, 6)}
+    state |= {"seconds": {"step": 0.0, "wait": 0.0, "total": 1.0}, "skipped": [], "num_skipped": 0, "logged_step": 6}
+    plan = SimpleNamespace(names=("new", "b"), sources=())
+    trainer = Mock(spec=L.Trainer, is_global_zero=True, global_step=8, loggers=[], default_root_dir=tmp_path)
+    trainer.datamodule = SimpleNamespace(plan=plan)
+    metrics = Metrics()
+    metrics.load_state_dict(state)
+    metrics.on_train_start(trainer, Mock(spec=L.LightningModule, device=torch.device("cpu")))
+    now = metrics.state_dict()
+    assert now["sources"] == ["new", "b"] and now["window"] == rows(1, 0, 3) and now["total"] == rows(4, 0, 6)
+    assert now["losses"]["sums"] == {"source_loss": [0.0, 7.0], "source_tokens": [0.0, 3.0], "other": 1.0}
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):

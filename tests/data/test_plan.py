@@ -172,6 +172,36 @@ def test_what_the_optimiser_has_seen_stays_close_to_the_shares_too(sources, toke
         assert largest_step_error(arrived) <= 1
 
 
+def test_a_report_in_pieces_is_that_of_all_samples_at_once(sources, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastvlm.data.plan.PIECE", 23)
+    parts = {k: Source(k, path=sources[k], max_epochs=0.5 if k == "chat" else None) for k in KINDS}
+    mixture = Mixture(parts, weights=dict(zip(KINDS, (4, 3, 2, 1))), unit="tokens")
+    plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=20)
+    planned, columns = plan.num_samples, plan.order.columns
+    (_, _), (gone, _) = plan.segments()
+    worth = max(int(s.length[s.rows].max()) for s in plan.sources)
+    place, ends = columns.place[:planned], columns.end[plan.batch_size : 20 * plan.batch_size + 1 : plan.batch_size] - 1
+    at_steps, said, errors, realised = 0.0, report(plan), largest_error(plan, planned), shares(plan, planned)
+    for i, source in enumerate(plan.sources):
+        for which in (np.arange(planned), place):
+            order, rows = columns.source[which], columns.row[which]
+            costs = np.array([int(plan.sources[s].length[r]) for s, r in zip(order, rows)])
+            halves = [(slice(None, gone), plan.segments()[0][1][i]), (slice(gone, None), plan.segments()[1][1][i])]
+            error = np.abs(np.concatenate([prefix_error(order[cut], costs[cut], i, w) for cut, w in halves]))
+            if which is place:
+                at_steps = max(at_steps, error[ends].max())
+            else:
+                assert errors[source.name] == error.max() / worth
+                assert realised[source.name] == costs[order == i].sum() / costs.sum()
+        assert said["sources"][source.name]["planned"] == (columns.source[place] == i).sum()
+    assert said["largest_step_error"] == at_steps / worth
+    tokens, images = plan.row_sizes()
+    for step in (0, 7, 19):
+        for r, row in enumerate(plan.step(step).rows):
+            assert tokens[step, r] == sum(int(plan.sources[s].length[n]) for s, n in row)
+            assert images[step, r] == sum(int(plan.sources[s].images[n]) for s, n in row)
+
+
 def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sources, tokenizer):
     plan = plan_of(sources, tokenizer, max_tokens=14, max_images=2, num_steps=3)
     found = {s.name: s for s in plan.sources}
@@ -221,6 +251,9 @@ def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
     begun = [p for p, q in zip(positions[1:], positions) if p[0] != q[0]]
     assert begun == [(k, 0) for k in range(1, positions[-1][0] + 1)] and len(begun) >= 2
     assert positions == sorted(positions)
+    planned = longer.order.num_samples
+    epoch, step = longer.position(longer.num_steps)
+    assert (epoch, step) > positions[-1] and longer.order.num_samples == planned, "the end is a place too"
     longest = report(longer)
     for name, source in longest["sources"].items():
         seen = sum(plan.sources[s].name == name for step in steps_of(longer) for row in step.rows for s, _ in row)

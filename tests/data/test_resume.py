@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fastvlm.data.datamodule import MixtureDataModule
+from fastvlm.data.replan import seen_before, write_order
 from fastvlm.data.source import Mixture, Source
 from fastvlm.tokens import IGNORE_INDEX
 
@@ -53,10 +54,9 @@ def mix(sources, *, unit="samples", **weights):
     return Mixture({k: Source(k, path=sources[k]) for k in sources}, weights=weights, unit=unit)
 
 
-def fit(sources, tokenizer, folder, *, die_at=None, accumulate=1, workers=0, resume=None, every=2, steps=STEPS):
-    mixture = mix(sources, unit="tokens")
-    data = MixtureDataModule(
-        mixture,
+def data_of(sources, tokenizer, *, accumulate=1, workers=0, steps=STEPS, **weights):
+    return MixtureDataModule(
+        mix(sources, unit="tokens", **weights),
         tokenizer=tokenizer,
         image_size=8,
         tokens_per_image=2,
@@ -68,6 +68,12 @@ def fit(sources, tokenizer, folder, *, die_at=None, accumulate=1, workers=0, res
         val_samples=8,
         pack_window=50,
     )
+
+
+def fit(
+    sources, tokenizer, folder, *, data=None, die_at=None, accumulate=1, workers=0, resume=None, every=2, steps=STEPS
+):
+    data = data or data_of(sources, tokenizer, accumulate=accumulate, workers=workers, steps=steps)
     model = Bigram(vocab_size=len(tokenizer), die_at=die_at)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -113,6 +119,44 @@ def test_a_killed_run_sees_the_same_batches_and_ends_with_the_same_weights(
     assert resumed.seen == whole.seen[saved * accumulate :]
     assert killed.seen == whole.seen[: len(killed.seen)]
     assert torch.equal(resumed.table.weight, whole.table.weight)
+
+
+def test_two_integers_and_a_fingerprint_say_where_the_data_stand(sources, tokenizer, tmp_path):
+    data = data_of(sources, tokenizer, steps=40)
+    fit(sources, tokenizer, tmp_path, data=data, steps=40, every=20)
+    for step in (20, 40):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        epoch, within = data.plan.position(step)
+        state = checkpoint["MixtureDataModule"]
+        assert state == {"epoch": epoch, "step": within, "plan": data.plan.fingerprint}
+    assert epoch > 0, "two integers are needed"
+    del checkpoint["MixtureDataModule"]  # as checkpoints were before
+    torch.save(checkpoint, tmp_path / "older.ckpt")
+    _, trainer = fit(sources, tokenizer, tmp_path, steps=41, resume=str(tmp_path / "older.ckpt"))
+    assert trainer.global_step == 41
+
+
+def test_another_mixture_is_refused_by_a_plain_trainer_or_planned_from_the_samples_seen(sources, tokenizer, tmp_path):
+    first, checkpoint = data_of(sources, tokenizer), str(tmp_path / "step=2.ckpt")
+    first.setup()
+    write_order(first.plan, tmp_path)
+    killed, _ = fit(sources, tokenizer, tmp_path, data=first, die_at=(3, 3))
+    with pytest.raises(ValueError, match=rf"epoch 0, step 2 of plan {first.plan.fingerprint}, .*replan") as caught:
+        fit(sources, tokenizer, tmp_path, data=data_of(sources, tokenizer, text=5), resume=checkpoint)
+    assert "\n" not in str(caught.value)
+    second = data_of(sources, tokenizer, text=5)
+    second.replan(seen_before(tmp_path, 2))
+    resumed, trainer = fit(sources, tokenizer, tmp_path / "second", data=second, resume=checkpoint)
+    assert trainer.global_step == STEPS and len(resumed.seen) == STEPS - 2
+    before, after = ([key for _, keys, _ in seen for key in keys] for seen in (killed.seen[:2], resumed.seen[:2]))
+    assert before and after and not {*before} & {*after}, "what was seen does not come again at once"
+    again = str(tmp_path / "second" / "step=8.ckpt")
+    assert fit(sources, tokenizer, tmp_path, data=second, resume=again)[1].global_step == STEPS
+    with pytest.raises(ValueError, match="goes on from step 2, but training stands at step 0"):
+        fit(sources, tokenizer, tmp_path, data=second)
+    validated = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    other = data_of(sources, tokenizer, text=5)
+    assert validated.validate(killed, datamodule=other, ckpt_path=checkpoint, verbose=False) == [{}]
 
 
 def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(sources, tokenizer, tmp_path):

@@ -211,8 +211,12 @@ PANEL_SOURCES = {
         {"val": 0.9, "images": ("coco={raw}/a", "sam/images={raw}/b", "{raw}/c")},
     ),
     "fineweb_edu": (document_layouts.write_fineweb, "", {"val": 0.9}),
+    # Of the benchmarks that `few_shot_public` asks besides.
+    "coco_karpathy": (write_two_captioned, "", {"splits": ("test",)}),
+    "vizwiz": (vqa_layouts.write_vizwiz, "", {}),
+    "okvqa": (vqa_layouts.write_okvqa, "", {}),
 }
-PANELS = ("embedded", "panel", "speed", "panel_public", "speed_public")
+PANELS = ("embedded", "panel", "speed", "few_shot", "panel_public", "speed_public", "few_shot_public")
 
 
 def build(name: str, case: Case, folder: Path, tokenizer):
@@ -275,7 +279,7 @@ def panel_shards(tmp_path_factory, tiny_tokenizer) -> Path:
         if "images" in options:
             options = options | {"images": tuple(place.format(raw=raw) for place in options["images"])}
         settings = {"tokenizer": tiny_tokenizer.path, "template": "roles", "workers": 1, "splits": ("val",)}
-        prepare(name, out=root / "shards" / name, path=str(raw), **settings, **options)
+        prepare(name, out=root / "shards" / name, path=str(raw), **(settings | options))
     return root
 
 
@@ -305,6 +309,8 @@ def test_a_panel_over_its_sources_shards_scores_perfect_answers_in_full(
     overrides = [f"task={name}", "checkpoint=none", "task.max_new_tokens=2", "task.text_limit=2", "task.limit=2"]
     overrides += ["task.records=3"] if name != "embedded" else []
     overrides += ["task.timed=1", "task.tokens=2"] if name.startswith("speed") else []
+    # These shards hold a question or two, and none to train on.
+    overrides += ["task.shots=[0]", "task.benchmark_shots=[0]"] if name.startswith("few_shot") else []
     task = build_task(compose("eval", overrides).task)
     metrics = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=tmp_path)["metrics"]
     assert metrics["test/exact_match/mean"] == 1 and set(task.sources) == {q.source for q in asked}
@@ -315,3 +321,12 @@ def test_a_panel_over_its_sources_shards_scores_perfect_answers_in_full(
         assert {kind for kind in kinds if metrics[f"test/exact_match/{kind}"] == 1} == kinds
     if name.startswith("speed"):
         assert metrics["test/speed/ttft_ms"] > 0
+    if name.startswith("few_shot"):
+        assert metrics["test/answer_nll/shots/0"] > 0
+    if name == "few_shot_public":
+        figures = (
+            "coco_captions/shots/0/cider",
+            *(f"{n}/shots/0/vqa_accuracy" for n in ("vqav2", "textvqa", "vizwiz", "okvqa")),
+        )
+        mean = sum(metrics[f"test/{figure}"] for figure in figures) / 5
+        assert metrics["test/benchmarks/shots/0"] == pytest.approx(mean)

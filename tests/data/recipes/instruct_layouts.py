@@ -175,6 +175,7 @@ def parquet(path: Path, rows: list[dict], schema: pa.Schema | None = None, **set
 
 
 def smoltalk(folder: Path) -> Path:
+    """`full_topic` of smol-magpie-ultra is from memory: not held against a real file yet."""
     talk = lambda *texts: [{"content": t, "role": ("user", "assistant")[i % 2]} for i, t in enumerate(texts)]
     rows = [{"messages": talk(f"Q{i}", f"A{i}", "more", "less"), "source": "smol-magpie-ultra"} for i in range(5)]
     rows += [{"messages": [{"content": "Be kind.", "role": "system"}, *talk("Q", "A")], "source": "everyday"}]
@@ -182,6 +183,8 @@ def smoltalk(folder: Path) -> Path:
     parquet(folder / "data/all/train-00001-of-00002.parquet", rows[4:])
     parquet(folder / "data/all/test-00000-of-00001.parquet", rows[:2])
     parquet(folder / "data/everyday-conversations/train-00000-of-00001.parquet", rows[5:])
+    topics = [{**row, "full_topic": topic} for row, topic in zip(rows, ("Travel/Lakes", None))]
+    parquet(folder / "data/smol-magpie-ultra/train-00000-of-00001.parquet", topics)
     return folder
 
 
@@ -225,7 +228,8 @@ def finevision(folder: Path) -> Path:
 
 
 def coco_captions(folder: Path, year: str = "2017") -> Path:
-    """In 2014 the files' names begin with the split's."""
+    """In 2014 the files' names begin with the split's. The header's fields are from memory: not held against a real
+    file yet."""
     for split, ids in (("train", (9, 25, 30)), ("val", (139,))):
         front = f"COCO_{split}2014_" if year == "2014" else ""
         images = [

@@ -157,6 +157,9 @@ def test_smoltalk_has_subsets_and_a_test_split(made):
     assert samples["everyday-5"][0]["messages"][0] == {"role": "system", "content": "Be kind."}
     done, _ = made("smoltalk", name="everyday-conversations", splits=("train",))
     assert done["counts"] == {"smoltalk": {"train": 1}}
+    _, samples = made("smoltalk", name="smol-magpie-ultra", splits=("train",))
+    topics = {key: record["meta"].get("topic") for key, (record, *_) in samples.items()}
+    assert topics == {"smol-magpie-ultra-0": "Travel/Lakes", "smol-magpie-ultra-1": None}
 
 
 def test_cauldron_puts_the_images_before_the_first_question(made):

@@ -284,7 +284,8 @@ def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_
 @pytest.mark.parametrize(
     ("extra", "line"),
     [
-        (["path=/nowhere/x.json"], "path=/nowhere/x.json does not exist"),
+        (["path=/nowhere/x.json"], "path=/nowhere/x.json does not exist; name the file or the folder"),
+        (["path=mine/rows.json"], "does not exist; name the file or the folder of the data set, or its hub id"),
         (["rowss=3"], "did you mean rows?"),
         (["rows=x"], "rows=x is not of type int"),
         (["rows=-1"], "rows=-1 must be 1 or more"),

@@ -49,3 +49,18 @@ def test_a_written_command_has_keys_and_splits_that_its_recipe_takes(command):
 
 def test_every_source_says_how_it_is_made():
     assert not [file.stem for file in SOURCES if f"data/prepare.py source={file.stem} " not in file.read_text()]
+
+
+# What a licence is called, or who sets its terms where it has no name.
+LICENCES = r"CC BY|Apache-2.0|MIT|GPL|ODC-By|BSD|PSF|[Ll]icence|terms|for research"
+COUNTED = "questions|images|conversations|captions|documents|samples|sentences|problems|pages|URLs"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.stem)
+def test_every_source_says_where_it_is_under_what_licence_and_how_much_it_holds(file):
+    said = "\n".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    assert re.search(LICENCES, said)
+    if file.stem not in ("csv", "messages"):  # of your own making
+        assert re.search(r"https://\w+(\.\w+)+", said)
+        counted = rf"\b([\d.]+ million|\d[\d,]*\d\d)( [^\s.]+){{0,4}} ({COUNTED})\b"
+        assert re.search(counted, re.sub(r"[\n#]+ ?", " ", said)), "a count with what is counted"

@@ -73,6 +73,7 @@ def write_vqav2(folder: Path) -> Path:
 
 
 def write_okvqa(folder: Path) -> Path:
+    """The header (`question_types`) is from memory: not held against a real file yet."""
     raw = ["racing", "racing", "riding bikes", "riding bikes", "racing", "racing", "sport", "sport", "race", "race"]
     stems = ["race", "race", "ride bike", "ride bike", "race", "race", "sport", "sport", "race", "race"]
     answers = [
@@ -188,6 +189,7 @@ def write_chartqa(folder: Path) -> Path:
 
 
 def write_chartqa_parquet(folder: Path, *, lmms: bool = False) -> Path:
+    """HuggingFaceM4/ChartQA, whose columns are from memory: not held against a real file yet; or lmms-lab/ChartQA."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -209,6 +211,7 @@ def write_chartqa_parquet(folder: Path, *, lmms: bool = False) -> Path:
 
 
 def write_stvqa(folder: Path) -> Path:
+    """`question_id`, `set_name` and the header are from memory: not held against a real file yet."""
     rows = []
     for i in range(40):
         name = f"COCO_train2014_{i:012d}.jpg"

@@ -1,0 +1,33 @@
+"""What is kept of a plan in its stage's folder: order, shares, and the stage's identity."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from fastvlm.data.plan import Plan
+from fastvlm.data.plan_report import report
+from fastvlm.data.replan import read_description, write_order
+from fastvlm.files import write_whole
+
+
+def write_plan(plan: Plan, folder: Path, *, identity: dict) -> None:
+    """What a stage will see, before it sees any of it: its order, its identity and its shares."""
+    if not order_is_kept(folder, plan):
+        write_order(plan, folder)
+        write_whole(folder / "identity.json", json.dumps(identity, indent=1, default=str))
+    shares = folder / "shares.json"
+    with suppress(OSError, ValueError, KeyError):
+        said = json.loads(shares.read_text())
+        if (said["fingerprint"], said["num_steps"]) == (plan.fingerprint, plan.num_steps):
+            return  # by the run that this one goes on from
+    write_whole(shares, json.dumps(report(plan), indent=1))
+
+
+def order_is_kept(folder: Path, plan: Plan) -> bool:
+    """Whether the order of this very plan is kept there already."""
+    before, after = read_description(folder), plan.after and plan.after.digest
+    if before is None or not (folder / "order.npz").exists():
+        return False
+    return (before["base"], before["after"]) == (plan.base, after)
