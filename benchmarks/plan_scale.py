@@ -97,7 +97,8 @@ def make_plan(folder: Path, tokenizer, samples: int):
     from fastvlm.data.plan import Plan
     from fastvlm.data.source import Mixture, Source
 
-    sources = {name: Source(name, path=folder / name) for name in SOURCES}
+    # Indexes of another tokenizer are refused: there is nothing in the shards to build them from.
+    sources = {name: Source(name, path=folder / name, rebuild_index=False) for name in SOURCES}
     mixture = Mixture(sources, weights={k: v[1] for k, v in SOURCES.items()}, unit="answer_tokens")
     return Plan(mixture, tokenizer, cache=folder / "plans", **PLAN)
 

@@ -149,24 +149,22 @@ def run_ours(folder: Path, rows: list[dict], *, run: str, tokens: int) -> dict:
     return found
 
 
-def start_server(run: str, *, tokens: int) -> tuple[subprocess.Popen, str]:
+def start_server(folder: Path, *, run: str, tokens: int) -> tuple[subprocess.Popen, str]:
     """A server of the run, and the address below which OpenAI's routes lie."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     settings = [f"run={run}", "name=fastvlm", f"port={port}", f"max_new_tokens={tokens}"]
-    command = [sys.executable, "-m", "fastvlm.inference.server", *settings]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for _ in range(1200):
+    command, log = [sys.executable, "-m", "fastvlm.inference.server", *settings], folder / "server.log"
+    with open(log, "w") as said:
+        server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=said, stderr=said)
+    while server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return server, f"http://127.0.0.1:{port}/v1"
         except OSError:
-            if server.poll() is not None:
-                sys.exit(f"the server did not start:\n{server.stderr.read()[-3000:]}")
             time.sleep(0.1)
-    server.kill()
-    sys.exit("the server did not start within 2 minutes")
+    sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
 def run_kit(folder: Path, *, kit: str, address: str) -> dict:
@@ -183,7 +181,8 @@ def run_kit(folder: Path, *, kit: str, address: str) -> dict:
         command = [kit, "-m", "vlmeval", *how, "--work-dir", str(out), "--api-nproc", "16", "--retry", "2"]
         # Smaller pictures would be enlarged to 100 pixels.
         told = {"LMUData": str(folder), "VLMEVAL_MIN_IMAGE_EDGE": "1", "PRED_FORMAT": "tsv", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=os.environ | told, cwd=folder, capture_output=True, text=True)
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | told
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
         files = list(out.rglob(f"fastvlm_{name}.tsv")), list(out.rglob(f"fastvlm_{name}*_acc.csv"))
         if done.returncode or not all(files):
             sys.exit(f"VLMEvalKit failed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
@@ -204,7 +203,7 @@ def main() -> None:
         folder = Path(place)
         rows = read_questions(count)
         write_tables(folder, rows)
-        server, address = start_server(run, tokens=tokens)
+        server, address = start_server(folder, run=run, tokens=tokens)
         try:
             theirs = run_kit(folder, kit=given["kit"], address=address)
         finally:

@@ -56,7 +56,7 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
 
 
 # Pages and results that a study writes while the next one runs say nothing of the code.
-WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "*.svg")]
+WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "grid.json", "*.svg")]
 
 
 @cache
@@ -84,6 +84,24 @@ def hash_of(value: Any) -> str:
 def identity(resolved: dict) -> dict:
     """The part of a resolved configuration that decides a run's results."""
     return {key: value for key, value in resolved.items() if key not in INCIDENTAL}
+
+
+def portable_hash(resolved: dict) -> str:
+    """Hash of a run's identity with the folders of `paths` by name: the same wherever data and runs lie."""
+    places = sorted(resolved["paths"].items(), key=lambda item: -len(item[1]))
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        if isinstance(value, str):
+            for name, place in places:
+                if value == place or value.startswith(f"{place}/"):
+                    return f"<{name}>{value[len(place) :]}"
+        return value
+
+    return hash_of(named(identity(resolved)))
 
 
 @cache

@@ -22,7 +22,7 @@ MAY = {
     "callbacks": {"models", "batch", "tokens", "foundation", "files"},
     "inference": {"models", "data", "batch", "tokens", "build"},
     "identity": {"files"},
-    "study": {"identity", "tracking", "build", "config", "callbacks", "models", "pipeline"},
+    "study": {"identity", "files", "tracking", "build", "config", "callbacks", "models", "pipeline"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},
     "deployment": {"models", "data", "inference", "batch", "tokens", "build", "auto"},
     "auto": {"models", "deployment"},

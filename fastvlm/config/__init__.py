@@ -3,6 +3,7 @@ code that knows Hydra."""
 
 from fastvlm.config.command_line import command
 from fastvlm.config.composition import CONF, ROOT, compose, compose_each, take_list, typed_overrides
+from fastvlm.config.mistakes import explain
 from fastvlm.config.rules import check
 from fastvlm.config.schema import Adapt, EvalConfig, ImageConfig, StageConfig, TrainConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "command",
     "compose",
     "compose_each",
+    "explain",
     "take_list",
     "typed_overrides",
 ]

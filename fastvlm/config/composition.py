@@ -35,12 +35,16 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
     from fastvlm.study.arms import expand
 
     register()
+    around = GlobalHydra.instance().hydra  # of the command that runs, or None
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        overrides = relax(expand(list(overrides)))
-        if config_name == "train" and not any(o.startswith("name=") for o in overrides):
-            overrides.append("name=composed")
-        return hydra_compose(config_name, overrides)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            overrides = relax(expand(list(overrides)))
+            if config_name == "train" and not any(o.startswith("name=") for o in overrides):
+                overrides.append("name=composed")
+            return hydra_compose(config_name, overrides)
+    finally:
+        GlobalHydra.instance().hydra = around
 
 
 # What a run may be gone on with, such as the `data.on_change=replan` that a refusal asks for: it stays the same run.

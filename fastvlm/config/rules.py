@@ -22,8 +22,11 @@ DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
 ON_CHANGE = ("refuse", "replan", "restart")
 
 
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, *, images: bool = True) -> None:
     """Refuse what breaks a rule, all at once; and bring `max_steps` and the short forms of a stage into full form.
+
+    Args:
+        images: look at the stages' `image`, too, for which torch is imported.
 
     Raises:
         ValueError: with one broken rule a line.
@@ -33,6 +36,7 @@ def check(config: DictConfig) -> None:
         if config.get("max_steps"):
             stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
         wrong += wrong_stage(stage, where=f"stages.{name}", pretrained=bool(config.get("vlm")))
+        wrong += wrong_image(stage, where=f"stages.{name}") if images else ()
     if config.get("speed_images", 0) < 0:
         wrong.append(f"speed_images={config.speed_images} must be a number of images, or 0 to measure no speed")
     if "data" in config and config.data.on_change not in ON_CHANGE:
@@ -54,7 +58,6 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
         yield f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone"
     if stage.image_size is None and not pretrained:
         yield f"{where}.image_size=null is a pretrained model's own size; give a number, or choose a vlm"
-    yield from wrong_image(stage, where=where)
     if unknown := set(stage.parts) - set(PARTS):
         yield f"{where}.parts: {', '.join(unknown)} is none of {', '.join(PARTS)}"
     yield from wrong_short_forms(stage, where=where)

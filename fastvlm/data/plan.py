@@ -306,34 +306,37 @@ class Plan:
         if unit not in UNITS:
             raise ValueError(f"unit={unit} is not one of {', '.join(UNITS)}")
         n = len(self.arrivals(n)[0])
-        costs_of, columns = [source.costs(unit) for source in self.sources], self.order.columns
+        costs, columns = Joined([source.costs(unit) for source in self.sources]), self.order.columns
         for first in range(start, n, PIECE):
             at = slice(first, min(first + PIECE, n))
             at = columns.place[at] if in_rows else at
-            yield columns.source[at], look_up(costs_of, columns.source[at], columns.row[at])
+            yield columns.source[at], costs.at(columns.source[at], columns.row[at])
 
     def row_sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions and images of every row: two int64 (steps, rows of a step)."""
         self.extend()
         order, rows = self.order.columns, self.num_steps * self.batch_size
         tokens, images = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
+        sizes = [(tokens, Joined([s.length for s in self.sources])), (images, Joined([s.images for s in self.sources]))]
         for first in range(0, rows, PIECE):
             end = order.end[first : min(first + PIECE, rows) + 1]
             place = order.place[end[0] : end[-1]]
             sources, rows_of = order.source[place], order.row[place]
-            for out, name in ((tokens, "length"), (images, "images")):
-                sizes = look_up([getattr(s, name) for s in self.sources], sources, rows_of)
-                out[first : first + PIECE] = np.diff(np.concatenate([[0], sizes.cumsum()])[end - end[0]])
+            for out, column in sizes:
+                total = np.concatenate([[0], column.at(sources, rows_of).cumsum()])
+                out[first : first + PIECE] = np.diff(total[end - end[0]])
         return tuple(column.reshape(self.num_steps, -1) for column in (tokens, images))
 
 
-def look_up(columns: Sequence[np.ndarray], sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`columns[sources[i]][rows[i]]` for every i: int64."""
-    out = np.empty(len(sources), dtype=np.int64)
-    for i, column in enumerate(columns):
-        here = sources == i
-        out[here] = column[rows[here]]
-    return out
+class Joined:
+    """A column of every source, to be looked up by source number and row."""
+
+    def __init__(self, columns: Sequence[np.ndarray]):
+        self.values, self.starts = np.concatenate(columns), np.cumsum([0, *map(len, columns)])
+
+    def at(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """int64, as many as there are pairs of a source's number and a row of its index."""
+        return self.values[self.starts[sources] + rows].astype(np.int64)
 
 
 def check_limits(where: str, **numbers: int | None) -> None:

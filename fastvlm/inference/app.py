@@ -15,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from fastvlm.inference.description import describe_server
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.protocol import (
     AttentionReply,
@@ -31,6 +32,7 @@ from fastvlm.inference.settings import Settings
 
 PAGE = Path(__file__).parent / "page"
 WRONG = {status: {"model": ErrorReply} for status in (400, 404, 413, 503)}
+STREAMED = {200: {"content": {"text/event-stream": {}}, "description": "The answer; with `stream`, its chunks."}}
 log = logging.getLogger("fastvlm.server")
 
 
@@ -52,6 +54,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     add_errors(app, service)
     add_api(app, service)
     add_page(app)
+    describe_server(app, name=service.name, settings=settings)
     return app
 
 
@@ -93,7 +96,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
 def add_api(app: FastAPI, service: Service) -> None:
     """OpenAI's routes, the view of what was attended, and what an operator asks for."""
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG | STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answers a conversation; with `stream`, as server-sent events that end in [DONE]."""
         record, images, length = await unless_gone(request, service.prepare(body))

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastvlm.inference.dialogue import COMMANDS, Dialogue, compose_content, read_image
+from fastvlm.inference.dialogue import COMMANDS, Dialogue, check_options, compose_content, read_image
 from fastvlm.inference.partners import Local, Remote
 
 ADDRESS = ("http://", "https://")
@@ -41,7 +41,7 @@ def converse(dialogue: Dialogue) -> None:
             dialogue.take(line)
         except KeyboardInterrupt:
             print("\n[stopped]")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             print(error, file=sys.stderr)
 
 
@@ -86,18 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files = [read_image(path) for path in args.image]
     if args.prompt is not None:
         compose_content(args.prompt, num_images=len(files))
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "stop", "seed")
+    options = check_options({name: getattr(args, name) for name in names})
     if source.startswith(ADDRESS):
         partner = Remote(source)
     else:
         partner = Local(open_engine(source, device=args.device, levers=args.levers))
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "stop": args.stop,
-        "seed": args.seed,
-    }
     dialogue = Dialogue(partner, options=options, streamed=sys.stdout.isatty(), system=args.system)
     dialogue.waiting = files
     if args.prompt is not None:
@@ -109,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         print(str(error) or repr(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -23,7 +26,14 @@ COMMANDS = """/image PATH|URL ...  show the model images with your next message
 /help                this text
 /exit                leave (or Ctrl-D); Ctrl-C stops an answer
 A message may hold <image> where an image belongs, or an image's path or address; otherwise images go first."""
-KINDS = {"temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "seed": int}
+# Of each option that is a number: its kind, the least and the most it may be, and that in words.
+NUMBERS: dict[str, tuple[type, float, float, str]] = {
+    "temperature": (float, 0.0, sys.float_info.max, "0 (greedy) or more"),
+    "top_p": (float, 5e-324, 1.0, "above 0 and at most 1"),
+    "top_k": (int, 0, 10**6, "from 0 (all tokens) to 1000000"),
+    "max_new_tokens": (int, 1, 10**6, "from 1 to 1000000"),
+    "seed": (int, -(2**62), 2**62, "from -2**62 to 2**62"),
+}
 SUFFIXES = "png|jpe?g|webp|gif|bmp|tiff?"
 # A path or address of an image inside a sentence, bare (spaces escaped) or in quotes.
 MENTION = re.compile(
@@ -55,16 +65,37 @@ def compose_content(prompt: str, *, num_images: int) -> list[dict]:
     return parts
 
 
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `Engine.generate` as it takes them, whoever gave them.
+
+    Raises:
+        ValueError: an unknown one, or a value it cannot have.
+    """
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        said = f"{key}={value}"[:80]
+        if key == "stop":
+            if not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
+                raise ValueError(f"{said}: stop takes texts that end an answer")
+            checked[key] = value
+            continue
+        if key not in NUMBERS:
+            raise ValueError(f"{key}: there are {', '.join((*NUMBERS, 'stop'))}")
+        kind, least, most, words = NUMBERS[key]
+        if isinstance(value, bool) or not isinstance(value, (int, kind)):
+            raise ValueError(f"{said}: {key} takes a number, such as {key}=1")
+        if not least <= value <= most:
+            raise ValueError(f"{said}: {key} is {words}")
+        checked[key] = kind(value)
+    return checked
+
+
 def read_image(path: str | Path) -> bytes:
     """The bytes of an image file, or of an image behind an http(s) address, that can be decoded.
 
     Raises:
         ValueError: no such file, nothing at the address, or no image in it.
     """
-    import io
-
-    from PIL import Image
-
     if str(path).startswith(("http://", "https://")):
         try:
             with urlopen(str(path), timeout=20) as reply:  # noqa: S310  the user's own machine, the user's own address
@@ -78,14 +109,26 @@ def read_image(path: str | Path) -> bytes:
         if not path.is_file():
             raise ValueError(f"image {path}: no such file")
         data = path.read_bytes()
+    check_image(data, named=f"image {path}")
+    return data
+
+
+def check_image(data: bytes, *, named: str) -> None:
+    """
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    import io
+
+    from PIL import Image
+
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = re.sub(r"<_io\.BytesIO object at \w+>", "the file", reason)
-        raise ValueError(f"image {path}: not an image that can be read ({reason})") from None
-    return data
+        raise ValueError(f"{named}: not an image that can be read ({reason})") from None
 
 
 def mentioned_images(text: str) -> tuple[str, list[str]]:
@@ -186,27 +229,22 @@ class Dialogue:
         Raises:
             ValueError: an unknown one, or a value it cannot have.
         """
-        from fastvlm.inference.sampling import Sampling
-
         if not assignments:
             print(" ".join(f"{key}={value}" for key, value in self.options.items()))
             return
-        options = dict(self.options)
+        options: dict[str, Any] = {}
         for assignment in shlex.split(assignments):
             key, _, value = assignment.partition("=")
+            options[key] = value
             if key == "stop":
                 options[key] = [value] if value else []
-            elif key in KINDS:
-                try:
-                    options[key] = KINDS[key](value)
-                except ValueError:
-                    raise ValueError(f"/set {key}={value}: {key} takes a number, such as {key}=1") from None
-            else:
-                raise ValueError(f"/set {key}: there are {', '.join((*KINDS, 'stop'))}")
-        Sampling(options["temperature"], options["top_k"], options["top_p"])
-        if options["max_new_tokens"] < 1:
-            raise ValueError(f"/set max_new_tokens={options['max_new_tokens']}: at least 1")
-        self.options = options
+            elif key in NUMBERS:
+                with suppress(ValueError):  # what is no number is said below
+                    options[key] = NUMBERS[key][0](value)
+        try:
+            self.options |= check_options(options)
+        except ValueError as error:
+            raise ValueError(f"/set {error}") from None
 
     def save(self, path: str) -> None:
         if not path:
@@ -222,11 +260,18 @@ class Dialogue:
         try:
             kept = json.loads(file.read_text())
             messages, images = from_openai(kept["messages"])
-            system, options = str(kept.get("system", "")), dict(kept.get("options", {}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            options, system = kept.get("options") or {}, kept.get("system") or ""
+            if not isinstance(options, dict) or not isinstance(system, str):
+                raise ValueError(
+                    "its options are no object" if isinstance(system, str) else "its system prompt is no text"
+                )
+            options = check_options(options)
+            for i, image in enumerate(images, 1):
+                check_image(image, named=f"image {i}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"/load {path}: not a conversation that /save wrote ({error})") from None
         self.messages, self.images, self.waiting, self.system = messages, images, [], system
-        self.options |= {key: value for key, value in options.items() if key in self.options}
+        self.options |= options
         print(f"[{len(messages)} messages and {len(images)} images]")
 
     def _answer(self, messages: Sequence[dict], images: Sequence[bytes]) -> Spent:

@@ -318,7 +318,7 @@ class Engine:
                 record,
                 images,
                 keys=None if keys is None else keys[i],
-                seed=seed * 1_000_003 + i,
+                seed=(seed * 1_000_003 + i) % 2**63,
                 image_seconds=image_seconds,
                 **options,
             )

@@ -173,14 +173,18 @@ def from_openai(messages: Sequence[dict]) -> tuple[list[dict], list[bytes]]:
     """The other way round.
 
     Raises:
-        ValueError: an image that is no data URL, or something else than messages.
+        ValueError: an image that is no data URL, or something else than questions with their answers.
     """
     images: list[bytes] = []
 
     def part(given: dict) -> dict:
-        if given["type"] != "image_url":
-            return {"type": "text", "text": given["text"]}
-        head, comma, data = given["image_url"]["url"].partition(";base64,")
+        shown = given["type"] == "image_url"
+        said = given["image_url"]["url"] if shown else given["text"]
+        if not isinstance(said, str):
+            raise TypeError
+        if not shown:
+            return {"type": "text", "text": said}
+        head, comma, data = said.partition(";base64,")
         if not comma:
             raise ValueError(f"an image that is not inside the file ({head[:60]})")
         images.append(base64.b64decode(data))
@@ -196,6 +200,8 @@ def from_openai(messages: Sequence[dict]) -> tuple[list[dict], list[bytes]]:
         ]
     except (KeyError, TypeError):
         raise ValueError("no messages as a chat has them") from None
+    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError("its messages are not questions, each with its answer")
     return turns, images
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.build import build_transform
 from fastvlm.callbacks.handoff import read_manifest
+from fastvlm.data.kept_plan import write_plan
 from fastvlm.data.replan import Seen, changes, read_description, seen_before
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of
@@ -140,6 +141,9 @@ class StageRun:
         self.replan(seen_before(stopped, step))
         say(f"\n{self.name}: planned anew from step {step}: {changed}")
         if is_first_rank():
+            # Before the link turns to it: a rank that comes later finds the same plan there.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_plan(self.data.plan, self.folder, identity=self.identity)
             take_over(stopped, checkpoint, self.folder)
 
     def replan(self, seen: Seen) -> None:

@@ -14,7 +14,7 @@ import difflib
 import sys
 
 from fastvlm.study.arms import SCALES, load_study, study_names
-from fastvlm.study.cells import read_csv, read_runs, wanted
+from fastvlm.study.cells import num_ran, planned, read_csv, read_runs, wanted
 from fastvlm.study.report import SOURCES, report, report_all, runs_folder, say
 
 KEYS = ("report", "from", "uri", "cells", "scale")
@@ -75,9 +75,9 @@ def read(arguments: list[str]) -> dict[str, str]:
 def list_studies() -> None:
     for name in study_names():
         study = load_study(name)
-        cells, missing = read_runs(study, runs_folder(), scale="micro")
+        here, grid = num_ran(study, runs_folder(), scale="micro"), len(planned(study, scale="micro"))
         published = len(read_csv(study.folder / "results.csv", scale="micro"))
-        count = f"{len(cells):3} of {len(cells) + len(missing):3}, {published:3} published"
+        count = f"{here:3} of {grid:3}, {published:3} published"
         print(f"{name:28} {count}  {study.question}")
 
 

@@ -19,6 +19,10 @@ def finished_cell(config: DictConfig) -> dict | None:
     in_sweep = config.study is not None or CELL in os.environ
     if not in_sweep or config.overwrite:
         return None
+    if config.get("vlm"):  # what a pretrained model settles is part of the configuration
+        from fastvlm.build import settle_views
+
+        settle_views(config)
     runs = Path(config.paths.runs).resolve()
     run_dir = runs / config.name
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fastvlm.identity import LIBRARIES, read_results
-from fastvlm.study.arms import Study, cell_name, merge
+from fastvlm.identity import LIBRARIES, hash_of, identity, portable_hash, read_results
+from fastvlm.study.arms import Study, cell_name
+from fastvlm.study.composed import Composed, composed
 
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
 COST = ("steps", "tokens", "views", "flops", "seconds")
@@ -53,6 +54,12 @@ def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
     return [(arm, seed) for arm in named if arm in study.arms.get(scale, {}) for seed in seeds(study)]
 
 
+def num_ran(study: Study, runs: Path, *, scale: str) -> int:
+    """Run directories of this study that hold results, of whatever configuration."""
+    folders = [runs / cell_name(study.name, scale, *cell) for cell in ran(study, runs, scale=scale)]
+    return sum((folder / "results.json").is_file() for folder in folders)
+
+
 def seeds(study: Study) -> list[int]:
     text = study.grid.get("seed", "0")
     if match := re.fullmatch(r"range\((\d+)(?:,\s*(\d+))?\)", text):
@@ -80,6 +87,9 @@ def trained(results: dict) -> dict[str, float]:
     return {name: last[key] / unit for name, (key, unit) in TRAINED.items() if key in last}
 
 
+OTHER = "was run with another configuration"
+
+
 @dataclass(frozen=True)
 class Missing:
     """A cell that is not to be had, and why."""
@@ -93,17 +103,22 @@ class Missing:
 
 
 def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list[Missing]]:
-    """Cells that run directories hold, those of seeds beyond the grid's too, and what they lack of the grid."""
+    """Cells that run directories hold, those of seeds beyond the grid's too, and what they lack of the grid: a run of
+    another configuration than its arm is composed to now is none of its cells."""
     cells, missing = [], []
     for arm, seed in wanted(study, ran(study, runs, scale=scale), scale=scale):
         run_dir = runs / cell_name(study.name, scale, arm, seed)
         results = read_results(run_dir)
         if results is None or "made" not in results:
             missing.append(Missing(arm, seed, "has not run"))
-        elif not same_arm(run_dir, study, scale=scale, arm=arm):
-            missing.append(Missing(arm, seed, "was run before the arm was changed"))
+            continue
+        cell, own = from_results(results, scale=scale, arm=arm, seed=seed), composed(study, scale=scale, arm=arm)
+        if own.fault:  # told in a remark of the page
+            cells.append(cell)
+        elif now(run_dir, results["made"], own, seed=seed):
+            cells.append(replace(cell, about=cell.about | {"config": own.hash(seed)}))
         else:
-            cells.append(from_results(results, scale=scale, arm=arm, seed=seed))
+            missing.append(Missing(arm, seed, OTHER))
     return cells, missing
 
 
@@ -122,17 +137,16 @@ def wanted(study: Study, found: Iterable[tuple[str, int]], *, scale: str) -> lis
     return sorted({*planned(study, scale=scale), *found}, key=lambda cell: (places[cell[0]], cell[1]))
 
 
-def same_arm(run_dir: Path, study: Study, *, scale: str, arm: str) -> bool:
-    """Whether the run was of what the arm says now, as its config.yaml remembers the arm."""
+def now(run_dir: Path, made: dict, arm: Composed, *, seed: int) -> bool:
+    """Whether a run's results are of the configuration that its arm has now. One that ran where data lie elsewhere is
+    known by its config.yaml, if that is still what the results were made by."""
+    if arm.knows(made["config"], seed=seed):
+        return True
     try:
-        theirs = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=False)["study"]
+        theirs = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=False)
+        return hash_of(identity(theirs)) == made["config"] and portable_hash(theirs) == arm.hash(seed)
     except (OSError, KeyError):
         return False
-    if theirs is None or theirs["name"] != study.name:  # taken over from another study: the same configuration
-        return True
-    then = theirs[scale]
-    own = then["arms"].get(arm)
-    return own is not None and merge(list(then.get("all") or []), list(own)) == study.arms[scale][arm]
 
 
 def write_csv(file: Path, cells: list[Cell]) -> None:

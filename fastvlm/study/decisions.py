@@ -27,6 +27,7 @@ class Decided:
         steps: optimiser steps of the two arms, means over seeds.
         verdict: None where nothing can be said; `why` then says why.
         as_factor: the verdict's numbers are natural logarithms of a factor.
+        below: parts, in words, that differ between the arms and of which each arm has one training for all seeds.
     """
 
     claim: Claim
@@ -37,6 +38,7 @@ class Decided:
     verdict: Verdict | None
     why: str = ""
     as_factor: bool = False
+    below: tuple[str, ...] = ()
 
     @property
     def on(self) -> str:

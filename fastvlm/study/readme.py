@@ -10,6 +10,7 @@ from fastvlm.study.arms import Study
 from fastvlm.study.cells import Cell, Missing, mean_cost, planned
 from fastvlm.study.claims import Claim, Figure
 from fastvlm.study.decisions import EQUAL_COMPUTE, EQUAL_STEPS, Decided
+from fastvlm.study.grid import Sweep, say_grid
 from fastvlm.study.metrics import label_of
 from fastvlm.study.verdicts import ALPHA, OPEN, POWER, SHOWN, Verdict, fewest_seeds
 
@@ -98,7 +99,7 @@ def amount(decided: Decided) -> str:
 
 def headline(decided: Sequence[Decided]) -> str:
     """The verdict of a claim in a few words: that of the deciding metric, on every basis on which it differs or whose
-    steps are not equal; what an open question would need with it."""
+    steps are not equal; what an open question would need with it, and of what each arm has one training only."""
 
     def outcome(one: Decided) -> str:
         if one.verdict is None:
@@ -107,11 +108,26 @@ def headline(decided: Sequence[Decided]) -> str:
 
     deciding = [d for d in decided if d.metric == d.claim.metric]
     said = list(dict.fromkeys(map(outcome, deciding)))
+    below = dict.fromkeys(part for d in deciding if d.verdict for part in d.below)
+    rider = f" (one {' and one '.join(below)} an arm)" if below else ""
     if len(said) > 1:
-        return "; ".join(f"{outcome(d)} {d.on}" for d in deciding)
+        return "; ".join(f"{outcome(d)} {d.on}" for d in deciding) + rider
     if all(d.basis != "planned" for d in deciding):
-        return said[0]
-    return f"{said[0]} {' and '.join(d.on for d in deciding)}"
+        return said[0] + rider
+    return f"{said[0]} {' and '.join(d.on for d in deciding)}{rider}"
+
+
+def say_below(decided: Sequence[Decided]) -> list[str]:
+    """Of what each arm has one training only, pair by pair unless it holds for all."""
+    told = list(dict.fromkeys((d.pair, d.below) for d in decided if d.verdict))
+    lines = []
+    for parts in dict.fromkeys(below for _, below in told if below):
+        pairs = [f"`{first}` against `{second}`" for (first, second), below in told if below == parts]
+        where = "" if len(pairs) == len(told) else f"{', '.join(pairs)}: "
+        words = f"one training of the {' and of the '.join(parts)} an arm"
+        words = f"{where}{words}" if where else words.capitalize()
+        lines += [f"{words}: the interval leaves out what another would change.", ""]
+    return lines
 
 
 def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, Figure]) -> list[str]:
@@ -132,7 +148,7 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
     lines += table(["metric", *dict.fromkeys(d.on.removeprefix("at ") for d in decided)], rows)
     if claim.optimum:
         words = "The difference is in log2 of the value at which the metric is best in each set of arms."
-        return [*lines, "", words, ""]
+        return [*lines, "", words, "", *say_below(decided)]
     said = wanted[claim.direction]
     if claim.factor:
         said += f" at least {claim.factor:g} times" if claim.factor != 1 else ", by the factor shown"
@@ -143,8 +159,7 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
     said = f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {said}."
     if any(d.verdict and d.verdict.outcome == SHOWN for d in decided):
         said += " What stands beside it without a verdict has no size, or no good side, that the claim speaks of."
-    lines += ["", said]
-    return [*lines, ""]
+    return [*lines, "", said, "", *say_below(decided)]
 
 
 def readme(
@@ -156,6 +171,8 @@ def readme(
     plots: dict[str, list[str]],
     notes: str = "",
     missing: dict[str, list[Missing]],
+    remarks: dict[str, list[str]],
+    sweeps: Sequence[Sweep] = (),
 ) -> str:
     """README.md of a study: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
     lines = [f"# {study.name}", "", study.question, ""]
@@ -176,7 +193,8 @@ def readme(
             lines += claim_section(claim, of_claim, figures)
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
         lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
-        lines += [origin(cells), ""]
+        lines += [" ".join(filter(None, (origin(cells), say_grid(sweeps, cells, scale=scale)))), ""]
+        lines += [line for remark in remarks[scale] for line in (f"{remark[0].upper()}{remark[1:]}.", "")]
         if lacks := missing[scale]:
             named = "; ".join(map(str, lacks[:6])) + (" ..." if len(lacks) > 6 else "")
             lines += [f"{len(lacks)} planned cells are not here: {named}.", ""]
@@ -192,7 +210,8 @@ RULES = (
     f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Steps "
     f"are equal within {EQUAL_STEPS:.0%}, operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the "
     "stages an arm trains itself, without those that stand in for pretrained parts; means over seeds, ± is the "
-    "standard deviation."
+    "standard deviation. Parts that stand in for pretrained ones are trained once and are the same for all seeds, "
+    "unless the study says otherwise."
 )
 
 

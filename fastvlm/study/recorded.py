@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fastvlm.identity import LIBRARIES
+from fastvlm.identity import LIBRARIES, portable_hash
 from fastvlm.study.arms import Study, cell_name
 from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
 
@@ -28,7 +28,8 @@ def flat_cost(results: dict) -> dict[str, float]:
 
 def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | None:
     """Start the MLflow run of a pipeline. A study's cell goes below the study and, done again, on in its own run."""
-    tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed), "config": made["config"]}
+    tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed)}
+    tags["config"] = portable_hash(resolved)
     if config.study is None:
         return tracking.pipeline_run(config.name, tags=tags, config=resolved)
     tags |= {"kind": "cell", "study": config.study.name, "scale": config.scale, "arm": config.arm}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names
 from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, read_csv, read_runs, write_csv
 from fastvlm.study.claims import Claim, load_claims, load_figures
+from fastvlm.study.composed import composed, one_training, told_apart
 from fastvlm.study.decisions import Decided, decide_claim
+from fastvlm.study.grid import FILE, Sweep, of_cells, read_sweeps, write_sweeps
+from fastvlm.study.metrics import metric_of
 from fastvlm.study.plots import make_plots
 from fastvlm.study.readme import amount, catalogue, headline, number, readme
 
@@ -22,26 +26,36 @@ def runs_folder() -> Path:
     return Path(os.environ.get("FASTVLM_RUNS", ROOT / "runs")).resolve()
 
 
-def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> tuple[list[Cell], list[Missing]]:
-    """Cells of one scale and what is missing, from `runs`, `csv`, `mlflow`, or `auto`: run directories where there is
-    one, else results.csv.
+@dataclass(frozen=True)
+class Gathered:
+    """Cells of one scale, what is missing, what is to be said of them, and whether they are those that ran here."""
+
+    cells: list[Cell]
+    missing: list[Missing]
+    remarks: list[str]
+    ran_here: bool
+
+
+def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> Gathered:
+    """Cells of one scale from `runs`, `csv`, `mlflow`, or `auto`: run directories where there is one, else results.csv.
 
     Raises:
         ValueError: an unknown source.
     """
-    file = study.folder / "results.csv"
+    if source not in SOURCES:
+        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
+    cells, missing, ran_here = [], [], False
     if source == "mlflow":
         from fastvlm.study.recorded import read_mlflow
 
-        return read_mlflow(study, scale=scale, uri=uri or f"sqlite:///{runs_folder()}/mlflow.db")
-    if source == "csv":
-        return read_csv(file, scale=scale), []
-    if source not in SOURCES:
-        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
-    cells, missing = read_runs(study, runs_folder(), scale=scale)
-    if source == "auto" and not cells:
-        return read_csv(file, scale=scale), []
-    return cells, missing
+        cells, missing = read_mlflow(study, scale=scale, uri=uri or f"sqlite:///{runs_folder()}/mlflow.db")
+    elif source != "csv":
+        cells, missing = read_runs(study, runs_folder(), scale=scale)
+        ran_here = bool(cells)
+    if source == "csv" or (source == "auto" and not cells):
+        cells, missing = read_csv(study.folder / "results.csv", scale=scale), []
+    cells, remarks = told_apart(study, cells, scale=scale)
+    return Gathered(cells, missing, remarks, ran_here)
 
 
 def report(name: str, *, source: str = "auto", uri: str | None = None, root: Path = STUDIES) -> dict:
@@ -57,20 +71,23 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
     """
     study = load_study(name, root=root)
     figures = load_figures(study.folder)
-    cells_of, missing, claims_of = {}, {}, {}
+    found: dict[str, Gathered] = {}
+    claims_of = {}
     for scale in study.arms:
         claims_of[scale] = load_claims(study, scale=scale)
         for claim in claims_of[scale]:
             if lost := [key for key in claim.figures if key not in figures]:
                 raise ValueError(f"{study.folder}/claims.yaml: figures names {lost[0]}, which paper.csv has not")
-        cells_of[scale], missing[scale] = gather(study, scale=scale, source=source, uri=uri)
-        check_one_origin(cells_of[scale], command=f"python train.py -m experiment={name} scale={scale}")
+        found[scale] = gather(study, scale=scale, source=source, uri=uri)
+        check_one_origin(found[scale].cells, command=f"python train.py -m experiment={name} scale={scale}")
+    cells_of = {scale: one.cells for scale, one in found.items()}
     out, remarks = place_of(study, cells_of)
     kept = [cell for cells in cells_of.values() for cell in cells]
     if kept:  # before anything is decided: what has run is never lost to a claim that cannot be
         write_csv(out / "results.csv", kept)
+    sweeps = grid_of(study, found, out=out)
     results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {
-        scale: (cells, [decide_claim(claim, cells) for claim in claims_of[scale]] if cells else [])
+        scale: (cells, decide(study, claims_of[scale], cells, scale=scale) if cells else [])
         for scale, cells in cells_of.items()
     }
     ran = {scale: cells for scale, cells in cells_of.items() if cells}
@@ -83,17 +100,46 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         results=results,
         plots=plots,
         notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
-        missing=missing,
+        missing={scale: one.missing for scale, one in found.items()},
+        remarks={scale: one.remarks for scale, one in found.items()},
+        sweeps=sweeps,
     )
     (out / "README.md").write_text(text, encoding="utf-8")
     files = [out / "README.md", *(out / plot for names in plots.values() for plot in names)]
     return {
         "verdicts": {s: [f"{d[0].claim.claim} - {headline(d)}" for d in results[s][1]] for s in ran},
-        "missing": {scale: missing[scale] for scale in ran},
-        "remarks": remarks,
-        "files": files + ([out / "results.csv"] if kept else []),
+        "missing": {scale: found[scale].missing for scale in ran},
+        "remarks": [*remarks, *(line for one in found.values() for line in one.remarks)],
+        "files": files + ([out / "results.csv"] if kept else []) + ([out / FILE] if sweeps else []),
         "entries": entries(study, results, claims_of),
     }
+
+
+def grid_of(study: Study, found: dict[str, Gathered], *, out: Path) -> list[Sweep]:
+    """The sweeps these cells ran in, as the runs here note them, else as it was published; and publish them beside
+    results.csv."""
+    here = runs_folder() / "studies" / study.name / FILE
+    sweeps = []
+    for scale, one in found.items():
+        noted = of_cells(read_sweeps(here), one.cells) if one.ran_here else []
+        noted = noted or of_cells(read_sweeps(study.folder / FILE), one.cells)
+        sweeps += [sweep for sweep in noted if sweep.scale == scale]
+    if sweeps and out / FILE != here:
+        write_sweeps(out / FILE, sweeps)
+    return sweeps
+
+
+def decide(study: Study, claims: list[Claim], cells: list[Cell], *, scale: str) -> list[list[Decided]]:
+    """Every claim decided, each with the parts whose one training an arm is in no interval."""
+
+    def below(one: Decided) -> tuple[str, ...]:
+        if one.verdict is None or metric_of(one.metric).cost:
+            return ()
+        sides = one.claim.optimum or [[arm] for arm in one.pair]
+        first, second = ([composed(study, scale=scale, arm=arm) for arm in side] for side in sides)
+        return one_training(first, second)
+
+    return [[replace(one, below=below(one)) for one in decide_claim(claim, cells)] for claim in claims]
 
 
 def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:

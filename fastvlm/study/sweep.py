@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from fastvlm.identity import read_results
-from fastvlm.study.arms import expand, is_silent, key_of, load_study, value_of
+from fastvlm.study.arms import Study, cell_name, expand, is_silent, key_of, load_study, value_of
 from fastvlm.study.cells import trained
 from fastvlm.study.claims import load_claims
+from fastvlm.study.grid import FILE, Sweep, began, cells_since, note
 from fastvlm.study.recorded import log_report
 from fastvlm.study.report import report, runs_folder, say
 
@@ -54,6 +56,40 @@ def check_yield(config: DictConfig, job: Sequence[str]) -> None:
                 )
 
 
+def changed(changes: Sequence[str]) -> list[str]:
+    """Keys that make other cells of a grid than the study's own."""
+    return sorted({key_of(o) for o in changes if not is_silent(o)})
+
+
+def time_grid(
+    config: DictConfig, changes: Sequence[str], *, begun: float, at_once: int | None, jobs: Sequence[list[str]] = ()
+) -> None:
+    """Say how long a sweep took by the clock and what it ran; note it for the page, where the grid is the study's own.
+
+    Args:
+        changes: the overrides of the sweep's cells.
+        begun: seconds since the epoch.
+        at_once: cells side by side, where that is known.
+        jobs: the overrides of each cell.
+    """
+    study, runs = load_study(config.study.name), Path(config.paths.runs).resolve()
+    minutes, width = (time.time() - begun) / 60, f", {at_once} at once" if at_once else ""
+    said = f"\n{study.name}: {minutes:.1f} minutes by the clock"
+    if changed(changes):
+        print(f"{said}{width}", flush=True)
+        return
+    names = cells_since(study, runs, scale=config.scale, begun=begun)
+    note(runs / "studies" / study.name / FILE, Sweep(config.scale, round(minutes, 2), at_once, names))
+    at = {cell_of(study, config.scale, job) for job in jobs}
+    found = sum(began(runs / name) is not None for name in at) - len(names) if at else 0
+    before = f", {found} found done" if found > 0 else ""
+    print(f"{said}, {len(names)} cells run{width}{before}", flush=True)
+
+
+def cell_of(study: Study, scale: str, job: list[str]) -> str:
+    return cell_name(study.name, scale, value_of(job, "arm"), value_of(job, "seed") or 0)
+
+
 def conclude(config: DictConfig, changes: Sequence[str]) -> None:
     """Table, plots, page and verdicts of the study, here and in MLflow. A grid with other settings than the study's
     own leaves its page alone.
@@ -62,9 +98,8 @@ def conclude(config: DictConfig, changes: Sequence[str]) -> None:
         changes: the overrides of the sweep's cells.
     """
     study = load_study(config.study.name)
-    changed = sorted({key_of(o) for o in changes if not is_silent(o)})
-    if changed:
-        print(f"\n{study.name}: run with {', '.join(changed)} changed, so its page stays as it is", flush=True)
+    if keys := changed(changes):
+        print(f"\n{study.name}: run with {', '.join(keys)} changed, so its page stays as it is", flush=True)
         end(config, "FINISHED")
         return
     if Path(config.paths.runs).resolve() != runs_folder():

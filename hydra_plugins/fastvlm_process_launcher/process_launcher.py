@@ -71,9 +71,9 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        study = self.config.get("study")
+        study, begun = self.config.get("study"), time.time()
         if study is not None:
-            from fastvlm.study.sweep import prepare
+            from fastvlm.study.sweep import prepare, time_grid
 
             prepare(self.config, [list(overrides) for overrides in job_overrides])
         slots = self.slots(len(job_overrides))
@@ -83,6 +83,7 @@ class ProcessLauncher(Launcher):
         jobs = [(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
         warm = self.warm if self.warm is not None else len(jobs) > 1 and sys.platform == "linux" and not visible_gpus()
         self.python = WarmPython() if warm else None
+        changes = [override for _, overrides in jobs for override in overrides]
         try:
             if len(slots) == 1:
                 cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
@@ -92,6 +93,7 @@ class ProcessLauncher(Launcher):
             if study is not None:
                 from fastvlm.study.sweep import end
 
+                time_grid(self.config, changes, begun=begun, at_once=len(slots), jobs=[job for _, job in jobs])
                 end(self.config, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         finally:
@@ -100,7 +102,8 @@ class ProcessLauncher(Launcher):
         if study is not None and not self.config.dry_run:
             from fastvlm.study.sweep import conclude
 
-            conclude(self.config, [override for _, overrides in jobs for override in overrides])
+            time_grid(self.config, changes, begun=begun, at_once=len(slots), jobs=[job for _, job in jobs])
+            conclude(self.config, changes)
         failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
         if failed and self.raise_failed:
             # Raised once all have had their turn; the same command again runs the failed ones alone.

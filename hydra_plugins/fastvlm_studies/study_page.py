@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import time
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -16,6 +18,7 @@ class StudyPage(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not ours(config):
             return
+        self.begun = time.time()
         from fastvlm.study.arms import value_of
         from fastvlm.study.sweep import prepare
 
@@ -24,9 +27,13 @@ class StudyPage(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if ours(config) and not config.dry_run:
-            from fastvlm.study.sweep import conclude
+            from fastvlm.study.sweep import conclude, time_grid
 
-            told(conclude, config, [*config.hydra.overrides.task, *(f"{key}=" for key in grid(config))])
+            changes = [*config.hydra.overrides.task, *(f"{key}=" for key in grid(config))]
+            jobs = config.hydra.launcher.get("n_jobs")
+            at_once = jobs if isinstance(jobs, int) and jobs > 0 else None
+            told(functools.partial(time_grid, begun=self.begun, at_once=at_once), config, changes)
+            told(conclude, config, changes)
 
 
 def ours(config: DictConfig) -> bool:

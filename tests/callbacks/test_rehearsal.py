@@ -16,12 +16,14 @@ from fastvlm.tokens import IGNORE_INDEX
 from tests.conftest import TINY
 
 
-def test_trying_the_longest_batch_leaves_every_weight_as_it_would_be(cli, tmp_path):
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_trying_the_longest_batch_leaves_every_weight_as_it_would_be(cli, tmp_path, devices):
     # The encoder learns, so that BatchNorm statistics would tell.
     arguments = [*TINY, "pipeline=dense", "stages.dense.steps=4", "stages.dense.batch_size=4"]
+    arguments += [f"hardware.devices={devices}", "hardware.accumulate=2"]
     for name in ("without", "with"):
         done = cli("train.py", *arguments, f"data.longest_first={name == 'with'}", f"name={name}")
-        assert ("tried first: 4 rows of" in done.stdout) == (name == "with")
+        assert (f"tried first: {2 // devices} rows of" in done.stdout) == (name == "with")
         stage = (tmp_path / "runs" / name / "stages" / "dense").resolve()
         stage.rename(tmp_path / name)
     for part in ("encoder", "resampler", "projector"):

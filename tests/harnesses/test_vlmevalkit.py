@@ -2,13 +2,9 @@
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 KIT = os.environ.get("FASTVLM_VLMEVAL")
 # Enough steps for answers that are words: an empty one VLMEvalKit asks again, and takes for a failure.
 SPEAKS = [
@@ -23,23 +19,22 @@ SPEAKS = [
     "hardware.threads=1",
     "~task",
     "num_samples=0",
-    "mixture@stages.dense.mixture=embedded_instruct",
-    "stages.dense.trainable={encoder: 3e-3, resampler: 3e-3, projector: 3e-3, llm: 3e-3}",
+    "mixture@stages.dense.mixture=embedded_sft_minimal",
+    "stages.dense.trainable={encoder: 1e-2, resampler: 1e-2, projector: 1e-2, llm: 1e-2}",
     "stages.dense.image_size=64",
-    "stages.dense.steps=100",
+    "stages.dense.batch_size=16",
+    "stages.dense.steps=150",
 ]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not KIT, reason="FASTVLM_VLMEVAL=<python of an environment with VLMEvalKit> is not given")
-def test_vlmevalkit_is_answered_as_our_own_evaluation_is_and_gives_the_same_score(cli, embedded, tmp_path):
+def test_vlmevalkit_is_answered_as_our_own_evaluation_is_and_gives_the_same_score(cli, tmp_path):
     cli("train.py", *SPEAKS, "name=speaks", timeout=280)
-    options = [f"run={tmp_path}/runs/latest", f"kit={KIT}", "count=24", "tokens=6"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "vlmevalkit.py"), *options]
-    env = os.environ | {"FASTVLM_DATA": str(embedded), "FASTVLM_RUNS": str(tmp_path / "runs")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stderr
+    asked = [f"run={tmp_path}/runs/latest", f"kit={KIT}", "count=24", "tokens=6"]
+    done = cli("benchmarks/vlmevalkit.py", *asked, timeout=560)
     found = re.findall(r"(\d+) unlike answers; ours the same: (\w+)\n  VLMEvalKit ([\d.]+), ours ([\d.]+)", done.stdout)
     assert [same for _, same, _, _ in found] == ["True", "True"], done.stdout
     unlike, _, theirs, ours = found[0]
-    assert int(unlike) > 1 and float(theirs) > 0 and theirs == ours, done.stdout
+    assert int(unlike) > 5 and float(theirs) > 0 and theirs == ours, done.stdout

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -267,6 +268,66 @@ def test_commands_change_what_is_asked(load_tiny_run, asked, tmp_path, picture, 
     assert len(errors) == len(named) and all(word in error for word, error in zip(named, errors))
     assert "temperature=0.0" in captured.out, "what /load brought back"
     assert json.loads(kept.read_text())["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png")
+
+
+SAVED = {
+    "system": "the word",
+    "options": {"temperature": 1, "top_k": 9, "seed": -4, "stop": ["."]},
+    "messages": [{"role": "user", "content": "digit"}, {"role": "assistant", "content": "word"}],
+}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": to_data_url(draw_png(0)[:50])}}]}
+NOT_SAVED = [
+    ({"options": {"temperature": "hot"}}, "temperature=hot: temperature takes a number"),
+    ({"options": {"temperature": None}}, "temperature=None: temperature takes a number"),
+    ({"options": {"temperature": True}}, "temperature=True: temperature takes a number"),
+    ({"options": {"temperature": math.inf}}, "temperature=inf: temperature is 0"),
+    ({"options": {"top_p": math.nan}}, "top_p=nan: top_p is above 0"),
+    ({"options": {"top_k": 1.5}}, "top_k=1.5: top_k takes a number"),
+    ({"options": {"max_new_tokens": 0}}, "max_new_tokens=0: max_new_tokens is from 1"),
+    ({"options": {"seed": 2**62 + 1}}, "seed=4611686018427387905: seed is from"),
+    ({"options": {"stop": "x"}}, "stop=x: stop takes texts"),
+    ({"options": {"tempo": 1}}, "tempo: there are temperature"),
+    ({"options": [1]}, "its options are no object"),
+    ({"system": 5}, "its system prompt is no text"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "not questions, each with its answer"),
+    ({"messages": [*SAVED["messages"], {"role": "user", "content": "x"}]}, "not questions, each with its answer"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "no messages as a chat has them"),
+    ({"messages": [IMAGE, SAVED["messages"][1]]}, "image 1: not an image that can be read"),
+]
+
+
+def test_load_takes_what_set_takes_and_what_it_refuses_changes_nothing(engine, tmp_path):
+    file = tmp_path / "kept.json"
+    usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0, "stop": []}
+    talk = dialogue.Dialogue(dialogue.Local(engine), options=usual, streamed=False, system="before")
+    for change, words in NOT_SAVED:
+        file.write_text(json.dumps(SAVED | change))
+        with pytest.raises(ValueError, match="not a conversation that /save wrote") as refused:
+            talk.take(f"/load {file}")
+        assert words in str(refused.value) and "\n" not in str(refused.value)
+        assert (talk.options, talk.system, talk.messages) == (usual, "before", [])
+    assignments = {
+        "temperature=inf": "temperature is 0",
+        "temperature=hot": "temperature takes a number",
+        "top_p=0": "top_p is above 0",
+        "seed=10000000000000000000000": "seed is from",
+        "top_k=-1": "top_k is from 0",
+        "seed=": "seed takes a number",
+    }
+    for assignment, words in assignments.items():
+        with pytest.raises(ValueError, match=f"/set {assignment}.*: {words}"):
+            talk.take(f"/set {assignment}")
+        assert talk.options == usual
+    file.write_text(json.dumps(SAVED | {"system": None}))
+    talk.take(f"/load {file}")
+    assert talk.system == "" and talk.options == usual | SAVED["options"] and talk.messages == SAVED["messages"]
+
+
+def test_the_coldest_draw_and_the_largest_seed_are_answered(load_tiny_run, asked, tmp_path, capsys, monkeypatch):
+    converse(monkeypatch, tmp_path, ["/set temperature=1e-40 seed=4611686018427387904", "digit", "/retry"])
+    assert len(asked) == 2 and capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="temperature=inf: temperature is 0"):
+        chat.main([f"run={tmp_path}", "--temperature", "inf", "--prompt", "x"])
 
 
 def test_a_conversation_with_a_server_says_what_one_with_its_engine_says(

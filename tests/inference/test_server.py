@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.client
 import json
+import os
 import queue
 import socket
 import subprocess
@@ -671,9 +672,23 @@ def test_a_request_that_does_not_come_is_given_up():
     assert sent == []
 
 
+def test_the_servers_description_names_its_model_and_limits_and_its_examples_are_answered(server):
+    schema = json.loads(server.get("/openapi.json")[1])
+    for name in ("ChatRequest", "AttentionRequest"):
+        fields = schema["components"]["schemas"][name]["properties"]
+        assert fields["model"]["enum"] == ["tiny"] and "ends at 200" in fields["max_tokens"]["description"]
+    for path in ("/v1/chat/completions", "/v1/attention"):
+        example = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
+        status, raw = server.request("POST", path, json.dumps(example))
+        assert status == 200 and '"image_url"' in json.dumps(example), raw
+
+
 @pytest.mark.slow
-def test_fuzzed_requests_bring_no_server_error(server):
-    """schemathesis draws requests from the server's own description, valid ones and broken ones."""
+def test_fuzzed_requests_bring_no_server_error_and_many_of_them_reach_the_engine(server):
+    """schemathesis draws requests from the server's own description, valid ones and broken ones; `fuzz_hooks.py` puts
+    pictures where it drew addresses."""
+    names = ("answers_total", "refused_500_total", "image_store_bytes")
+    before = {name: server.metric(name) for name in names}
     command = [
         *(str(Path(sys.executable).parent / "schemathesis"), "run", f"http://127.0.0.1:{server.port}/openapi.json"),
         *(
@@ -682,6 +697,10 @@ def test_fuzzed_requests_bring_no_server_error(server):
         ),
         *("--max-examples", "60", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--no-color"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    hooks = {"SCHEMATHESIS_HOOKS": "fuzz_hooks", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ | hooks)
     assert done.returncode == 0, done.stdout[-4000:]
     assert server.process.poll() is None and server.get("/health")[0] == 200
+    wait_for(lambda: server.metric("active") == server.metric("waiting") == 0)
+    more = {name: server.metric(name) - before[name] for name in names}
+    assert more["refused_500_total"] == 0 and more["answers_total"] >= 50 and more["image_store_bytes"] > 0, more

@@ -12,6 +12,7 @@ from fastvlm.study import report as report_module
 from fastvlm.study.__main__ import main
 from fastvlm.study.arms import load_study, study_names
 from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, write_csv
+from fastvlm.study.composed import composed
 from fastvlm.study.report import report, report_all, say
 from tests.conftest import ROOT
 from tests.study.made_cells import cell, grid, put_study
@@ -28,13 +29,15 @@ def studies(tmp_path, monkeypatch):
     return folder
 
 
-def put_run(runs, one, *, scale="micro", name=None) -> None:
-    """The run directory of a cell, as a run leaves it."""
+def put_run(runs, one, *, study=None, scale="micro", name=None) -> None:
+    """The run directory of a cell, as a run of its arm in `study` leaves it."""
     folder = runs / "studies" / "llava_align" / scale / (name or f"{one.arm}-seed{one.seed}")
     folder.mkdir(parents=True)
     about = one.about
     hardware = {key: about[key] for key in ("cpu", "cores", "accelerator", "precision", "threads")}
     made = {"commit": about["commit"], "code": about["code"], "config": about["config"], "hardware": hardware}
+    if study is not None:
+        made["config"] = composed(study, scale=scale, arm=one.arm).hash(one.seed)
     made["libraries"] = {"torch": about.get("torch", "2.9"), "transformers": "5"}
     results = {"metrics": one.metrics, "cost": {"instruct": one.cost}, "made": made}
     (folder / "results.json").write_text(json.dumps(results))
@@ -42,13 +45,13 @@ def put_run(runs, one, *, scale="micro", name=None) -> None:
 
 
 def test_cells_of_seeds_beyond_the_grid_count_once_they_ran(studies, tmp_path):
-    cells = grid(seeds=8)
+    cells, study = grid(seeds=8), load_study("llava_align", root=studies.parent)
     for one in cells:
         if (one.arm, one.seed) != ("skip", 7):
-            put_run(tmp_path / "runs", one)
+            put_run(tmp_path / "runs", one, study=study)
     put_run(tmp_path / "runs", cells[0], name="align-seed0-stages.instruct.steps_9")  # more than the arm was changed
     put_run(tmp_path / "runs", cells[0], name="gone-seed0")  # an arm there is no more
-    found, missing = read_runs(load_study("llava_align", root=studies.parent), tmp_path / "runs", scale="micro")
+    found, missing = read_runs(study, tmp_path / "runs", scale="micro")
     assert len(found) == 23 and missing == []
     made = report("llava_align", root=studies.parent)
     assert len(read_csv(studies / "results.csv")) == 23
@@ -65,7 +68,7 @@ def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies,
     before = (studies / "results.csv").read_bytes()
     for one in grid(seeds=12):
         if one.arm != "skip":
-            put_run(tmp_path / "runs", one)
+            put_run(tmp_path / "runs", one, study=load_study("llava_align", root=studies.parent))
     made = report("llava_align", root=studies.parent)
     assert (studies / "results.csv").read_bytes() == before
     assert "keeps its 15 cells; these 24" in made["remarks"][0]
@@ -145,7 +148,7 @@ def test_an_argument_that_would_be_ignored_is_refused(studies, arguments, words)
 def test_the_command_reports_lists_studies_and_cells(studies, tmp_path, capsys):
     for one in grid():
         if one.seed < 3:
-            put_run(tmp_path / "runs", one)
+            put_run(tmp_path / "runs", one, study=load_study("llava_align", root=studies.parent))
     main(["report=llava_align"])
     out = capsys.readouterr().out
     assert "scale=micro" in out and "not resolved (about 5 seeds would tell)" in out and "README.md" in out

@@ -60,11 +60,15 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     assert len(rows) == 3 and rows[0].startswith("scale,arm,seed,commit")
     page = (toy / "README.md").read_text()
     assert "**not resolved**: one seed has no spread" in page and "arm=broken seed=0 has not run" in page
+    assert "toy: " in first.stdout and "minutes by the clock, 2 cells run, 2 at once\n" in first.stdout
+    (sweep,) = json.loads((toy / "grid.json").read_text())
+    assert sweep["cells"] == ["few-seed0", "many-seed0"] and "2 cells, 2 at once." in page
     before = (toy / "results.csv").read_bytes()
 
     # The same command again runs the failed cell alone; nothing else moves, and MLflow has each cell once.
     again = cli("train.py", "-m", "experiment=toy", "arm=few,broken", "hydra.launcher.parallel=1", check=False)
     assert again.stdout.count("done before") == 1 and "1 of 2 cells failed" in again.stderr
+    assert "minutes by the clock, 0 cells run, 1 at once, 1 found done" in again.stdout
     assert (toy / "results.csv").read_bytes() == before
 
     from fastvlm.study.recorded import read_mlflow
@@ -88,7 +92,7 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     from mlflow import MlflowClient
 
     artifacts = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id)}
-    assert {"README.md", "results.csv", "micro.svg"} <= artifacts
+    assert {"README.md", "results.csv", "grid.json", "micro.svg"} <= artifacts
     study = load_study("toy", root=toy.parent)
     found, missing = read_mlflow(study, scale="micro", uri=uri)
     assert len(found) == 2 and len(missing) == 1

@@ -1,0 +1,48 @@
+"""What the server's own description (/openapi.json) says of this one: its model's name, its limits, and questions that
+it answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from fastvlm.inference.settings import Settings
+
+# A red square on white, 8 x 8.
+PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAQMAAAD+wSzIAAAABlBMVEX////IHh7kMBY6AAAAGElEQVR42mNgYGBg"
+    "sGFiYGJgYmBgYGAAAALUAEMQ6XlWAAAAAElFTkSuQmCC"
+)
+
+
+def describe_server(app: FastAPI, *, name: str, settings: Settings) -> None:
+    """Have an application's description name what it serves instead of what any such server could."""
+    write = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            complete(write(), name=name, settings=settings)
+        return app.openapi_schema
+
+    app.openapi = openapi
+
+
+def complete(schema: dict[str, Any], *, name: str, settings: Settings) -> None:
+    """Fill in, in place."""
+    for request in ("ChatRequest", "AttentionRequest"):
+        fields = schema["components"]["schemas"][request]["properties"]
+        fields["model"] = {"type": "string", "enum": [name], "title": "Model"}
+        for bound in ("max_tokens", "max_completion_tokens"):
+            fields[bound]["description"] = f"an answer ends at {settings.max_new_tokens} in any case"
+    content: list[dict] = [{"type": "text", "text": "What is shown?"}]
+    if settings.max_images:
+        content.insert(0, {"type": "image_url", "image_url": {"url": PICTURE}})
+    question = {"role": "user", "content": content}
+    short = {"model": name, "max_tokens": 1}
+    examples = {"/v1/chat/completions": {**short, "messages": [question]}}
+    if settings.max_images:
+        answer = {"role": "assistant", "content": "a square"}
+        examples["/v1/attention"] = {**short, "messages": [question, answer]}
+    for path, example in examples.items():
+        schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example

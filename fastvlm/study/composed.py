@@ -1,0 +1,135 @@
+"""A study's arms as study.yaml and conf/ compose them now: whose results are theirs, and what two arms stand on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from omegaconf import DictConfig, OmegaConf
+
+from fastvlm.config import check, composition, explain
+from fastvlm.identity import hash_of, identity, portable_hash
+from fastvlm.study.arms import Study, cell_name, merge
+
+NAMES = {"llm": "language model"}  # of parts, in a sentence; the others are called what they are
+
+
+class Composed:
+    """One arm at one scale. Composed once: seeds differ in what interpolates `seed` alone.
+
+    Args:
+        config: composed and checked.
+        fault: why it cannot be; nothing is known of its cells then.
+    """
+
+    def __init__(self, config: DictConfig | None, *, fault: str = ""):
+        self.config, self.fault = config, fault
+        self._resolved: dict[int, dict] = {}
+
+    def resolved(self, seed: int) -> dict:
+        if seed not in self._resolved:
+            self.config.seed = seed
+            self._resolved[seed] = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=False)
+        return self._resolved[seed]
+
+    def hash(self, seed: int) -> str:
+        """What `config` says in results.csv: the same wherever data and runs lie."""
+        return portable_hash(self.resolved(seed))
+
+    def knows(self, config: str, *, seed: int) -> bool:
+        """Whether this is the hash of its configuration, as results.csv has it or as a run here has."""
+        return config in (self.hash(seed), hash_of(identity(self.resolved(seed))))
+
+    def stand_ins(self, seed: int) -> dict[str, str]:
+        """Part -> hash of the stage that trains what stands in for its pretrained weights: one with a seed of its
+        own."""
+        whole, found = self.resolved(seed), {}
+        for stage in whole["stages"].values():
+            if stage.get("seed") is None:
+                continue
+            seeds = {part: (whole.get("part_seeds") or {}).get(part, seed) for part in stage["parts"]}
+            made = {part: whole[part] or whole["vlm"] for part in stage["parts"]}
+            own = {key: value for key, value in stage.items() if key != "cache_features"}
+            found |= {part: hash_of([own, made, seeds, whole["tokenizer"]]) for part in stage["parts"]}
+        return found
+
+
+def composed(study: Study, *, scale: str, arm: str) -> Composed:
+    """An arm as it is composed now; the same object at every call while study.yaml stays as it is."""
+    text = (study.folder / "study.yaml").read_text(encoding="utf-8")
+    key = (study.name, text, scale, arm, composition.CONF)
+    if key not in _COMPOSED:
+        _COMPOSED[key] = _compose(study, scale=scale, arm=arm)
+    return _COMPOSED[key]
+
+
+_COMPOSED: dict[tuple, Composed] = {}
+
+
+def _compose(study: Study, *, scale: str, arm: str) -> Composed:
+    given = [f"arm={arm}", f"scale={scale}", "seed=0", f"name={cell_name(study.name, scale, arm, 0)}"]
+    overrides = [f"experiment={study.name}", *merge(study.overrides(arm, scale), given), f"++study.applied={arm}"]
+    before = os.environ.get("FASTVLM_STUDIES")
+    os.environ["FASTVLM_STUDIES"] = str(study.folder.parent)
+    try:
+        config = composition.compose("train", overrides)
+        check(config, images=False)
+        if config.get("vlm"):
+            from fastvlm.build import settle_views
+
+            settle_views(config)
+    except Exception as error:
+        if isinstance(error, ValueError):
+            return Composed(None, fault=str(error).splitlines()[0])
+        if type(error).__module__.startswith(("hydra", "omegaconf")):
+            return Composed(None, fault=explain(error, "train"))
+        raise
+    finally:
+        os.environ.pop("FASTVLM_STUDIES") if before is None else os.environ.update(FASTVLM_STUDIES=before)
+    return Composed(config)
+
+
+def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, list[str]]:
+    """(the cells, those of the arms' present configuration with its hash; remarks about the others).
+
+    Of results that were published or recorded earlier: they are shown, and what they are of is said.
+    """
+    known, others, faults = [], {}, {}
+    for cell in cells:
+        if cell.arm not in study.arms.get(scale, {}):  # the arm is gone
+            known.append(cell)
+            continue
+        now = composed(study, scale=scale, arm=cell.arm)
+        if now.fault:
+            faults[cell.arm] = now.fault
+        elif now.knows(cell.about["config"], seed=cell.seed):
+            cell = replace(cell, about=cell.about | {"config": now.hash(cell.seed)})
+        else:
+            others[cell.arm] = others.get(cell.arm, 0) + 1
+        known.append(cell)
+    remarks = []
+    if others:
+        arms = ", ".join(f"{count} of {arm}" for arm, count in others.items())
+        remarks.append(
+            f"{sum(others.values())} of {len(cells)} cells were run with another configuration of their arm than is "
+            f"composed now ({arms}); a key that was added since counts, too"
+        )
+    remarks += [f"whether cells of {arm} are of its configuration is not known: {why}" for arm, why in faults.items()]
+    return known, remarks
+
+
+def one_training(first: Iterable[Composed], second: Iterable[Composed]) -> tuple[str, ...]:
+    """Parts in whose stand-ins two sides differ, while each arm has one training of it for all its seeds: what
+    another training would change is in no interval over seeds. Empty where an arm cannot be composed."""
+    sides = [list(first), list(second)]
+    arms = [arm for side in sides for arm in side]
+    if any(arm.fault for arm in arms):
+        return ()
+    found = []
+    for part in dict.fromkeys(part for arm in arms for part in arm.stand_ins(0)):
+        theirs = [{arm.stand_ins(0).get(part) for arm in side} for side in sides]
+        fixed = any(part in arm.stand_ins(0) and arm.stand_ins(0)[part] == arm.stand_ins(1).get(part) for arm in arms)
+        if theirs[0] != theirs[1] and fixed:
+            found.append(NAMES.get(part, part))
+    return tuple(found)
