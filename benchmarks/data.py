@@ -88,7 +88,7 @@ class Contender:
         line = self._process.stdout.readline()
         reply = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
         if "error" in reply:
-            raise SystemExit(f"error: {self.name}: {reply['error']} (see {self.log})")
+            raise shares.Refused(f"error: {self.name}: {reply['error']} (see {self.log})")
         return reply
 
     def close(self) -> None:
@@ -199,7 +199,8 @@ def share_lines(rows: list[dict]) -> list[str]:
     names = list(rows[0]["errors"])
     lines.append(f"  {'':30} " + " ".join(f"{n:>12.12}" for n in names))
     for row in rows:
-        errors = " ".join(f"{statistics.median(row['errors'][n]):12.2f}" for n in names)
+        found = (row["errors"][n] for n in names)
+        errors = " ".join(f"{statistics.median(e):12.2f}" if e else f"{'refused':>12}" for e in found)
         lines.append(f"  {row['mixture'] + ' by ' + row['unit']:30} {errors}")
     return lines
 
@@ -232,6 +233,11 @@ def machine() -> dict:
     }
 
 
+def keep(result: dict, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     options = dict(DEFAULTS)
     for argument in sys.argv[1:]:
@@ -253,7 +259,7 @@ def main() -> None:
     if python and Path(python).is_dir():
         python = str(Path(python) / "bin" / "python")
     names = [name for name in options["only"].split(",") if name] if python else []
-    begun = time.time()
+    begun, out = time.time(), Path(options["out"])
     once(folder / "tokenizer", lambda to: made.train_tokenizer(to))
     result: dict = {
         "machine": machine(),
@@ -272,6 +278,7 @@ def main() -> None:
         own = {name: Contender(name, sys.executable, scratch=scratch) for name in OURS}
         result["speed"] = measure_speed(folder, own | contenders, options)
         lines += ["", *speed_lines(result["speed"], names)]
+        keep(result, out)
         for contender in own.values():
             contender.close()
     if "shares" in parts or "packing" in parts:
@@ -306,11 +313,12 @@ def main() -> None:
         contender.close()
     result["seconds"] = round(time.time() - begun)
     print("\n".join(lines))
-    out = Path(options["out"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, out)
     log(f"written to {out} after {result['seconds']} s")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except shares.Refused as error:
+        sys.exit(str(error))

@@ -30,6 +30,10 @@ COUNT = 100_000
 FAMILY_SAMPLES = 2000
 
 
+class Refused(Exception):
+    """A peer cannot do what it was asked."""
+
+
 def write_families(folder: Path) -> None:
     from fastvlm.data.shards import ShardWriter
 
@@ -83,7 +87,8 @@ def measure_shares(folder: Path, tokenizer, peers: dict[str, Callable], *, seeds
         pools = [costs[sources == i][:FAMILY_SAMPLES] for i in range(len(weights))]  # the first pass
         worth = float(max(pool.max() for pool in pools))
         shares = np.array(list(weights.values())) / sum(weights.values())
-        row = {"mixture": mixture, "unit": unit, "samples": COUNT, "worth": worth, "errors": {}, "shares": {}}
+        row = {"mixture": mixture, "unit": unit, "samples": COUNT, "worth": worth}
+        row |= {"errors": {}, "shares": {}, "refused": {}}
         row["mean_cost"] = {name: float(pool.mean()) for name, pool in zip(weights, pools)}
         row["errors"]["fastvlm"] = [largest_error(sources, costs, shares) / worth]
         row["shares"]["fastvlm"] = realised(sources, costs, len(weights))
@@ -92,12 +97,17 @@ def measure_shares(folder: Path, tokenizer, peers: dict[str, Callable], *, seeds
         for name, mix in peers.items():
             errors = []
             for seed in range(seeds):
-                order = mix(f"{mixture}-{unit}".replace("/", "-"), given, seed)
+                try:
+                    order = mix(f"{mixture}-{unit}".replace("/", "-"), given, seed)
+                except Refused as refusal:
+                    row["refused"][name] = str(refusal)
+                    break
                 dealt = deal(order, pools, seed=seed)
                 errors.append(largest_error(order, dealt, shares) / worth)
             row["errors"][name] = errors
-            row["shares"][name] = realised(order, dealt, len(weights))
-            log(f"  {mixture} by {unit}: {name} {np.median(errors):.1f}")
+            if errors:
+                row["shares"][name] = realised(order, dealt, len(weights))
+            log(f"  {mixture} by {unit}: {name} " + (f"{np.median(errors):.1f}" if errors else "refused"))
         rows.append(row)
     return rows
 
