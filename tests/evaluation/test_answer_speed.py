@@ -44,41 +44,31 @@ def test_a_second_question_is_timed_after_another_about_its_image_and_a_first_wi
     assert (engine.stop_ids, engine.images.max_bytes, engine.prefixes.max_bytes) == before
 
 
+@pytest.fixture
+def timed(engine, monkeypatch):
+    """(threads, clock) of every answer since; the number of threads is put back."""
+    generate, seen, before = engine.generate, [], torch.get_num_threads()
+
+    def spy(*rest, **options):
+        seen.append((torch.get_num_threads(), engine.clock.kind))
+        return generate(*rest, **options)
+
+    monkeypatch.setattr(engine, "generate", spy)
+    yield seen
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("threads", "kind"), [(1, "cpu"), (2, "wall")])
-def test_first_tokens_are_cpu_time_on_one_thread_and_wall_time_on_several(
-    engine, questions, monkeypatch, threads, kind
-):
-    generate, seen = engine.generate, []
-
-    def spy(*rest, **options):
-        seen.append((torch.get_num_threads(), engine.clock.kind))
-        return generate(*rest, **options)
-
-    monkeypatch.setattr(engine, "generate", spy)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        figures = first_token_ms(engine, questions[:1], repeats=1)
-        assert set(seen) == {(threads, kind)} and figures["test/ttft_ms"] > 0
-    finally:
-        torch.set_num_threads(before)
+def test_first_tokens_are_cpu_time_on_one_thread_and_wall_time_on_several(engine, questions, timed, threads, kind):
+    torch.set_num_threads(threads)
+    figures = first_token_ms(engine, questions[:1], repeats=1)
+    assert set(timed) == {(threads, kind)} and figures["test/ttft_ms"] > 0
 
 
-def test_an_answers_speed_is_cpu_time_of_one_thread_however_many_there_are(engine, questions, monkeypatch):
-    generate, seen = engine.generate, []
-
-    def spy(*rest, **options):
-        seen.append((torch.get_num_threads(), engine.clock.kind))
-        return generate(*rest, **options)
-
-    monkeypatch.setattr(engine, "generate", spy)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        answer_speed(engine, questions[:1], tokens=2, repeats=1)
-        assert set(seen) == {(1, "cpu")} and torch.get_num_threads() == 2 and engine.clock.kind == "wall"
-    finally:
-        torch.set_num_threads(before)
+def test_an_answers_speed_is_cpu_time_of_one_thread_however_many_there_are(engine, questions, timed):
+    torch.set_num_threads(2)
+    answer_speed(engine, questions[:1], tokens=2, repeats=1)
+    assert set(timed) == {(1, "cpu")} and torch.get_num_threads() == 2 and engine.clock.kind == "wall"
 
 
 def test_the_time_to_the_first_token_is_that_of_every_question_alone_and_warm(engine, questions, monkeypatch):

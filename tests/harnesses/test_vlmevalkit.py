@@ -5,20 +5,13 @@ import re
 
 import pytest
 
+from tests.conftest import TINY
+
 KIT = os.environ.get("FASTVLM_VLMEVAL")
 # Enough steps for answers that are words: an empty one VLMEvalKit asks again, and takes for a failure.
 SPEAKS = [
+    *TINY,
     "pipeline=dense",
-    "encoder.dims=[8,16]",
-    "llm.hidden_size=32",
-    "llm.intermediate_size=64",
-    "llm.num_hidden_layers=2",
-    "llm.num_attention_heads=2",
-    "logger=none",
-    "hardware=cpu",
-    "hardware.threads=1",
-    "~task",
-    "num_samples=0",
     "mixture@stages.dense.mixture=embedded_sft_minimal",
     "stages.dense.trainable={encoder: 1e-2, resampler: 1e-2, projector: 1e-2, llm: 1e-2}",
     "stages.dense.image_size=64",
