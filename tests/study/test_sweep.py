@@ -187,9 +187,12 @@ def test_a_cell_of_a_sweep_may_have_several_ranks(cli, toy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]])
+@pytest.mark.parametrize(
+    "launcher", [["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], ["hydra/launcher=submitit_local"]]
+)
 def test_a_study_under_another_launcher_ends_in_its_page_too(cli, toy, tmp_path, launcher):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    for name in ("joblib", "submitit"):
+        pytest.importorskip(f"hydra_plugins.hydra_{name}_launcher")
     done = cli("train.py", "-m", "experiment=toy", "arm=few,many", *launcher, timeout=400)
     assert "Few tokens are better. - not resolved" in done.stdout and "README.md" in done.stdout
     assert len((toy / "results.csv").read_text().splitlines()) == 3
