@@ -4,7 +4,10 @@ import csv
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # last: it holds a data.py
+from ttft import missing, parse  # noqa: E402
 from ttft_report import draw, tabulate, write_csv  # noqa: E402
 
 PLACE = {"machine": "a CPU", "device": "cpu", "threads": 1, "time": "cpu"}
@@ -67,3 +70,17 @@ def test_a_file_of_single_levers_gets_its_csv_and_one_without_a_mode_to_plot_no_
     assert (last["ttft_min"], last["repeats"]) == ("", "1")
     draw([ROWS[1]], tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_what_is_measured_with_these_threads_on_this_device_is_not_measured_again():
+    options = parse(["only=fastvlm-512,fastvlm-1024"])
+    wanted = [(name, mode) for name in ("fastvlm-512", "fastvlm-1024") for mode in ("eager", "levers")]
+    assert missing(wanted, ROWS, options) == [("fastvlm-1024", "eager"), ("fastvlm-1024", "levers")]
+    assert missing(wanted, ROWS, options | {"threads": "2"}) == wanted
+    assert missing(wanted, ROWS, options | {"device": "cuda"}) == wanted
+
+
+@pytest.mark.parametrize("wrong", ["flops=no", "report=1", "only=fastvlm", "modes=bf61"])
+def test_a_wrong_option_is_said_before_anything_is_measured(wrong):
+    with pytest.raises(ValueError, match=wrong.partition("=")[2]):
+        parse([wrong])
