@@ -81,6 +81,8 @@ class ProcessLauncher(Launcher):
         for slot in slots:
             free.put(slot)
         jobs = [(initial_job_idx + i, list(overrides)) for i, overrides in enumerate(job_overrides)]
+        if study is not None:
+            jobs = in_turns(jobs, at_once=len(slots))
         warm = self.warm if self.warm is not None else len(jobs) > 1 and sys.platform == "linux" and not visible_gpus()
         self.python = WarmPython() if warm else None
         changes = [override for _, overrides in jobs for override in overrides]
@@ -99,6 +101,7 @@ class ProcessLauncher(Launcher):
         finally:
             if self.python is not None:
                 self.python.close()
+        cells.sort(key=lambda cell: cell.hydra_cfg)
         if study is not None and not self.config.dry_run:
             from fastvlm.study.sweep import conclude
 
@@ -206,7 +209,17 @@ class ProcessLauncher(Launcher):
         folder = Path(self.config.paths.runs) / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         label = "".join(c if c.isalnum() or c in "=.,-" else "_" for c in ",".join(filter_overrides(overrides)))
-        return folder / f"{label[:120] or 'defaults'}.log"
+        return folder / f"{label[:120] or 'defaults'}-{index}.log"
+
+
+def in_turns(jobs: list[tuple[int, list[str]]], *, at_once: int) -> list[tuple[int, list[str]]]:
+    """Cells of a study by their seeds, as many seeds as cells run at once, and by their arms within: arms that are
+    paired run close together, so that a slow hour of the machine falls on all of them and not on one, and cells side
+    by side have no stage to wait for in each other."""
+    from fastvlm.study.arms import value_of
+
+    seeds = list(dict.fromkeys(value_of(overrides, "seed") for _, overrides in jobs))
+    return sorted(jobs, key=lambda job: (seeds.index(value_of(job[1], "seed")) // at_once, job[0]))
 
 
 def visible_gpus() -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from fastvlm.study.sweep import check_yield
 from hydra_plugins.fastvlm_process_launcher import process_launcher
-from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher
+from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher, in_turns
 from tests.conftest import ROOT
 from tests.study.made_cells import cell
 from tests.study.test_study_command import put_run
@@ -52,6 +52,22 @@ def test_each_cell_has_gpus_of_its_own(monkeypatch):
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in pairs] == ["0,1", "2,3"]
     assert {slot["OMP_NUM_THREADS"] for slot in pairs} == {"4"}
     assert all("CUDA_VISIBLE_DEVICES" not in slot for slot in slots(monkeypatch, cores=4, gpus=4, accelerator="cpu"))
+
+
+def test_arms_of_a_seed_run_close_together_and_seeds_side_by_side():
+    grid = [[f"arm={arm}", f"seed={seed}"] for arm in "ab" for seed in range(5)]
+    turns = in_turns(list(enumerate(grid, start=3)), at_once=2)
+    assert [job[0][-1] + job[1][-1] for _, job in turns] == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3", "a4", "b4"]
+    assert all(grid[index - 3] == job for index, job in turns)
+    lone = list(enumerate([["arm=b"], ["arm=a"]]))
+    assert in_turns(lone, at_once=4) == lone
+
+
+def test_cells_whose_overrides_begin_alike_have_log_files_of_their_own(tmp_path):
+    launcher = ProcessLauncher()
+    launcher.config = OmegaConf.create({"paths": {"runs": str(tmp_path)}})
+    long = [f"stages.instruct.trainable.{'x' * 120}=1"]
+    assert launcher.log_file(0, [*long, "seed=0"]) != launcher.log_file(1, [*long, "seed=1"])
 
 
 def test_a_finished_cell_without_the_metric_of_a_claim_is_named(tmp_path):
