@@ -269,5 +269,14 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
+    def decode_further(self, ids: list[int]) -> str:
+        """Text of ids that go on from other text, with all outer space.
+
+        Decoders of SentencePiece's kind drop the space before the first word of what they are given.
+        """
+        text = lambda ids: self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        word = self.encode_text("a")
+        return text([*word, *ids]).removeprefix(text(word))
+
     def save(self, folder: str | Path) -> None:
         self.hf.save_pretrained(folder)

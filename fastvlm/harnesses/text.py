@@ -79,7 +79,7 @@ class TextModel(LM):
         return totals
 
     def generate_until(self, requests) -> list[str]:
-        """Greedy text after every context, up to one of the task's stop strings."""
+        """Greedy text after every context, up to one of the task's stop strings; its outer space is kept."""
         answers = [""] * len(requests)
         groups: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
@@ -92,16 +92,15 @@ class TextModel(LM):
         for (until, limit), members in groups.items():
             # The context keeps at least its half where the model is short.
             limit = min(limit, self.max_length // 2)
-            records = {i: self._record(requests[i].args[0], self.max_length - limit) for i in members}
-            lengths = {i: len(self.engine.encode_prompt(records[i], slots=[], max_new_tokens=limit)) for i in members}
-            ordered = sorted(members, key=lambda i: (lengths[i], i))
+            prompts = {i: self._prompt(requests[i].args[0], self.max_length - limit) for i in members}
+            ordered = sorted(members, key=lambda i: (len(prompts[i]), i))
             for start in range(0, len(ordered), self.batch_size):
                 batch = ordered[start : start + self.batch_size]
                 said = self.engine.generate(
-                    [records[i] for i in batch], [[] for _ in batch], max_new_tokens=limit, stop=until
+                    [{"input_ids": prompts[i]} for i in batch], [[] for _ in batch], max_new_tokens=limit, stop=until
                 )
                 for i, generation in zip(batch, said):
-                    answers[i] = generation.text
+                    answers[i] = generation.raw_text
         return answers
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -123,17 +122,17 @@ class TextModel(LM):
     def _ids(self, record: dict) -> list[int]:
         return encode_record(record, self.words, tokens_per_image=0, prompt=True).input_ids
 
-    def _record(self, context: str, most: int) -> dict:
-        """The record that asks, its oldest words left out where it is longer than `most` tokens."""
-        if context in self.chats:
-            return {"messages": self.chats[context]}
-        record = {"document": [{"type": "text", "text": context}]}
-        ids = self._ids(record)
+    def _prompt(self, context: str, most: int) -> list[int]:
+        """Tokens of a context; where they are more than `most`, the template's start and the last of them.
+
+        The cut is made in tokens: text that is cut inside a character becomes more tokens than were cut.
+        """
+        chat = self.chats.get(context)
+        ids = self._ids({"document": [{"type": "text", "text": context}]} if chat is None else {"messages": chat})
         if len(ids) <= most:
-            return record
-        spare = len(ids) - len(self.words.encode_text(context))
-        text = self.words.hf.decode(ids[len(ids) - most + spare :], clean_up_tokenization_spaces=False)
-        return {"document": [{"type": "text", "text": text}]}
+            return ids
+        start = self.words.encode_template(self.words.template.start)
+        return start + ids[len(ids) - most + len(start) :]
 
     def _row(self, context: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
         ids = [*context, *target][-(self.max_length + 1) :]

@@ -51,6 +51,11 @@ class Answer:
         text = self._decoded()
         return text[: self._stop_position(text)].strip()
 
+    def raw_text(self) -> str:
+        """The text up to a stop string as it goes on from the prompt, its outer space kept."""
+        text = self.tokenizer.decode_further(self.token_ids)
+        return text[: self._stop_position(text)]
+
     def settled_text(self) -> str:
         """The part of `text()` that no further token can change: what may be shown already."""
         text = self._decoded()

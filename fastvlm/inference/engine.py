@@ -146,6 +146,7 @@ class Engine:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
 
         Args:
+            record: see `encode_record`; or `{"input_ids": [...]}`, a prompt without images that is ids already.
             slots: visual tokens of each image.
 
         Raises:
@@ -154,10 +155,12 @@ class Engine:
         """
         if (parts := count_images(record)) != len(slots):
             raise ValueError(f"the prompt has {parts} image slots, but {len(slots)} images were given")
-        encoded = encode_record(record, self.tokenizer, tokens_per_image=slots, prompt=True)
-        if not encoded.input_ids:
+        input_ids = record.get("input_ids")
+        if input_ids is None:
+            input_ids = encode_record(record, self.tokenizer, tokens_per_image=slots, prompt=True).input_ids
+        if not input_ids:
             raise ValueError("the prompt is empty: there is no token to go on from")
-        length, limit = len(encoded.input_ids), self.model.llm.max_positions
+        length, limit = len(input_ids), self.model.llm.max_positions
         new = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit is not None and length + new > limit:
             raise ValueError(
@@ -165,7 +168,7 @@ class Engine:
                 f"take {new}, but the model ends at {limit}: shorten the prompt, use fewer images "
                 f"or lower max_new_tokens"
             )
-        return encoded.input_ids
+        return input_ids
 
     def generate(
         self,

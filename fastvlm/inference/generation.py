@@ -11,7 +11,8 @@ from fastvlm.inference.rows import Row
 class Generation:
     """One answer and what it cost. Seconds are the engine's clock's; of images and prompt they are the whole call's."""
 
-    text: str
+    text: str  # without outer space
+    raw_text: str  # as it goes on from the prompt: for code, where the first line's indent counts
     token_ids: list[int]  # without the token that ended it
     num_prompt_tokens: int  # all positions of the prompt, image slots included
     num_image_tokens: int
@@ -43,6 +44,7 @@ def finished(row: Row) -> Generation:
         raise row.error
     return Generation(
         text=row.answer.text(),
+        raw_text=row.answer.raw_text(),
         token_ids=row.answer.token_ids,
         num_prompt_tokens=row.num_prompt_tokens,
         num_image_tokens=row.num_image_tokens,

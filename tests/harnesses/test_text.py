@@ -1,5 +1,6 @@
 """lm-eval over our language model: its own HFLM over the same weights says the same."""
 
+import itertools
 import json
 from functools import partial
 
@@ -9,10 +10,11 @@ import torch
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
-from tiny_vlm import IMAGE_SIZE  # noqa: E402
+from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402
 
 from fastvlm.harnesses.text import TextModel  # noqa: E402
 from fastvlm.harnesses.text_guard import TextGuard  # noqa: E402
+from fastvlm.inference.engine import Engine  # noqa: E402
 
 TEXT = "the small grey digit stands left of the seven and nine is below three "
 
@@ -68,10 +70,51 @@ def test_generated_text_is_hflms(ours, theirs):
     asked += [
         (TEXT, {"until": ["e"], "max_gen_toks": 20, "do_sample": False}),
         ("what", {"until": [], "max_gen_toks": 5}),
+        ("aa" + "日本語のテキスト" * 20, {"until": [], "max_gen_toks": 16}),  # cut inside a character
     ]
     mine = ours.generate_until(requests("generate_until", *asked))
     expected = theirs.generate_until(requests("generate_until", *asked))
-    assert [text.strip() for text in expected] == mine
+    assert mine == expected
+
+
+@pytest.mark.parametrize("lead", range(3))
+def test_a_prompt_longer_than_the_model_is_cut_to_its_length_wherever_the_cut_falls(tiny_tokenizer, lead, monkeypatch):
+    short = TextModel(build_model(tiny_tokenizer, max_positions=64), tiny_tokenizer, image_size=IMAGE_SIZE)
+    texts = ["a" * lead + "日本語のテキスト" * 20]
+    texts.append(short.apply_chat_template([{"role": "user", "content": texts[0]}]))
+    asked = []
+    monkeypatch.setattr(short.engine, "_run", spied(short.engine._run, asked))
+    options = {"until": [], "max_gen_toks": 16}
+    short.generate_until(requests("generate_until", *((text, options) for text in texts)))
+    document = tiny_tokenizer.encode_text(texts[0])
+    chat = document + tiny_tokenizer.encode_template("<|assistant|>")
+    assert [record["input_ids"] for [records, *_] in asked for record in records] == [document[-48:], chat[-48:]]
+
+
+def spied(function, calls: list):
+    def call(*arguments, **options):
+        calls.append(arguments)
+        return function(*arguments, **options)
+
+    return call
+
+
+def say(ids: list[int], monkeypatch) -> None:
+    """From here on every engine's answers are these tokens, whatever it is asked; one row at a time."""
+    said = itertools.cycle(ids)
+
+    def logits(self, hidden):
+        scores = torch.zeros(len(hidden), len(self.tokenizer))
+        scores[:, next(said)] = 1
+        return scores
+
+    monkeypatch.setattr(Engine, "_next_logits", logits)
+
+
+def test_generated_text_keeps_its_outer_space_up_to_the_stop_string(ours, tiny_tokenizer, monkeypatch):
+    say(tiny_tokenizer.encode_text("    return a + b\n\ndef"), monkeypatch)
+    asked = ("def add(a, b):\n", {"until": ["\ndef"], "max_gen_toks": 100})
+    assert ours.generate_until(requests("generate_until", asked)) == ["    return a + b\n"]
 
 
 def test_a_chat_prompt_is_the_models_own_and_its_words_stay_words(ours):
@@ -116,7 +159,7 @@ def tasks(tmp_path):
         + data % (tmp_path / "code.json")
         + "doc_to_text: '{{prompt}}'\ndoc_to_target: \"{{test}}\\ncheck({{entry_point}})\"\n"
         "metric_list: [{metric: !function code.pass_at_k, aggregation: mean, higher_is_better: true, k: [1]}]\n"
-        "generation_kwargs: {until: ['\\nclass'], max_gen_toks: 8, do_sample: false}\n"
+        'generation_kwargs: {until: ["\\nclass"], max_gen_toks: 64, do_sample: false}\n'
         "filter_list:\n- name: create_test\n"
         "  filter: [{function: custom, filter_fn: !function code.build_predictions}]\n"
     )
@@ -148,7 +191,7 @@ def test_code_is_run_only_with_leave_and_then_in_the_sandbox(tasks, tiny_model, 
     monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)
     wrong = TextGuard(["tiny_code"], run_code=True, **options).run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
     assert wrong["metrics"]["test/tiny_code/pass@1/create_test"] == 0
-    monkeypatch.setattr(TextModel, "generate_until", lambda self, requests: ["    return a + b\n"] * len(requests))
+    say(tiny_tokenizer.encode_text("    total = a + b\n    return total\n\nclass"), monkeypatch)
     right = TextGuard(["tiny_code"], run_code=True, **options).run(
         tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, out=tasks / "out"
     )

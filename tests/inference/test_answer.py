@@ -1,7 +1,11 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Rust
+from tokenizers import decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from fastvlm.inference.answer import Answer
+from fastvlm.tokens import Tokenizer
 
 TEXT = st.text(alphabet=st.sampled_from("ab .\né字🙂"), max_size=25)
 
@@ -27,12 +31,14 @@ def test_what_is_shown_is_a_growing_start_of_the_final_text(tiny_tokenizer, text
     assert (answer.finish_reason == "stop") == any(s in text for s in stop)
     if answer.finish_reason != "stop":
         assert answer.text() == text.strip()
+        assert answer.raw_text() == text
     else:
         # The answer ends with the token that completes a stop string, before the first one that is then complete.
         read = tiny_tokenizer.hf.decode(answer.token_ids)
         before = tiny_tokenizer.hf.decode(answer.token_ids[:-1])
         assert not any(s in before for s in stop)
-        assert answer.text() == read[: min(read.find(s) for s in stop if s in read)].strip()
+        raw = read[: min(read.find(s) for s in stop if s in read)]
+        assert answer.text() == raw.strip() and answer.raw_text() == raw
 
 
 def test_half_a_character_is_not_shown(tiny_tokenizer):
@@ -47,6 +53,17 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_clear(tiny_toke
     answer, shown = write(tiny_tokenizer, ids, stop=("###",))
     assert shown == ["", "a", "a", "a", "a##b", "a##b", "a##b", "a##b", "a##b"]
     assert answer.text() == "a##b" and answer.finish_reason == "stop" and len(answer.token_ids) == 7
+
+
+def test_raw_text_keeps_the_space_that_sentencepieces_decoders_drop_before_the_first_word(tmp_path):
+    words = ["▁a", "▁return", "▁▁▁", "\n", "<unk>"]
+    rust = Rust(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(strip)  # Llama 2's
+    PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>").save_pretrained(tmp_path)
+    answer, _ = write(Tokenizer(str(tmp_path), template="vicuna"), [2, 1, 0, 3], stop=["\n"])
+    assert answer.raw_text() == "    return a" and answer.text() == "return a"
 
 
 def test_nothing_is_added_after_the_end(tiny_tokenizer):
