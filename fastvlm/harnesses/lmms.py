@@ -8,16 +8,14 @@ the server, as an OpenAI-compatible address.
 
 from __future__ import annotations
 
-import io
-
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from PIL import Image
 from tqdm import tqdm
 
 from fastvlm.build import build_transform, load_run
+from fastvlm.harnesses.images import to_bytes
 from fastvlm.inference.engine import Engine
 
 
@@ -110,13 +108,3 @@ class FastVLM(lmms):
                     )
             turns.append({"role": message["role"], "content": content})
         return {"messages": turns}, self.engine.read_images(files)
-
-
-def to_bytes(image: Image.Image | str) -> bytes:
-    """An image as a file without loss; a path's own bytes."""
-    if isinstance(image, str):
-        with open(image, "rb") as file:
-            return file.read()
-    stored = io.BytesIO()
-    image.convert("RGB").save(stored, "BMP")
-    return stored.getvalue()
