@@ -41,6 +41,9 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     for key in ("threads", "requests", "tokens", "batch"):
         if not options[key].isdigit() or (key != "threads" and int(options[key]) < 1):
             raise ValueError(f"{key}={options[key]} must be a whole number, 1 or more")
+    options["reference"] = options["reference"].lower()
+    if options["reference"] not in ("true", "false"):
+        raise ValueError(f"reference={options['reference']} must be true or false")
     return options
 
 
@@ -50,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(__doc__)
         return
     options = parse(arguments)
-    from fastvlm.inference.opening import check_source, open_engine
+    from fastvlm.inference.opening import check_device, check_source, open_engine
 
     check_source(options["run"])
+    check_device(options["device"])
     import torch
 
     from fastvlm.bench.speed import measure_speed, reference_speed

@@ -32,7 +32,7 @@ def check_device(device: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
     return device
 
 

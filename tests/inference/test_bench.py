@@ -29,10 +29,20 @@ def test_a_run_is_measured_in_all_its_parts(monkeypatch, tiny_model, tiny_tokeni
     assert "transformers' generate" in printed and "second question" in printed and "levers: none" in printed
 
 
-def test_mistakes_are_one_line():
-    for argument, named in (("runn=x", "keys are run="), ("requests=0", "1 or more"), ("tokens=many", "whole number")):
+def test_mistakes_are_one_line(tmp_path):
+    for argument, named in (
+        ("runn=x", "keys are run="),
+        ("requests=0", "1 or more"),
+        ("tokens=many", "whole number"),
+        ("reference=yes", "reference=yes must be true or false"),
+        ("reference=1", "reference=1 must be true or false"),
+    ):
         with pytest.raises(ValueError, match=named):
             bench.parse(["run=x", argument])
+    assert bench.parse(["run=x", "reference=True"])["reference"] == "true"
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="device foo"):
+        bench.main([f"run={tmp_path}", "device=foo"])
     with pytest.raises(ValueError, match="run=DIR"):
         bench.parse([])
     with pytest.raises(ValueError, match="time=sun"):

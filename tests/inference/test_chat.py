@@ -57,7 +57,7 @@ def test_a_users_mistake_is_one_line_and_status_2(run_chat, tmp_path, picture):
         ([run, "--image", picture, "--prompt", "<image> and <image>"], "2 <image> placeholders, but 1 images"),
         ([run, "--image", picture, "--image", picture, "--prompt", "<image>"], "1 <image> placeholders, but 2 images"),
         ([run, "--imagine", "x"], "--imagine"),
-        ([run, "--device", "gramophone", "--image", picture, "--prompt", "x"], "--device gramophone"),
+        ([run, "--device", "gramophone", "--image", picture, "--prompt", "x"], "device gramophone"),
         ([], "run=DIR"),
     ]
     for arguments, named in mistakes:
