@@ -16,7 +16,7 @@ from pathlib import Path
 from fastvlm.files import write_whole
 
 LISTING = "shards.json"
-SPLIT = re.compile(r"(train|val|test)-")
+SPLIT = re.compile(r"(train|val|test[AB]?)-")  # test, or RefCOCO's two of people and of things
 
 
 def listed(text: str | bytes, split: str, patterns: Sequence[str], *, where: str) -> list[str]:

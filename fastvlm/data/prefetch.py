@@ -10,6 +10,7 @@ from contextlib import suppress
 import numpy as np
 
 from fastvlm.data.plan import Plan
+from fastvlm.data.remote import RemoteShard
 from fastvlm.data.shard_cache import ShardCache
 from fastvlm.data.validation import ValidationPlan
 
@@ -74,8 +75,9 @@ class Prefetcher:
                     rows[source].append(row)
         found = []
         for source, numbers in rows.items():
-            shards = np.unique(np.searchsorted(self.plan.sources[source].index.start, numbers, side="right") - 1)
-            found += [(source, shard) for shard in shards.tolist()]
+            index = self.plan.sources[source].index
+            shards = np.unique(np.searchsorted(index.start, numbers, side="right") - 1)
+            found += [(source, shard) for shard in shards.tolist() if isinstance(index.files[shard], RemoteShard)]
         return found
 
 

@@ -86,18 +86,23 @@ def beside(url: str, name: str) -> str:
 def locate_shards(path: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
     """The shards of a split: by name in a folder elsewhere, in the order given in a list or brace pattern.
 
-    A list or pattern whose names say no split (`00000.tar`, as img2dataset writes them) is all `train`.
+    In a list or pattern a name that says no split (`00000.tar`, as img2dataset writes them) is of `train`.
 
     Args:
         names: of a folder, those that this pattern or range names, in place of `<split>-*.tar`.
 
     Raises:
-        ValueError: the path cannot be listed, or a shard it names cannot be seen.
+        ValueError: the path cannot be listed, a shard it names cannot be seen, or `names` beside a path that names
+            shards itself.
     """
     given = [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
     given = [re.sub(r"^(file|local)://", "", p) for p in given]
     one = given[0] if len(given) == 1 else ""
-    is_file = isinstance(path, (list, tuple)) or "{" in one or one.endswith(".tar") or one.startswith("pipe:")
+    named = isinstance(path, (list, tuple)) or one.endswith(".tar") or one.startswith("pipe:")
+    if named and names is not None:
+        more = f" and {len(given) - 1} more" if len(given) > 1 else ""
+        raise ValueError(f"{given[0]}{more}: shards={names} is for a folder, and this path names its own; drop shards=")
+    is_file = named or "{" in one
     if names is not None and "*" not in names:
         given = [f"{one.rstrip('/')}/{names}"]
     elif is_remote(one) and not is_file:
@@ -108,11 +113,8 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
         found = [url for pattern in given for url in braceexpand.braceexpand(pattern)]
     except braceexpand.UnbalancedBracesError:
         raise ValueError(f"{path}: unbalanced braces; a pattern is like train-{{00000..00099}}.tar") from None
-    if any(SPLIT.match(file_name(url)) for url in found):
-        found = [url for url in found if file_name(url).startswith(f"{split}-")]
-    elif split != "train":
-        found = []
-    return describe(found)
+    says = lambda url: match[1] if (match := SPLIT.match(file_name(url))) else "train"
+    return describe([url for url in found if says(url) == split])
 
 
 def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:

@@ -26,7 +26,7 @@ class Source:
     Args:
         name: as it stands in logs, metrics and error messages.
         path: the folder of the shards or its URL (`s3://`, `gs://`, `hf://`, `https://`), a brace pattern or a list of
-            shards; see `fastvlm/data/remote.py`.
+            shards, where a name without a split is of train; see `fastvlm/data/remote.py`.
         types: keep only samples of these question types (`meta.type` or one of `meta.types`).
         filters: number -> `{min, max, missing}`: keep samples whose number lies within. Numbers are `text_tokens`,
             `answer_tokens`, `num_images`, `width` and `height` (of the smallest image, pixels) and whatever the
@@ -40,8 +40,8 @@ class Source:
             proportions. None for as many as the weights ask.
         system: a system prompt for every conversation, to name the style of its answers.
         images: with False the images are left out of every record, for baselines that must answer blind.
-        shards: names of the train shards where they are not `train-*.tar`, for data read where others wrote it: a
-            pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
+        shards: names of the folder's train shards where they are not `train-*.tar`, for data read where others wrote
+            it: a pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
         augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
             the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.

@@ -95,6 +95,30 @@ def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokeni
     assert locate_shards(f"{tmp_path}/{{00002,00000}}.tar", "val") == []
     with pytest.raises(ValueError, match=r"00007.tar: no such shard"):
         load_index(f"{tmp_path}/{{00002,00007}}.tar", "train", tokenizer)
+    write_source(tmp_path, "chat", 10)
+    write_source(tmp_path, "chat", 10, split="testA", start=20)
+    mixed = Source("x", path=[f"{tmp_path}/{name}.tar" for name in ("train-00000", "testA-00000", "00001")])
+    names = lambda split: [os.path.basename(shard) for shard in mixed.load(split, tokenizer).shards]
+    assert names("train") == ["train-00000.tar", "00001.tar"] and names("testA") == ["testA-00000.tar"]
+
+
+@pytest.mark.parametrize("names", ["{00000..00001}.tar", "*.tar"])
+def test_shards_are_not_named_twice(folder, tokenizer, names):
+    for path in ([f"{folder}/train-00000.tar", f"{folder}/train-00001.tar"], f"{folder}/train-{{00000..00001}}.tar"):
+        source = Source("x", path=path, shards=names)
+        with pytest.raises(ValueError, match=r"this path names its own; drop shards=$") as caught:
+            source.load("train", tokenizer)
+        assert names in str(caught.value)
+
+
+def test_a_list_may_mix_local_and_remote_shards(folder, tokenizer):
+    local = plan_of(folder, tokenizer)
+    with FaultServer(folder) as server:
+        path = [f"{folder}/train-00000.tar", f"{server.url}/train-00001.tar", f"{folder}/train-00002.tar"]
+        plan = plan_of(path, tokenizer)
+        assert plan.fingerprint == local.fingerprint
+        assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+        assert {name.removesuffix(".idx.parquet") for _, name, _ in server.requests} == {"train-00001.tar"}
 
 
 FAULTS = {
