@@ -65,6 +65,7 @@ class Span:
     offset: int
     size: int
     members: list[tuple[str, int, int]]  # (suffix, offset of the data, size of the data)
+    fault: str = ""  # why it cannot be read; "" where that shows only in its bytes
 
 
 def count_images(record: dict) -> int:
@@ -281,6 +282,11 @@ class ShardWriter:
             shard.discard()
 
 
+def as_text(name: str) -> str:
+    """A name as any file can hold it: bytes of it that are not UTF-8, and halves of a character, are spelled out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def scan_shard(path: str | Path) -> tuple[list[Span], str]:
     """Find the samples of a tar in one pass over its headers.
 
@@ -308,11 +314,12 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
                 break
             if info is None:
                 break
+            name = as_text(info.name)
             if info.isfile() and info.offset_data + info.size > size:
-                broken = f"truncated inside {info.name} at byte {size}"
+                broken = f"truncated inside {name} at byte {size}"
                 break
             end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if not info.isfile() or (match := MEMBER.fullmatch(info.name)) is None:
+            if not info.isfile() or (match := MEMBER.fullmatch(name)) is None:
                 continue
             key, suffix = match.groups()
             if not spans or spans[-1].key != key:

@@ -31,7 +31,7 @@ from fastvlm.data.decode import measure_image
 from fastvlm.data.kept_texts import KeptTexts
 from fastvlm.data.remote import RemoteShard, Unavailable, beside, read_small
 from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
-from fastvlm.data.shards import RawSample, ShardReader, parse_sample, scan_shard
+from fastvlm.data.shards import RawSample, ShardReader, Span, as_text, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 3
@@ -91,7 +91,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> tuple[dict, Text]:
         "image_height": [h for _, h in sizes],
         "text_tokens": len(ids) - num_images,
         "answer_tokens": int((labels != IGNORE_INDEX).sum()),
-        "type": str(kind),
+        "type": as_text(str(kind)),
         "numbers": sorted(numbers_of(meta).items()),
         "fault": "",
     }
@@ -103,7 +103,16 @@ def numbers_of(meta: dict) -> dict[str, float]:
     lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
     numbers = {name: min(turns) for name, turns in lowest.items() if turns}
     numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
-    return {n: float(v) for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    found = {as_text(n): v for n, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    try:
+        return {name: float(value) for name, value in found.items()}
+    except OverflowError:
+        raise ValueError("a number of its meta is larger than a float") from None
+
+
+def read_span(shard: str | Path, span: Span, reader: ShardReader) -> bytes:
+    """A sample's bytes; none of one that is known to be unreadable."""
+    return b"" if span.fault else reader.read(str(shard), span.offset, span.size)
 
 
 def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> Path:
@@ -122,7 +131,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
     rows, reader = [], ShardReader()
     texts = KeptTexts(tokenizer, shard_size=stat.st_size)
     for span in spans:
-        data = reader.read(str(shard), span.offset, span.size)
+        data = read_span(shard, span, reader)
         members = {suffix: data[o - span.offset : o - span.offset + n] for suffix, o, n in span.members}
         row = {
             "key": span.key,
@@ -133,11 +142,13 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
         }
         text = None
         try:
+            if span.fault:
+                raise ValueError(span.fault)
             described, text = describe_sample(parse_sample(span.key, members), tokenizer)
             row |= described
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             nothing = {"num_images": 0, "image_width": [], "image_height": [], "text_tokens": 0, "answer_tokens": 0}
-            row |= nothing | {"type": "", "numbers": [], "fault": f"{span.key}: {error}"[:300]}
+            row |= nothing | {"type": "", "numbers": [], "fault": as_text(f"{span.key}: {error}"[:300])}
         rows.append(row)
         texts.add(text)
     reader.close()
@@ -255,7 +266,7 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         spans, _ = scan_shard(shard)
         reader = ShardReader()
         offset, size = [span.offset for span in spans], [span.size for span in spans]
-        crc32 = [zlib.crc32(reader.read(str(shard), span.offset, span.size)) for span in spans]
+        crc32 = [zlib.crc32(read_span(shard, span, reader)) for span in spans]
         if checksum(offset, size, crc32) != header["checksum"]:
             return None, "of other content (checksum)"
         header["shard_mtime_ns"] = stat.st_mtime_ns

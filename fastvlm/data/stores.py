@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvlm.data.shards import ShardReader, Span, find_shards, parse_sample, scan_shard
+from fastvlm.data.shards import ShardReader, Span, as_text, find_shards, parse_sample, scan_shard
 
 SUFFIXES = {"lmdb": ".lmdb", "hdf5": ".h5"}
 MAX_OPEN = 32
@@ -64,16 +64,19 @@ class LmdbStore:
     def __len__(self) -> int:
         return self._count
 
-    def record(self, number: int) -> str:
+    def record(self, number: int) -> bytes:
         with self._env.begin() as transaction:
             data = transaction.get(number.to_bytes(8, "big"), db=self._records)
         if data is None:
             raise ValueError(f"{self.path} has no record {number}")
-        return data.decode()
+        return data
 
     def image(self, name: str) -> bytes:
-        with self._env.begin() as transaction:
-            data = transaction.get(str(name).encode())
+        try:
+            with self._env.begin() as transaction:
+                data = transaction.get(str(name).encode())
+        except self._error as error:  # no name of an LMDB: empty, or too long
+            raise ValueError(f"{self.path}: image {name!r:.80}: {error}") from None
         if data is None:
             raise ValueError(f"{self.path} has no image {name!r}")
         return data
@@ -103,9 +106,9 @@ class Hdf5Store:
     def __len__(self) -> int:
         return len(self._records)
 
-    def record(self, number: int) -> str:
+    def record(self, number: int) -> bytes | str:
         data = self._records[number]
-        return data.decode() if isinstance(data, bytes) else str(data)
+        return data if isinstance(data, bytes) else str(data)
 
     def image(self, name: int) -> bytes:
         if not isinstance(name, int) or not 0 <= name < len(self._images):
@@ -150,8 +153,8 @@ def open_store(path: str | Path) -> LmdbStore | Hdf5Store:
     return store
 
 
-def members_of(store: LmdbStore | Hdf5Store, number: int) -> tuple[str, list[tuple[str, bytes]]]:
-    """Key and members of a record: its JSON first, then its images.
+def entry_of(store: LmdbStore | Hdf5Store, number: int) -> tuple[str, dict, dict]:
+    """Key and record of a sample, and which image is which member.
 
     Raises:
         ValueError: it is not as the layout says.
@@ -159,11 +162,20 @@ def members_of(store: LmdbStore | Hdf5Store, number: int) -> tuple[str, list[tup
     text = store.record(number)
     try:
         entry = json.loads(text)
-        key, record, members = str(entry["key"]), entry["record"], dict(entry.get("members") or {})
-    except (ValueError, KeyError, TypeError) as error:
+        return as_text(str(entry["key"])), dict(entry["record"]), dict(entry.get("members") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{store.path}: record {number} is not {{key, record, members}} ({error!r})") from None
-    packed = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-    return key, [("json", packed), *((suffix, store.image(name)) for suffix, name in members.items())]
+
+
+def members_of(store: LmdbStore | Hdf5Store, record: dict, named: dict) -> Iterator[tuple[str, bytes]]:
+    """Members of a record: its JSON first, then its images.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    yield "json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    for suffix, name in named.items():
+        yield as_text(suffix), store.image(name)
 
 
 def read_span(path: str | Path, number: int) -> bytes:
@@ -172,24 +184,30 @@ def read_span(path: str | Path, number: int) -> bytes:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    return b"".join(data for _, data in members_of(open_store(path), number)[1])
+    store = open_store(path)
+    _, record, named = entry_of(store, number)
+    return b"".join(data for _, data in members_of(store, record, named))
 
 
 def scan_store(path: str | Path) -> tuple[list[Span], str]:
     """As `scan_shard`: the samples, and what is broken. A span's offset is the record's number."""
-    spans, broken = [], ""
     try:
         store = open_store(path)
-        for number in range(len(store)):
-            key, members = members_of(store, number)
-            place, listed = number, []
-            for suffix, data in members:
+        count = len(store)
+    except (OSError, ValueError) as error:
+        return [], str(error)
+    spans = []
+    for number in range(count):
+        key, place, listed, fault = f"{Path(path).name}-{number}", number, [], ""
+        try:
+            key, record, named = entry_of(store, number)
+            for suffix, data in members_of(store, record, named):
                 listed.append((suffix, place, len(data)))
                 place += len(data)
-            spans.append(Span(key, number, place - number, listed))
-    except (OSError, ValueError) as error:
-        broken = str(error)
-    return spans, broken
+        except (OSError, ValueError) as error:
+            place, listed, fault = number, [], str(error)
+        spans.append(Span(key, number, place - number, listed, fault))
+    return spans, ""
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

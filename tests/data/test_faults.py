@@ -257,6 +257,7 @@ def test_json_of_the_wrong_types_is_left_out_sample_by_sample(tmp_path, tokenize
         "both": b'{"messages": [], "document": []}',
         "meta": b'{"document": "seven", "meta": [1]}',
         "types": b'{"document": "seven", "meta": {"types": [1, 2]}}',
+        "huge": b'{"document": "seven", "meta": {"score": 1%s}}' % (b"0" * 400),
         "null": b'{"document": null}',
         "broken": b'{"document": "x',
         "latin": '{"document": "\xe9"}'.encode("latin-1"),
@@ -271,6 +272,18 @@ def test_json_of_the_wrong_types_is_left_out_sample_by_sample(tmp_path, tokenize
     assert left_out(plan.sources[0]) == {"unreadable": list(wrong)}
     faults = plan.sources[0].index.faults.to_pylist()
     assert all(fault.startswith(f"{key}: ") for key, fault in zip(wrong, faults[1:]))
+
+
+def test_a_name_that_is_not_unicode_is_spelled_out_and_costs_no_sample(tmp_path, tokenizer):
+    document = b'{"document": "a small seven", "meta": {"type": "a\\ud800", "b\\ud800": 3}}'
+    names = ["good", "b\udcff", "b\udcfe"]  # bytes 255 and 254, as tarfile has them
+    write_members(tmp_path / "train-00000.tar", [(f"{name}.json", document) for name in names])
+    plan = plan_of(tmp_path, tokenizer)
+    index = plan.sources[0].index
+    assert index.keys.to_pylist() == ["good", "b\\udcff", "b\\udcfe"] and plan.sources[0].rows.tolist() == [0, 1, 2]
+    assert set(index.types.to_pylist()) == {"a\\ud800"} and index.number("b\\ud800").tolist() == [3, 3, 3]
+    batch = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)[0]
+    assert len(batch.keys) == 2 and not batch.skipped
 
 
 def test_empty_answers_and_questions_longer_than_the_context_are_left_out_by_reason(tmp_path, tokenizer):

@@ -129,16 +129,35 @@ def test_an_lmdb_of_ones_own_becomes_a_source_by_a_table_of_records(tmp_path, to
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what number is shown"}]},
             {"role": "assistant", "content": "seven"},
         ]
-        for i in range(3):
+        for i in range(8):
             entry = {"key": f"q-{i}", "record": {"messages": turns}, "members": {"0.png": "photos/1"}}
-            transaction.put(i.to_bytes(8, "big"), json.dumps(entry).encode(), db=records)
-        broken = {"key": "q-3", "record": {"messages": turns}, "members": {"0.png": "photos/2"}}
-        transaction.put((3).to_bytes(8, "big"), json.dumps(broken).encode(), db=records)
+            entry["members"] |= {2: {"0.png": "photos/2"}, 3: {"0.png": ""}}.get(i, {})
+            entry["record"]["meta"] = {"from": "a\ud800" if i == 4 else "a"}
+            data = {5: b"no json", 6: b'{"key": 6, "record": 7}'}.get(i, json.dumps(entry).encode())
+            transaction.put(i.to_bytes(8, "big"), data, db=records)
     env.close()
-    with pytest.warns(UserWarning, match="no image 'photos/2'"):
-        index = load_index(tmp_path, "train", tokenizer)
-    assert index.num_samples == 3 and index.num_images.tolist() == [1, 1, 1]
-    assert index.read(2, ShardReader()).images == [draw_png(1)]
+    index = load_index(tmp_path, "train", tokenizer)
+    assert index.num_images.tolist() == [1, 1, 0, 0, 0, 0, 0, 1] and not index.broken
+    faults = index.faults.to_pylist()
+    assert [row for row, fault in enumerate(faults) if not fault] == [0, 1, 7]
+    assert faults[2].startswith("q-2: ") and "no image 'photos/2'" in faults[2]
+    assert faults[5].startswith("train-00000.lmdb-5: ") and "record 5 is not {key, record, members}" in faults[5]
+    assert index.read(7, ShardReader()).images == [draw_png(1)]
+    with pytest.raises(ValueError, match="no image 'photos/2'"):
+        index.read(2, ShardReader())
+    os.utime(tmp_path / "train-00000.lmdb", ns=(1, 1))  # a copy of it keeps its index
+    assert load_index(tmp_path, "train", tokenizer, rebuild=False).checksum == index.checksum
+
+
+def test_a_broken_record_of_an_hdf5_file_costs_no_other(sources, tmp_path, tokenizer):
+    import h5py
+
+    path = pack(sources["caption"], "train", out=tmp_path, format="hdf5")
+    with h5py.File(path, "r+") as file:
+        file["records"][3] = json.dumps(json.loads(file["records"][3]) | {"members": {"0.png": 10_000}})
+    index = load_index(tmp_path, "train", tokenizer)
+    assert [row for row, fault in enumerate(index.faults.to_pylist()) if fault] == [3] and index.num_samples == 90
+    assert "no image 10000" in index.faults[3].as_py() and index.key(89) == "caption-00089"
 
 
 def test_without_h5py_the_error_names_the_extra(sources, tmp_path):
