@@ -46,6 +46,10 @@ class Study:
             )
         return self.arms[scale][arm]
 
+    def elsewhere(self, arm: str, scale: str) -> bool:
+        """Whether another scale has this arm and this one has not."""
+        return arm not in self.arms.get(scale, {}) and any(arm in arms for arms in self.arms.values())
+
 
 def study_names(root: Path = STUDIES) -> list[str]:
     """All experiments whose file has arms, in alphabetical order."""
@@ -63,7 +67,7 @@ def load_study(name: str, *, root: Path = STUDIES) -> Study:
         ValueError: no such study; a scale without arms.
     """
     file = root / name / "study.yaml"
-    if not file.is_file() or not has_arms(file):
+    if not is_study(name, root=root):
         have = study_names(root)
         near = difflib.get_close_matches(name, have, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -83,6 +87,16 @@ def load_study(name: str, *, root: Path = STUDIES) -> Study:
     question = comment[0] if comment else ""
     grid = plain.get("hydra", {}).get("sweeper", {}).get("params", {})
     return Study(name, file.parent, question, arms, {key: str(value) for key, value in grid.items()})
+
+
+def is_study(name: str, *, root: Path = STUDIES) -> bool:
+    file = root / name / "study.yaml"
+    return file.is_file() and has_arms(file)
+
+
+def grid_arms(study: Study) -> list[str]:
+    """The arms its grid names, of whatever scale."""
+    return [arm.strip() for arm in study.grid.get("arm", "").split(",") if arm.strip()]
 
 
 def key_of(override: str) -> str:
@@ -105,10 +119,13 @@ def expand(arguments: list[str]) -> list[str]:
     """`experiment=<study> arm=<arm> [scale=...] [seed=...]` with the arm's overrides written out; all else unchanged.
 
     What stands on the command line itself wins over the arm. A sweep (-m) is left to its cells, each of which comes
-    here. The run gets the name of its cell, so that it is found again.
+    here; it gets those arms of the grid that its scale has. The run gets the name of its cell, so that it is found
+    again.
     """
     study_name, arm = value_of(arguments, "experiment"), value_of(arguments, "arm")
-    if study_name is None or arm is None or {"-m", "--multirun"} & set(arguments):
+    if study_name is not None and {"-m", "--multirun"} & set(arguments):
+        return with_arms_of_scale(arguments, study_name)
+    if study_name is None or arm is None:
         return arguments
     if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
         return arguments
@@ -121,6 +138,18 @@ def expand(arguments: list[str]) -> list[str]:
     head = [a for a in given if key_of(a) == "experiment"]
     rest = [a for a in given if key_of(a) != "experiment"]
     return [*options, *head, *merge(own, rest), *named, f"++study.applied={arm}"]
+
+
+def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:
+    """The command of a study's grid, with `arm=` where the grid names arms that only another scale has. An arm that
+    none has stays in, to be refused; arms on the command line are the user's own."""
+    given = {key_of(argument) for argument in arguments}
+    if {"arm", "hydra.sweeper.params.arm"} & given or not is_study(name):
+        return arguments
+    study, scale = load_study(name), value_of(arguments, "scale") or "micro"
+    named = grid_arms(study)
+    here = [arm for arm in named if not study.elsewhere(arm, scale)]
+    return arguments if here == named or not here else [*arguments, f"arm={','.join(here)}"]
 
 
 # What a cell may differ in and still be the same cell: what names it, and what only tells where and how it runs.

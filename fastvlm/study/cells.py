@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fastvlm.identity import LIBRARIES, hash_of, identity, portable_hash, read_results
-from fastvlm.study.arms import Study, cell_name
+from fastvlm.study.arms import Study, cell_name, grid_arms
 from fastvlm.study.composed import Composed, composed
 
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
@@ -47,11 +47,10 @@ def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
     Raises:
         ValueError: the grid names an arm that does not exist, or seeds that are none.
     """
-    named = [a.strip() for a in study.grid.get("arm", "").split(",") if a.strip()]
-    for arm in named:
-        if not any(arm in arms for arms in study.arms.values()):
-            study.overrides(arm, scale)
-    return [(arm, seed) for arm in named if arm in study.arms.get(scale, {}) for seed in seeds(study)]
+    here = [arm for arm in grid_arms(study) if not study.elsewhere(arm, scale)]
+    for arm in here:
+        study.overrides(arm, scale)
+    return [(arm, seed) for arm in here for seed in seeds(study)]
 
 
 def num_ran(study: Study, runs: Path, *, scale: str) -> int:

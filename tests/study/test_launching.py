@@ -10,9 +10,13 @@ import urllib.request
 
 import psutil
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from fastvlm.study.sweep import check_yield
+from fastvlm.study.arms import expand, load_study, study_names, value_of
+from fastvlm.study.cells import planned
+from fastvlm.study.sweep import check_yield, prepare
 from hydra_plugins.fastvlm_process_launcher import process_launcher
 from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher, in_turns
 from tests.conftest import ROOT
@@ -82,6 +86,27 @@ def test_a_finished_cell_without_the_metric_of_a_claim_is_named(tmp_path):
     one.metrics["test/answer_nll"] = 0.5
     put_run(tmp_path, one, name="align-seed2")
     check_yield(config, [*job[:2], "seed=2"])
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_the_grid_of_every_study_is_at_each_scale_the_arms_that_the_scale_has(name):
+    study = load_study(name)
+    for scale in study.arms:
+        typed = expand(["-m", f"experiment={name}", f"scale={scale}"])[1:]
+        parser = OverridesParser.create()
+        given = parser.parse_overrides([*(f"{k}={v}" for k, v in study.grid.items()), *typed])
+        (jobs,) = BasicSweeper.split_arguments(given, None)
+        prepare(OmegaConf.create({"study": {"name": name}, "scale": scale, "dry_run": True}), jobs)
+        assert [(value_of(job, "arm"), int(value_of(job, "seed"))) for job in jobs] == planned(study, scale=scale)
+        assert {value_of(job, "arm") for job in jobs} == study.arms[scale].keys()
+
+
+def test_an_arm_of_another_scale_named_on_the_command_line_is_refused():
+    typed = ["-m", "experiment=mm1_resolution", "scale=paper", "arm=low,base"]
+    assert expand(typed) == typed
+    config = OmegaConf.create({"study": {"name": "mm1_resolution"}, "scale": "paper", "dry_run": True})
+    with pytest.raises(ValueError, match="arm=low: experiment=mm1_resolution has no such arm at scale=paper"):
+        prepare(config, [["arm=low"], ["arm=base"]])
 
 
 def test_the_tab_key_completes_studies_and_parts():
