@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,11 @@ class Claim:
         """All it is decided on."""
         return {*self.planned, *self.steps, *self.compute, *(arm for one in self.optimum for arm in one)}
 
+    def lacks(self, arms: Collection[str]) -> list[str]:
+        """Arms of its first pair that are none of these: without them it is no claim at this scale."""
+        first = dict.fromkeys((*self.pair, *(arm for one in self.optimum for arm in one)))
+        return [arm for arm in first if arm not in arms]
+
     @property
     def sized(self) -> bool:
         """Whether it says how large the difference is, in the units of `metric`: of another metric its size says
@@ -74,7 +80,12 @@ class Claim:
 
 
 def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
-    """Read and check a study's claims; those whose arms this scale does not have are left out.
+    """A study's claims whose first pair this scale has."""
+    return [claim for claim in all_claims(study) if not claim.lacks(study.arms.get(scale, {}))]
+
+
+def all_claims(study: Study) -> list[Claim]:
+    """Read and check a study's claims, of whatever scale.
 
     Raises:
         ValueError: no file, an unknown key or metric, a pair whose arm exists at no scale, a direction that is none.
@@ -91,8 +102,7 @@ def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
         except (OmegaConfBaseException, TypeError) as error:
             raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
         check(claim, study, where=where)
-        if claim.arms <= study.arms.get(scale, {}).keys():
-            claims.append(claim)
+        claims.append(claim)
     return claims
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +25,8 @@ class Decided:
 
     Args:
         basis: steps or compute, where they are equal; planned, where the arms take what they take.
-        steps: optimiser steps of the two arms, means over seeds.
-        verdict: None where nothing can be said; `why` then says why.
+        steps: optimiser steps of the two arms, means over seeds; None where one has not run.
+        verdict: None where nothing can be said; `why` then says why, `short` in few words.
         as_factor: the verdict's numbers are natural logarithms of a factor.
         below: parts, in words, that differ between the arms and of which each arm has one training for all seeds.
     """
@@ -34,9 +35,10 @@ class Decided:
     metric: str
     basis: str
     pair: tuple[str, str]
-    steps: tuple[float, float]
+    steps: tuple[float, float] | None
     verdict: Verdict | None
     why: str = ""
+    short: str = ""
     as_factor: bool = False
     below: tuple[str, ...] = ()
 
@@ -45,6 +47,8 @@ class Decided:
         """The basis in words that may follow a verdict; unequal steps are told."""
         if self.basis != "planned":
             return f"at equal {self.basis}"
+        if self.steps is None:
+            return "as planned"
         return f"as planned ({self.steps[0]:.0f} against {self.steps[1]:.0f} steps)"
 
 
@@ -70,59 +74,82 @@ def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dic
     return found
 
 
-def decide_claim(claim: Claim, cells: list[Cell]) -> list[Decided]:
+def decide_claim(claim: Claim, cells: list[Cell], *, arms: Collection[str] | None = None) -> list[Decided]:
     """Every metric of a claim on every basis; the deciding metric first. A claim about a cost, and a law over sizes,
     have no equal compute.
 
+    Args:
+        arms: those that the cells' scale has; None: all.
+
     Raises:
-        ValueError: no cell has the metric that decides.
+        ValueError: cells of the claim's arms, none of which has the metric that decides.
     """
-    known = sorted({name for cell in cells for name in cell.metrics})
-    for metric in (claim.metric, *claim.beside):
-        if cells and metric not in known:
-            near = difflib.get_close_matches(metric, known, 1, 0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"the claim '{claim.claim}' is decided on {metric}, which no task yielded{hint}")
+    mine = [cell for cell in cells if cell.arm in claim.arms]
+    known = sorted({name for cell in mine for name in cell.metrics})
+    if mine and claim.metric not in known:
+        near = difflib.get_close_matches(claim.metric, known, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"the claim '{claim.claim}' is decided on {claim.metric}, which no task yielded{hint}")
     pairs = {"planned": claim.planned, "steps": claim.steps}
     if not metric_of(claim.metric).cost and not claim.optimum:
         pairs["compute"] = claim.compute or claim.pair
     return [
-        decide_pair(claim, metric, basis, tuple(pair), cells)
+        decide_pair(claim, metric, basis, tuple(pair), cells, arms=arms)
         for metric in (claim.metric, *claim.beside)
         for basis, pair in pairs.items()
         if pair
     ]
 
 
-def decide_pair(claim: Claim, metric: str, basis: str, pair: tuple[str, str], cells: list[Cell]) -> Decided:
+def decide_pair(
+    claim: Claim,
+    metric: str,
+    basis: str,
+    pair: tuple[str, str],
+    cells: list[Cell],
+    *,
+    arms: Collection[str] | None = None,
+) -> Decided:
+    def none(why: str, short: str) -> Decided:
+        return Decided(claim, metric, basis, pair, steps, None, why, short)
+
     first, second = pair
+    steps = None
+    ran = {cell.arm for cell in cells}
+    compared = [arm for one in claim.optimum for arm in one] or list(pair)
+    needed = dict.fromkeys((*pair, *compared))
+    if lacks := [arm for arm in needed if arms is not None and arm not in arms]:
+        why = f"{' and '.join(lacks)} {'are' if lacks[1:] else 'is'} no arm at this scale"
+        return none(why, "no arm at this scale")
+    if idle := [arm for arm in needed if arm not in ran]:
+        return none(f"{' and '.join(idle)} {'have' if idle[1:] else 'has'} not run", "not run")
     steps = (mean_cost(cells, first, "steps"), mean_cost(cells, second, "steps"))
     if basis == "steps" and not near(*steps, EQUAL_STEPS):
         if claim.planned:
             why = f"{first} takes {steps[0]:.0f} steps, {second} {steps[1]:.0f}; no arm has as many"
-            return Decided(claim, metric, basis, pair, steps, None, why)
+            return none(why, "no such arm")
         basis = "planned"
-
-    def none(why: str) -> Decided:
-        return Decided(claim, metric, basis, pair, steps, None, why)
-
     if basis == "compute":
         flops = (mean_cost(cells, first, "flops"), mean_cost(cells, second, "flops"))
         if not all(flops):
-            return none("operations were not counted")
+            return none("operations were not counted", "operations not counted")
         if not near(*flops, EQUAL_COMPUTE):
-            return none(f"{first} takes {flops[0] / flops[1]:.2f} times the operations of {second}; no arm has as many")
+            why = f"{first} takes {flops[0] / flops[1]:.2f} times the operations of {second}; no arm has as many"
+            return none(why, "no such arm")
+    if not all(by_seed(cells, arm, metric) for arm in compared):
+        return none("not yielded", "not yielded")
     if claim.optimum:
         ours, theirs = (best_values(cells, values, metric) for values in claim.optimum)
     else:
         ours, theirs = by_seed(cells, first, metric), by_seed(cells, second, metric)
     paired = sorted(ours.keys() & theirs.keys())
     if not paired:
-        return none("no seed has both arms")
+        return none("no seed has both arms", "no seed has both arms")
     if metric_of(metric).timed and not claim.optimum:
         paired = [seed for seed in paired if machine(cells, first, seed) == machine(cells, second, seed)]
         if not paired:
-            return none("no seed has both arms on one machine, and times of two say nothing")
+            why = "no seed has both arms on one machine, and times of two say nothing"
+            return none(why, "no pair on one machine")
     verdict = judge(claim, metric, [ours[s] for s in paired], [theirs[s] for s in paired])
     as_factor = bool(claim.factor) and metric == claim.metric
     return Decided(claim, metric, basis, pair, steps, verdict, as_factor=as_factor)

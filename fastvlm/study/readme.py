@@ -103,7 +103,7 @@ def headline(decided: Sequence[Decided]) -> str:
 
     def outcome(one: Decided) -> str:
         if one.verdict is None:
-            return "no such arm"
+            return one.short
         return one.verdict.outcome + (f" ({say_needed(one.verdict)})" if one.verdict.outcome == OPEN else "")
 
     deciding = [d for d in decided if d.metric == d.claim.metric]
@@ -112,7 +112,7 @@ def headline(decided: Sequence[Decided]) -> str:
     rider = f" (one {' and one '.join(below)} an arm)" if below else ""
     if len(said) > 1:
         return "; ".join(f"{outcome(d)} {d.on}" for d in deciding) + rider
-    if all(d.basis != "planned" for d in deciding):
+    if all(d.basis != "planned" or d.steps is None for d in deciding):
         return said[0] + rider
     return f"{said[0]} {' and '.join(d.on for d in deciding)}{rider}"
 
@@ -170,6 +170,7 @@ def readme(
     results: dict[str, tuple[list[Cell], list[list[Decided]]]],
     plots: dict[str, list[str]],
     notes: str = "",
+    left_out: dict[str, list[str]],
     missing: dict[str, list[Missing]],
     remarks: dict[str, list[str]],
     sweeps: Sequence[Sweep] = (),
@@ -187,10 +188,11 @@ def readme(
         if not cells:
             lines += [f"Not run: {len(planned(study, scale=scale))} cells are planned.", ""]
             lines += [f"- {claim.claim} ({claim.paper}, {claim.table}): not run" for claim in claims[scale]]
-            lines += [""] + paper_table(figures)
+            lines += [*left_out[scale], ""] + paper_table(figures)
             continue
         for claim, of_claim in zip(claims[scale], decided):
             lines += claim_section(claim, of_claim, figures)
+        lines += [*left_out[scale], ""] if left_out[scale] else []
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
         lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
         lines += [" ".join(filter(None, (origin(cells), say_grid(sweeps, cells, scale=scale)))), ""]
@@ -213,6 +215,12 @@ RULES = (
     "standard deviation. Parts that stand in for pretrained ones are trained once and are the same for all seeds, "
     "unless the study says otherwise."
 )
+
+
+def say_left_out(claim: Claim, lacks: Sequence[str]) -> str:
+    """The line of a claim whose first pair a scale does not have."""
+    arms = " and ".join(f"`{arm}`" for arm in lacks)
+    return f"- {claim.claim} ({claim.paper}, {claim.table}): {arms} {'are' if lacks[1:] else 'is'} no arm at this scale"
 
 
 def paper_table(figures: dict[str, Figure]) -> list[str]:

@@ -10,13 +10,13 @@ from statistics import mean
 
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names
 from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, read_csv, read_runs, write_csv
-from fastvlm.study.claims import Claim, load_claims, load_figures
+from fastvlm.study.claims import Claim, all_claims, load_figures
 from fastvlm.study.composed import composed, one_training, told_apart
 from fastvlm.study.decisions import Decided, decide_claim
 from fastvlm.study.grid import FILE, Sweep, of_cells, read_sweeps, write_sweeps
 from fastvlm.study.metrics import metric_of
 from fastvlm.study.plots import make_plots
-from fastvlm.study.readme import amount, catalogue, headline, number, readme
+from fastvlm.study.readme import amount, catalogue, headline, number, readme, say_left_out
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("auto", "runs", "csv", "mlflow")
@@ -72,12 +72,11 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
     study = load_study(name, root=root)
     figures = load_figures(study.folder)
     found: dict[str, Gathered] = {}
-    claims_of = {}
+    for claim in (claims := all_claims(study)):
+        if lost := [key for key in claim.figures if key not in figures]:
+            raise ValueError(f"{study.folder}/claims.yaml: figures names {lost[0]}, which paper.csv has not")
+    claims_of = {scale: [claim for claim in claims if not claim.lacks(arms)] for scale, arms in study.arms.items()}
     for scale in study.arms:
-        claims_of[scale] = load_claims(study, scale=scale)
-        for claim in claims_of[scale]:
-            if lost := [key for key in claim.figures if key not in figures]:
-                raise ValueError(f"{study.folder}/claims.yaml: figures names {lost[0]}, which paper.csv has not")
         found[scale] = gather(study, scale=scale, source=source, uri=uri)
         check_one_origin(found[scale].cells, command=f"python train.py -m experiment={name} scale={scale}")
     cells_of = {scale: one.cells for scale, one in found.items()}
@@ -99,6 +98,10 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         figures=figures,
         results=results,
         plots=plots,
+        left_out={
+            scale: [say_left_out(claim, lacks) for claim in claims if (lacks := claim.lacks(arms))]
+            for scale, arms in study.arms.items()
+        },
         notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
         missing={scale: one.missing for scale, one in found.items()},
         remarks={scale: one.remarks for scale, one in found.items()},
@@ -139,7 +142,8 @@ def decide(study: Study, claims: list[Claim], cells: list[Cell], *, scale: str) 
         first, second = ([composed(study, scale=scale, arm=arm) for arm in side] for side in sides)
         return one_training(first, second)
 
-    return [[replace(one, below=below(one)) for one in decide_claim(claim, cells)] for claim in claims]
+    arms = study.arms[scale]
+    return [[replace(one, below=below(one)) for one in decide_claim(claim, cells, arms=arms)] for claim in claims]
 
 
 def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:
@@ -179,8 +183,10 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
             first = decided[place][0]
             verdict = headline(decided[place])
             ours = f"{claim.metric.removeprefix('test/')} {amount(first)}" if first.verdict else first.why
-            spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in claim.pair]
-            cost = f"{number(mean(f for f, _ in spent) / 1e12)} TFLOP, {mean(s for _, s in spent):.0f} s"
+            have = [arm for arm in claim.pair if any(cell.arm == arm for cell in cells)]
+            spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in have]
+            if spent:
+                cost = f"{number(mean(f for f, _ in spent) / 1e12)} TFLOP, {mean(s for _, s in spent):.0f} s"
         lines.append(
             {
                 "study": f"[{study.name}]({study.name}/README.md)",

@@ -17,6 +17,35 @@ def test_a_metric_that_no_task_yields_is_named_with_the_nearest():
         decide_claim(claim, grid())
 
 
+def test_a_metric_beside_that_no_task_yields_is_a_line_and_the_claim_is_decided_all_the_same():
+    claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], ["test/answer_nll/list"])
+    decided = decide_claim(claim, grid())
+    assert headline(decided) == "agrees at equal steps; no such arm at equal compute"
+    row = next(line for line in claim_section(claim, decided, {}) if line.startswith("| answer_nll/list"))
+    assert "`align` against `skip`: - (not yielded)" in row
+
+
+def test_an_arm_that_has_not_run_is_not_told_as_one_that_does_not_exist():
+    pairs = {"planned": ["align", "skip"], "steps": ["align", "skip_long"], "compute": ["align", "skip_long"]}
+    claim = Claim("x", "p", "t", "test/answer_nll", "lower", **pairs)
+    cells = [one for one in grid(steps=STEPS) if one.arm != "skip_long"]
+    planned, steps, compute = decide_claim(claim, cells)
+    assert (steps.basis, steps.why, compute.why) == ("steps", *["skip_long has not run"] * 2)
+    words = "agrees as planned (210 against 150 steps); not run at equal steps; not run at equal compute"
+    assert headline([planned, steps, compute]) == words
+    planned, steps, compute = decide_claim(claim, [one for one in cells if one.arm != "align"])
+    assert planned.on == "as planned" and planned.why == "align has not run"
+    assert steps.why == "align and skip_long have not run" and headline([planned, steps, compute]) == "not run"
+
+
+def test_an_arm_that_only_another_scale_has_takes_its_basis_alone():
+    claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], compute=["align", "skip_long"])
+    cells = [one for one in grid() if one.arm != "skip_long"]
+    decided = decide_claim(claim, cells, arms={"align", "skip"})
+    assert decided[1].why == "skip_long is no arm at this scale"
+    assert headline(decided) == "agrees at equal steps; no arm at this scale at equal compute"
+
+
 def test_equal_compute_is_said_only_of_arms_with_about_as_many_operations():
     lower = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"])
     steps, compute = decide_claim(lower, grid())

@@ -86,6 +86,17 @@ def test_a_finished_cell_without_the_metric_of_a_claim_is_named(tmp_path):
     one.metrics["test/answer_nll"] = 0.5
     put_run(tmp_path, one, name="align-seed2")
     check_yield(config, [*job[:2], "seed=2"])
+    del one.metrics["test/exact_match/mean"]  # stands beside it
+    put_run(tmp_path, one, name="align-seed3")
+    check_yield(config, [*job[:2], "seed=3"])
+
+
+def test_a_grid_with_other_settings_is_not_asked_for_the_metrics_of_claims(tmp_path):
+    one = cell("align", 0, nll=0.5)
+    del one.metrics["test/answer_nll"]
+    put_run(tmp_path, one, name="align-seed0-task.shots_0_4_")
+    config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "paths": {"runs": str(tmp_path)}})
+    check_yield(config, ["experiment=llava_align", "arm=align", "seed=0", "task.shots=[0,4]"])
 
 
 @pytest.mark.parametrize("name", study_names())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from fastvlm.study import report as report_module
 from fastvlm.study.__main__ import main
@@ -95,11 +96,45 @@ def test_every_scale_that_ran_has_its_own_verdicts_and_lines_of_the_catalogue(st
 def test_results_are_written_before_a_claim_that_cannot_be_decided_is_refused(studies, monkeypatch):
     cells = grid()
     for one in cells:
-        del one.metrics["test/exact_match/mean"]
+        del one.metrics["test/answer_nll"]
     monkeypatch.setattr(report_module, "read_runs", lambda study, runs, scale: (cells * (scale == "micro"), []))
-    with pytest.raises(ValueError, match="test/exact_match/mean, which no task yielded"):
+    with pytest.raises(ValueError, match="test/answer_nll, which no task yielded"):
         report("llava_align", root=studies.parent)
     assert len(read_csv(studies / "results.csv")) == 15
+
+
+def test_an_arm_without_cells_is_not_run_on_page_and_catalogue(studies):
+    write_csv(studies / "results.csv", [one for one in grid() if one.arm != "skip"])
+    first, second = report("llava_align", source="csv", root=studies.parent)["entries"]
+    assert first["verdict"].startswith("not run at equal steps; disagrees at equal compute")
+    assert first["ours"] == "skip has not run" and first["cost"] == "1.00 TFLOP, 10 s"
+    page = (studies / "README.md").read_text()
+    assert "`align` against `skip`: - (skip has not run)" in page and "0 steps" not in page
+    (studies / "results.csv").unlink()
+    write_csv(studies / "results.csv", [one for one in grid() if one.arm == "align"])
+    entries = report("llava_align", source="csv", root=studies.parent)["entries"]
+    assert {entry["verdict"] for entry in entries} == {"not run"}
+
+
+def test_a_scale_without_an_arm_of_a_pair_keeps_the_claims_other_pairs_and_names_what_it_lacks(studies):
+    file = studies / "study.yaml"
+    text = file.read_text()
+    short = ", skip_long: [~stages.align, stages.instruct.steps=6880]"
+    assert short in text
+    file.write_text(text.replace(short, ""))
+    claims = yaml.safe_load((studies / "claims.yaml").read_text())
+    claims.append(claims[0] | {"claim": "More steps help.", "steps": ["skip_long", "skip"], "compute": []})
+    (studies / "claims.yaml").write_text(yaml.safe_dump(claims))
+    large = [cell(one.arm, one.seed, nll=one.metrics["test/answer_nll"], scale="paper") for one in grid()]
+    large = [one for one in large if one.arm != "skip_long"]
+    write_csv(studies / "results.csv", large)
+    made = report("llava_align", source="csv", root=studies.parent)
+    assert [entry["scale"] for entry in made["entries"]] == ["paper", "paper"]
+    assert made["entries"][0]["verdict"].startswith("agrees at equal steps; no arm at this scale at equal compute")
+    page = (studies / "README.md").read_text()
+    assert "`align` against `skip_long`: - (skip_long is no arm at this scale)" in page
+    left_out = "- More steps help. (LLaVA-1.5 (arXiv:2310.03744) and what followed it, section 3.3"
+    assert page.count(left_out) == 2 and page.count("`skip_long` is no arm at this scale") == 1  # at micro: not run
 
 
 @pytest.mark.parametrize(
