@@ -181,6 +181,20 @@ def own_image_token(path: str, hf) -> str:
     return token
 
 
+def check_characters(text: str) -> None:
+    """
+    Raises:
+        ValueError: a code that is no character: half of a surrogate pair, which JSON can name and UTF-8 cannot write.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(
+            f"the text holds {code} at character {error.start}: half of a surrogate pair is no character; leave it out"
+        ) from None
+
+
 class Tokenizer:
     """A `transformers` tokenizer and a chat template, as one thing with one fingerprint.
 
@@ -249,11 +263,19 @@ class Tokenizer:
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; spelled-out special tokens stay text."""
+        """Ids of plain text; spelled-out special tokens stay text.
+
+        Raises:
+            ValueError: it holds half of a surrogate pair, which is no character.
+        """
         if not text:
             return []
         self._fast.encode_special_tokens = True
-        return self._fast.encode(text, add_special_tokens=False).ids
+        try:
+            return self._fast.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            check_characters(text)
+            raise
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a piece of the template, in which special tokens are special."""

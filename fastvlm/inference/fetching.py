@@ -92,10 +92,14 @@ class ImageFetcher:
         deadline = Deadline(self.timeout)
         found = [self._decode(url) if url[:5].lower() == "data:" else self._check(url) for url in urls]
         fetches = {i: self._fetches.submit(self._get, p, deadline) for i, p in enumerate(found) if isinstance(p, Place)}
+        if not fetches:
+            return found
         try:
             waited = concurrent.futures.wait(fetches.values(), deadline.left(), return_when="FIRST_EXCEPTION")
             for i, fetch in sorted(fetches.items(), key=lambda item: item[1] not in waited.done):
                 found[i] = self._result(fetch, found[i].host)
+        except TimeoutError:
+            raise ValueError(f"image_url: the images took more than {self.timeout:g} s") from None
         finally:
             deadline.at = 0.0  # where one has failed the others stop at their next read
             for fetch in fetches.values():
@@ -251,4 +255,7 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast
+        if ip.is_site_local:
+            return False
+    # Of IPv6 all is reserved that is not given out yet or not any more, ::/96 and the local 64:ff9b:1::/48 among it.
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved

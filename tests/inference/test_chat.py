@@ -132,16 +132,18 @@ def test_a_conversation_keeps_its_turns_and_survives_mistakes(
         "/clear",
         "again",
         "digit " * 400,
+        "digit \udcff",
         "still here",
         "/exit",
         "not said",
     ]
     converse(monkeypatch, tmp_path, lines)
     user, both = ["user"], ["user", "assistant", "user"]
-    assert asked == [(user, 1), (both, 1), (user, 0), (both, 0), (both, 0)]
+    assert asked == [(user, 1), (both, 1), (user, 0), *[(both, 0)] * 3]
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4
-    for error, named in zip(errors, ("absent.png", "/what is not a command", "1 <image>", "the model ends at 256")):
+    mistakes = ("absent.png", "/what is not a command", "1 <image>", "the model ends at 256", "U+DCFF at character 6")
+    assert len(errors) == len(mistakes)
+    for error, named in zip(errors, mistakes):
         assert named in error
 
 

@@ -134,6 +134,14 @@ def test_images_of_a_request_are_fetched_side_by_side_and_one_failure_ends_all(f
     assert time.monotonic() - before < 15, "the other's 20 s are not waited for"
 
 
+def test_a_deadline_that_has_passed_is_a_line_and_concerns_only_what_is_fetched(files):
+    fetch, port = fetcher(files, "127.0.0.1", private=True, timeout=1e-9)
+    data = "data:image/png;base64,AAAA"
+    assert fetch.all([data, data]) == [b"\0" * 3] * 2 and fetch.all([]) == []
+    with pytest.raises(ValueError, match=r"image_url: the images took more than 1e-09 s"):
+        fetch.all([data, f"http://pictures.example:{port}/a.png"])
+
+
 def test_nothing_is_fetched_where_one_address_is_not_allowed(files):
     fetch, port = fetcher(files, "127.0.0.1", private=True)
     before = len(files.asked)
@@ -176,6 +184,8 @@ def test_addresses_that_are_not_of_the_open_internet_are_known():
     for address in ("10.1.2.3", "127.0.0.1", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "224.0.0.1"):
         assert not is_public(address), address
     for address in ("::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::"):
+        assert not is_public(address), address
+    for address in ("::127.0.0.1", "::8.8.8.8", "fec0::1", "64:ff9b:1::7f00:1", "64:ff9b:1::808:808", "240.0.0.1"):
         assert not is_public(address), address
     assert is_public("8.8.8.8") and is_public("2606:4700:4700::1111") and is_public("64:ff9b::808:808")
 

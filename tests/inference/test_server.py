@@ -115,6 +115,8 @@ MISTAKES = [
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "max_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}),
+    (400, "U+D800 at character 2", {"model": "tiny", "messages": [{"role": "user", "content": "ab\ud800"}]}),
+    (400, "U+DFFF", {"model": "tiny", "messages": [{"role": "system", "content": [{"type": "text", "text": "\udfff"}]}]}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
 SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
@@ -617,6 +619,7 @@ def test_attention_says_which_regions_an_answer_and_each_token_looked_at(server)
     for body, named in (
         ({"model": "tiny", "messages": messages[:1]}, "must end with the assistant's answer"),
         ({"model": "tiny", "messages": [{"role": "user", "content": "x"}]}, "no image"),
+        ({"model": "tiny", "messages": [*messages[:1], {"role": "assistant", "content": "\ud800"}]}, "U+D800"),
     ):
         status, raw = server.request("POST", "/v1/attention", json.dumps(body))
         assert status == 400 and named in json.loads(raw)["error"]["message"]
