@@ -20,7 +20,7 @@ MAY = {
     "stages": {"models", "batch", "tokens"},
     "foundation": set(),
     "callbacks": {"models", "batch", "tokens", "foundation", "files"},
-    "inference": {"models", "data", "batch", "tokens", "build"},
+    "inference": {"models", "data", "batch", "tokens", "build", "files"},
     "identity": {"files"},
     "study": {"identity", "files", "tracking", "build", "config", "callbacks", "models", "pipeline"},
     "harnesses": {"evaluation", "inference", "models", "data", "batch", "tokens", "build"},

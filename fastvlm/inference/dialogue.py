@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shlex
@@ -10,9 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
+from fastvlm.files import write_whole
 from fastvlm.inference.partners import Local, Remote, Spent, from_openai, to_openai
 
 PLACEHOLDER = "<image>"
@@ -90,25 +91,44 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def read_image(path: str | Path) -> bytes:
+def expand(path: str) -> Path:
+    """A path with `~` for a home; where nobody is called so it is left as it is written, as a shell does."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file; what cannot be a path is none."""
+    try:
+        return expand(path).is_file()
+    except (OSError, ValueError):  # too long, out of reach; a code that no name may hold
+        return False
+
+
+def read_image(path: str) -> bytes:
     """The bytes of an image file, or of an image behind an http(s) address, that can be decoded.
 
     Raises:
         ValueError: no such file, nothing at the address, or no image in it.
     """
-    if str(path).startswith(("http://", "https://")):
+    if path.startswith(("http://", "https://")):
         try:
-            with urlopen(str(path), timeout=20) as reply:  # noqa: S310  the user's own machine, the user's own address
+            with urlopen(path, timeout=20) as reply:  # noqa: S310  the user's own machine, the user's own address
                 data = reply.read(MAX_BYTES + 1)
-        except (URLError, OSError, ValueError) as error:
-            raise ValueError(f"image {path}: nothing to be had there ({error})") from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"image {path}: nothing to be had there ({reason})") from None
         if len(data) > MAX_BYTES:
             raise ValueError(f"image {path}: more than {MAX_BYTES} bytes")
     else:
-        path = Path(path).expanduser()
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"image {path}: no such file")
-        data = path.read_bytes()
+        try:
+            data = expand(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"image {path}: cannot be read ({error.strerror})") from None
     check_image(data, named=f"image {path}")
     return data
 
@@ -137,7 +157,7 @@ def mentioned_images(text: str) -> tuple[str, list[str]]:
 
     def exchange(match: re.Match) -> str:
         named = match["quoted"] or match["bare"].replace("\\ ", " ")
-        if named.startswith(("http://", "https://")) or Path(named).expanduser().is_file():
+        if named.startswith(("http://", "https://")) or is_file(named):
             found.append(named)
             return PLACEHOLDER
         return match[0]
@@ -200,7 +220,7 @@ class Dialogue:
     def attach(self, paths: str) -> None:
         """Images for the next message."""
         try:
-            names = [paths] if Path(paths).expanduser().is_file() else shlex.split(paths)
+            names = [paths] if is_file(paths) else shlex.split(paths)
         except ValueError:
             names = [paths]
         if not names:
@@ -250,15 +270,18 @@ class Dialogue:
         if not path:
             raise ValueError("/save needs a file's name")
         kept = {"system": self.system, "options": self.options, "messages": to_openai(self.messages, self.images)}
-        Path(path).expanduser().write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        try:
+            write_whole(expand(path), json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error  # without the name of the file it was to become
+            raise ValueError(f"/save {path}: cannot be written ({reason}); what was there is as it was") from None
         print(f"[{len(self.messages)} messages and {len(self.images)} images in {path}]")
 
     def load(self, path: str) -> None:
-        file = Path(path).expanduser()
-        if not path or not file.is_file():
+        if not path or not is_file(path):
             raise ValueError(f"/load {path}: no such file")
         try:
-            kept = json.loads(file.read_text())
+            kept = json.loads(expand(path).read_text(encoding="utf-8"))
             messages, images = from_openai(kept["messages"])
             options, system = kept.get("options") or {}, kept.get("system") or ""
             if not isinstance(options, dict) or not isinstance(system, str):

@@ -19,7 +19,11 @@ def check_source(text: str) -> Path:
         ValueError: no such folder, or neither a run nor a saved model in it.
     """
     folder = Path(text)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # too long to be a name, out of reach
+        there = False
+    if not there:
         raise ValueError(f"run={text}: no such run directory; train one with `make train`, or name one below runs/")
     if not (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"run={text} holds no run (config.yaml is missing); name a directory below runs/")

@@ -80,8 +80,12 @@ class Remote:
     """
 
     def __init__(self, address: str, *, timeout: float = 600.0):
-        parts = urlsplit(address if "//" in address else f"http://{address}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(address if "//" in address else f"http://{address}")
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, half a bracket
+            known = False
+        if not known:
             raise ValueError(f"{address}: not a server's address; it looks like http://127.0.0.1:8000")
         self.address, self.timeout = address.rstrip("/"), timeout
         self.path = parts.path.rstrip("/").removesuffix("/v1")

@@ -3,8 +3,10 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, draw_png
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastvlm.inference import chat, dialogue
-from fastvlm.inference.partners import to_data_url
+from fastvlm.inference.partners import Remote, to_data_url
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +193,51 @@ def test_an_address_is_an_image_by_command_and_inside_a_sentence(
         assert answers and "\n".join(answers).count(expected)
     errors = printed.err.splitlines()
     assert len(errors) == 2 and all(f"image {absent}: nothing to be had there" in error for error in errors)
+
+
+def test_what_cannot_be_a_path_or_an_address_is_one_line_and_in_a_sentence_a_word(
+    load_tiny_run, asked, tmp_path, capsys, monkeypatch
+):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        threading.Thread(target=lambda: mute.accept()[0].close(), daemon=True).start()
+        addresses = ["http://localhost:abc/x.png", "http://a\x01b/x.png", "http://[::1/x.png"]
+        addresses += [f"http://127.0.0.1:{mute.getsockname()[1]}/x.png"]  # hangs up without a word
+        for address in addresses:
+            with pytest.raises(ValueError, match="nothing to be had there") as refused:
+                dialogue.read_image(address)
+            assert address in str(refused.value) and "\n" not in str(refused.value)
+    paths = ["~nobodyofthisname/x.png", "a" * 300 + ".png", "x\0.png"]
+    for path in paths:
+        with pytest.raises(ValueError, match="no such file"):
+            dialogue.read_image(path)
+    words = [f"what is in {path}?" for path in paths]
+    assert [dialogue.mentioned_images(line) for line in words] == [(line, []) for line in words]
+    commands = [f"{command} {path}" for command in ("/image", "/load") for path in paths[:2]]
+    converse(monkeypatch, tmp_path, [*commands, f"look at {addresses[0]} now", f"look at {paths[0]} now"])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 5 and [images for _, images in asked] == [0]
+    for mistyped in ("http://localhost:abc", "localhost:abc", "http://[::1"):
+        with pytest.raises(ValueError, match="not a server's address"):
+            Remote(mistyped)
+    with pytest.raises(ValueError, match="no such run directory"):
+        chat.main(["run=" + "a" * 300, "--prompt", "x"])
+
+
+def test_a_conversation_that_cannot_be_saved_leaves_the_earlier_one_as_it_was(engine, tmp_path, capsys):
+    kept = tmp_path / "kept.json"
+    options = {"temperature": 0.0, "max_new_tokens": 4}
+    talk = dialogue.Dialogue(dialogue.Local(engine), options=options, streamed=False, system="é – 日本")
+    talk.take(f"/save {kept}")
+    before = kept.read_bytes()
+    assert "é – 日本".encode() in before
+    talk.take("/system \udcff")
+    for path in (str(kept), str(tmp_path / "absent" / "kept.json"), str(tmp_path), str(tmp_path / ("a" * 300))):
+        with pytest.raises(ValueError, match=f"/save {path}: cannot be written") as refused:
+            talk.take(f"/save {path}")
+        assert "\n" not in str(refused.value) and ".part" not in str(refused.value)
+    assert kept.read_bytes() == before and list(tmp_path.iterdir()) == [kept]
+    talk.take(f"/load {kept}")
+    assert talk.system == "é – 日本"
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ MISTAKES = [
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "max_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}),
     (400, "U+D800 at character 2", {"model": "tiny", "messages": [{"role": "user", "content": "ab\ud800"}]}),
-    (400, "U+DFFF", {"model": "tiny", "messages": [{"role": "system", "content": [{"type": "text", "text": "\udfff"}]}]}),
+    (400, "U+DFFF", {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}),
     (400, "4 images, more than the 3", {"model": "tiny", "messages": with_images("x", 1, 2, 3, 4)}),
 ]
 SAID = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
