@@ -13,7 +13,7 @@ that was killed goes on where it stopped. These take
     path=...        the data set: a file, a folder, a hub id, or hf://datasets/org/name/file.json
     out=...         the folder to write; $FASTVLM_DATA/shards/<source> unless told
     splits=...      train,val,test; all the data set has unless told
-    val=0.01        hold out this share of train by a hash of the image, where the data set has no val
+    val=0.01        hold out this share of train by a hash of an image, where the data set has no val
     workers=2       processes; they change the time and nothing else
     tokenizer=...   folder or hub id the index counts tokens with (the embedded one unless told), template=chatml
     rewrite=true    write a complete folder again; the one there stays until the new one is whole

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from data.recipes.held_out import write_held_out
 from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
@@ -53,11 +54,12 @@ def assemble(
         work: where parts are kept until all are done.
         options: the recipe's own.
         tokenizer: path and template of the index.
-        val: share to hold out of train where the data set has no val; 0 for none.
+        val: share to hold out of train where the data set has no val; 0 for none. It is written, and its images are
+            left out of train, even where train alone is asked for.
         rows: rows a shard.
 
     Returns:
-        counts, dropped and notes by split, and what they were made of (inputs, code), for DONE.json.
+        counts, dropped and notes by split, what was held out, and what they were made of (inputs, code), for DONE.json.
 
     Raises:
         ValueError: the user's mistakes, in one line.
@@ -78,8 +80,8 @@ def assemble(
     reports: list[dict | None] = [None] * len(jobs)
     try:
         run(jobs, reports, workers)
-        report = publish(jobs, reports, folder, source=source, path=path, tokenizer=tokenizer, val=val)
-        return report | made_of
+        settings = {"splits": splits, "source": source, "path": path, "tokenizer": tokenizer, "val": val}
+        return publish(jobs, reports, folder, **settings) | made_of
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -97,7 +99,7 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
     jobs = []
     takes_rows = "rows" in inspect.signature(recipe.parts).parameters
     where = find_rows(recipe, path, options)
-    for split in splits:
+    for split in dict.fromkeys([*splits, *(["val"] if val and "train" in splits else [])]):
         held_out = bool(val) and split == "val"
         # A held-out shard reads as many rows as fill it.
         extra = {"rows": max(1, round(rows / val)) if held_out else rows} if takes_rows else {}
@@ -105,7 +107,8 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
         if not parts:
             raise ValueError(f"{path}: split {split} has no rows; leave it out with splits=...")
         share = val if split in ("train", "val") else 0.0
-        jobs += [Job(source, split, i, part, work, tokenizer, share) for i, part in enumerate(parts)]
+        counts_faults = not (held_out and "train" in splits)
+        jobs += [Job(source, split, i, part, work, tokenizer, share, counts_faults) for i, part in enumerate(parts)]
     return jobs
 
 
@@ -130,19 +133,30 @@ def make_stamp(jobs: list[Job], made_of: dict) -> str:
     state = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for job in jobs:
         part = job.part
-        line = [job.source, job.split, job.val, part.path, part.start, part.stop, part.options]
+        line = [job.source, job.split, job.val, job.counts_faults, part.path, part.start, part.stop, part.options]
         state.update(json.dumps(line, default=str, sort_keys=True).encode())
     return state.hexdigest()
 
 
 def run(jobs: list[Job], reports: list[dict | None], workers: int) -> None:
-    """Do the parts, in processes where workers > 1; fills `reports` in the jobs' order."""
+    """Do the parts, in processes where workers > 1; fills `reports` in the jobs' order.
+
+    What is held out comes first: train must not hold its images.
+    """
     again = 0
+    first = [i for i, job in enumerate(jobs) if job.is_held_out]
+    rest = [i for i, job in enumerate(jobs) if not job.is_held_out]
     with show_progress(len(jobs)) as advance:
-        for i, report in finished(jobs, workers):
-            reports[i] = report
-            again += report["again"]
-            advance(report["kept"], len(report["dropped"]))
+        for chosen in filter(None, (first, rest)):
+            if first and chosen is rest:
+                images = [reports[i]["images"] for i in first]
+                known = write_held_out(jobs[0].folder / "held_out.bin", images)
+                for i in rest:
+                    jobs[i].held_out = known if jobs[i].val else None
+            for number, report in finished([jobs[i] for i in chosen], workers):
+                reports[chosen[number]] = report
+                again += report["again"]
+                advance(report["kept"], len(report["dropped"]))
     if again:
         print(f"{again} of {len(jobs)} shards were there from a run before, and sound", file=sys.stderr)
 
@@ -205,17 +219,18 @@ class show_progress:  # noqa: N801  used as a function
             self.bar.stop()
 
 
-def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dict:
+def publish(jobs, reports, folder: Path, *, splits, source, path, tokenizer, val) -> dict:
     """Give the shards their final names in `folder`, check the whole, write the lists; returns what DONE.json holds."""
     from fastvlm.data.index import load_index
     from fastvlm.data.sidecar import sidecar
 
-    splits = list(dict.fromkeys(job.split for job in jobs))
     shards: dict[str, list] = {split: [] for split in splits}
     dropped: dict[str, dict] = {split: {} for split in splits}
     notes: dict[str, dict] = {split: {} for split in splits}
     lines = []
     for job, report in zip(jobs, reports):
+        if job.split not in splits:
+            continue
         if report["kept"]:
             # Numbered without gaps, so that `train-{00000..00012}.tar` names them all.
             name = f"{job.split}-{len(shards[job.split]):05d}.tar"
@@ -246,8 +261,11 @@ def publish(jobs, reports, folder: Path, *, source, path, tokenizer, val) -> dic
             raise ValueError(f"{folder}: split {split} holds {index.num_samples} samples, {counts[split]} were written")
     write_text(folder / "dropped.jsonl", "".join(lines))
     write_text(folder / "shards.json", json.dumps(shards, indent=1) + "\n")
+    made = [report for job, report in zip(jobs, reports) if job.is_held_out]
+    held_out = {"kept": sum(r["kept"] for r in made), "of": sum(r["seen"] for r in made), "val": val}
     return {
         "counts": {source: counts},
+        "held_out": held_out if made else {},
         "dropped": dropped,
         "notes": notes,
         "shards": {s: len(shards[s]) for s in splits},
@@ -289,6 +307,11 @@ def format_table(done: dict) -> str:
     for split, kept in counts.items():
         lost = sum(row["count"] for row in done["dropped"][split].values())
         lines.append(f"{split:<8}{kept:>10}{lost:>10}{done['shards'][split]:>8}")
+    if held_out := done.get("held_out"):
+        share = 100 * held_out["kept"] / (held_out["of"] or 1)
+        lines.append(
+            f"  held out {held_out['kept']} of {held_out['of']} records: {share:.3g} % (val={held_out['val']:g})"
+        )
     for split, reasons in done["dropped"].items():
         for reason, row in sorted(reasons.items(), key=lambda item: -item[1]["count"]):
             lines.append(f"  {split} dropped {row['count']}: {reason} (for example {', '.join(row['examples'])})")

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.recipes.held_out import SHARED, WIDTH, choose_side, hash_images, shares_image
 from data.recipes.record import IMAGE_MISSING, Dropped, Part, Record
 
 UNREADABLE = "image unreadable"
 TOO_LARGE = "image too large"
-BOTH_SIDES = "images of both train and val"
 NOT_UNICODE = "text is not Unicode"
 TRANSCODED = "image of another format: stored as png"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -38,7 +38,13 @@ class Job:
     part: Part
     folder: Path
     tokenizer: tuple[str, str]  # path, template
-    val: float = 0.0  # share of the train split's images that are held out as val
+    val: float = 0.0  # share of the train split's records that are held out as val
+    counts_faults: bool = True  # train and a held-out val read the same rows: one of them counts their faults
+    held_out: tuple[str, str] | None = None  # val's images, which train must not hold: file and digest
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.split == "val" and self.val > 0
 
     @property
     def shard(self) -> Path:
@@ -62,6 +68,8 @@ def read_report(job: Job) -> dict | None:
         report = json.loads(job.report.read_text())
         if report["kept"] and digest(job.shard) != report["sha256"]:
             return None
+        if report["without"] != (job.held_out or ("", ""))[1]:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report
@@ -77,7 +85,8 @@ def do_part(job: Job) -> dict:
 
     Returns:
         The report: kept, bytes, sha256, dropped (list of [id, reason]), notes (note -> count), ids (16 hex digits
-        of each original id's hash), again (was there).
+        of each original id's hash), again (was there); where some are held out also seen (records of both sides),
+        images (of val, 16 hex digits of each one's hash) and without (digest of the images that train left out).
 
     Raises:
         ValueError: the rows cannot be read, or what was written is not what was meant.
@@ -100,21 +109,23 @@ def write_part(job: Job) -> dict:
     dropped: list[list[str]] = []
     notes: dict[str, int] = {}
     ids: list[str] = []
-    # The held-out side reads the same rows: faults of rows are counted on the train side alone.
-    counts_faults = not (job.val and job.split == "val")
+    held_out: set[bytes] = set()
+    seen = 0
     with Shard(job.shard) as shard:
         for item in convert(job):
             if isinstance(item, Dropped):
-                if counts_faults:
+                if job.counts_faults:
                     dropped.append([str(item.id), item.reason])
                 continue
             original = item.record.get("id")
             id = item.key if original in (None, "") else str(original)
+            known = hash_images(item) if job.val else []
             if job.val:
-                side = choose_side(item, job.val)
-                if side == BOTH_SIDES and counts_faults:
-                    dropped.append([id, side])
-                if side != job.split:
+                seen += 1
+                if choose_side(item, known, job.val) != job.split:
+                    continue
+                if job.held_out and shares_image(known, job.held_out):
+                    dropped.append([id, SHARED])
                     continue
             try:
                 images, extensions, noted = check_images(item.images)
@@ -126,6 +137,8 @@ def write_part(job: Job) -> dict:
                 dropped.append([id, str(fault)])
                 continue
             shard.write(item.key, item.record, images, image_ext=extensions)
+            if job.is_held_out:
+                held_out.update(image[:WIDTH] for image in known)
             if original not in (None, ""):
                 ids.append(hashlib.sha256(repr(original).encode()).hexdigest()[:16])
             for note in (*item.notes, *noted):
@@ -147,6 +160,9 @@ def write_part(job: Job) -> dict:
         "dropped": dropped,
         "notes": notes,
         "ids": "".join(ids),
+        "seen": seen,
+        "images": b"".join(sorted(held_out)).hex(),
+        "without": (job.held_out or ("", ""))[1],
     }
 
 
@@ -226,18 +242,6 @@ def to_png(opened, data: bytes) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rearrange(decode_pixels(opened, data), "c h w -> h w c").numpy()).save(out, "png")
     return out.getvalue()
-
-
-def choose_side(item: Record, val: float) -> str:
-    """train or val by a hash of the images (of the id, for text), so that one image never stands in both.
-
-    A file counts as the same image by its last two names, bytes by their content.
-    """
-    names = ["/".join(i.parts[-2:]) if isinstance(i, Path) else hashlib.sha256(i).hexdigest() for i in item.images]
-    words = names or [str(item.record.get("id") or item.key)]
-    points = [int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") / 2**64 for word in words]
-    sides = {"val" if point < val else "train" for point in points}
-    return sides.pop() if len(sides) == 1 else BOTH_SIDES
 
 
 def index_part(job: Job, report: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import io
 import json
 import os
@@ -174,18 +176,92 @@ def test_no_image_stands_on_both_sides_of_a_held_out_split(big, tokenizer, tmp_p
     assert done["dropped"]["val"] == {} and done["dropped"]["train"]["image missing"]["count"] == 1
 
 
-def test_a_row_whose_images_fall_on_both_sides_is_dropped_and_counted(tokenizer, tmp_path):
+def write_pages(folder: Path, names: list[list[str]]) -> Path:
+    """A conversation a list of images; every image is drawn once."""
     rows = []
-    for i in range(40):
-        names = [f"{i}.jpg", f"{(i + 1) % 40}.jpg"]
-        layouts.put(tmp_path / f"{i}.jpg", layouts.draw_jpg(i))
-        rows.append({"id": i, "image": names, "conversations": layouts.turns("<image><image>", "A")})
-    layouts.put_json(tmp_path / "rows.json", rows)
-    settings = {"path": str(tmp_path / "rows.json"), "val": 0.4, **told_tokenizer(tokenizer)}
-    done = prepare("llava_instruct", out=tmp_path / "out", workers=1, **settings)
-    counts = done["counts"]["llava_instruct"]
-    mixed = done["dropped"]["train"]["images of both train and val"]["count"]
-    assert counts["train"] + counts["val"] + mixed == 40 and mixed and counts["val"]
+    for i, images in enumerate(names):
+        for name in images:
+            if not (folder / name).exists():
+                layouts.put(folder / name, layouts.draw_jpg(int(Path(name).stem)))
+        rows.append({"id": i, "image": images, "conversations": layouts.turns("<image>" * len(images), "A")})
+    return layouts.put_json(folder / "rows.json", rows)
+
+
+def read_images(out: Path, split: str) -> list[list[str]]:
+    images = [record["meta"]["image_id"] for _, record, _, _ in layouts.read_split(out, split)]
+    return [[i] if isinstance(i, str) else i for i in images]
+
+
+def test_records_of_several_images_are_held_out_like_others_and_train_loses_none(tokenizer, tmp_path, capsys):
+    rows = write_pages(tmp_path, [[f"{3 * i + k}.jpg" for k in range(3)] for i in range(100)])
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    out = tmp_path / "out"
+    assert main(["source=llava_instruct", f"path={rows}", "val=0.2", f"out={out}", "rows=30", *told]) == 0
+    val = len(read_images(out, "val"))
+    assert 10 < val < 30 and len(read_images(out, "train")) == 100 - val
+    assert f"held out {val} of 100 records: {val} % (val=0.2)" in capsys.readouterr().out
+    done = json.loads((out / "DONE.json").read_text())
+    assert done["dropped"] == {"train": {}, "val": {}}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_train_leaves_out_what_shares_an_image_with_val_and_nothing_else(tokenizer, tmp_path, workers):
+    pages = [[f"{i}.jpg", f"{(i + 1) % 40}.jpg"] for i in range(40)] + [[f"{i}.jpg"] for i in range(50)]
+    rows = write_pages(tmp_path, pages)
+    settings = {"path": str(rows), "val": 0.3, "rows": 16, "workers": workers, **told_tokenizer(tokenizer)}
+    done = prepare("llava_instruct", out=tmp_path / "out", **settings)
+    train, val = (read_images(tmp_path / "out", split) for split in ("train", "val"))
+    held_out = {image for images in val for image in images}
+    assert sorted(train) == sorted(p for p in pages if p not in val and not held_out & set(p))
+    assert done["dropped"]["val"] == {} and list(done["dropped"]["train"]) == ["shares an image with val"]
+    assert done["held_out"] == {"kept": len(val), "of": 90, "val": 0.3}
+    alone = prepare("llava_instruct", out=tmp_path / "alone", splits=("train",), **settings)
+    assert read_images(tmp_path / "alone", "train") == train and "val" not in alone["counts"]["llava_instruct"]
+    assert {p.name for p in (tmp_path / "alone").glob("*.tar")} == {
+        p.name for p in (tmp_path / "out").glob("train*tar")
+    }
+
+
+def test_a_record_of_one_image_is_held_out_by_the_first_bytes_of_its_hash():
+    from data.recipes.held_out import choose_side, hash_images
+    from data.recipes.record import Record
+
+    for i in range(50):
+        item = Record("k", {"id": i}, [Path(f"/a/coco/{i}.jpg")])
+        point = int.from_bytes(hashlib.sha256(f"coco/{i}.jpg".encode()).digest()[:8], "big") / 2**64
+        for val in (0.1, 0.5):
+            assert (choose_side(item, hash_images(item), val) == "val") == (point < val)
+
+
+def test_a_train_shard_made_without_other_images_than_val_has_now_is_made_again(big, tokenizer, tmp_path):
+    from data.recipes.assembly import cut
+    from data.recipes.held_out import write_held_out
+    from data.recipes.writing import do_part
+
+    told = told_tokenizer(tokenizer)
+    settings = (["train"], {}, (told["tokenizer"], told["template"]), 0.5, 60)
+    job = cut(importlib.import_module("data.recipes.llava_instruct"), tmp_path, "llava_instruct", str(big), *settings)[
+        0
+    ]
+    job.held_out = write_held_out(tmp_path / "held_out.bin", [])
+    first = do_part(job)
+    assert not first["again"] and do_part(job)["again"]
+    image = layouts.read_split(tmp_path, "train")[0][1]["meta"]["image_id"]
+    known = hashlib.sha256("/".join(Path(image).parts[-2:]).encode()).hexdigest()[:16]
+    job.held_out = write_held_out(tmp_path / "held_out.bin", [known])
+    second = do_part(job)
+    assert not second["again"] and second["kept"] < first["kept"]
+
+
+def test_faults_of_rows_are_counted_when_val_alone_is_asked_for(tokenizer, tmp_path):
+    rows = [{"id": str(i), "conversations": layouts.turns("Q", "A")} for i in range(40)]
+    rows += [{"id": f"bad {i}", "conversations": layouts.turns(" ", "A")} for i in range(5)]
+    path = layouts.put_json(tmp_path / "rows.json", rows)
+    settings = {"path": str(path), "val": 0.5, "rows": 20, **told_tokenizer(tokenizer)}
+    for splits in (("val",), ("train",), ("train", "val")):
+        done = prepare("sharegpt", out=tmp_path / "-".join(splits), splits=splits, **settings)
+        counted = {split: sum(row["count"] for row in reasons.values()) for split, reasons in done["dropped"].items()}
+        assert counted == dict.fromkeys(splits, 0) | {splits[0]: 5}
 
 
 def png_header(width: int, height: int) -> bytes:
