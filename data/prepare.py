@@ -38,8 +38,10 @@ import importlib  # noqa: E402
 import inspect  # noqa: E402
 import json  # noqa: E402
 import pkgutil  # noqa: E402
+import re  # noqa: E402
 import shutil  # noqa: E402
 import time  # noqa: E402
+from concurrent.futures.process import BrokenProcessPool  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(HERE).parent
@@ -108,11 +110,23 @@ def parse_arguments(recipe, given: dict[str, str]) -> dict:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Hold the lock file beside `path`; a killed process lets it go."""
+    """Hold the lock file beside `path`; a killed process lets it go.
+
+    Raises:
+        ValueError: nothing can be written beside `path`.
+    """
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    from data.recipes.writing import NO_SPACE
+
     lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise ValueError(f"out={path}: {describe_fault(error)}; name a folder that can be written") from None
     while True:
         with open(lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -285,11 +299,15 @@ def publish(path: Path, done: dict, build) -> dict:
     """Let `build` fill a temporary folder that then takes the name `path`; `done` is what stands there now.
 
     Raises:
-        ValueError: the folder holds files of somebody else.
+        ValueError: a file stands there, or a folder with files of somebody else.
     """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={path} is a file; name a folder")
     if path.exists() and not done and any(path.iterdir()):
         raise ValueError(f"out={path} holds other files and no DONE.json; name an empty folder or move them away")
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of runs that were killed: the lock is ours
+    # Of runs that were killed: the lock is ours. Another folder's name may begin with ours and a dot.
+    own = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.old)?\.tmp")
+    for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
         shutil.rmtree(left)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
@@ -325,6 +343,21 @@ def describe_recipes() -> str:
     return "\n".join(lines)
 
 
+def describe_fault(error: Exception) -> str:
+    """A fault in one line: of a file its name and what is wrong with it, of a full disk what to do."""
+    from data.recipes.writing import NO_SPACE
+
+    if isinstance(error, BrokenProcessPool):
+        return "a worker process was killed (out of memory?): run the same command again, with fewer workers"
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    words = os.strerror(error.errno).lower()
+    if error.errno in NO_SPACE:
+        what = f" {error.filename}" if error.filename else ""
+        return f"{words} while writing{what}: make room and run the same command again"
+    return f"{error.filename}: {words}" if error.filename else words
+
+
 def main(words: list[str]) -> int:
     if not words or any(w in ("-h", "--help", "help") for w in words):
         print(describe_recipes())
@@ -338,8 +371,8 @@ def main(words: list[str]) -> int:
             raise ValueError(f"source=... is missing{suggest('', list_recipes())}")
         source, out = given.pop("source"), given.pop("out", None)
         done = prepare(source, out=out, **parse_arguments(load_recipe(source), given))
-    except ValueError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, BrokenProcessPool) as error:
+        print(f"prepare.py: {describe_fault(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare.py: stopped; the same command goes on from here", file=sys.stderr)

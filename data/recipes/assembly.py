@@ -6,7 +6,6 @@ same command; with other options, other code or changed files it is thrown away.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
 import json
@@ -25,13 +24,12 @@ from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
 from data.recipes.record import Part
 from data.recipes.workers import open_pool
-from data.recipes.writing import Job, do_part, load_tokenizer, write_text
+from data.recipes.writing import NO_SPACE, Job, do_part, load_tokenizer, write_text
 
 ROWS = 2000
 EXAMPLES = 3
 REPEATED = "id of an earlier sample: kept, its key has the row's number"
 LINE_SECONDS = 10
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def assemble(
@@ -109,7 +107,25 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
         share = val if split in ("train", "val") else 0.0
         counts_faults = not (held_out and "train" in splits)
         jobs += [Job(source, split, i, part, work, tokenizer, share, counts_faults) for i, part in enumerate(parts)]
+    check_apart(jobs)
     return jobs
+
+
+def check_apart(jobs: list[Job]) -> None:
+    """Raises:
+    ValueError: the rows of one file would stand in two splits.
+    """
+    of: dict[str, str] = {}
+    for job in jobs:
+        options = job.part.options
+        # Not where the recipe parts the rows of a file by itself, nor where the hub does.
+        if options.get("kind", "hub") == "hub" or "holdout" in options or job.is_held_out:
+            continue
+        if (other := of.setdefault(job.part.path, job.split)) != job.split:
+            raise ValueError(
+                f"{job.part.path}: neither its name nor its folder below path=... says its split, so {other} and "
+                f"{job.split} would hold the same rows; name one of them with splits=..."
+            )
 
 
 def find_rows(recipe, path: str, options: dict) -> Path:

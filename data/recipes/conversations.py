@@ -6,24 +6,32 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.recipes.pictures import find_image, find_roots, list_images, name_images
-from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.record import Dropped, Part, Record, Unusable, keep_texts, make_key, make_messages, make_turns
 from data.recipes.rows import cut_rows, read_rows
 
 TOOLS = "tool definitions are in meta.tools, not in the prompt"
 
 
 def cut_conversations(
-    path: Path, *, source: str, rows: int, images: Sequence[str] = (), files: Sequence[str] = (), form: str = "messages"
+    path: Path,
+    *,
+    source: str,
+    rows: int,
+    images: Sequence[str] = (),
+    files: Sequence[str] = (),
+    form: str = "messages",
+    text: bool = False,
 ) -> list[Part]:
     """Parts of a JSON list (or JSONL, or parquet) of rows with `conversations`.
 
     Args:
         files: names looked for where `path` is a folder.
         form: messages, or document: an image and its caption without the question.
+        text: a data set of text, in which `<image>` is a word wherever the row has no image.
     """
     if form not in ("messages", "document"):
         raise ValueError(f"form={form} is not messages or document")
-    options = {"source": source, "roots": find_roots(path, images), "form": form}
+    options = {"source": source, "roots": find_roots(path, images), "form": form, "text": text}
     return cut_rows(path, rows=rows, needs=("conversations",), files=files, options=options)
 
 
@@ -37,6 +45,8 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
             turns = make_turns(row.get("conversations"))
             if row.get("system"):
                 turns = [("system", row["system"]), *turns]
+            if options["text"] and not images:
+                turns = keep_texts(turns)
             messages, notes = make_messages(turns, num_images=len(images))
         except Unusable as fault:
             yield Dropped(name_row(id, numbers), str(fault))

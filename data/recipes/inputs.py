@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.recipes.record import Part
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 IMPORTED = re.compile(r"^ *from data\.recipes\.(\w+) import", re.MULTILINE)
 PARTS_OF_MANY = {".parquet", ".tar", ".zip", ".jsonl"}  # of such files a folder takes all: another one is more rows
+INDEX = ".idx.parquet"
 DEPTH = 3
 
 
@@ -33,17 +34,31 @@ def describe_inputs(path: str, parts: Iterable[Part]) -> dict[str, list[int]]:
     return inputs
 
 
+def list_files(path: str | Path, suffixes: Sequence[str], *, depth: int | None = None) -> list[Path]:
+    """Files below a folder whose names end so, sorted; not hidden ones, and not what was written here.
+
+    That is finished folders (DONE.json), work in progress (`.<name>.work`) and indexes of shards.
+
+    Args:
+        depth: how many folders to go down; all unless told.
+    """
+    found = []
+    for folder, inner, names in os.walk(path):
+        if "DONE.json" in names or (depth is not None and len(Path(folder).relative_to(path).parts) >= depth):
+            inner.clear()
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        if "DONE.json" in names:
+            continue
+        for name in names:
+            if name.lower().endswith(tuple(suffixes)) and not name.startswith(".") and not name.endswith(INDEX):
+                found.append(Path(folder, name))
+    return sorted(file for file in found if file.is_file())
+
+
 def list_more(path: str, files: Iterable[str]) -> list[str]:
     """Files of the kinds of `files` that a part of the rows may lie in too; not what was written here."""
     suffixes = {Path(file).suffix for file in files} & PARTS_OF_MANY
-    found: list[str] = []
-    for folder, inner, names in os.walk(path) if suffixes else ():
-        if len(Path(folder).relative_to(path).parts) >= DEPTH or "DONE.json" in names:
-            inner.clear()
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        if "DONE.json" not in names:
-            found += [os.path.join(folder, name) for name in names if Path(name).suffix in suffixes]
-    return found
+    return [str(file) for file in list_files(path, tuple(suffixes), depth=DEPTH)] if suffixes else []
 
 
 def find_change(path: str, inputs: dict[str, list[int]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.questions import check_choice
-from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.record import Dropped, Part, Record, Unusable, keep_texts, make_key, make_messages, make_turns
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
@@ -63,10 +63,8 @@ def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
         raise Unusable(FLAGGED)
     if options["redacted"] == "drop" and row.get("redacted"):
         raise Unusable(REDACTED)
-    turns = make_turns(row.get("conversation"), role="role", text="content")
-    # As parts, a text stays as it is: `<image>` in what somebody typed is no image.
-    as_parts = [(role, [{"type": "text", "text": text}] if isinstance(text, str) else text) for role, text in turns]
-    messages, notes = make_messages(as_parts, num_images=0)
+    turns = keep_texts(make_turns(row.get("conversation"), role="role", text="content"))
+    messages, notes = make_messages(turns, num_images=0)
     meta = {key: row[key] for key in ("model", "language", "redacted") if row.get(key) is not None}
     meta["turns"] = sum(message["role"] == "user" for message in messages)
     record = {"messages": messages, "id": row.get("conversation_id"), "source": "lmsys_chat", "meta": meta}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.documents import LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
+from data.recipes.inputs import list_files
 from data.recipes.questions import check_choice
 from data.recipes.record import Dropped, Part, Record, make_key
 
@@ -45,7 +46,7 @@ def parts(
     """
     check_choice("names", names, "filename", "sha256")
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+    files = [path] if path.is_file() else list_files(path, SUFFIXES)
     if not files or not files[0].name.endswith(SUFFIXES):
         raise ValueError(f"path={path}: no {', '.join(SUFFIXES)} there")
     options = {"images": images, "names": names, "min_similarity": min_similarity}

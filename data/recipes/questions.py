@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from data.recipes.inputs import list_files
 from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
 from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
@@ -123,7 +124,7 @@ def cut_parts(read: Callable, path: Path | str, *, rows: int, options: dict) -> 
 
 def describe_files(path: Path) -> list[list]:
     """Sizes and times of the annotations: a part of other annotations is another part."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*/*.json")])
+    files = [path] if path.is_file() else list_files(path, (".json",), depth=1)
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -137,7 +138,7 @@ def convert_part(read: Callable, part: Part, *, source: str) -> Iterator[Record 
 def is_table(path: Path | str) -> bool:
     """Whether the rows lie in parquet files, or on the hub, rather than in JSON beside a folder of images."""
     path = Path(path)
-    return path.suffix == ".parquet" or not path.exists() or next(path.rglob("*.parquet"), None) is not None
+    return path.suffix == ".parquet" or not path.exists() or bool(list_files(path, (".parquet",)))
 
 
 def cut_table(

@@ -148,7 +148,7 @@ def make_messages(
         role = ROLES.get(role) if isinstance(role, str) else None
         if role is None:
             raise Unusable(NO_ROLE)
-        if not isinstance(content, (str, list)):
+        if not isinstance(content, str) and not (isinstance(content, list) and all(map(is_part, content))):
             raise Unusable(NOT_TEXT)
         messages.append({"role": role, "content": split_markers(content) if isinstance(content, str) else content})
     if images_first and not count_image_parts(messages):
@@ -182,8 +182,19 @@ def make_messages(
     return messages, notes
 
 
+def is_part(part: object) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
+
+
 def is_empty(message: dict) -> bool:
     return not any(part["type"] == "image" or part["text"].strip() for part in message["content"])
+
+
+def keep_texts(turns: Iterable[tuple[object, object]]) -> list[tuple[object, object]]:
+    """Turns whose texts stay as they are: `<image>` in what somebody typed is no image."""
+    return [(role, [{"type": "text", "text": text}] if isinstance(text, str) else text) for role, text in turns]
 
 
 def make_turns(rows: object, *, role: str = "from", text: str = "value") -> list[tuple[object, object]]:

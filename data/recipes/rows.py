@@ -11,9 +11,10 @@ import io
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+from data.recipes.inputs import list_files
 from data.recipes.record import Part
 
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")
@@ -95,15 +96,15 @@ def find_files(
     for name in files:
         if (path / name).is_file():
             return [path / name]
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file())
+    found = list_files(path, suffixes)
     parquet = [f for f in found if f.suffix == ".parquet"]
     if parquet:
-        words = {f: {re.split(r"[-_.]", f.name)[0], f.parent.name} for f in parquet}
         names = [split] if isinstance(split, str) else list(split)
+        said = {f: find_split(f, path, KNOWN_SPLITS.union(names)) for f in parquet}
         for name in names:
-            if named := [f for f in parquet if name in words[f]]:
+            if named := [f for f in parquet if said[f] == name]:
                 return named
-        if others := [f for f in parquet if words[f] & KNOWN_SPLITS]:
+        if others := [f for f in parquet if said[f]]:
             raise ValueError(f"{path}: no parquet files of split {names[0]} ({others[0].name} is of another)")
         return parquet
     if len(found) != 1:
@@ -111,6 +112,12 @@ def find_files(
         hint = f"{len(found)} files ({what}); name one of them" if found else f"no {', '.join(suffixes)} in it"
         raise ValueError(f"path={path}: {hint}")
     return found
+
+
+def find_split(file: Path, path: Path, known: Collection[str]) -> str:
+    """The split a file below `path` is of: its name begins with it, or else its folder is called so; "" for neither."""
+    folder = "" if file.parent == path else file.parent.name
+    return next((word for word in (re.split(r"[-_.]", file.name)[0], folder) if word in known), "")
 
 
 def cut_file(path: Path, rows: int, options: dict) -> tuple[list[Part], int]:

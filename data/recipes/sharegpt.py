@@ -13,4 +13,4 @@ HUB_FILES = ("ShareGPT_V3_unfiltered_cleaned_split.json",)  # of anon8231489123/
 
 
 def parts(path: Path, *, split: str, rows: int = 5000) -> list[Part]:
-    return cut_conversations(path, source="sharegpt", rows=rows)
+    return cut_conversations(path, source="sharegpt", rows=rows, text=True)

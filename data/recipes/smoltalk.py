@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.conversations import name_row
-from data.recipes.record import Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.record import Dropped, Part, Record, Unusable, keep_texts, make_key, make_messages, make_turns
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train", "test": "test"}
@@ -24,7 +24,7 @@ def parts(path: Path, *, split: str, name: str = "all", streaming: bool = True, 
 def convert(part: Part) -> Iterator[Record | Dropped]:
     for numbers, row in read_rows(part):
         try:
-            turns = make_turns(row.get("messages"), role="role", text="content")
+            turns = keep_texts(make_turns(row.get("messages"), role="role", text="content"))
             messages, notes = make_messages(turns, num_images=0)
         except Unusable as fault:
             yield Dropped(name_row(None, numbers), str(fault))

@@ -25,6 +25,7 @@ UNREADABLE = "image unreadable"
 TOO_LARGE = "image too large"
 NOT_UNICODE = "text is not Unicode"
 TRANSCODED = "image of another format: stored as png"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 

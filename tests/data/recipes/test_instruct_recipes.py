@@ -109,6 +109,22 @@ def test_sharegpt_text_with_tools_and_a_first_answer(made):
     assert dropped(done) == {"turns do not alternate": ["twice"], "no answer": ["only"], "no turns": ["nothing"]}
 
 
+def test_text_data_sets_keep_rows_that_speak_of_an_image_tag(tokenizer, tmp_path):
+    asked = "What does <image> do in SVG?"
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "<image> embeds."}]}]
+    layouts.parquet(tmp_path / "smoltalk/train-0.parquet", rows)
+    rows = [{"id": "a", "system": "Say <image>.", "conversations": layouts.turns(asked, "<image> embeds.")}]
+    layouts.put_json(tmp_path / "sharegpt/rows.json", rows)
+    for source in ("smoltalk", "sharegpt"):
+        settings = {"path": str(tmp_path / source), "splits": ("train",), **layouts.told_tokenizer(tokenizer)}
+        done = prepare(source, out=tmp_path / source / "out", workers=1, **settings)
+        assert done["dropped"] == {"train": {}}
+        ((_, record, images, _),) = layouts.read_split(tmp_path / source / "out", "train")
+        *system, user, assistant = record["messages"]
+        assert (user["content"], assistant["content"], images) == (asked, "<image> embeds.", [])
+        assert not system or system == [{"role": "system", "content": "Say <image>."}]
+
+
 def test_messages_of_both_forms_keep_their_images_in_order(made):
     done, samples = made("messages", path="mllm_demo.json")
     a, b = layouts.draw_jpg(1), layouts.draw_png(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import io
@@ -13,8 +14,10 @@ import time
 import zlib
 from pathlib import Path
 
+import document_layouts
 import instruct_layouts as layouts
 import pytest
+import vqa_layouts
 from instruct_layouts import Run, run_command, shard_bytes, told_tokenizer
 from PIL import Image
 
@@ -437,6 +440,103 @@ def test_one_more_file_in_a_folder_of_many_is_a_change_and_one_beside_a_named_fi
     assert prepare("smoltalk", out=tmp_path / "one", path=str(named), **told)["skipped"]
     with pytest.raises(ValueError, match="train-00002-of-00003.parquet is new"):
         prepare("smoltalk", out=raw / "shards/all", path=str(raw), **told)
+
+
+def test_a_folder_written_inside_the_data_set_is_never_read(tokenizer, tmp_path):
+    told = {"workers": 1, **told_tokenizer(tokenizer)}
+    rows = [{"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")], "source": "s"}] * 3
+    layouts.parquet(tmp_path / "smoltalk/train-00000-of-00001.parquet", rows)
+    layouts.parquet(tmp_path / "smoltalk/test-00000-of-00001.parquet", rows[:2])
+    layouts.put_json(tmp_path / "chats/rows.json", [{"id": 1, "conversations": layouts.turns("Q", "A")}])
+    layouts.put(tmp_path / "chats/.shards.work/train-000000.json", "{}")  # of a run that was killed
+    page = {"text_list": ["a"], "image_info": [], "url": "u"}
+    layouts.put(tmp_path / "pages/a.jsonl", json.dumps(page) + "\n")
+    layouts.coco_captions(tmp_path / "coco")
+    data = {
+        "smoltalk": ("smoltalk", {"train": 3, "test": 2}),
+        "sharegpt": ("chats", {"train": 1}),
+        "mmc4": ("pages", {"train": 1}),
+        "coco_captions": ("coco", {"train": 4, "val": 1}),
+    }
+    for source, (folder, counts) in data.items():
+        more = {"min_images": 0} if source == "mmc4" else {}
+        out = {"out": tmp_path / folder / "shards", "path": str(tmp_path / folder)}
+        for again in ({}, {"rewrite": True}, {}):
+            done = prepare(source, **out, **told, **more, **again)
+            assert done["counts"][source] == counts, (source, again)
+
+
+def test_questions_prepared_inside_their_folder_are_not_taken_for_changed_ones(tokenizer, tmp_path):
+    raw = vqa_layouts.write_vqav2(tmp_path / "vqa")
+    settings = {"out": raw / "shards", "path": str(raw), "workers": 1, "splits": ("val",), **told_tokenizer(tokenizer)}
+    prepare("vqav2", **settings)
+    prepare("vqav2", rewrite=True, **settings)
+    assert prepare("vqav2", **settings)["skipped"]
+
+
+@pytest.mark.parametrize("folder", ["test", "train", "validation"])
+def test_a_data_set_whose_folder_is_called_like_a_split_keeps_its_splits_apart(tokenizer, tmp_path, folder):
+    rows = [{"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")], "source": "s"}] * 5
+    for split, count in (("train", 5), ("test", 3)):
+        layouts.parquet(tmp_path / folder / f"{split}-00000-of-00001.parquet", rows[:count])
+        layouts.parquet(tmp_path / "by folder" / folder / split / "0000.parquet", rows[:count])
+    for number, path in enumerate((tmp_path / folder, tmp_path / "by folder" / folder)):
+        done = prepare("smoltalk", out=tmp_path / f"out{number}", path=str(path), **told_tokenizer(tokenizer))
+        assert done["counts"]["smoltalk"] == {"train": 5, "test": 3}
+
+
+def test_two_splits_are_never_made_of_one_file_of_unknown_split(tokenizer, tmp_path):
+    rows = [{"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")], "source": "s"}] * 5
+    path = layouts.parquet(tmp_path / "rows.parquet", rows)
+    told = {"workers": 1, **told_tokenizer(tokenizer)}
+    with pytest.raises(ValueError, match="rows.parquet: .* so train and test would hold the same rows.*splits="):
+        prepare("smoltalk", out=tmp_path / "out", path=str(path), **told)
+    done = prepare("smoltalk", out=tmp_path / "out", path=str(path), splits=("test",), **told)
+    assert done["counts"]["smoltalk"] == {"test": 5}
+
+
+def test_the_temporary_folder_of_another_name_is_left_alone(words, tmp_path):
+    other = tmp_path / ".out.5.4711.tmp"  # of a run with out=out.5
+    for folder in (other, tmp_path / ".out.4711.tmp", tmp_path / ".out.4711.old.tmp"):
+        layouts.put(folder / "x", "x")
+    assert main([*words, f"out={tmp_path / 'out'}"]) == 0
+    assert left_over(tmp_path / "out") == [other.name]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(words, tmp_path, capsys):
+    layouts.put(tmp_path / "file", "x")
+    for out, line in (
+        (
+            tmp_path / "file/x",
+            f"out={tmp_path}/file/x: {tmp_path}/file: file exists; name a folder that can be written",
+        ),
+        (Path("/proc/x"), "out=/proc/x: /proc/"),
+        (tmp_path / "file", f"out={tmp_path}/file is a file; name a folder"),
+    ):
+        assert main([*words, f"out={out}"]) == 2
+        told = capsys.readouterr().err
+        assert line in told and told.count("\n") == 1, told
+
+
+@pytest.mark.parametrize("source", ["sharegpt", "laion"])
+def test_a_disk_that_is_full_at_the_very_end_is_one_line(tokenizer, tmp_path, source, monkeypatch, capsys):
+    from data import prepare as module
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "DONE.json")
+
+    monkeypatch.setattr(module, "write_done", refuse)
+    if source == "laion":
+        path = document_layouts.write_img2dataset(tmp_path / "raw")
+    else:
+        path = layouts.sharegpt(tmp_path / "raw") / "sharegpt.json"
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    settings = [f"source={source}", f"path={path}", f"out={tmp_path / 'out'}", "workers=1", *told]
+    assert main(settings) == 2
+    line = "prepare.py: no space left on device while writing DONE.json: make room and run the same command again\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.undo()
+    assert main(settings) == 0
 
 
 def test_a_change_of_the_recipes_code_is_said_and_that_of_another_recipes_is_not(
