@@ -80,10 +80,12 @@ def measure_source(
     """
     index = source.load(split, tokenizer)
     rows, left_out = source.select(index)
-    answer, images = index.answer_tokens.copy(), count_views(index, transform)
-    if not source.images:
-        images[:] = 0
-    length = index.text_tokens + images * np.int32(tokens_per_image)
+    if source.images:
+        text, answer, images = index.text_tokens, index.answer_tokens.copy(), count_views(index, transform)
+    else:
+        text, answer = count_without_images(index, tokenizer)
+        images = np.zeros_like(text)
+    length = text + images * np.int32(tokens_per_image)
     if source.system is not None and index.num_samples:
         length += len(system_ids(source.system, tokenizer))
         if holds_documents(index):
@@ -168,6 +170,20 @@ def holds_documents(index: SourceIndex) -> bool:
         with suppress(OSError, ValueError):
             return "document" in index.read(row, reader).record
     return False
+
+
+def count_without_images(index: SourceIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Text and learned tokens of every sample when its images are left out: int32.
+
+    The tokens that the template puts around an image go with it. Where an image stands in front of a text that is
+    learned from its first token on, nothing predicts that token any more, and it is not learned; so of a document under
+    a template without `start`. A conversation that begins with an answer, under a template without marks of roles, is
+    counted as one that does not.
+    """
+    around = sum(len(tokenizer.encode_template(piece)) for piece in tokenizer.template.image)
+    text = index.text_tokens - index.num_images * np.int32(around)
+    opened = bool(tokenizer.encode_template(tokenizer.template.start))
+    return text, index.answer_tokens.copy() if opened else np.minimum(index.answer_tokens, np.maximum(text - 1, 0))
 
 
 def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_world import make_record, write_source
+from tiny_world import draw_png, make_record, say, train_tokenizer, write_source
 
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.dataset import PlannedDataset
@@ -469,3 +469,49 @@ def test_a_system_prompt_stands_before_every_conversation_and_in_the_planned_len
     with pytest.raises(ValueError, match="source text: system='x' needs conversations and .* holds documents"):
         document = Source("text", path=sources["text"], system="x")
         plan_of(sources, tokenizer, mixture=Mixture({"text": document}, weights={"text": 1}, unit="tokens"))
+
+
+def any_record(rng: np.random.Generator) -> tuple[dict, list[bytes]]:
+    """A document or conversation whose images and texts, some of them empty, stand anywhere."""
+    images: list[bytes] = []
+
+    def parts() -> list[dict]:
+        found = []
+        for _ in range(int(rng.integers(0, 5))):
+            if rng.random() < 0.5:
+                images.append(draw_png(len(images)))
+                found.append({"type": "image"})
+            else:
+                found.append({"type": "text", "text": say(rng, 0, 9)})
+        return found
+
+    if rng.random() < 0.5:
+        return {"document": parts()}, images
+    roles = (["system"] if rng.random() < 0.3 else []) + ["user", "assistant"] * int(rng.integers(1, 3))
+    return {"messages": [{"role": role, "content": parts()} for role in roles]}, images
+
+
+@pytest.mark.parametrize("blind", [True, False])
+@pytest.mark.parametrize("template", ["roles", "smolvlm", "paligemma"])
+def test_planned_lengths_are_those_of_the_encoded_record_with_its_images_and_without_them(tmp_path, template, blind):
+    tokenizer = train_tokenizer(tmp_path / "tokenizer", template=template)
+    records = [any_record(np.random.default_rng([i, 7])) for i in range(120)]
+    with ShardWriter(tmp_path / "shards", "train") as writer:
+        for i, (record, images) in enumerate(records):
+            writer.write(f"k{i}", record, images)
+    source = Source("x", path=tmp_path / "shards", images=not blind)
+    mixture = Mixture({"x": source}, weights={"x": 1}, unit="answer_tokens")
+    for max_tokens in (24, 10_000):
+        budget = {"max_tokens": max_tokens, "max_images": 1000, "num_steps": 20}
+        plan = plan_of({}, tokenizer, mixture=mixture, **budget)
+        measured, learned = plan.sources[0], []
+        for row, (record, _) in enumerate(records):
+            encoded = encode_record(source.edit(record), tokenizer, tokens_per_image=4, max_tokens=max_tokens)
+            learned.append(sum(label != IGNORE_INDEX for label in encoded.labels))
+            assert measured.length[row] == len(encoded.input_ids) and measured.answer[row] == learned[row]
+            assert measured.images[row] == encoded.num_images
+        assert measured.rows.tolist() == np.flatnonzero(learned).tolist()
+        assert (max_tokens == 24) == (measured.num_truncated > 0)
+        dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
+        for batch in (dataset[i] for i in range(20)):
+            assert batch.num_answer_tokens == int((batch.labels != IGNORE_INDEX).sum()) and not batch.skipped
