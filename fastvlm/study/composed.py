@@ -90,8 +90,8 @@ def _compose(study: Study, *, scale: str, arm: str) -> Composed:
     return Composed(config)
 
 
-def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, list[str]]:
-    """(the cells, those of the arms' present configuration with its hash; remarks about the others).
+def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, frozenset[str], list[str]]:
+    """(the cells, those of the arms' present configuration with its hash; arms of the others; remarks about them).
 
     Of results that were published or recorded earlier: they are shown, and what they are of is said.
     """
@@ -116,7 +116,7 @@ def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, list
             f"composed now ({arms}); a key that was added since counts, too"
         )
     remarks += [f"whether cells of {arm} are of its configuration is not known: {why}" for arm, why in faults.items()]
-    return known, remarks
+    return known, frozenset(others), remarks
 
 
 def one_training(first: Iterable[Composed], second: Iterable[Composed]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ class Decided:
         verdict: None where nothing can be said; `why` then says why, `short` in few words.
         as_factor: the verdict's numbers are natural logarithms of a factor.
         below: parts, in words, that differ between the arms and of which each arm has one training for all seeds.
+        other: cells of these arms are of another configuration than theirs is now.
     """
 
     claim: Claim
@@ -41,6 +42,13 @@ class Decided:
     short: str = ""
     as_factor: bool = False
     below: tuple[str, ...] = ()
+    other: bool = False
+
+    @property
+    def compared(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The arms on either side."""
+        first, second = self.claim.optimum or [[arm] for arm in self.pair]
+        return tuple(first), tuple(second)
 
     @property
     def on(self) -> str:

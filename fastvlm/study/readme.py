@@ -99,7 +99,8 @@ def amount(decided: Decided) -> str:
 
 def headline(decided: Sequence[Decided]) -> str:
     """The verdict of a claim in a few words: that of the deciding metric, on every basis on which it differs or whose
-    steps are not equal; what an open question would need with it, and of what each arm has one training only."""
+    steps are not equal; what an open question would need with it, of what each arm has one training only, and whether
+    cells are of another configuration."""
 
     def outcome(one: Decided) -> str:
         if one.verdict is None:
@@ -109,7 +110,9 @@ def headline(decided: Sequence[Decided]) -> str:
     deciding = [d for d in decided if d.metric == d.claim.metric]
     said = list(dict.fromkeys(map(outcome, deciding)))
     below = dict.fromkeys(part for d in deciding if d.verdict for part in d.below)
-    rider = f" (one {' and one '.join(below)} an arm)" if below else ""
+    riders = [f"one {' and one '.join(below)} an arm"] if below else []
+    riders += ["cells of another configuration"] if any(d.verdict and d.other for d in deciding) else []
+    rider = f" ({'; '.join(riders)})" if riders else ""
     if len(said) > 1:
         return "; ".join(f"{outcome(d)} {d.on}" for d in deciding) + rider
     if all(d.basis != "planned" or d.steps is None for d in deciding):

@@ -28,10 +28,12 @@ def runs_folder() -> Path:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Cells of one scale, what is missing, what is to be said of them, and whether they are those that ran here."""
+    """Cells of one scale, what is missing, arms with cells of another configuration, what is to be said of them, and
+    whether they are those that ran here."""
 
     cells: list[Cell]
     missing: list[Missing]
+    others: frozenset[str]
     remarks: list[str]
     ran_here: bool
 
@@ -54,8 +56,8 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
         ran_here = bool(cells)
     if source == "csv" or (source == "auto" and not cells):
         cells, missing = read_csv(study.folder / "results.csv", scale=scale), []
-    cells, remarks = told_apart(study, cells, scale=scale)
-    return Gathered(cells, missing, remarks, ran_here)
+    cells, others, remarks = told_apart(study, cells, scale=scale)
+    return Gathered(cells, missing, others, remarks, ran_here)
 
 
 def report(name: str, *, source: str = "auto", uri: str | None = None, root: Path = STUDIES) -> dict:
@@ -86,8 +88,8 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         write_csv(out / "results.csv", kept)
     sweeps = grid_of(study, found, out=out)
     results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {
-        scale: (cells, decide(study, claims_of[scale], cells, scale=scale) if cells else [])
-        for scale, cells in cells_of.items()
+        scale: (one.cells, decide(study, claims_of[scale], one, scale=scale) if one.cells else [])
+        for scale, one in found.items()
     }
     ran = {scale: cells for scale, cells in cells_of.items() if cells}
     plots = {s: make_plots(study, cells, claims_of[s], folder=out, scale=s) for s, cells in ran.items()}
@@ -132,18 +134,19 @@ def grid_of(study: Study, found: dict[str, Gathered], *, out: Path) -> list[Swee
     return sweeps
 
 
-def decide(study: Study, claims: list[Claim], cells: list[Cell], *, scale: str) -> list[list[Decided]]:
-    """Every claim decided, each with the parts whose one training an arm is in no interval."""
+def decide(study: Study, claims: list[Claim], found: Gathered, *, scale: str) -> list[list[Decided]]:
+    """Every claim decided, each with the parts whose one training an arm is in no interval, and with whether its cells
+    are of another configuration."""
 
-    def below(one: Decided) -> tuple[str, ...]:
+    def known(one: Decided) -> Decided:
+        other = any(arm in found.others for side in one.compared for arm in side)
         if one.verdict is None or metric_of(one.metric).cost:
-            return ()
-        sides = one.claim.optimum or [[arm] for arm in one.pair]
-        first, second = ([composed(study, scale=scale, arm=arm) for arm in side] for side in sides)
-        return one_training(first, second)
+            return replace(one, other=other)
+        first, second = ([composed(study, scale=scale, arm=arm) for arm in side] for side in one.compared)
+        return replace(one, below=one_training(first, second), other=other)
 
     arms = study.arms[scale]
-    return [[replace(one, below=below(one)) for one in decide_claim(claim, cells, arms=arms)] for claim in claims]
+    return [[known(one) for one in decide_claim(claim, found.cells, arms=arms)] for claim in claims]
 
 
 def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:

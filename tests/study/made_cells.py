@@ -1,11 +1,14 @@
 """Rows of a study that no run made: three arms whose differences are known."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from fastvlm.study.arms import Study
 from fastvlm.study.cells import ABOUT, COST, Cell
+from fastvlm.study.composed import composed
 from tests.conftest import ROOT
 
 
@@ -22,6 +25,15 @@ def cell(arm: str, seed: int, *, nll: float, flops: float = 1e12, steps: float =
     about |= {"code": "c0de", "commit": "abc123456", "cpu": "a CPU", "accelerator": "cpu", "precision": "32-true"} | own
     metrics = {"test/answer_nll": nll, "test/exact_match/mean": 1 - nll, "test/text_perplexity": 40.0}
     return Cell(about, dict.fromkeys(COST, 10.0) | {"flops": flops, "steps": steps}, metrics | {"test/ttft_ms": 9.0})
+
+
+def configured(study: Study, cells: list[Cell]) -> list[Cell]:
+    """The cells as runs of the configuration that their arms have now."""
+
+    def config(one: Cell) -> str:
+        return composed(study, scale=one.about["scale"], arm=one.arm).hash(one.seed)
+
+    return [replace(one, about=one.about | {"config": config(one)}) for one in cells]
 
 
 def grid(*, seeds: int = 5, steps: dict[str, float] | None = None) -> list[Cell]:

@@ -12,7 +12,7 @@ from fastvlm.study.arms import load_study
 from fastvlm.study.cells import read_runs, write_csv
 from fastvlm.study.composed import Composed, composed, one_training
 from fastvlm.study.report import report, say
-from tests.study.made_cells import cell, put_study
+from tests.study.made_cells import cell, configured, put_study
 from tests.study.test_study_command import put_run
 
 TWO = """# @package _global_
@@ -146,10 +146,8 @@ def test_parts_below_that_differ_between_arms_and_not_between_seeds_are_found(be
 
 def test_a_verdict_on_one_training_of_what_stands_below_says_so(below):
     levels = {"base": 0.7, "steps": 0.6, "fine": 0.5}
-    write_csv(
-        below.folder / "results.csv",
-        [cell(arm, s, nll=nll + 0.001 * s * len(arm)) for arm, nll in levels.items() for s in range(5)],
-    )
+    cells = [cell(arm, s, nll=nll + 0.001 * s * len(arm)) for arm, nll in levels.items() for s in range(5)]
+    write_csv(below.folder / "results.csv", configured(below, cells))
     made = report("below", source="csv", root=below.folder.parent)
     fine, steps, slow = made["entries"]
     assert fine["verdict"] == "agrees (one encoder an arm)" and steps["verdict"] == "agrees"
@@ -158,3 +156,19 @@ def test_a_verdict_on_one_training_of_what_stands_below_says_so(below):
     said = "One training of the encoder an arm: the interval leaves out what another would change."
     assert page.count("of the encoder an arm") == 1 and said in page.split("### Steps")[0]
     assert "trained once and are the same for all seeds" in page
+
+
+def test_a_verdict_on_cells_of_another_configuration_says_so_wherever_it_is_read(below):
+    levels = {"base": 0.7, "steps": 0.6, "fine": 0.5}
+    cells = [cell(arm, s, nll=nll + 0.001 * s * len(arm)) for arm, nll in levels.items() for s in range(5)]
+    now = configured(below, cells)
+    now[-1] = cells[-1]  # of `fine`
+    write_csv(below.folder / "results.csv", now)
+    made = report("below", source="csv", root=below.folder.parent)
+    assert [entry["verdict"] for entry in made["entries"]] == [
+        "agrees (one encoder an arm; cells of another configuration)",
+        "agrees",
+        "not resolved (over 1,000 seeds would be needed) (cells of another configuration)",
+    ]
+    lines = [line for line in say(made) if line.endswith("cells of another configuration)")]
+    assert len(lines) == 2 and {line.strip() for line in lines} < set(made["verdicts"]["micro"])

@@ -16,7 +16,7 @@ from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, 
 from fastvlm.study.composed import composed
 from fastvlm.study.report import report, report_all, say
 from tests.conftest import ROOT
-from tests.study.made_cells import cell, grid, put_study
+from tests.study.made_cells import cell, configured, grid, put_study
 
 
 @pytest.fixture
@@ -78,7 +78,8 @@ def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies,
 def test_every_scale_that_ran_has_its_own_verdicts_and_lines_of_the_catalogue(studies):
     large = [cell(arm, seed, nll=0.5 + 0.1 * (arm == "align"), scale="paper") for arm in ("align", "skip", "skip_long")
              for seed in range(5)]  # fmt: skip
-    write_csv(studies / "results.csv", [*grid(), *large])
+    study = load_study("llava_align", root=studies.parent)
+    write_csv(studies / "results.csv", configured(study, [*grid(), *large]))
     made = report("llava_align", source="csv", root=studies.parent)
     assert "agrees at equal steps" in made["verdicts"]["micro"][0]
     assert made["verdicts"]["paper"][0].endswith("- disagrees")

@@ -9,7 +9,7 @@ from fastvlm.study.claims import load_claims
 from fastvlm.study.plots import pareto_front
 from fastvlm.study.readme import number
 from fastvlm.study.report import report, report_all
-from tests.study.made_cells import cell, grid, put_study
+from tests.study.made_cells import cell, configured, grid, put_study
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def studies(tmp_path, monkeypatch):
 
 def test_a_page_is_made_again_from_results_csv_to_the_byte(studies):
     folder = studies / "llava_align"
-    write_csv(folder / "results.csv", grid())
+    write_csv(folder / "results.csv", configured(load_study("llava_align", root=studies), grid()))
     rows = (folder / "results.csv").read_bytes()
     made = report("llava_align", source="csv", root=studies)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -46,7 +46,8 @@ def test_rows_come_back_from_results_csv_whatever_their_order(tmp_path):
 
 
 def test_with_fewer_than_five_seeds_no_page_says_agrees(studies):
-    write_csv(studies / "llava_align" / "results.csv", grid(seeds=4))
+    cells = configured(load_study("llava_align", root=studies), grid(seeds=4))
+    write_csv(studies / "llava_align" / "results.csv", cells)
     made = report("llava_align", source="csv", root=studies)
     assert all(line.endswith("not resolved (about 5 seeds would tell)") for line in made["verdicts"]["micro"])
     page = (studies / "llava_align" / "README.md").read_text()
