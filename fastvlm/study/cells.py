@@ -123,9 +123,10 @@ def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list
 
 def ran(study: Study, runs: Path, *, scale: str) -> list[tuple[str, int]]:
     """(arm, seed) of every run directory that is a cell of this study, begun or done; one in which more was changed
-    than the arm is none."""
+    than the arm is none, and none is the empty one of a dry run."""
     folder = (runs / cell_name(study.name, scale, "arm", 0)).parent
-    matches = [re.fullmatch(r"(.+)-seed(\d+)", path.name) for path in folder.glob("*-seed*")]
+    begun = [path.name for path in folder.glob("*-seed*") if path.is_dir() and any(path.iterdir())]
+    matches = [re.fullmatch(r"(.+)-seed(\d+)", name) for name in begun]
     arms = study.arms.get(scale, {})
     return [(match[1], int(match[2])) for match in matches if match and match[1] in arms]
 

@@ -85,20 +85,34 @@ def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALP
     while first < last:  # power grows with n
         middle = (first + last) // 2
         first, last = (first, middle) if enough(middle) else (middle + 1, last)
-    while first <= DRAWN_UP_TO and joint_power(min(*effects, 100.0), first, alpha=alpha) < power:
+    while first <= DRAWN_UP_TO and joint_power(effects, first, alpha=alpha) < power:
         first += 1
     return first
 
 
-def joint_power(effect: float, n: int, *, alpha: float = ALPHA, draws: int = 2000) -> float:
-    """Share of samples of `n` normal differences with this mean, in deviations, that pass the t-test and the sign-flip
-    test; the same at every call."""
-    d = np.random.default_rng(0).normal(effect, 1.0, size=(draws, DRAWN_UP_TO))[:, :n]
+def joint_power(effects: Sequence[float], n: int, *, alpha: float = ALPHA, draws: int = 2000) -> float:
+    """Share of samples of `n` normal differences that pass the t-test and the sign-flip test against every bound; the
+    same at every call.
+
+    Args:
+        effects: how far the mean lies from each bound, in deviations: from the only one, or from the one below it and
+            the one above.
+    """
+    noise = np.random.default_rng(0).normal(size=(draws, DRAWN_UP_TO))[:, :n]
+    passed = np.ones(draws, dtype=bool)
+    for effect, side in zip(effects, (1, -1), strict=False):
+        passed &= _passes(min(effect, 100.0) + side * noise, alpha=alpha)
+    return float(passed.mean())
+
+
+def _passes(d: np.ndarray, *, alpha: float) -> np.ndarray:
+    """Which rows of differences both tests tell to be above 0."""
+    n = d.shape[1]
     signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     total = d.sum(axis=1)
     flipped = (d @ signs.T >= (total - 1e-9 * np.abs(d).sum(axis=1))[:, None]).mean(axis=1)
     t = total / math.sqrt(n) / d.std(axis=1, ddof=1)
-    return float(((flipped <= alpha) & (t > stats.t.ppf(1 - alpha, n - 1))).mean())
+    return (flipped <= alpha) & (t > stats.t.ppf(1 - alpha, n - 1))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def test_cells_of_seeds_beyond_the_grid_count_once_they_ran(studies, tmp_path):
     assert "n = 7" in page and "n = 8" in page  # paired: skip has no seed 7
     # A grid that was begun says what it still lacks.
     (tmp_path / "runs/studies/llava_align/micro/skip-seed7").mkdir()
+    (tmp_path / "runs/studies/llava_align/micro/skip-seed7/config.yaml").write_text("study: null\n")
+    (tmp_path / "runs/studies/llava_align/micro/skip-seed9").mkdir()  # as a dry run leaves it
     made = report("llava_align", root=studies.parent)
     assert [str(one) for one in made["missing"]["micro"]] == ["arm=skip seed=7 has not run"]
 

@@ -12,6 +12,7 @@ from scipy import stats
 from fastvlm.study.verdicts import (
     AGREES,
     DISAGREES,
+    DRAWN_UP_TO,
     OPEN,
     decide,
     decide_same,
@@ -146,6 +147,20 @@ def test_the_seeds_that_equality_needs_tell_it_as_often_as_promised():
     assert n > seeds_needed([1.0], deviation=1.2)
     d = np.array([1.2, -1.2, 1.0, -1.0])
     assert decide_same(d, margin=1.0).needed == seeds_needed([1.0, 1.0], deviation=d.std(ddof=1))
+
+
+@pytest.mark.parametrize("distance", [1.5, 1.8, 2.5])
+def test_few_seeds_that_equality_needs_are_counted_with_both_of_its_sides(distance):
+    n = seeds_needed([distance, distance], deviation=1.0)
+    assert n <= DRAWN_UP_TO  # where the sign-flip test's own power counts
+    draws = np.random.default_rng(6).normal(0.0, 1.0, size=(600, n))
+
+    def same(d) -> bool:  # as `decide_same` does, without the seeds that an open question would need
+        low, high = mean_interval(d, confidence=0.9)
+        sides = (sign_flip_p(distance - d), sign_flip_p(d + distance))
+        return max(sides) <= 0.05 and -distance < low and high < distance
+
+    assert np.mean([same(d) for d in draws]) > 0.8 - 0.04
 
 
 def test_a_difference_between_nothing_and_the_margin_is_told_by_no_number_of_seeds():
