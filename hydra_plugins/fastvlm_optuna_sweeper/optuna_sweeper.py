@@ -5,8 +5,10 @@ without storage a search cannot go on. This one keeps its trials in a file, weig
 whatever launcher is chosen.
 """
 
+import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ class OptunaSweeperConfig:
     batch: int = 1  # trials proposed at once; a parallel launcher runs them side by side
     sampler: str = "tpe"
     seed: int = 0
-    study: str | None = None  # name of the search; its trials are kept under it. Null: made of what is searched
+    study: str | None = None  # name of the search; null: made of what is searched. What else a trial rests on is added
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +86,7 @@ class OptunaSweeper(Sweeper):
         fixed, searched = self.ranges(arguments, optuna.distributions)
         if not searched:
             raise ValueError("nothing to search: give a range, such as resampler.num_tokens=choice(4,16)")
-        name = self.study or ",".join(sorted(searched))
+        name = f"{self.study or ','.join(sorted(searched))}-{self.settings(fixed, searched)}"
         folder = Path(self.config.paths.runs) / "searches"
         folder.mkdir(parents=True, exist_ok=True)
         label = "".join(c if c.isalnum() or c in ".,-" else "_" for c in name)[:100]
@@ -95,10 +97,6 @@ class OptunaSweeper(Sweeper):
             directions=self.directions,
             load_if_exists=True,
         )
-        if (before := [d.name.lower() for d in study.directions]) != self.directions:
-            raise ValueError(
-                f"the search {name} was begun with directions {before}; choose another hydra.sweeper.study"
-            )
         self.launcher.raise_failed = False  # a failed trial is told to the search, which goes on
         while (left := self.n_trials - self.ended(study, optuna)) > 0:
             trials = [study.ask(searched) for _ in range(min(self.batch, left))]
@@ -112,6 +110,16 @@ class OptunaSweeper(Sweeper):
             for trial, cell in zip(trials, cells):
                 self.tell(study, trial, cell, optuna)
         self.conclude(study, folder / f"{label}.json")
+
+    def settings(self, fixed: list[str], searched: dict[str, Any]) -> str:
+        """A hash of ranges, overrides and objectives: with others, trials are those of another search."""
+        from fastvlm.study.arms import is_silent
+
+        kept = sorted(o for o in fixed if not is_silent(o) or o.startswith(("seed=", "experiment=")))
+        ranges = {key: repr(searched[key]) for key in sorted(searched)}
+        objective = OmegaConf.create({"of": self.config.get("objective")})
+        text = json.dumps([kept, ranges, self.directions, OmegaConf.to_container(objective)])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def ranges(self, arguments: list[str], distributions) -> tuple[list[str], dict[str, Any]]:
         """(overrides that every trial has, what is searched by key)."""
@@ -131,8 +139,10 @@ class OptunaSweeper(Sweeper):
             elif isinstance(value, RangeSweep):
                 whole = all(float(v).is_integer() for v in (value.start, value.stop, value.step))
                 kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-                last = value.stop - value.step  # Hydra's range ends before its stop
-                searched[key] = kind(value.start, last, step=value.step)
+                # Hydra's range ends before its stop.
+                steps = math.ceil(round((value.stop - value.start) / value.step, 9)) - 1
+                low, high = sorted((value.start, round(value.start + value.step * steps, 12)))
+                searched[key] = kind(low, high, step=abs(value.step))
             elif isinstance(value, IntervalSweep):
                 log = "log" in value.tags
                 whole = isinstance(value.start, int) and isinstance(value.end, int)

@@ -1,12 +1,15 @@
 """Sweeping beyond grids: a search that goes on, and launchers of other hands."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
+from hydra_plugins.fastvlm_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from tests.conftest import TINY
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 SMALL = [o for o in TINY if o != "~task"] + ["pipeline=align", "task=panel", "task.limit=1", "task.records=2"]
 SMALL += ["task.first_token=1", "task.text_limit=1", "max_steps=1"]
 SEARCH = [
@@ -28,6 +31,32 @@ def test_a_search_of_two_objectives_ends_in_its_front_and_the_same_command_goes_
     assert again.stdout.count("\n#") == 0 and "best of 2 trials" in again.stdout
     more = cli("train.py", *SEARCH, "hydra.sweeper.n_trials=3", "hydra.sweeper.batch=2")
     assert more.stdout.count("\n#") == 1 and "best of 3 trials" in more.stdout
+
+
+def make_sweeper(arguments, **options):
+    """A sweeper and what it makes of these arguments: (fixed overrides, ranges)."""
+    sweeper = OptunaSweeper(**options)
+    sweeper.hydra_context, sweeper.config = SimpleNamespace(config_loader=None), OmegaConf.create({"objective": ["a"]})
+    return sweeper, *sweeper.ranges(arguments, optuna.distributions)
+
+
+@pytest.mark.parametrize(
+    ("values", "last"), [("range(0,10,3)", 9), ("range(1,5)", 4), ("range(0,1,0.25)", 0.75), ("range(0,1,0.3)", 0.9)]
+)
+def test_a_range_ends_with_its_last_value_before_the_stop(values, last):
+    _, _, ranges = make_sweeper([f"stages.instruct.steps={values}"])
+    assert ranges["stages.instruct.steps"].high == pytest.approx(last)
+
+
+def test_a_search_with_other_settings_or_ranges_is_another_search():
+    def name(*arguments, **options):
+        sweeper, fixed, ranges = make_sweeper([*arguments], **options)
+        return sweeper.settings(fixed, ranges)
+
+    tokens = "resampler.num_tokens=choice(4,16)"
+    assert name(tokens) == name(tokens, "logger=none") == name(tokens, n_trials=3, sampler="random")
+    others = [[tokens, "seed=1"], [tokens, "stages.instruct.steps=9"], ["resampler.num_tokens=choice(4,8,16)"]]
+    assert len({name(tokens), name(tokens, directions=["minimize"]), *(name(*other) for other in others)}) == 5
 
 
 @pytest.mark.slow
