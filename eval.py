@@ -27,7 +27,14 @@ def evaluate(config, *, names=()):
     ranks = find_ranks(hardware.num_ranks)
     split = [task for task in tasks.values() if hasattr(task, "predict")] if not config.predictions else []
     if ranks.rank is None and split:
+        if hardware.num_nodes > 1:
+            raise ValueError(
+                f"hardware.num_nodes={hardware.num_nodes}: one process starts no ranks on other machines; "
+                "give the command to srun or torchrun, a task a device"
+            )
         start_ranks(ranks.count)
+    if ranks.rank == 0 and ranks.count < hardware.num_ranks:
+        print(f"{ranks.count} of {hardware.num_ranks} ranks were started; they answer all", flush=True)
     if config.predictions or (ranks.rank is None and len(split) == len(tasks)):
         tokenizer = load_tokenizer(config.checkpoint)
     else:

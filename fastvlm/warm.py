@@ -144,6 +144,7 @@ def run_as_main(command: Command, env: dict[str, str], cwd: str) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    sys.orig_argv = [sys.executable, *command]  # what ranks are started by
     sys.path[:0] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if command[0] == "-m":
         sys.path.insert(0, cwd)

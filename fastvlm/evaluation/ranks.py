@@ -27,12 +27,16 @@ class Ranks:
 
 
 def find_ranks(wanted: int, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """As torchrun or Slurm started this process; else one a device, still to be started where there are several."""
+    """As torchrun or Slurm started this process; else one a device, still to be started where there are several.
+
+    A step of one task is a shell's command run elsewhere, so its devices' ranks are still to be started as well.
+    """
     torchrun, srun = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     for rank, local, count in (torchrun, srun):
         if rank in environment and count in environment:
             place = int(environment[rank]), int(environment.get(local, 0)), int(environment[count])
-            return Ranks(*place, started=STARTED in environment)
+            if rank != "SLURM_PROCID" or place[2] > 1:
+                return Ranks(*place, started=STARTED in environment)
     return Ranks(None if wanted > 1 else 0, 0, wanted)
 
 

@@ -350,6 +350,9 @@ def test_the_interval_of_clustered_scores_is_wider():
         ({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, 4, (5, 1, 8)),
         ({"SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_TASKS": "4"}, 4, (2, 2, 4)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, 1, (0, 0, 1)),  # a batch script, not a step
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 1, (0, 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 8, (None, 0, 8)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "RANK": "3", "WORLD_SIZE": "8"}, 8, (3, 0, 8)),
     ],
 )
 def test_ranks_are_found_as_they_were_started(environment, wanted, expected):

@@ -65,6 +65,9 @@ def test_several_tasks_are_scored_in_one_command_and_answers_to_other_questions_
     refused = cli("eval.py", *scored, check=False)
     said = [line for line in refused.stderr.splitlines() if line.startswith(("error", "Traceback"))]
     assert refused.returncode == 2 and len(said) == 1 and "no answer to question 0" in said[0]
+    refused = cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu", "hardware.num_nodes=2"), check=False)
+    said = [line for line in refused.stderr.splitlines() if line.startswith(("error", "Traceback"))]
+    assert refused.returncode == 2 and len(said) == 1 and "hardware.num_nodes=2: one process starts no" in said[0]
 
 
 @pytest.mark.slow
@@ -73,9 +76,11 @@ def test_a_killed_evaluation_and_two_ranks_end_with_the_same_bytes(cli, commands
     run, questions = tmp_path / "runs" / "asked", write_questions(tmp_path / "questions", 40)
     outs = {name: tmp_path / name for name in ("one", "two", "killed")}
     cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['one']}"))
-    done = cli("eval.py", *ask(run, questions, "task=vqav2", "hardware=cpu_ddp2", f"out={outs['two']}"))
-    assert done.stdout.count("results: ") == 1
     command = [str(ROOT / "eval.py")]
+    two = [*command, *ask(run, questions, "task=vqav2", "hardware=cpu_ddp2", f"out={outs['two']}")]
+    step = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    done = commands.run(two, **cli_place(**step))
+    assert done.returncode == 0 and done.stdout.count("results: ") == 1, done.stderr
     command += ask(run, questions, "task=vqav2", "hardware=cpu", f"out={outs['killed']}")
     process = commands.start(command, **cli_place())
     windows = lambda: list(outs["killed"].glob("predictions/.vqav2-*/0*.json"))
