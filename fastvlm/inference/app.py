@@ -25,6 +25,7 @@ from fastvlm.inference.protocol import (
     ErrorReply,
     Health,
     ModelList,
+    place,
 )
 from fastvlm.inference.replies import BodyLimit, Left, Refused, error_body, unless_gone
 from fastvlm.inference.service import Service
@@ -78,8 +79,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        where = where.encode("utf-8", "replace").decode()[:200]
+        where = place(first).encode("utf-8", "replace").decode()[:200]
         said = "this server does not know it, or does not do it" if first["type"] == "extra_forbidden" else first["msg"]
         return reply(400, f"{where or 'body'}: {said}", param=where or None)
 

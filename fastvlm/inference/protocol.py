@@ -5,23 +5,61 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+# Which form of a value is meant, where it may have several; pydantic names them among an error's keys.
+FORMS = TEXT, LIST, IMAGE = "<text>", "<list>", "<image>"
+
+
+def place(error: dict[str, Any]) -> str:
+    """Where in the request a validation error is, as its writer would say it: messages.0.content.1.image_url."""
+    parts = [part for part in error["loc"] if part != "body"]
+    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []  # a field of any name
+    known = parts[: len(parts) - len(unknown)]
+    return ".".join(str(part) for part in [*(part for part in known if part not in FORMS), *unknown])
+
+
+def text_or_list(expected: str) -> Discriminator:
+    """Takes a text for a text and a list for a list, so that what is wrong inside is said of that form alone."""
+    return Discriminator(
+        lambda value: {str: TEXT, list: LIST}.get(type(value)),
+        custom_error_type="text_or_list",
+        custom_error_message=f"Input should be {expected}",
+    )
+
+
+def kind_of_part(given: Any) -> str | None:
+    kind = given.get("type") if isinstance(given, dict) else getattr(given, "type", None)
+    return {"text": TEXT, "image_url": IMAGE}.get(kind) if isinstance(kind, str) else None
 
 
 class Strict(BaseModel):
     """Clients send more than is known here. Nothing that could change an answer is dropped in silence: a field that is
-    not listed is refused by name, unless it is null, which asks for nothing."""
+    not listed is refused by name. Null asks for nothing, of any field that may be left out."""
 
     model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def asks_for_something(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
+        needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+        if not isinstance(given, dict | cls):
+            fields = f" with {', '.join(needed)}" if needed else ""
+            raise PydanticCustomError("object", "Input should be an object{fields}", {"fields": fields})
+        if isinstance(given, cls):
             return given
-        return {key: value for key, value in given.items() if value is not None or key in cls.model_fields}
+        return {key: value for key, value in given.items() if value is not None or key in needed}
 
 
 class ImageURL(Strict):
@@ -42,12 +80,27 @@ class ImagePart(Strict):
     image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part = Annotated[
+    Annotated[TextPart, Tag(TEXT)] | Annotated[ImagePart, Tag(IMAGE)],
+    Discriminator(
+        kind_of_part,
+        custom_error_type="kind_of_part",
+        custom_error_message="Input should be a part whose type is 'text' or 'image_url'",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag(TEXT)] | Annotated[list[Part], Tag(LIST)],
+    text_or_list("a text or a list of parts"),
+]
+Stop = Annotated[
+    Annotated[Name, Tag(TEXT)] | Annotated[list[Name], Field(max_length=4), Tag(LIST)],
+    text_or_list("a text or a list of up to 4 texts"),
+]
 
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: Content | None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
@@ -114,7 +167,7 @@ class ChatRequest(Unsupported, Harmless):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    stop: Name | Annotated[list[Name], Field(max_length=4)] | None = None
+    stop: Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

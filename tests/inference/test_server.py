@@ -164,6 +164,46 @@ def test_what_would_change_the_answer_and_is_not_done_is_refused_by_name(server)
     assert asked[0] == 200 and asked[1]["choices"][0]["message"] == plain["choices"][0]["message"]
 
 
+WRONG_INSIDE = [
+    ("content.0", {"type": "input_audio", "input_audio": {}}, "a part whose type is 'text' or 'image_url'"),
+    ("content.0", {"text": "x"}, "a part whose type is 'text' or 'image_url'"),
+    ("content.0", "x", "a part whose type is 'text' or 'image_url'"),
+    ("content.0.image_url", {"type": "image_url", "image_url": "data:image/png;base64,AA"}, "an object with url"),
+    ("content.0.image_url.detail", {"type": "image_url", "image_url": {"url": "x", "detail": "original"}}, "'high'"),
+    ("content.0.weight", {"type": "text", "text": "x", "weight": 2}, "this server does not know it"),
+    ("content.0.<text>", {"type": "text", "text": "x", "<text>": 2}, "this server does not know it"),
+    ("content.0.text", {"type": "text", "text": 5}, "a valid string"),
+    ("content.0.text", {"type": "text"}, "required"),
+]
+
+
+def test_what_is_wrong_inside_a_request_is_said_of_the_place_where_it_is(server):
+    def check(where, words, **body):
+        status, said = server.ask(**SAID | body)
+        error = said["error"]
+        assert status == 400 and error["param"] == where, error
+        assert error["message"].startswith(f"{where}: ") and words in error["message"], error
+
+    for where, part, words in WRONG_INSIDE:
+        check(f"messages.0.{where}", words, messages=[{"role": "user", "content": [part]}])
+    check("messages.0.content", "a text or a list of parts", messages=[{"role": "user", "content": 5}])
+    check("messages.0", "an object with role", messages=["x"])
+    check("stop", "at most 4 items", stop=["a"] * 5)
+    check("stop", "at least 1 character", stop="")
+    check("stop", "a text or a list of up to 4 texts", stop=5)
+    check("stop.1", "a valid string", stop=["a", 5])
+
+
+def test_null_is_taken_wherever_a_field_may_be_left_out_and_nowhere_else(server):
+    image = {"type": "image_url", "image_url": {"url": data_url(1), "detail": None}}
+    options = {"stream_options": {"include_usage": None}, "stop": None, "temperature": None, "stream": None}
+    status, reply = server.ask(**SAID | {"messages": [{"role": "user", "content": [image]}]}, **options)
+    assert status == 200, reply
+    for field in ("model", "messages"):
+        status, said = server.ask(**SAID | {field: None})
+        assert status == 400 and said["error"]["param"] == field, said
+
+
 @pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
 def test_an_answer_may_be_asked_longer_than_server_and_model_let_it_be(server, reference, key):
     """Harnesses ask for 32,768 tokens of every model."""
