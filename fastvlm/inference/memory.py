@@ -114,14 +114,26 @@ class PrefixStore(BoundedStore):
 
     A row is named by what stands at each position: ids of text, and for an image's slots a number made of its pixels
     (`position_names`). So a further turn of a conversation, another question about the same image and a common system
-    prompt all find what was computed before, and nothing else does.
+    prompt all find what was computed before, and nothing else does. Of a row above the bound the first positions are
+    kept, as many as it holds: no position's keys depend on later ones.
     """
 
+    max_positions: int | None = None  # of a row, known once one was kept
+
     def keep(self, names: np.ndarray, layers: list[tuple[Tensor, Tensor]]) -> None:
-        for other in self.keys():  # an earlier turn of the same conversation is contained in this one
+        most = self.max_positions = self.max_bytes * len(names) // num_bytes(layers)
+        if most < MIN_PREFIX:
+            return
+        if len(names) > most:
+            names = names[:most]
+            layers = [(keys[:, :, :most].clone(), values[:, :, :most].clone()) for keys, values in layers]
+        for other in self.keys():
             held = np.frombuffer(other, dtype=np.int64)
-            if len(held) <= len(names) and np.array_equal(held, names[: len(held)]):
-                self._drop(other)
+            both = min(len(held), len(names))
+            if np.array_equal(held[:both], names[:both]):
+                if len(held) >= len(names):
+                    return  # `find` came by it, so it is not the next to leave
+                self._drop(other)  # an earlier turn of the same conversation is contained in this one
         self.put(names.tobytes(), layers, size=num_bytes(layers))
 
     def find(self, names: np.ndarray) -> Prefix | None:

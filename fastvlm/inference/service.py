@@ -266,6 +266,7 @@ class Service:
             "image_store_hits_total": engine.images.hits,
             "prefix_store_bytes": engine.prefixes.num_bytes,
             "prefix_store_hits_total": engine.prefixes.hits,
+            **({"prefix_store_positions": most} if (most := engine.prefixes.max_positions) is not None else {}),
             "peak_memory_bytes": peak_bytes(engine.device),
             **{f"refused_{status}_total": count for status, count in self.refusals.items()},
         }

@@ -132,6 +132,33 @@ def test_the_longest_common_start_is_found(rows, prompt):
         assert found.length == longest and found.layers[0][0].flatten().tolist() == prompt[:longest]
 
 
+def test_a_conversation_that_outgrows_the_store_keeps_its_first_positions():
+    layers = lambda n: [(torch.arange(n, dtype=torch.float32).view(1, 1, n, 1),) * 2]  # 8 bytes a position
+    store, asked = PrefixStore(100 * 8), np.arange(300)
+    for length, known in ((60, 60), (90, 90), (150, 100), (200, 100), (100, 100), (40, 100)):
+        store.keep(np.arange(length), layers(length))
+        found = store.find(asked)
+        assert found.length == known and found.layers[0][0].flatten().tolist() == list(range(known))
+        assert store.num_bytes <= 100 * 8 and store.max_positions == 100
+    assert store.find(asked).layers[0][0].untyped_storage().nbytes() == 100 * 4, "nothing more is held"
+    tiny = PrefixStore(3 * 8)
+    tiny.keep(np.arange(60), layers(60))
+    assert tiny.find(asked) is None and not len(tiny)
+
+
+def test_a_conversation_beyond_the_store_is_answered_as_without_one(engine, tiny_model, tiny_tokenizer):
+    image, answers, reused = draw_image(3), [], []
+    small = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, max_new_tokens=12, prefix_store_bytes=30 * 512)
+    questions = ["which digit", "what word", "how many digits are there", "and now"]
+    for turn in range(4):
+        record = asked(*questions[: turn + 1], answers=answers)
+        (answer,) = small.generate([record], [[image]])
+        assert answer.token_ids == engine.generate([record], [[image]])[0].token_ids
+        answers.append(answer.text)
+        reused.append(answer.num_reused_tokens)
+    assert reused[0] == 0 < reused[1] <= reused[2] <= reused[3] == small.prefixes.max_positions, reused
+
+
 def test_an_image_is_named_by_its_pixels_and_shape():
     image = draw_image(0)
     assert image_key(image) == image_key(image.clone().contiguous())
