@@ -16,7 +16,7 @@ from fastvlm.data.kept_texts import text_key
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.sidecar import FORMAT
-from fastvlm.data.source import Source
+from fastvlm.data.source import NothingLeft, Source
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.files import replacing
@@ -76,7 +76,8 @@ def measure_source(
         where: what stands before the keys in messages, such as `stages.align.`.
 
     Raises:
-        ValueError: no shards, or no sample is left.
+        ValueError: no shards.
+        NothingLeft: no sample is left.
     """
     index = source.load(split, tokenizer)
     rows, left_out = source.select(index)
@@ -110,9 +111,12 @@ def measure_source(
     excluded |= {REASONS[r]: rows[reasons[rows] == r] for r in np.unique(reasons[rows]).tolist() if r}
     if not len(kept):
         why = ", ".join(f"{len(gone)} {reason}" for reason, gone in excluded.items()) or "its shards are empty"
-        raise ValueError(
+        fix = f"raise {where}max_tokens={max_tokens} or {where}max_images={max_images}"
+        if left_out and not {REASONS[CUT], REASONS[CROWDED]} & set(excluded):
+            fix = f"loosen its filters ({', '.join(source.filters)})"
+        raise NothingLeft(
             f"source {name} ({source.path}, split {split}): no sample is left of {index.num_samples} ({why}); "
-            f"raise {where}max_tokens={max_tokens} or {where}max_images={max_images}, or leave the source out"
+            f"{fix}, or leave the source out"
         )
     exact = lambda value: None if value is None else Fraction(str(value))
     limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}

@@ -20,6 +20,10 @@ from fastvlm.tokens import Tokenizer
 UNITS = ("samples", "tokens", "answer_tokens")
 
 
+class NothingLeft(ValueError):
+    """A source has no sample of a split that its types and filters keep and a plan could use."""
+
+
 class Source:
     """One data set: `<path>/<split>-*.tar` with their indexes.
 
@@ -31,7 +35,8 @@ class Source:
         filters: number -> `{min, max, missing}`: keep samples whose number lies within. Numbers are `text_tokens`,
             `answer_tokens`, `num_images`, `width` and `height` (of the smallest image, pixels) and whatever the
             records' meta holds: ratings (the lowest of a conversation), similarity. A sample without the number is left
-            out, or kept with `missing: keep`. What is left out is counted in the plan's report.
+            out, or kept with `missing: keep`. What is left out is counted in the plan's report. Where these or `types`
+            leave nothing of the val split, the source takes no part in validation, and a line says so.
         max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
             of a larger one (for studies of data size).
         repeat: how often an epoch counts the source; what it changes is the length of a stage given in epochs, and the
@@ -118,7 +123,7 @@ class Source:
             capped: by `max_samples`.
 
         Raises:
-            ValueError: none of `types` occurs, or no sample has a number that `filters` names.
+            NothingLeft: none of `types` occurs, or no sample has a number that `filters` names.
         """
         rows, left_out = np.arange(index.num_samples), {}
         if self.types is not None:
@@ -127,16 +132,18 @@ class Source:
             rows = rows[[not wanted.isdisjoint(kind.split(",")) for kind in kinds]]
             if not len(rows):
                 there = sorted({t for kind in pc.unique(index.types).to_pylist() for t in kind.split(",")})
-                raise ValueError(
-                    f"source {self.name}: no sample in {self.path} is of types={list(self.types)}; it has {there}"
+                raise NothingLeft(
+                    f"source {self.name}: no sample in {self.path}, split {index.split}, is of "
+                    f"types={list(self.types)}; it has {there}"
                 )
         for name, bounds in self.filters.items():
             number = index.number(name)[rows]
             if len(rows) and np.isnan(number).all():
                 there = ", ".join(sorted(pc.unique(index.numbers.keys).to_pylist()))
-                raise ValueError(
-                    f"source {self.name}: no sample in {self.path} has the number filters.{name}; there are "
-                    f"text_tokens, answer_tokens, num_images, width, height{', ' if there else ''}{there}"
+                raise NothingLeft(
+                    f"source {self.name}: no sample in {self.path}, split {index.split}, has the number "
+                    f"filters.{name}; there are text_tokens, answer_tokens, num_images, width, "
+                    f"height{', ' if there else ''}{there}"
                 )
             keep = (number >= bounds.get("min", -np.inf)) & (number <= bounds.get("max", np.inf))
             keep |= np.isnan(number) & (bounds.get("missing", "drop") == "keep")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from fastvlm.data.lengths import measure_source
 from fastvlm.data.packing import pack_window
 from fastvlm.data.plan import Step
-from fastvlm.data.source import Mixture
+from fastvlm.data.source import Mixture, NothingLeft
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.tokens import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class ValidationPlan:
     """A fixed, balanced set of samples in steps, with the interface that `PlannedDataset` needs of a plan.
 
-    Every source that has the split gives the same number of samples (or all it has), spread evenly over its shards.
-    Rows are filled up with empty ones to a whole number of steps, so every rank has the same number.
+    Every source that has the split gives the same number of samples (or all it has), spread evenly over its shards. A
+    source of whose split its types, filters and the budget leave nothing takes no part, with a line that says so: they
+    are there for training. Rows are filled up with empty ones to a whole number of steps, so every rank has the same
+    number.
 
     Args:
         num_samples: of all sources together.
@@ -24,7 +30,7 @@ class ValidationPlan:
         Others as in `Plan`.
 
     Raises:
-        ValueError: no source has the split.
+        ValueError: no source has the split, or nothing of it is left of any.
     """
 
     def __init__(
@@ -52,7 +58,16 @@ class ValidationPlan:
             raise ValueError(
                 f"no source of {', '.join(mixture.names)} has shards {split}-*.tar; set {where}val_samples=0"
             )
-        self.sources = [measure_source(s, tokenizer, name=name, split=split, **fits) for name, s in there.items()]
+        self.sources, empty = [], []
+        for name, source in there.items():
+            try:
+                self.sources.append(measure_source(source, tokenizer, name=name, split=split, **fits))
+            except NothingLeft as error:
+                empty.append(f"{name} takes no part in validation: {error}")
+        if not self.sources:
+            raise ValueError(f"nothing is left to validate with; {'; '.join(empty)}; or set {where}val_samples=0")
+        for line in empty:
+            log.warning(line)
         each = max(1, num_samples // len(self.sources))
         self.pairs = []
         for i, source in enumerate(self.sources):

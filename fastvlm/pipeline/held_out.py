@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
+import pyarrow.compute as pc
 from torch import Tensor
 
 from fastvlm.data.shards import ShardReader
-from fastvlm.data.source import Mixture
+from fastvlm.data.source import Mixture, NothingLeft
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -16,14 +18,19 @@ from fastvlm.tokens import Tokenizer
 def held_out_records(
     mixture: Mixture, tokenizer: Tokenizer, num: int, *, transform: ImageTransform
 ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images."""
-    reader, found = ShardReader(), []
-    sources = [s for s in mixture.sources.values() if s.has_split("val")]
-    for source in sources:
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images; none of
+    those that types and filters leave nothing of."""
+    reader, found, there = ShardReader(), [], []
+    for source in (s for s in mixture.sources.values() if s.has_split("val")):
         index = source.load("val", tokenizer)
-        rows, _ = source.select(index)
+        with suppress(NothingLeft):
+            rows, _ = source.select(index)
+            rows = rows[pc.equal(index.faults, "").to_numpy(zero_copy_only=False)[rows]]
+            if len(rows):
+                there.append((source, index, rows))
+    for source, index, rows in there:
         # Spread over the split, whose questions stand type by type.
-        for row in rows[:: max(1, len(rows) // max(1, num // len(sources)))][: -(-num // len(sources))]:
+        for row in rows[:: max(1, len(rows) // max(1, num // len(there)))][: -(-num // len(there))]:
             raw = index.read(int(row), reader)
             images = [transform(data) for data in raw.images] if source.images else []
             found.append((source.edit(raw.record), images))

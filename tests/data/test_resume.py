@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 
 import lightning as L
@@ -12,7 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fastvlm.data.datamodule import MixtureDataModule
 from fastvlm.data.replan import seen_before, write_order
+from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Mixture, Source
+from fastvlm.data.transforms import ImageTransform
+from fastvlm.pipeline.held_out import held_out_records
 from fastvlm.tokens import IGNORE_INDEX
 
 STEPS = 9
@@ -194,3 +198,40 @@ def test_validation_is_balanced_and_fixed(sources, tokenizer):
     data = MixtureDataModule(mixture, tokenizer=tokenizer, val_samples=0, **options)
     data.setup()
     assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ({"filters": {"score": {"min": 2}}}, "split val, has the number filters.score"),
+        ({"filters": {"text_tokens": {"min": 5}}}, "10 filtered by text_tokens.; loosen its filters .text_tokens."),
+        ({"types": ["name"]}, r"split val, is of types=\['name'\]"),
+    ],
+)
+def test_a_source_whose_validation_split_is_filtered_away_is_left_out_of_it_by_name(
+    sources, tokenizer, tmp_path, caplog, wanted, why
+):
+    words = {"train": "the small grey seven", "val": "seven"}
+    for split, meta in (("train", {"score": 3, "type": "name"}), ("val", {})):
+        with ShardWriter(tmp_path, split) as writer:
+            for i in range(10):
+                writer.write(f"{split}-{i}", {"document": words[split], "meta": meta})
+    options = {"image_size": 8, "tokens_per_image": 2, "batch_size": 4, "max_tokens": 64, "num_steps": 1}
+    narrow, plain = Source("s", path=tmp_path, **wanted), Source("chat", path=sources["chat"])
+
+    def setup(**there):
+        mixture = Mixture(there, weights=dict.fromkeys(there, 1), unit="samples")
+        data = MixtureDataModule(mixture, tokenizer=tokenizer, val_samples=8, where="stages.base.", **options)
+        data.setup()
+        return data
+
+    with caplog.at_level("WARNING"):
+        data = setup(s=narrow, chat=plain)
+    (line,) = caplog.messages
+    assert line.startswith("s takes no part in validation: source s") and re.search(why, line)
+    assert [key for batch in data.val_dataloader() for key in batch.keys if not key.startswith("chat")] == []
+    assert len(data.val_plan.pairs) == 8 and len(data.plan.sources) == 2
+    transform = ImageTransform(image_size=8)
+    assert len(held_out_records(data.mixture, tokenizer, 4, transform=transform)) == 4
+    with pytest.raises(ValueError, match=f"nothing is left to validate with; s .*{why}.*set stages.base.val_samples=0"):
+        setup(s=narrow)
