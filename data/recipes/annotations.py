@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from data.recipes.questions import BAD_ROW, NO_ANNOTATION, NO_QUESTION, SHORT, Question, plain_id, to_answers
-from data.recipes.record import Dropped
+from data.recipes.questions import NO_ANNOTATION, NO_QUESTION, SHORT, Question, plain_id, to_answers
+from data.recipes.record import BAD_ROW, ODD_ROW, Dropped
 
 
 def read_json(path: str | Path):
@@ -113,27 +113,20 @@ def read_vqa(
         # An id that stands twice: the k-th question goes with the k-th annotation.
         annotation = theirs[min(asked[word], len(theirs) - 1)]
         asked[word] += 1
-        given = annotation.get("answers") or []
-        answers = [one(a) for a in to_answers(given)]
-        said = None
-        if answer_key != "answer":
-            said = [
-                one(a) for a in to_answers([g.get(answer_key, g.get("answer")) for g in given if isinstance(g, dict)])
-            ]
-        kind = str(annotation.get(type_key) or "")
-        out.append(
-            Question(
-                row["question_id"],
-                file,
-                row["image_id"],
-                row["question"],
-                answers,
-                one(kind),
-                said=said,
-                prompt=prompt,
-                meta=describe(annotation),
-            )
-        )
+        try:
+            given = annotation.get("answers") or []
+            answers = [one(a) for a in to_answers(given)]
+            said = None
+            if answer_key != "answer":
+                forms = [g.get(answer_key, g.get("answer")) for g in given if isinstance(g, dict)]
+                said = [one(a) for a in to_answers(forms)]
+            meta = describe(annotation)
+        except ODD_ROW:
+            out.append(Dropped(word, BAD_ROW))
+            continue
+        about = {"said": said, "prompt": prompt, "meta": meta}
+        kind = one(str(annotation.get(type_key) or ""))
+        out.append(Question(row["question_id"], file, row["image_id"], row["question"], answers, kind, **about))
     out += [Dropped(word, NO_QUESTION) for word in found if word not in asked]
     return out
 

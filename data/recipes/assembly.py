@@ -22,7 +22,7 @@ from pathlib import Path
 from data.recipes.held_out import write_held_out
 from data.recipes.hub_files import fetch
 from data.recipes.inputs import describe_inputs, hash_code
-from data.recipes.record import Part
+from data.recipes.record import ODD_ROW, Part
 from data.recipes.workers import open_pool
 from data.recipes.writing import NO_SPACE, Job, do_part, load_tokenizer, write_text
 
@@ -101,7 +101,11 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
         held_out = bool(val) and split == "val"
         # A held-out shard reads as many rows as fill it.
         extra = {"rows": max(1, round(rows / val)) if held_out else rows} if takes_rows else {}
-        parts: list[Part] = recipe.parts(where, split="train" if held_out else split, **options, **extra)
+        try:
+            parts: list[Part] = recipe.parts(where, split="train" if held_out else split, **options, **extra)
+        except ODD_ROW as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is not of the layout of {source} ({what}); is this the right recipe?") from error
         if not parts:
             raise ValueError(f"{path}: split {split} has no rows; leave it out with splits=...")
         share = val if split in ("train", "val") else 0.0

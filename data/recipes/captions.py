@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,18 +20,24 @@ def check_choice(captions: str) -> None:
         raise ValueError(f"captions={captions} is not one of {', '.join(CHOICES)}")
 
 
-@functools.lru_cache(maxsize=2)
 def load_json(path: str) -> dict:
-    """A JSON object with `images`, parsed once a process.
+    """A JSON object with `images`, parsed once a process unless it changes.
 
     Raises:
         ValueError: no such file, no JSON, another layout.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        stat = os.stat(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; leave its split out with splits=train") from None
+    return parse_json(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def parse_json(path: str, size: int, time: int) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); a cut download?") from None
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
@@ -43,8 +50,28 @@ def load_json(path: str) -> dict:
     return value
 
 
+def find_repeats(rows: Sequence[dict], key: str) -> set[int]:
+    """Numbers of the rows whose id an earlier one has, as far as a sample's key tells ids apart."""
+    seen: set[str] = set()
+    repeats = set()
+    for number, row in enumerate(rows):
+        id = row.get(key)
+        word = str(id) if isinstance(id, int) and id >= 0 else make_key(id)  # there are a hundred thousand
+        if word in seen:
+            repeats.add(number)
+        seen.add(word)
+    return repeats
+
+
 def make_records(
-    id: object, image: Path | bytes, captions: Sequence[tuple[object, object]], *, source: str, split: str, choice: str
+    id: object,
+    image: Path | bytes,
+    captions: Sequence[tuple[object, object]],
+    *,
+    source: str,
+    split: str,
+    choice: str,
+    row: Sequence[int] = (),
 ) -> Iterator[Record | Dropped]:
     """Documents of one image.
 
@@ -52,6 +79,7 @@ def make_records(
         captions: (id, text) pairs in the data set's order.
         choice: for train: a document a caption (each), the first alone, or one with all of them, a line each. val and
             test have one document an image, of the first caption, and all captions in `meta.answers`.
+        row: the row's numbers, where its id may be another row's too.
     """
     good = []
     for caption_id, text in captions:
@@ -74,4 +102,5 @@ def make_records(
     for number, (caption_id, text) in enumerate(chosen):
         document = [{"type": "image"}, {"type": "text", "text": text}]
         record = {"document": document, "id": caption_id, "source": source, "meta": meta}
-        yield Record(make_key(id, number), record, [image])
+        key = make_key(f"{id}-row", *row, number) if row else make_key(id, number)
+        yield Record(key, record, [image])

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.annotations import as_list, image_bytes
-from data.recipes.captions import check_choice, load_json, make_records
-from data.recipes.questions import BAD_ROW, is_table
-from data.recipes.record import Dropped, Part, Record
+from data.recipes.captions import check_choice, find_repeats, load_json, make_records
+from data.recipes.questions import is_table
+from data.recipes.record import BAD_ROW, ODD_ROW, Dropped, Part, Record, guard_row
 from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SPLITS = {"train": "train", "val": "val"}
 HUB = True
+ID = (int, float, str)
 
 
 def parts(
@@ -55,21 +56,33 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         return
     data = load_json(part.path)
     images = data["images"][part.start : part.stop]
-    captions: dict[object, list] = {image["id"]: [] for image in images}
-    known = {image["id"] for image in data["images"]} if part.start == 0 else None
+    captions: dict[object, list] = {image["id"]: [] for image in images if isinstance(image.get("id"), ID)}
+    # What is wrong with an annotation is counted with the first part, though all read them.
+    known = {image["id"] for image in data["images"] if isinstance(image.get("id"), ID)} if part.start == 0 else None
     for number, row in enumerate(data["annotations"]):
-        if not isinstance(row, dict) or "image_id" not in row:
-            raise ValueError(f"{part.path}: annotations, row {number} has no image_id")
-        if row["image_id"] in captions:
-            captions[row["image_id"]].append((row.get("id", number), row.get("caption")))
+        try:
+            of = captions.get(row["image_id"])
+        except ODD_ROW:
+            if known is not None:
+                yield Dropped(f"annotation {number}", BAD_ROW)
+            continue
+        name = number if row.get("id") is None else row["id"]
+        if of is not None:
+            of.append((name, row.get("caption")))
         elif known is not None and row["image_id"] not in known:
-            yield Dropped(str(row.get("id", number)), "caption of an image that is not listed")
-    for image in images:
-        file = Path(part.options["images"], image["file_name"])
-        # Sorted: the file's own order is not by image, and other copies of it differ.
-        rows = sorted(captions[image["id"]], key=lambda pair: (str(type(pair[0])), pair[0]))
-        settings = {"split": part.options["split"], "choice": part.options["captions"]}
-        yield from make_records(image["id"], file, rows, source="coco_captions", **settings)
+            yield Dropped(str(name), "caption of an image that is not listed")
+    repeats = find_repeats(data["images"], "id")
+    for number, image in enumerate(images, part.start):
+        row = (number,) if number in repeats else ()
+        yield from guard_row(convert_image(image, captions, row, part.options), image.get("id"))
+
+
+def convert_image(image: dict, captions: dict, row: tuple[int, ...], options: dict) -> Iterator[Record | Dropped]:
+    file = Path(options["images"], image["file_name"])
+    # Sorted: the file's own order is not by image, and other copies of it differ.
+    texts = sorted(captions[image["id"]], key=lambda pair: (str(type(pair[0])), pair[0]))
+    settings = {"split": options["split"], "choice": options["captions"], "row": row}
+    yield from make_records(image["id"], file, texts, source="coco_captions", **settings)
 
 
 def convert_table(part: Part) -> Iterator[Record | Dropped]:
@@ -83,4 +96,4 @@ def convert_table(part: Part) -> Iterator[Record | Dropped]:
             yield Dropped(str(name), BAD_ROW)
             continue
         texts = [(f"{name}-{k}", text) for k, text in enumerate(as_list(row.get("answer")))]
-        yield from make_records(name, image, texts, **settings)
+        yield from make_records(name, image, texts, row=numbers, **settings)

@@ -7,9 +7,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from data.recipes.annotations import as_list
-from data.recipes.captions import check_choice, load_json, make_records
+from data.recipes.captions import check_choice, find_repeats, load_json, make_records
 from data.recipes.questions import is_table
-from data.recipes.record import Dropped, Part, Record
+from data.recipes.record import Dropped, Part, Record, guard_row
 from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -59,15 +59,27 @@ def select(file: str, names: list[str]) -> list[dict]:
 def convert(part: Part) -> Iterator[Record | Dropped]:
     options = part.options
     if "kind" in options:
-        for _, row in read_rows(part):
-            pairs = zip_longest(as_list(row.get("sentids")), as_list(row.get("sentences")))
-            captions = [(name, text.get("raw") if isinstance(text, dict) else text) for name, text in pairs]
-            file = Path(options["images"], row.get("filepath") or "", row["filename"])
-            settings = {"split": options["becomes"], "choice": options["captions"]}
-            yield from make_records(row["cocoid"], file, captions, source="coco_karpathy", **settings)
+        for numbers, row in read_rows(part):
+            yield from guard_row(convert_row(row, (options["number"], *numbers), options), row.get("cocoid"))
         return
-    for image in select(part.path, options["names"])[part.start : part.stop]:
-        captions = [(sentence.get("sentid"), sentence.get("raw")) for sentence in image["sentences"]]
-        file = Path(options["images"], image.get("filepath", ""), image["filename"])
-        settings = {"split": options["split"], "choice": options["captions"]}
-        yield from make_records(image["cocoid"], file, captions, source="coco_karpathy", **settings)
+    chosen = select(part.path, options["names"])
+    repeats = find_repeats(chosen, "cocoid")
+    for number, image in enumerate(chosen[part.start : part.stop], part.start):
+        row = (number,) if number in repeats else ()
+        yield from guard_row(convert_image(image, row, options), image.get("cocoid"))
+
+
+def convert_row(row: dict, numbers: tuple[int, ...], options: dict) -> Iterator[Record | Dropped]:
+    """Records of a row of parquet; its numbers are in their keys, for a row of another file may have its id."""
+    pairs = zip_longest(as_list(row.get("sentids")), as_list(row.get("sentences")))
+    captions = [(name, text.get("raw") if isinstance(text, dict) else text) for name, text in pairs]
+    file = Path(options["images"], row.get("filepath") or "", row["filename"])
+    settings = {"split": options["becomes"], "choice": options["captions"], "row": numbers}
+    yield from make_records(row["cocoid"], file, captions, source="coco_karpathy", **settings)
+
+
+def convert_image(image: dict, row: tuple[int, ...], options: dict) -> Iterator[Record | Dropped]:
+    captions = [(sentence.get("sentid"), sentence.get("raw")) for sentence in image["sentences"]]
+    file = Path(options["images"], image.get("filepath") or "", image["filename"])
+    settings = {"split": options["split"], "choice": options["captions"], "row": row}
+    yield from make_records(image["cocoid"], file, captions, source="coco_karpathy", **settings)

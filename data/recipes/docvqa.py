@@ -18,6 +18,7 @@ from data.recipes.questions import (
     is_table,
     plain_id,
     to_answers,
+    try_row,
 )
 from data.recipes.record import Dropped, Part, Record
 
@@ -69,7 +70,8 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         image = first_there(
             options["images"], place, f"{split}/{place}", f"spdocvqa_images/{name}", f"documents/{name}", name
         )
-        out.append(make_question(row, image, place))
+        make = lambda row, name, image=image, place=place: make_question(row, image, place)
+        out.append(try_row(make, row, row["questionId"]))
     return out
 
 

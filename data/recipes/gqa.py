@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.annotations import find_file, first_there, read_json
-from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts
+from data.recipes.questions import BAD_ROW, Question, check_split, convert_part, cut_parts, try_row
 from data.recipes.record import Dropped, Part, Record
 
 NOT_ON_HUB = "get its JSON files from https://cs.stanford.edu/people/dorarad/gqa"
@@ -44,12 +44,16 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         if not isinstance(row, dict) or any(row.get(key) is None for key in ("imageId", "question", "answer")):
             out.append(Dropped(name, BAD_ROW))
             continue
-        image = first_there(options["images"], f"images/{row['imageId']}.jpg", f"{row['imageId']}.jpg")
-        types = row.get("types") or {}
-        kinds = {key: types.get(key) for key in ("structural", "semantic", "detailed") if types.get(key)}
-        kind, answers = str(types.get("structural") or ""), [str(row["answer"])]
-        out.append(Question(name, image, row["imageId"], row["question"], answers, kind, meta=kinds))
+        out.append(try_row(make_question, row, name, options["images"]))
     return out
+
+
+def make_question(row: dict, name: str, images: str) -> Question:
+    image = first_there(images, f"images/{row['imageId']}.jpg", f"{row['imageId']}.jpg")
+    types = row.get("types") or {}
+    kinds = {key: types.get(key) for key in ("structural", "semantic", "detailed") if types.get(key)}
+    kind, answers = str(types.get("structural") or ""), [str(row["answer"])]
+    return Question(name, image, row["imageId"], row["question"], answers, kind, meta=kinds)
 
 
 def convert(part: Part) -> Iterator[Record | Dropped]:

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.recipes.questions import check_choice
-from data.recipes.record import Dropped, Part, Record, Unusable, keep_texts, make_key, make_messages, make_turns
+from data.recipes.record import (
+    BAD_ROW,
+    ODD_ROW,
+    Dropped,
+    Part,
+    Record,
+    Unusable,
+    keep_texts,
+    make_key,
+    make_messages,
+    make_turns,
+)
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
@@ -49,6 +60,8 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
             yield convert_chat(row, numbers, name, options)
         except Unusable as error:
             yield Dropped(name, str(error))
+        except ODD_ROW:
+            yield Dropped(name, BAD_ROW)
 
 
 def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record:

@@ -8,7 +8,7 @@ from pathlib import Path
 from data.recipes.annotations import find_file, first_there, image_bytes, read_json
 from data.recipes.options import make_question
 from data.recipes.questions import BAD_ROW, NO_TEST_ANSWERS, check_split, describe_files, is_table
-from data.recipes.record import Dropped, Part, Record
+from data.recipes.record import Dropped, Part, Record, guard_row
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"val": "testmini"}
@@ -44,11 +44,13 @@ def read_problems(file: str | Path) -> list[dict]:
 def convert(part: Part) -> Iterator[Record | Dropped]:
     if "kind" in part.options:
         for numbers, row in read_rows(part):
-            yield from make_record(row, image_bytes(row.get("decoded_image")), *numbers)
+            made = make_record(row, image_bytes(row.get("decoded_image")), *numbers)
+            yield from guard_row(made, row.get("pid"))
         return
     for number, row in enumerate(read_problems(part.path)[part.start : part.stop], part.start):
         place = str(row.get("image") or "")
-        yield from make_record(row, Path(first_there(part.options["images"], place, f"images/{place}")), number)
+        image = Path(first_there(part.options["images"], place, f"images/{place}"))
+        yield from guard_row(make_record(row, image, number), row["pid"])
 
 
 def make_record(row: dict, image: bytes | Path | None, *numbers: int) -> Iterator[Record | Dropped]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.recipes.documents import LEFT_OUT, NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
 from data.recipes.inputs import list_files
 from data.recipes.questions import check_choice
-from data.recipes.record import Dropped, Part, Record, make_key
+from data.recipes.record import BAD_ROW, ODD_ROW, Dropped, Part, Record, make_key
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
 NOT_ON_HUB = "get its shards by https://github.com/allenai/mmc4, or one of a copy as path=hf://datasets/org/name/file"
@@ -89,7 +89,10 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
     for number, page in enumerate(read_pages(part.path)):
         name = str(page.get("url") or "") if isinstance(page, dict) else ""
         name = name or f"{Path(part.path).name}-{number}"
-        yield convert_page(page, (part.start, number), name, part.options)
+        try:
+            yield convert_page(page, (part.start, number), name, part.options)
+        except ODD_ROW:
+            yield Dropped(name, BAD_ROW)
 
 
 def convert_page(page: object, numbers: tuple[int, int], name: str, options: dict) -> Record | Dropped:
@@ -142,6 +145,8 @@ def find_file(info: dict, options: dict) -> bytes | Path | None:
             return base64.b64decode(info["image_base64"], validate=True)
         except (binascii.Error, TypeError, ValueError):
             return None
+    if not options["images"] and "image_base64" in info:
+        return None
     if not options["images"]:
         raise ValueError("images=... is missing: these pages hold URLs; name the folder of the fetched images")
     name = url_name(str(info.get("raw_url"))) if options["names"] == "sha256" else str(info.get("image_name") or "")

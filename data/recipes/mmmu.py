@@ -10,7 +10,7 @@ from pathlib import Path
 from data.recipes.annotations import image_bytes
 from data.recipes.options import list_options, make_question
 from data.recipes.questions import BAD_ROW, LETTER, NO_TEST_ANSWERS, SHORT, check_split
-from data.recipes.record import Dropped, Part, Record, make_key
+from data.recipes.record import Dropped, Part, Record, guard_row, make_key
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "dev", "val": "validation"}
@@ -51,7 +51,7 @@ def parts(path: Path, *, split: str, name: tuple = (), streaming: bool = True, r
 
 def convert(part: Part) -> Iterator[Record | Dropped]:
     for numbers, row in read_rows(part):
-        yield from make_record(row, part.options["number"], *numbers)
+        yield from guard_row(make_record(row, part.options["number"], *numbers), row.get("id"))
 
 
 def make_record(row: dict, *numbers: int) -> Iterator[Record | Dropped]:

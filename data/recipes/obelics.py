@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.recipes.documents import NO_IMAGE_LEFT, NO_TEXT, check_image, find_image, join_texts, url_name
 from data.recipes.questions import check_choice
-from data.recipes.record import Dropped, Part, Record, make_key
+from data.recipes.record import BAD_ROW, ODD_ROW, Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train"}  # val=0.001 holds some out
@@ -46,7 +46,10 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         general = read_json_text(row.get("general_metadata")) or {}
         url = general.get("url") if isinstance(general, dict) else None
         name = url or f"{Path(part.path).stem}-{numbers[-1]}"
-        yield convert_page(row, numbers, name, part.options)
+        try:
+            yield convert_page(row, numbers, name, part.options)
+        except ODD_ROW:
+            yield Dropped(name, BAD_ROW)
 
 
 def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record | Dropped:

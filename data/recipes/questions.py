@@ -16,14 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from data.recipes.inputs import list_files
-from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Part, Record, make_key
+from data.recipes.record import BAD_ROW, EMPTY, IMAGE_MISSING, NO_ANSWER, ODD_ROW, Dropped, Part, Record, make_key
 from data.recipes.rows import SPLIT_NAMES, cut_rows, read_rows
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 NO_ANNOTATION = "question without an annotation"
 NO_QUESTION = "annotation without a question"
-BAD_ROW = "row lacks a key"
 REPEATED = "question id repeats"
 
 NO_TEST_ANSWERS = "its answers are not public, and evaluation reads a reference from every record"
@@ -164,7 +163,7 @@ def convert_rows(
 ) -> Iterator[Record | Dropped]:
     """The conversations of a part made by `cut_table`. Questions of one image are grouped within the part."""
     options = part.options | {"split": part.options["becomes"]}
-    rows = ((numbers, read_row(row, numbers[-1], options)) for numbers, row in read_rows(part))
+    rows = ((numbers, try_row(read_row, row, numbers[-1], options)) for numbers, row in read_rows(part))
     if not options["grouped"] or options["split"] != "train":
         for numbers, question in rows:
             group = question if isinstance(question, Dropped) else [question]
@@ -181,6 +180,14 @@ def convert_rows(
     for group in group_questions(read, grouped=True):
         numbers = () if isinstance(group, Dropped) else first[id(group[0])]
         yield from converse(group, *numbers, source=source, options=options)
+
+
+def try_row(make: Callable[..., Question | Dropped], row: dict, name: object, *more: object) -> Question | Dropped:
+    """`make(row, name, *more)`; a row whose values are of other types than it can use is dropped under its name."""
+    try:
+        return make(row, name, *more)
+    except ODD_ROW:
+        return Dropped(plain_id(name), BAD_ROW)
 
 
 def converse(group: list[Question] | Dropped, *numbers: int, source: str, options: dict) -> Iterator[Record | Dropped]:

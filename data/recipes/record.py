@@ -19,7 +19,7 @@ defaults give the types. Modules are imported for `--help`: import pyarrow, PIL 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,9 +43,12 @@ NO_ANSWER = "no answer"
 ORDER = "turns do not alternate"
 MISMATCH = "another number of <image> than of images"
 NOT_TEXT = "text is not a string"
+BAD_ROW = "row lacks a key or holds another type"
 IMAGE_MISSING = "image missing"
 FIRST_LEFT_OUT = "first turn is an answer: left out"
 LAST_LEFT_OUT = "last question without an answer: left out"
+# What a row raises whose values are of other types than the layout's.
+ODD_ROW = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError)
 
 
 @dataclass
@@ -86,6 +89,14 @@ class Dropped:
 
 class Unusable(ValueError):
     """A row's fault, in the words that are counted; a recipe turns it into `Dropped`."""
+
+
+def guard_row(made: Iterable[Record | Dropped], id: object) -> Iterator[Record | Dropped]:
+    """What is made of one row; where that fails for its types, the row is dropped and no other one with it."""
+    try:
+        yield from made
+    except ODD_ROW:
+        yield Dropped(str(id), BAD_ROW)
 
 
 def make_key(id: object, *row: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.recipes.annotations import find_file, first_there, image_bytes, read_json
 from data.recipes.options import make_question
 from data.recipes.questions import BAD_ROW, check_split, is_table, plain_id
-from data.recipes.record import Dropped, Part, Record
+from data.recipes.record import Dropped, Part, Record, guard_row
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {split: split for split in ("train", "val", "testA", "testB", "test")}
@@ -64,24 +64,27 @@ def read_refs(file: str | Path) -> list[dict]:
 def convert(part: Part) -> Iterator[Record | Dropped]:
     if "kind" in part.options:
         for numbers, row in read_rows(part):
-            yield from convert_row(row, *numbers)
+            yield from guard_row(convert_row(row, *numbers), row.get("question_id"))
         return
     instances = read_json(find_file(Path(part.path).parent, "instances.json"))
-    regions = {row["id"]: row["bbox"] for row in instances["annotations"]}
-    photographs = {row["id"]: row for row in instances["images"]}
+    regions = {plain_id(row.get("id")): row.get("bbox") for row in instances["annotations"]}
+    photographs = {plain_id(row.get("id")): row for row in instances["images"]}
     chosen = [ref for ref in read_refs(part.path) if ref.get("split") == part.options["split"]]
     for number, ref in enumerate(chosen[part.start : part.stop], part.start):
-        photograph, box = photographs.get(ref.get("image_id")), regions.get(ref.get("ann_id"))
+        photograph, box = photographs.get(plain_id(ref.get("image_id"))), regions.get(plain_id(ref.get("ann_id")))
         if photograph is None or box is None:
             yield Dropped(plain_id(ref.get("ref_id")), NO_REGION)
             continue
-        file = photograph["file_name"]
-        image = Path(first_there(part.options["images"], f"train2014/{file}", file))
-        size = (photograph["width"], photograph["height"])
-        for k, sentence in enumerate(ref.get("sentences") or []):
-            words = sentence.get("raw") or sentence.get("sent")
-            name = sentence.get("sent_id")
-            yield from locate(name, words, box, size, image, number, k, image_id=ref["image_id"])
+        yield from guard_row(convert_ref(ref, photograph, box, part.options["images"], number), ref.get("ref_id"))
+
+
+def convert_ref(ref: dict, photograph: dict, box: list, images: str, number: int) -> Iterator[Record | Dropped]:
+    file = photograph["file_name"]
+    image = Path(first_there(images, f"train2014/{file}", file))
+    size = (photograph["width"], photograph["height"])
+    for k, sentence in enumerate(ref.get("sentences") or []):
+        words, name = sentence.get("raw") or sentence.get("sent"), sentence.get("sent_id")
+        yield from locate(name, words, box, size, image, number, k, image_id=ref["image_id"])
 
 
 def convert_row(row: dict, *numbers: int) -> Iterator[Record | Dropped]:

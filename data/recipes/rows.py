@@ -12,6 +12,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from data.recipes.inputs import list_files
@@ -19,6 +20,7 @@ from data.recipes.record import Part
 
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 CHUNK = 1 << 22  # characters
+FIRST = 20  # rows that are looked at for a layout's keys: one odd row is not another layout
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 # What copies call them.
@@ -45,7 +47,7 @@ def cut_rows(
         split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split; of several
             names under which copies have it the first that is there.
         rows: rows a part.
-        needs: keys that a row of this layout has; looked for in the first row.
+        needs: keys that a row of this layout has; looked for in the first rows.
         files: names looked for in a folder, the first that is there is taken.
         options: go into every part.
         hub: the configuration's name on the hub; None where the recipe cannot take a hub id.
@@ -72,13 +74,17 @@ def cut_rows(
 
 
 def check_layout(part: Part, needs: Sequence[str]) -> None:
-    _, row = next(read_rows(part))
-    missing = [key for key in needs if key not in row]
-    if missing:
-        has = ", ".join(map(str, list(row)[:8])) or "nothing"
-        raise ValueError(
-            f"{part.path}: row {part.start} has no `{missing[0]}` (it has {has}); is this the right recipe?"
-        )
+    """Raises:
+    ValueError: none of the first rows has what a row of this layout has.
+    """
+    first: dict | None = None
+    for _, row in islice(read_rows(part), FIRST):
+        if all(key in row for key in needs):
+            return
+        first = row if first is None else first
+    missing = next(key for key in needs if key not in first)
+    has = ", ".join(map(str, list(first)[:8])) or "nothing"
+    raise ValueError(f"{part.path}: row {part.start} has no `{missing}` (it has {has}); is this the right recipe?")
 
 
 def find_files(

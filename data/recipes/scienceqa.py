@@ -8,7 +8,7 @@ from pathlib import Path
 from data.recipes.annotations import find_file, image_bytes, read_json
 from data.recipes.options import list_options, make_question
 from data.recipes.questions import BAD_ROW, LETTER, check_split, describe_files, is_table
-from data.recipes.record import Dropped, Part, Record
+from data.recipes.record import Dropped, Part, Record, guard_row
 from data.recipes.rows import cut_rows, read_rows
 
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
@@ -43,12 +43,13 @@ def select(file: str | Path, split: str) -> list[tuple[str, dict]]:
 def convert(part: Part) -> Iterator[Record | Dropped]:
     if "kind" in part.options:
         for numbers, row in read_rows(part):
-            yield from make_record("-".join(map(str, numbers)), row, image_bytes(row.get("image")), *numbers)
+            name = "-".join(map(str, numbers))
+            yield from guard_row(make_record(name, row, image_bytes(row.get("image")), *numbers), name)
         return
     chosen = select(part.path, part.options["split"])[part.start : part.stop]
     for number, (name, row) in enumerate(chosen, part.start):
         image = Path(part.options["images"], part.options["split"], name, "image.png") if row.get("image") else None
-        yield from make_record(name, row, image, number)
+        yield from guard_row(make_record(name, row, image, number), name)
 
 
 def make_record(name: str, row: dict, image: bytes | Path | None, *numbers: int) -> Iterator[Record | Dropped]:

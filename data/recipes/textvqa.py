@@ -19,6 +19,7 @@ from data.recipes.questions import (
     is_table,
     plain_id,
     to_answers,
+    try_row,
 )
 from data.recipes.record import Dropped, Part, Record
 
@@ -70,20 +71,21 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         return read_vqa(questions, find_file(path, f"{split}_annotations_vqa_format.json"), image=image)
     tokens = {}
     if recognised := look_for(path, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"):
-        tokens = {row.get("image_id"): row.get("ocr_tokens") for row in list_rows(recognised, "data")}
+        tokens = {plain_id(row.get("image_id")): row.get("ocr_tokens") for row in list_rows(recognised, "data")}
     out: list[Question | Dropped] = []
     original = original or find_file(path, f"TextVQA_0.5.1_{split}.json")
     for row in list_rows(original, "data"):
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
             continue
-        seen = row.get("ocr_tokens", tokens.get(row["image_id"]))
+        seen = row.get("ocr_tokens", tokens.get(plain_id(row["image_id"])))
         if options["ocr"] and seen is None:
             raise ValueError(
                 f"ocr=true: {original} has no ocr_tokens for image {row['image_id']} and no "
                 f"TextVQA_Rosetta_OCR_v0.2_{split}.json lies beside it; download that file"
             )
-        out.append(make_question(row, image(row), seen, options))
+        make = lambda row, name, seen=seen: make_question(row, image(row), seen, options)
+        out.append(try_row(make, row, row["question_id"]))
     return out
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.recipes.held_out import SHARED, WIDTH, choose_side, hash_images, shares_image
-from data.recipes.record import IMAGE_MISSING, Dropped, Part, Record
+from data.recipes.record import IMAGE_MISSING, ODD_ROW, Dropped, Part, Record
 
 UNREADABLE = "image unreadable"
 TOO_LARGE = "image too large"
@@ -172,7 +172,7 @@ def convert(job: Job) -> Iterator[Record | Dropped]:
     recipe = importlib.import_module(f"data.recipes.{job.source}")
     try:
         yield from recipe.convert(job.part)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except ODD_ROW as error:
         where = f"{job.part.path}: rows {job.part.start}..{job.part.stop}"
         raise ValueError(f"{where} are not of the layout of {job.source} ({type(error).__name__}: {error})") from error
 

@@ -367,7 +367,9 @@ def test_wrong_types_drop_their_row_or_name_it(tmp_path):
     assert [r.record["id"] for r in records] == [25000, 0]
     # Two questions are gone, so two more annotations are without one.
     assert (
-        dropped["row lacks a key"] == 2 and dropped["empty turn"] == 1 and dropped["annotation without a question"] == 3
+        dropped["row lacks a key or holds another type"] == 2
+        and dropped["empty turn"] == 1
+        and dropped["annotation without a question"] == 3
     )
     content["questions"][3] = ["not", "an", "object"]
     file.write_text(json.dumps(content))
@@ -375,7 +377,7 @@ def test_wrong_types_drop_their_row_or_name_it(tmp_path):
         run("vqav2", folder, "val")
     folder = vqa_layouts.write_aokvqa(tmp_path / "a")
     vqa_layouts.write_json(folder / "aokvqa_v1p0_val.json", [{"question_id": 1, "image_id": None, "choices": "abcd"}])
-    assert run("aokvqa", folder, "val") == ([], Counter({"row lacks a key": 1}))
+    assert run("aokvqa", folder, "val") == ([], Counter({"row lacks a key or holds another type": 1}))
     folder = vqa_layouts.write_pope(tmp_path / "p")
     (folder / "coco_pope_random.json").write_text('[1, 2]\n{"question_id": 1}\n')
-    assert run("pope", folder, "test")[1] == {"row lacks a key": 2}
+    assert run("pope", folder, "test")[1] == {"row lacks a key or holds another type": 2}
