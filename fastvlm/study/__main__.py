@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import sys
 
-from fastvlm.study.arms import SCALES, load_study, study_names
+from fastvlm.study.arms import SCALES, Study, load_study, study_names, unreadable
 from fastvlm.study.cells import num_ran, planned, read_csv, read_runs, wanted
 from fastvlm.study.report import SOURCES, report, report_all, runs_folder, say
 
@@ -73,12 +73,23 @@ def read(arguments: list[str]) -> dict[str, str]:
 
 
 def list_studies() -> None:
+    """Raises:
+    ValueError: studies that cannot be read, after the list of the others.
+    """
+    faults = unreadable()
     for name in study_names():
-        study = load_study(name)
-        here, grid = num_ran(study, runs_folder(), scale="micro"), len(planned(study, scale="micro"))
-        published = len(read_csv(study.folder / "results.csv", scale="micro"))
-        count = f"{here:3} of {grid:3}, {published:3} published"
-        print(f"{name:28} {count}  {study.question}")
+        try:
+            print(line_of(load_study(name)))
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def line_of(study: Study) -> str:
+    here, grid = num_ran(study, runs_folder(), scale="micro"), len(planned(study, scale="micro"))
+    published = len(read_csv(study.folder / "results.csv", scale="micro"))
+    return f"{study.name:28} {here:3} of {grid:3}, {published:3} published  {study.question}"
 
 
 def list_cells(name: str, *, scale: str) -> None:

@@ -7,8 +7,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from fastvlm.study.yaml_file import mapping, only, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(os.environ.get("FASTVLM_STUDIES", ROOT / "experiments"))
@@ -52,44 +53,100 @@ class Study:
 
 
 def study_names(root: Path = STUDIES) -> list[str]:
-    """All experiments whose file has arms, in alphabetical order."""
-    return sorted(file.parent.name for file in root.glob("*/study.yaml") if has_arms(file))
+    """All experiments whose file has arms, in alphabetical order; files that cannot be read are left out."""
+    return [name for name, found in experiments(root).items() if found is True]
+
+
+def unreadable(root: Path = STUDIES) -> list[str]:
+    """What is wrong, a line each, with the files of experiments that cannot be read."""
+    return [found for found in experiments(root).values() if isinstance(found, str)]
+
+
+def experiments(root: Path) -> dict[str, bool | str]:
+    """Name -> whether the experiment is a study, or what is wrong with its file."""
+    found: dict[str, bool | str] = {}
+    for file in sorted(root.glob("*/study.yaml")):
+        try:
+            found[file.parent.name] = has_arms(file)
+        except ValueError as error:
+            found[file.parent.name] = str(error)
+    return found
 
 
 def has_arms(file: Path) -> bool:
-    return OmegaConf.load(file).get("study") is not None
+    """Raises:
+    ValueError: the file is no YAML mapping.
+    """
+    plain = read_yaml(file)
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file} holds no keys; a study begins with `study:`")
+    return plain.get("study") is not None
 
 
 def load_study(name: str, *, root: Path = STUDIES) -> Study:
     """Read a study.
 
     Raises:
-        ValueError: no such study; a scale without arms.
+        ValueError: no such study; a key that is none, a scale without arms, an arm that is no list of overrides.
     """
     file = root / name / "study.yaml"
     if not is_study(name, root=root):
         have = study_names(root)
         near = difflib.get_close_matches(name, have, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(f"{name} is no study{hint} Studies: {', '.join(have)}")
-    text = file.read_text(encoding="utf-8")
-    plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    plain = read_yaml(file)
+    of_study = mapping(plain, "study", file=file)
+    if of_study.get("name") != name:
+        raise ValueError(f"{file}: study.name={of_study.get('name')} must be {name}, as its folder is called")
+    only(of_study, ("name", *SCALES), file=file, prefix="study.")
     arms: dict[str, dict[str, list[str]]] = {}
     for scale in SCALES:
-        given = plain["study"].get(scale)
-        if given is None:
+        if of_study.get(scale) is None:
             continue
-        if not isinstance(given, dict) or not given.get("arms"):
+        at_scale = mapping(of_study, scale, file=file, prefix="study.")
+        if not at_scale.get("arms"):
             raise ValueError(f"{file}: study.{scale}.arms names no arm")
-        shared = list(given.get("all") or [])
-        arms[scale] = {str(arm): merge(shared, list(own or [])) for arm, own in given["arms"].items()}
+        only(at_scale, ("all", "arms"), file=file, prefix=f"study.{scale}.")
+        own = mapping(at_scale, "arms", file=file, prefix=f"study.{scale}.")
+        shared = overrides_of(at_scale.get("all"), key=f"study.{scale}.all", file=file)
+        arms[scale] = {
+            str(arm): merge(shared, overrides_of(given, key=f"study.{scale}.arms.{arm}", file=file))
+            for arm, given in own.items()
+        }
+    if not arms:
+        raise ValueError(f"{file}: study has neither {' nor '.join(SCALES)}, each with its arms")
+    text = file.read_text(encoding="utf-8")
     comment = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     question = comment[0] if comment else ""
-    grid = plain.get("hydra", {}).get("sweeper", {}).get("params", {})
-    return Study(name, file.parent, question, arms, {key: str(value) for key, value in grid.items()})
+    return Study(name, file.parent, question, arms, read_grid(plain, file=file))
+
+
+def read_grid(plain: dict[str, Any], *, file: Path) -> dict[str, str]:
+    node, prefix = plain, ""
+    for key in ("hydra", "sweeper", "params"):
+        if node.get(key) is None:
+            return {}
+        node, prefix = mapping(node, key, file=file, prefix=prefix), f"{prefix}{key}."
+    for key, value in node.items():
+        if isinstance(value, list | dict):
+            raise ValueError(f"{file}: {prefix}{key}={value} is no sweep; write the values with commas, {key}: a,b")
+    return {str(key): str(value) for key, value in node.items()}
+
+
+def overrides_of(given: Any, *, key: str, file: Path) -> list[str]:
+    """A list of overrides; nothing is none."""
+    if given is None:
+        return []
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise ValueError(f"{file}: {key}={given} must be a list of overrides, such as [resampler.num_tokens=4]")
+    return list(given)
 
 
 def is_study(name: str, *, root: Path = STUDIES) -> bool:
+    """Raises:
+    ValueError: its file is no YAML mapping.
+    """
     file = root / name / "study.yaml"
     return file.is_file() and has_arms(file)
 
@@ -123,9 +180,12 @@ def expand(arguments: list[str]) -> list[str]:
     again.
     """
     study_name, arm = value_of(arguments, "experiment"), value_of(arguments, "arm")
-    if study_name is not None and {"-m", "--multirun"} & set(arguments):
-        return with_arms_of_scale(arguments, study_name)
-    if study_name is None or arm is None:
+    if study_name is None:
+        return arguments
+    known = is_study(study_name)  # here a file that is no YAML is one line; Hydra would end in a traceback
+    if {"-m", "--multirun"} & set(arguments):
+        return with_arms_of_scale(arguments, study_name) if known else arguments
+    if arm is None:
         return arguments
     if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
         return arguments
@@ -144,7 +204,7 @@ def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:
     """The command of a study's grid, with `arm=` where the grid names arms that only another scale has. An arm that
     none has stays in, to be refused; arms on the command line are the user's own."""
     given = {key_of(argument) for argument in arguments}
-    if {"arm", "hydra.sweeper.params.arm"} & given or not is_study(name):
+    if {"arm", "hydra.sweeper.params.arm"} & given:
         return arguments
     study, scale = load_study(name), value_of(arguments, "scale") or "micro"
     named = grid_arms(study)

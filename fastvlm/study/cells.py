@@ -168,21 +168,35 @@ def write_csv(file: Path, cells: list[Cell]) -> None:
 
 def read_csv(file: Path, *, scale: str | None = None) -> list[Cell]:
     """Raises:
-    ValueError: the file is not one of these.
+    ValueError: the file is not one of these, with the line that is not.
     """
     if not file.is_file():
         return []
-    cells = []
+    cells: dict[tuple[str, str, int], Cell] = {}
     with open(file, newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
         if lacks := [key for key in (*ABOUT, *COST) if key not in (reader.fieldnames or ())]:
             raise ValueError(f"{file} has no column {lacks[0]}: it is no results.csv of a study")
         for row in reader:
-            about = {key: row.pop(key) for key in (*ABOUT, *LIBRARIES) if key in row}
-            cost = {key: float(row.pop(key)) for key in COST}
-            if scale in (None, about["scale"]):
-                cells.append(Cell(about, cost, {k: float(v) for k, v in row.items() if v}))
-    return cells
+            where = f"{file}, line {reader.line_num}"
+            remedy = "restore the file, or remove it and report from=runs"
+            if None in row or None in row.values():
+                raise ValueError(f"{where} has not the {len(reader.fieldnames)} values of its header; {remedy}")
+            try:
+                cell = _of_row(row)
+                key = (cell.about["scale"], cell.arm, cell.seed)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}; {remedy}") from None
+            if key in cells:
+                raise ValueError(f"{where}: scale={key[0]} arm={key[1]} seed={key[2]} stands twice; {remedy}")
+            cells[key] = cell
+    return [cell for cell in cells.values() if scale in (None, cell.about["scale"])]
+
+
+def _of_row(row: dict[str, str]) -> Cell:
+    about = {key: row.pop(key) for key in (*ABOUT, *LIBRARIES) if key in row}
+    cost = {key: float(row.pop(key)) for key in COST}
+    return Cell(about, cost, {key: float(value) for key, value in row.items() if value})
 
 
 def check_one_origin(cells: list[Cell], *, command: str) -> None:

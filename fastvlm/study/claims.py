@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastvlm.study.arms import Study
 from fastvlm.study.metrics import metric_of
+from fastvlm.study.yaml_file import read_yaml
 
 DIRECTIONS = ("higher", "lower", "same")
 STATUSES = ("paper", "official-repository", "secondary", "derived", "unverified")
@@ -88,14 +89,21 @@ def all_claims(study: Study) -> list[Claim]:
     """Read and check a study's claims, of whatever scale.
 
     Raises:
-        ValueError: no file, an unknown key or metric, a pair whose arm exists at no scale, a direction that is none.
+        ValueError: no file or no claim in it, an unknown key or metric, a pair whose arm exists at no scale, a
+            direction that is none.
     """
     file = study.folder / "claims.yaml"
     if not file.is_file():
         raise ValueError(f"{file} is missing: a study without a claim decides nothing")
-    claims = []
-    for number, entry in enumerate(OmegaConf.load(file), 1):
+    entries, claims = read_yaml(file), []
+    if not entries:
+        raise ValueError(f"{file} is empty: a study without a claim decides nothing")
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} is no list; a claim begins with `- claim: `")
+    for number, entry in enumerate(entries, 1):
         where = f"{file}, claim {number}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: {entry} has no keys; a claim begins with `- claim: `")
         try:
             merged = OmegaConf.merge(OmegaConf.structured(Claim), entry)
             claim = Claim(**OmegaConf.to_container(merged, throw_on_missing=True))
@@ -151,14 +159,19 @@ def load_figures(folder: Path) -> dict[str, Figure]:
     """paper.csv of a study by key: key, table, setting, metric, value, status.
 
     Raises:
-        ValueError: an unknown status, or a key that stands twice.
+        ValueError: other columns than these, an unknown status, or a key that stands twice.
     """
     file = folder / "paper.csv"
     figures: dict[str, Figure] = {}
     if not file.is_file():
         return figures
     with open(file, newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
+        reader, columns = csv.DictReader(stream), [one.name for one in fields(Figure)]
+        if sorted(reader.fieldnames or ()) != sorted(columns):
+            raise ValueError(f"{file}: its columns are {', '.join(reader.fieldnames or ())}, not {', '.join(columns)}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{file}, line {reader.line_num}: not {len(columns)} values; quote those with commas")
             figure = Figure(**row)
             if figure.status not in STATUSES:
                 raise ValueError(f"{file}: {figure.key}: status={figure.status} is none of {', '.join(STATUSES)}")

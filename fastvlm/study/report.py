@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-from fastvlm.study.arms import STUDIES, Study, load_study, study_names
+from fastvlm.study.arms import STUDIES, Study, load_study, study_names, unreadable
 from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, read_csv, read_runs, write_csv
 from fastvlm.study.claims import Claim, all_claims, load_figures
 from fastvlm.study.composed import composed, one_training, told_apart
@@ -205,9 +205,18 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
 
 
 def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, str]]:
-    """Every study's page, and experiments/README.md over all of them."""
-    lines = []
+    """Every study's page, and experiments/README.md over all of them.
+
+    Raises:
+        ValueError: studies whose page could not be made, once the others' are; the catalogue is without them.
+    """
+    lines, faults = [], unreadable(root)
     for name in study_names(root):
-        lines += report(name, source=source, root=root)["entries"]
+        try:
+            lines += report(name, source=source, root=root)["entries"]
+        except ValueError as error:
+            faults.append(f"{name}: {error}")
     (root / "README.md").write_text(catalogue(lines), encoding="utf-8")
+    if faults:
+        raise ValueError(f"{root / 'README.md'} is without these: " + "; ".join(faults))
     return lines

@@ -6,6 +6,7 @@ from fastvlm.config import check, compose
 from fastvlm.study.arms import cell_name, expand, key_of, load_study, merge, study_names
 from fastvlm.study.cells import planned
 from fastvlm.study.claims import all_claims, load_claims, load_figures
+from tests.study.made_cells import put_study
 
 STUDIES = study_names()
 
@@ -64,6 +65,35 @@ def test_what_changes_nothing_learned_changes_no_cells_name():
 def test_an_unknown_study_arm_or_scale_names_the_nearest(arguments, words):
     with pytest.raises(ValueError, match=words):
         expand(arguments)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("skip: [~stages.align]", "skip: ~stages.align", "study.micro.arms.skip=~stages.align must be a list of over"),
+        ("skip: [~stages.align]", "skip: 3", "study.micro.arms.skip=3 must be a list of overrides, such as"),
+        ("skip: [~stages.align]", "skip: [stages.align.steps: 3]", "study.micro.arms.skip=.* must be a list of over"),
+        ("all: [pipeline=micro]", "all: pipeline=micro", "study.micro.all=pipeline=micro must be a list"),
+        ("name: llava_align", "name: llava", "study.name=llava must be llava_align, as its folder is called"),
+        ("arm: align,skip,skip_long", "arm: [align, skip]", "hydra.sweeper.params.arm=.* is no sweep"),
+        (
+            "params:\n      arm: align,skip,skip_long\n      seed: range(5)",
+            "params: 3",
+            "hydra.sweeper.params=3 must hold",
+        ),
+        ("  paper:\n", "  paper: big\n  papr:\n", "study.papr is none of study.name, study.micro, study.paper"),
+        ("    all: [pipeline=llava]\n", "    al: []\n", "study.paper.al is none of study.paper.all, study.paper.arms"),
+        ("study:\n", "- study:\n", "study.yaml, line"),
+    ],
+)
+def test_a_mistake_in_a_studys_file_is_one_line_with_file_and_key(tmp_path, old, new, words):
+    file = put_study(tmp_path) / "study.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=words) as error:
+        load_study("llava_align", root=tmp_path)
+    assert "llava_align/study.yaml" in str(error.value) and "\n" not in str(error.value)
 
 
 def compose_arm(name: str, scale: str, arm: str):

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import yaml
 
 from fastvlm.study import report as report_module
 from fastvlm.study.__main__ import main
-from fastvlm.study.arms import load_study, study_names
+from fastvlm.study.arms import expand, is_study, load_study, study_names, unreadable
 from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, write_csv
 from fastvlm.study.composed import composed
 from fastvlm.study.report import report, report_all, say
@@ -24,7 +25,7 @@ def studies(tmp_path, monkeypatch):
     """llava_align with three arms, without results, and an empty folder of runs."""
     folder = put_study(tmp_path / "studies")
     monkeypatch.setenv("FASTVLM_RUNS", str(tmp_path / "runs"))
-    for function in (load_study, report, report_all, study_names):
+    for function in (load_study, report, report_all, study_names, unreadable):
         own = functools.partial(function, root=folder.parent)
         monkeypatch.setattr(f"fastvlm.study.__main__.{function.__name__}", own)
     return folder
@@ -200,6 +201,44 @@ def test_the_command_reports_lists_studies_and_cells(studies, tmp_path, capsys):
     assert (studies.parent / "README.md").exists()
     main(["--help"])
     assert "from=runs|csv|mlflow|auto" in capsys.readouterr().out
+
+
+def put_broken(studies) -> None:
+    """Beside the study another, whose file is no YAML from its third line on."""
+    (studies.parent / "bent").mkdir()
+    (studies.parent / "bent" / "study.yaml").write_text("study:\n  name: bent\n  micro: [a, b\n")
+
+
+def test_a_study_that_cannot_be_read_is_named_and_stops_no_other(studies, capsys, monkeypatch):
+    write_csv(studies / "results.csv", grid())
+    put_broken(studies)
+    bent = "bent/study.yaml, line 4: expected ',' or ']'"
+    with pytest.raises(ValueError, match=bent):
+        main([])
+    assert "llava_align" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=rf"README.md is without these: .*{bent}"):
+        main(["report=all", "from=csv"])
+    assert "(llava_align/README.md)" in (studies.parent / "README.md").read_text()
+    main(["report=llava_align", "from=csv"])
+    with pytest.raises(ValueError, match="llava_algn is no study; did you mean llava_align"):
+        main(["report=llava_algn"])
+    with pytest.raises(ValueError, match=bent):
+        main(["report=bent"])
+    monkeypatch.setattr("fastvlm.study.arms.is_study", functools.partial(is_study, root=studies.parent))
+    for arguments in (["experiment=bent"], ["experiment=bent", "arm=a"], ["-m", "experiment=bent"]):
+        with pytest.raises(ValueError, match=bent):
+            expand(arguments)
+    assert expand(["experiment=bnt"]) == ["experiment=bnt"]  # told by Hydra's own search
+
+
+def test_a_study_whose_arms_cannot_be_read_is_left_out_of_the_list_and_named(studies, capsys):
+    other = shutil.copytree(studies, studies.parent / "other")
+    text = (studies / "study.yaml").read_text().replace("llava_align", "other")
+    (other / "study.yaml").write_text(text.replace("align: []", "align: 5"))
+    with pytest.raises(ValueError, match="other/study.yaml: study.micro.arms.align=5 must be a list of overrides"):
+        main([])
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 1 and rows[0].startswith("llava_align")
 
 
 def test_the_module_says_a_mistake_in_one_line():

@@ -5,7 +5,7 @@ import pytest
 from fastvlm.study import report as report_module
 from fastvlm.study.arms import load_study
 from fastvlm.study.cells import check_one_origin, read_csv, write_csv
-from fastvlm.study.claims import load_claims
+from fastvlm.study.claims import load_claims, load_figures
 from fastvlm.study.plots import pareto_front
 from fastvlm.study.readme import number
 from fastvlm.study.report import report, report_all
@@ -94,6 +94,72 @@ def test_a_wrong_claim_is_one_line_that_says_where(studies, change, words):
     with pytest.raises(ValueError, match=words) as error:
         load_claims(load_study("llava_align", root=studies))
     assert "claim 1" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "claims.yaml is empty: a study without a claim decides nothing"),
+        ("claim: x\n", "claims.yaml is no list; a claim begins with `- claim: `"),
+        ("- x\n", "claims.yaml, claim 1: x has no keys"),
+        ("- claim: a: b\n", "claims.yaml, line 1: mapping values are not allowed here"),
+        ("- claim: 'x\n", "claims.yaml, line 2: found unexpected end of stream"),
+    ],
+)
+def test_a_file_of_claims_that_is_none_is_one_line_that_says_where(studies, text, words):
+    (studies / "llava_align" / "claims.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words) as error:
+        load_claims(load_study("llava_align", root=studies))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "key,table,setting,metric,worth,status\n",
+            "its columns are .*worth.*, not key, table, setting, metric, value",
+        ),
+        ("key,table,setting,metric,value,status,more\n", "its columns are .*, more, not key"),
+        ("key,table,setting,metric,value,status\na,b,c\n", "paper.csv, line 2: not 6 values"),
+        ("key,table,setting,metric,value,status\na,b,c,d,1,2,paper\n", "line 2: not 6 values; quote those with commas"),
+        ("", "its columns are , not key"),
+    ],
+)
+def test_figures_in_other_columns_are_one_line_that_says_which(studies, text, words):
+    (studies / "llava_align" / "paper.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_figures(studies / "llava_align")
+
+
+def bent(lines: list[str], kind: str) -> list[str]:
+    first = lines[1].split(",")
+    of_kind = {
+        "short": [",".join(first[:-1])],
+        "long": [",".join([*first, "1"])],
+        "twice": [lines[1], lines[1]],
+        "word": [",".join([*first[:-1], "fast"])],
+        "seed": [",".join([*first[:2], "x", *first[3:]])],
+    }
+    return [lines[0], *of_kind[kind], *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("short", "line 2 has not the 20 values of its header"),
+        ("long", "line 2 has not the 20 values of its header"),
+        ("twice", "line 3: scale=micro arm=align seed=0 stands twice"),
+        ("word", "line 2: could not convert string to float: 'fast'"),
+        ("seed", "line 2: invalid literal for int.*'x'"),
+    ],
+)
+def test_a_row_of_results_that_is_none_is_named_with_what_to_do(tmp_path, kind, words):
+    file = tmp_path / "results.csv"
+    write_csv(file, grid())
+    file.write_text("\n".join(bent(file.read_text().splitlines(), kind)) + "\n")
+    with pytest.raises(ValueError, match=f"results.csv, {words}; restore the file, or remove it"):
+        read_csv(file)
 
 
 def test_the_pareto_front_keeps_what_nothing_beats():
