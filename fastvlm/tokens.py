@@ -105,6 +105,7 @@ TEMPLATES = {
     ),
 }
 OWN = "own"
+LONG = 50_000  # characters; `encode` stops all other threads meanwhile, and holds offsets and words that nobody reads
 
 
 def own_template(hf, image_token: str) -> Template:
@@ -272,7 +273,9 @@ class Tokenizer:
             return []
         self._fast.encode_special_tokens = True
         try:
-            return self._fast.encode(text, add_special_tokens=False).ids
+            if len(text) < LONG:
+                return self._fast.encode(text, add_special_tokens=False).ids
+            return self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             check_characters(text)
             raise

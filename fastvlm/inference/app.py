@@ -27,7 +27,7 @@ from fastvlm.inference.protocol import (
     ModelList,
     place,
 )
-from fastvlm.inference.replies import BodyLimit, Left, Refused, error_body, unless_gone
+from fastvlm.inference.replies import BodyLimit, Left, Refused, RequestLimit, error_body, unless_gone
 from fastvlm.inference.service import Service
 from fastvlm.inference.settings import Settings
 
@@ -52,6 +52,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         origins = [origin.strip() for origin in settings.origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestLimit, max_requests=settings.max_requests)
     add_errors(app, service)
     add_api(app, service)
     add_page(app)

@@ -90,7 +90,7 @@ class ImageFetcher:
             ValueError: an address is not allowed or cannot be read, an image holds too much, or they take too long.
         """
         deadline = Deadline(self.timeout)
-        found = [self._decode(url) if url[:5].lower() == "data:" else self._check(url) for url in urls]
+        found = [self._check(url) if self.is_away(url) else self._decode(url) for url in urls]
         fetches = {i: self._fetches.submit(self._get, p, deadline) for i, p in enumerate(found) if isinstance(p, Place)}
         if not fetches:
             return found
@@ -105,6 +105,11 @@ class ImageFetcher:
             for fetch in fetches.values():
                 fetch.cancel()
         return found
+
+    @staticmethod
+    def is_away(url: str) -> bool:
+        """Whether an image is not in its address itself."""
+        return url[:5].lower() != "data:"
 
     def _result(self, fetch: concurrent.futures.Future, host: str) -> bytes:
         try:

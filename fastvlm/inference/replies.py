@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -91,7 +91,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
-            return await self._refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+            return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
         chunks, size, more = [], 0, scope["method"] in ("POST", "PUT", "PATCH")
         try:
             async with asyncio.timeout(self.seconds):
@@ -102,9 +102,9 @@ class BodyLimit:
                     chunks.append(message.get("body", b""))
                     size, more = size + len(chunks[-1]), message.get("more_body", False)
                     if size > self.max_bytes:
-                        return await self._refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+                        return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
         except TimeoutError:
-            return await self._refuse(send, 408, f"the request did not come within {self.seconds:g} s")
+            return await refuse(send, 408, f"the request did not come within {self.seconds:g} s")
         body = b"".join(chunks)
         given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -113,8 +113,31 @@ class BodyLimit:
 
         return await self.app(scope, replay, send)
 
-    async def _refuse(self, send: Any, status: int, message: str) -> None:
-        body = json.dumps(error_body(message, kind="invalid_request_error")).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+
+class RequestLimit:
+    """Refuses a request beyond so many at once; connections that ask nothing do not count."""
+
+    def __init__(self, app: Any, *, max_requests: int):
+        self.app, self.max_requests, self.num_requests = app, max_requests, 0
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if self.num_requests >= self.max_requests:
+            message = f"the server has {self.max_requests} requests at once; try again soon"
+            return await refuse(send, 503, message, kind="server_error", headers=[(b"retry-after", b"1")])
+        self.num_requests += 1
+        try:
+            return await self.app(scope, receive, send)
+        finally:
+            self.num_requests -= 1
+
+
+async def refuse(
+    send: Any, status: int, message: str, *, kind: str = "invalid_request_error", headers: Sequence = ()
+) -> None:
+    """Answers before the application is asked, and closes the connection: its body may not have been read."""
+    body = json.dumps(error_body(message, kind=kind)).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

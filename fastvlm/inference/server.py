@@ -24,10 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     check_source(settings.run)
     try:
-        import uvicorn
+        from fastvlm.inference import connections
+        from fastvlm.inference.app import create_app
     except ImportError:
         raise ValueError("the server needs the extra `serve`: pip install 'fastvlm[serve]'") from None
-    from fastvlm.inference.app import create_app
 
     engine = open_engine(
         settings.run,
@@ -36,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         image_store_bytes=settings.image_store_mb * MEGABYTE,
         prefix_store_bytes=settings.prefix_store_mb * MEGABYTE,
     )
-    app = create_app(engine, settings)
-    # Beyond those that are answered and those that wait there is room for the page and for refusals; memory is bounded.
-    connections = settings.max_rows + settings.max_waiting + 64
-    uvicorn.run(app, host=settings.host, port=settings.port, timeout_keep_alive=30, limit_concurrency=connections)
+    connections.run(create_app(engine, settings), host=settings.host, port=settings.port)
 
 
 if __name__ == "__main__":

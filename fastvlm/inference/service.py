@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import logging
 import random
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlm.data.conversation import encode_record
-from fastvlm.data.decode import measure_image
 from fastvlm.inference.attention import attend
 from fastvlm.inference.clock import peak_bytes, percentiles
 from fastvlm.inference.engine import Engine
-from fastvlm.inference.fetching import ImageFetcher
 from fastvlm.inference.protocol import AttentionRequest, ChatRequest
+from fastvlm.inference.reading import Reader
 from fastvlm.inference.replies import Refused, cost, error_body, reason, usage
 from fastvlm.inference.sampling import Sampling
 from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
@@ -57,14 +53,7 @@ class Service:
         self.name = settings.name or Path(settings.run).resolve().name or "fastvlm"
         self.created = int(time.time())
         self.scheduler = Scheduler(engine, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
-        self.fetch = ImageFetcher(
-            hosts=[host.strip() for host in settings.allow_hosts.split(",") if host.strip()],
-            max_bytes=settings.max_image_bytes,
-            timeout=settings.fetch_seconds,
-            private=settings.allow_private,
-        )
-        # Tokenizers are for one thread at a time, and the engine's is the scheduler's.
-        self._tokenizer, self._counting = copy.deepcopy(engine.tokenizer), threading.Lock()
+        self.reader = Reader(engine, settings)
         self.refusals: dict[int, int] = {}  # by HTTP status
         self.num_left = 0  # clients that went before their answer was whole
         self._first_tokens: list[float] = []  # seconds, of the last thousand answers
@@ -91,37 +80,9 @@ class Service:
         # Where its attention is asked for the answer is part of what is read, and may be as long as this server writes.
         most = limits.max_prompt_tokens + (limits.max_new_tokens if isinstance(body, AttentionRequest) else 0)
         try:
-            return record, *await asyncio.to_thread(self._read, record, urls, most)
+            return record, *await self.reader.read(record, urls, max_tokens=most)
         except ValueError as error:
             raise Refused(400, str(error).splitlines()[0]) from None
-
-    def _read(self, record: dict, urls: Sequence[str], max_tokens: int) -> tuple[list, int]:
-        """The images of a request and its length, in a thread; what is too long is refused before it is computed."""
-        one = self.engine.tokens_per_image
-        length = self._measure(record, [one] * len(urls), max_tokens)  # a view each at the least
-        images = self._read_images(urls)
-        views = [len(image) if image.ndim == 4 else 1 for image in images]
-        if sum(views) > len(images):
-            length = self._measure(record, [one * count for count in views], max_tokens)
-        return images, length
-
-    def _measure(self, record: dict, slots: Sequence[int], max_tokens: int) -> int:
-        with self._counting:
-            encoded = encode_record(record, self._tokenizer, tokens_per_image=slots, prompt=True)
-        if (length := len(encoded.input_ids)) > max_tokens:
-            raise ValueError(
-                f"the prompt has {length} tokens ({sum(slots)} of images), more than the {max_tokens} this server "
-                "reads: shorten it or use fewer images"
-            )
-        return length
-
-    def _read_images(self, urls: Sequence[str]) -> list:
-        files = self.fetch.all(urls)
-        for data in files:
-            width, height = measure_image(data)
-            if width * height > self.settings.max_pixels:
-                raise ValueError(f"an image of {width} x {height} pixels, more than {self.settings.max_pixels}")
-        return self.engine.read_images(files)
 
     def ask(self, body: ChatRequest, record: dict, images: Sequence, length: int) -> Asked:
         """Give the question, of `length` tokens, to the scheduler.

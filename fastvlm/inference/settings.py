@@ -55,6 +55,11 @@ class Settings:
     image_store_mb: int = 256
     prefix_store_mb: int = 256
 
+    @property
+    def max_requests(self) -> int:
+        """Requests at once: those that are answered, those that wait, and room for the page and for refusals."""
+        return self.max_rows + self.max_waiting + 64
+
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
     """`key=value` arguments.

@@ -10,9 +10,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 def main(tokenizer_path: str, port: str, *settings: str) -> None:
     import torch
-    import uvicorn
     from tiny_vlm import IMAGE_SIZE, build_model
 
+    from fastvlm.inference import connections
     from fastvlm.inference.app import create_app
     from fastvlm.inference.engine import Engine
     from fastvlm.inference.settings import parse_settings
@@ -25,7 +25,7 @@ def main(tokenizer_path: str, port: str, *settings: str) -> None:
     decode = engine._decode
     engine._decode = lambda *given: time.sleep(0.005) or decode(*given)  # a step is as slow as a larger model's
     app = create_app(engine, parse_settings(["run=tiny", *settings]))
-    uvicorn.run(app, port=int(port), log_level="warning")
+    connections.run(app, port=int(port), log_level="warning")
 
 
 if __name__ == "__main__":
