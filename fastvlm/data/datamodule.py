@@ -74,7 +74,8 @@ class MixtureDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: from the plan, at `setup`; from the loaders, when rows do not divide among ranks and micro-batches
-            or a checkpoint stands inside an optimiser step.
+            or a checkpoint stands inside an optimiser step. One written at a step's end may have had other ranks and
+            micro-batches.
     """
 
     def __init__(
@@ -243,10 +244,30 @@ class MixtureDataModule(L.LightningDataModule):
                 f"{trainer.global_step}; resume from the checkpoint of step {self.plan.after.step}"
             )
         start = trainer.global_step * self.accumulate
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        if trainer.fit_loop.restarting and done != start:
-            raise ValueError(
-                f"the checkpoint stands at micro-batch {done} and step {trainer.global_step} (of {self.accumulate} "
-                "micro-batches each), inside a step or of another accumulation; resume from one written at a step's end"
-            )
+        if trainer.fit_loop.restarting:
+            go_on_at(start, trainer)
         return start
+
+
+def go_on_at(start: int, trainer: L.Trainer) -> None:
+    """Let a Trainer that resumes count its micro-batches from `start`, where its step begins. The checkpoint may have
+    been written with another number of them a step.
+
+    Raises:
+        ValueError: it was written inside a step, whose gradients are lost.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    counts, optimizer = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer
+    done = counts.current.processed
+    # A step begins with zero_grad: one more of these than of steps is a step that has begun.
+    begun, steps = optimizer.zero_grad.total.completed, optimizer.step.total.completed
+    inside = begun > steps and counts.current.ready == done
+    ended = begun == steps == trainer.global_step and counts.total.processed == done
+    if inside or (done != start and not ended):
+        raise ValueError(
+            f"the checkpoint stands at micro-batch {done} and step {trainer.global_step}, inside a step; resume from "
+            "one written at a step's end"
+        )
+    for count in (counts.current, counts.total):
+        for event in ("ready", "started", "processed", "completed"):
+            setattr(count, event, getattr(count, event) + start - done)

@@ -33,7 +33,7 @@ class Bigram(L.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.table = torch.nn.Embedding(vocab_size, vocab_size)
-        self.die_at, self.seen = die_at, []
+        self.die_at, self.seen, self.validated = die_at, [], []
 
     def training_step(self, batch, batch_idx):
         if self.die_at == (self.global_step, batch_idx):
@@ -48,6 +48,7 @@ class Bigram(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         assert batch.num_answer_tokens >= batch.num_learned
+        self.validated.append(self.global_step)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.1)
@@ -58,13 +59,13 @@ def mix(sources, *, unit="samples", **weights):
     return Mixture({k: Source(k, path=sources[k]) for k in sources}, weights=weights, unit=unit)
 
 
-def data_of(sources, tokenizer, *, accumulate=1, workers=0, steps=STEPS, **weights):
+def data_of(sources, tokenizer, *, accumulate=1, workers=0, steps=STEPS, batch_size=4, **weights):
     return MixtureDataModule(
         mix(sources, unit="tokens", **weights),
         tokenizer=tokenizer,
         image_size=8,
         tokens_per_image=2,
-        batch_size=4,
+        batch_size=batch_size,
         max_tokens=64,
         num_steps=steps,
         accumulate=accumulate,
@@ -75,7 +76,18 @@ def data_of(sources, tokenizer, *, accumulate=1, workers=0, steps=STEPS, **weigh
 
 
 def fit(
-    sources, tokenizer, folder, *, data=None, die_at=None, accumulate=1, workers=0, resume=None, every=2, steps=STEPS
+    sources,
+    tokenizer,
+    folder,
+    *,
+    data=None,
+    die_at=None,
+    accumulate=1,
+    workers=0,
+    resume=None,
+    every=2,
+    steps=STEPS,
+    also=(),
 ):
     data = data or data_of(sources, tokenizer, accumulate=accumulate, workers=workers, steps=steps)
     model = Bigram(vocab_size=len(tokenizer), die_at=die_at)
@@ -89,7 +101,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}")],
+        callbacks=[ModelCheckpoint(folder, every_n_train_steps=every, save_top_k=-1, filename="{step}"), *also],
         val_check_interval=4 * accumulate,
         num_sanity_val_steps=0,
     )
@@ -176,10 +188,46 @@ def test_loader_processes_change_no_batch(sources, tokenizer, tmp_path):
     assert all(torch.equal(run.table.weight, runs[0].table.weight) for run in runs[1:])
 
 
-def test_another_accumulation_is_refused_by_name(sources, tokenizer, tmp_path):
-    fit(sources, tokenizer, tmp_path, accumulate=1, die_at=(3, 3))
-    with pytest.raises(ValueError, match="micro-batch 2 and step 2 .*another accumulation"):
-        fit(sources, tokenizer, tmp_path, accumulate=2, resume=str(tmp_path / "step=2.ckpt"))
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+@pytest.mark.parametrize("saved", [2, 4])  # at 4 it validates too
+def test_a_checkpoint_of_a_steps_end_goes_on_with_other_micro_batches(
+    sources, tokenizer, tmp_path, before, after, saved
+):
+    whole, _ = fit(sources, tokenizer, tmp_path / "whole", accumulate=after)
+    fit(sources, tokenizer, tmp_path, accumulate=before, die_at=(5, 5 * before))
+    data = data_of(sources, tokenizer, accumulate=after)
+    again = {"data": data, "accumulate": after, "resume": str(tmp_path / f"step={saved}.ckpt")}
+    resumed, trainer = fit(sources, tokenizer, tmp_path / "again", **again)
+    assert trainer.global_step == STEPS and resumed.seen == whole.seen[saved * after :]
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == STEPS * after
+    assert resumed.validated == [step for step in whole.validated if step > saved]
+    assert torch.allclose(resumed.table.weight, whole.table.weight, atol=1e-5)
+    third, _ = fit(sources, tokenizer, tmp_path, accumulate=before, resume=str(tmp_path / "again" / "step=6.ckpt"))
+    assert len(third.seen) == (STEPS - 6) * before
+    assert torch.allclose(third.table.weight, whole.table.weight, atol=1e-5)
+
+
+class SaveInside(L.Callback):
+    """Writes a checkpoint after the first micro-batch of a step."""
+
+    def __init__(self, path, *, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.step * trainer.accumulate_grad_batches:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 6])  # with 3, a second step begins at the third micro-batch too
+def test_a_checkpoint_inside_a_step_is_refused_whatever_the_micro_batches(sources, tokenizer, tmp_path, accumulate):
+    def run(accumulate, **options):
+        data = data_of(sources, tokenizer, accumulate=accumulate, batch_size=6, steps=5)
+        return fit(sources, tokenizer, tmp_path, data=data, accumulate=accumulate, steps=5, **options)
+
+    path = str(tmp_path / "inside.ckpt")
+    run(2, also=[SaveInside(path, step=1)])
+    with pytest.raises(ValueError, match="micro-batch 3 and step 1, inside a step; resume from one written at a"):
+        run(accumulate, resume=path)
 
 
 def test_validation_is_balanced_and_fixed(sources, tokenizer):
