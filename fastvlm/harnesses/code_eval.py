@@ -16,7 +16,7 @@ class CodeEval:
 
     Args:
         seconds: a program may take, of wall time.
-        memory_mb: it may address.
+        memory_mb: a process of it may address, and all of them hold.
         num_workers: programs at once.
     """
 

@@ -28,7 +28,7 @@ class TextGuard:
         batch_size: rows scored or answered at once.
         run_code: run the programs a model writes; without it a task that needs it is refused.
         seconds: a program may take.
-        memory_mb: a program may address.
+        memory_mb: a process of a program may address, and all of them hold.
 
     Raises:
         ValueError: no task is named, or lm-eval is not installed.
