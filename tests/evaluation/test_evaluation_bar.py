@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 
 import pytest
 
@@ -32,7 +33,10 @@ def terminal(monkeypatch):
 
         def read() -> str:
             screen.flush()
-            return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(outer, 1 << 16).decode())
+            shown = b""
+            while select.select([outer], [], [], 0.5)[0]:  # a terminal hands on what it has, in pieces
+                shown += os.read(outer, 1 << 16)
+            return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
 
         yield put
         monkeypatch.undo()
