@@ -88,7 +88,7 @@ class Contender:
         line = self._process.stdout.readline()
         reply = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
         if "error" in reply:
-            raise shares.Refused(f"error: {self.name}: {reply['error']} (see {self.log})")
+            raise shares.Refused(f"error: {self.name}: {reply['error']} (see {self.log.name} of its scratch folder)")
         return reply
 
     def close(self) -> None:
