@@ -566,8 +566,8 @@ def test_the_coldest_temperatures_are_answered_as_greedy_ones(server):
 
 def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_answers(reference, monkeypatch):
     """...and ends when nobody waits for it."""
-    seen, decode = [], reference._decode
-    monkeypatch.setattr(reference, "_decode", lambda *given: seen.append("step") or decode(*given))
+    seen, decode, gate = [], reference._decode, threading.Event()
+    monkeypatch.setattr(reference, "_decode", lambda *given: seen.append("step") or gate.wait(30) and decode(*given))
 
     def pieces(count, name="piece"):
         for _ in range(count):
@@ -580,8 +580,10 @@ def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_ans
         scheduler.submit(answer)
         wait_for(lambda: "step" in seen)
         others = [asyncio.create_task(scheduler.call(pieces(5))) for _ in range(2)]
+        await asyncio.sleep(0)  # they are called for
         later, later_told = job(reference, tokens=5)
         scheduler.submit(later)
+        gate.set()
         assert [await other for other in others] == ["piece"] * 2
         for events in (told, later_told):
             assert (await asyncio.to_thread(last_event, events))[0] == "done"
