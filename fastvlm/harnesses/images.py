@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastvlm.data.decode import read_orientation, to_rgb
-
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def to_bytes(image: Image.Image | str) -> bytes:
@@ -24,8 +14,7 @@ def to_bytes(image: Image.Image | str) -> bytes:
     if isinstance(image, str):
         with open(image, "rb") as file:
             return file.read()
-    orientation = read_orientation(image)
-    pixels = to_rgb(image)
+    upright = ImageOps.exif_transpose(image) if read_orientation(image) > 1 else image
     stored = io.BytesIO()
-    (pixels.transpose(UPRIGHT[orientation]) if orientation > 1 else pixels).save(stored, "BMP")
+    to_rgb(upright).save(stored, "BMP")
     return stored.getvalue()

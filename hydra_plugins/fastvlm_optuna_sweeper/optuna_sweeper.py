@@ -5,7 +5,6 @@ without storage a search cannot go on. This one keeps its trials in a file, weig
 whatever launcher is chosen.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -113,13 +112,12 @@ class OptunaSweeper(Sweeper):
 
     def settings(self, fixed: list[str], searched: dict[str, Any]) -> str:
         """A hash of ranges, overrides and objectives: with others, trials are those of another search."""
+        from fastvlm.identity import hash_of
         from fastvlm.study.arms import is_silent
 
         kept = sorted(o for o in fixed if not is_silent(o) or o.startswith(("seed=", "experiment=")))
-        ranges = {key: repr(searched[key]) for key in sorted(searched)}
-        objective = OmegaConf.create({"of": self.config.get("objective")})
-        text = json.dumps([kept, ranges, self.directions, OmegaConf.to_container(objective)])
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        ranges = {key: repr(distribution) for key, distribution in searched.items()}
+        return hash_of([kept, ranges, self.directions, str(self.config.get("objective"))])[:8]
 
     def ranges(self, arguments: list[str], distributions) -> tuple[list[str], dict[str, Any]]:
         """(overrides that every trial has, what is searched by key)."""

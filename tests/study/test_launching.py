@@ -12,6 +12,7 @@ import psutil
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from fastvlm.study.arms import expand, load_study, study_names, value_of
@@ -65,6 +66,27 @@ def test_arms_of_a_seed_run_close_together_and_seeds_side_by_side():
     assert all(grid[index - 3] == job for index, job in turns)
     lone = list(enumerate([["arm=b"], ["arm=a"]]))
     assert in_turns(lone, at_once=4) == lone
+
+
+def test_a_study_is_launched_in_these_turns_and_its_cells_come_back_in_order(monkeypatch):
+    for place in ("prepare", "time_grid", "conclude"):
+        monkeypatch.setattr(f"fastvlm.study.sweep.{place}", lambda *_, **__: None)
+    for place in ("setup_globals", "configure_log"):
+        monkeypatch.setattr(process_launcher, place, lambda *_: None)
+    ran = []
+
+    def run(_, index, overrides, slot, *, quiet):
+        ran.append(overrides)
+        return JobReturn(overrides=overrides, hydra_cfg=index, status=JobStatus.COMPLETED)
+
+    monkeypatch.setattr(ProcessLauncher, "cell", run)
+    launcher = ProcessLauncher(parallel=1, warm=False)
+    launcher.config = OmegaConf.create(
+        {"hydra": {"hydra_logging": None, "verbose": False}, "hardware": {}, "study": {"name": "x"}, "dry_run": False}
+    )
+    grid = [[f"arm={arm}", f"seed={seed}"] for arm in "ab" for seed in range(2)]
+    assert [cell.overrides for cell in launcher.launch(grid, 0)] == grid
+    assert ran == [grid[0], grid[2], grid[1], grid[3]]
 
 
 def test_cells_whose_overrides_begin_alike_have_log_files_of_their_own(tmp_path):
