@@ -1,4 +1,4 @@
-"""Connections that ask nothing, as raw sockets, and requests beyond a bound."""
+"""Connections that ask nothing or read nothing, as raw sockets, and requests beyond a bound."""
 
 import asyncio
 import http.client
@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -15,19 +16,24 @@ from fastvlm.inference.connections import AskingProtocol  # noqa: E402
 from fastvlm.inference.replies import RequestLimit  # noqa: E402
 
 IDLE, SLOW = 0.8, 1.2  # seconds
+MOST = 2  # requests at once
+LARGE = 16 << 20  # bytes; more than the system holds of what nobody reads
 HALF = b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: "
 
 
 async def answer(scope, receive, send):
     await asyncio.sleep(SLOW if scope["path"] == "/slow" else 0)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
+    pieces = {"/large": [bytes(LARGE)], "/streamed": [bytes(1 << 16)] * (LARGE >> 16)}.get(scope["path"], [b"ok"])
+    headers = [(b"content-length", str(sum(map(len, pieces))).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for number, piece in enumerate(pieces, 1):
+        await send({"type": "http.response.body", "body": piece, "more_body": number < len(pieces)})
 
 
 @pytest.fixture(scope="module")
 def port():
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = RequestLimit(answer, max_requests=2)
+        app = RequestLimit(answer, max_requests=MOST)
         options = {"http": AskingProtocol, "timeout_keep_alive": IDLE, "lifespan": "off", "log_level": "error"}
         server = uvicorn.Server(uvicorn.Config(app, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -92,6 +98,35 @@ def test_a_connection_that_asks_again_in_time_stays_and_an_answer_that_takes_lon
         piped.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         piped.settimeout(20)
         assert b"".join(iter(lambda: piped.recv(1000), b"")).count(b"200 OK") == 2
+
+
+@pytest.mark.parametrize("path", ["/large", "/streamed"])
+def test_a_reply_that_is_not_read_holds_no_request_and_one_that_is_read_slowly_comes_whole(port, path):
+    asking = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    unread = [socket.create_connection(("127.0.0.1", port)) for _ in range(MOST)]
+    for connection in unread:
+        connection.sendall(asking)
+    deadline = time.monotonic() + 20
+    while ask(connect(port)) != 200:
+        assert time.monotonic() < deadline
+        time.sleep(IDLE / 4)
+    time.sleep(3 * IDLE)  # an answer in one piece is over for the application before anybody has read it
+    for connection in unread:
+        assert len(read_all(connection)) < LARGE
+    with socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(asking)
+        assert len(read_all(slow, pause=IDLE / 8, size=LARGE // 16)) > LARGE
+
+
+def read_all(connection: socket.socket, *, pause: float = 0.0, size: int = 1 << 20) -> bytes:
+    """What comes until the other side ends it, with a pause after so many bytes."""
+    connection.settimeout(20)
+    read = b""
+    with suppress(ConnectionResetError):
+        while some := connection.recv(size, socket.MSG_WAITALL):
+            read += some
+            time.sleep(pause)
+    return read
 
 
 def test_requests_beyond_so_many_at_once_are_refused_and_taken_again_after():
