@@ -100,8 +100,8 @@ def add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG | STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         """Answers a conversation; with `stream`, as server-sent events that end in [DONE]."""
-        record, images, length = await unless_gone(request, service.prepare(body))
-        asked = service.ask(body, record, images, length)
+        images, input_ids = await unless_gone(request, service.prepare(body))
+        asked = service.ask(body, images, input_ids)
         try:
             # A question that cannot be asked is refused before anything is sent.
             first = await unless_gone(request, asked.next())

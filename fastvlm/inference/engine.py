@@ -146,18 +146,21 @@ class Engine:
         """Prompt ids of a record, opening the assistant's turn (or going on with a document).
 
         Args:
-            record: see `encode_record`; or `{"input_ids": [...]}`, a prompt without images that is ids already.
+            record: see `encode_record`; or `{"input_ids": [...]}`, a prompt that is ids already, slots of images among
+                them.
             slots: visual tokens of each image.
 
         Raises:
-            ValueError: image parts and images differ in number; the prompt and its answer are longer than the model
-                can be.
+            ValueError: image parts and images, or their slots and visual tokens, differ in number; the prompt and its
+                answer are longer than the model can be.
         """
-        if (parts := count_images(record)) != len(slots):
-            raise ValueError(f"the prompt has {parts} image slots, but {len(slots)} images were given")
         input_ids = record.get("input_ids")
         if input_ids is None:
+            if (parts := count_images(record)) != len(slots):
+                raise ValueError(f"the prompt has {parts} image slots, but {len(slots)} images were given")
             input_ids = encode_record(record, self.tokenizer, tokens_per_image=slots, prompt=True).input_ids
+        elif (held := input_ids.count(self.tokenizer.image_id)) != sum(slots):
+            raise ValueError(f"the prompt has {held} slots of images, whose visual tokens are {sum(slots)}")
         if not input_ids:
             raise ValueError("the prompt is empty: there is no token to go on from")
         length, limit = len(input_ids), self.model.llm.max_positions

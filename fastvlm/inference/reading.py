@@ -1,6 +1,6 @@
-"""What a request brings, read in threads: the length of its text, its files, their views.
+"""What a request brings, read in threads: its text as tokens, its files, their views.
 
-Whoever waits for another host waits in threads apart, and a text that takes long to count is counted apart, one at a
+Whoever waits for another host waits in threads apart, and a text that takes long to encode is encoded apart, one at a
 time. So neither holds up the others, and of what a request may make of memory there is a bound.
 """
 
@@ -36,37 +36,37 @@ class Reader:
         # One for each request there may be: none waits longer than for its own images.
         self._downloads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="downloads")
         self._bound = TextBound(engine.tokenizer.hf.backend_tokenizer)
-        self._short, self._long = Counter(engine.tokenizer), Counter(engine.tokenizer)
+        self._short, self._long = TokenizerThread(engine.tokenizer), TokenizerThread(engine.tokenizer)
 
-    async def read(self, record: dict, urls: Sequence[str], *, max_tokens: int) -> tuple[list[Tensor], int]:
-        """The views of a request's images and its length in tokens. What is too long is refused before it is computed.
+    async def read(self, record: dict, urls: Sequence[str], *, max_tokens: int) -> tuple[list[Tensor], list[int]]:
+        """The views of a request's images, and its prompt as ids. What is too long is refused before it is computed.
 
         Raises:
             ValueError: too many tokens, or an image that cannot be read.
         """
         one = self.engine.tokens_per_image
-        length = await self._measure(record, [one] * len(urls), max_tokens)  # a view each at the least
+        input_ids = await self._encode(record, [one] * len(urls), max_tokens)  # a view each at the least
         if not urls:
-            return [], length
+            return [], input_ids
         away = self._downloads if any(map(self.fetch.is_away, urls)) else None
         loop = asyncio.get_running_loop()
         files = await loop.run_in_executor(away, self.fetch.all, urls)
         images = await asyncio.to_thread(self._views, files)
         views = [len(image) if image.ndim == 4 else 1 for image in images]
         if sum(views) > len(images):
-            length = await self._measure(record, [one * count for count in views], max_tokens)
-        return images, length
+            input_ids = await self._encode(record, [one * count for count in views], max_tokens)
+        return images, input_ids
 
-    async def _measure(self, record: dict, slots: Sequence[int], max_tokens: int) -> int:
+    async def _encode(self, record: dict, slots: Sequence[int], max_tokens: int) -> list[int]:
         texts = [text for message in record["messages"] for text in texts_of(message["content"])]
         characters = sum(map(len, texts))
         remedy = f"more than the {max_tokens} this server reads: shorten it or use fewer images"
         if self._bound.exceeded(texts, max_tokens=max_tokens):
             raise ValueError(f"the prompt has {characters} characters, in tokens {remedy}")
-        length = await (self._short if characters <= LONG else self._long).count(record, slots)
-        if length > max_tokens:
-            raise ValueError(f"the prompt has {length} tokens ({sum(slots)} of images), {remedy}")
-        return length
+        input_ids = await (self._short if characters <= LONG else self._long).encode(record, slots)
+        if len(input_ids) > max_tokens:
+            raise ValueError(f"the prompt has {len(input_ids)} tokens ({sum(slots)} of images), {remedy}")
+        return input_ids
 
     def _views(self, files: Sequence[bytes]) -> list[Tensor]:
         for data in files:
@@ -76,19 +76,19 @@ class Reader:
         return self.engine.read_images(files)
 
 
-class Counter:
-    """Counts tokens in a thread, with a tokenizer of its own: one is for one thread at a time."""
+class TokenizerThread:
+    """Makes prompts into ids in a thread, with a tokenizer of its own: one is for one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="counting")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
-    async def count(self, record: dict, slots: Sequence[int]) -> int:
-        """Of a prompt whose images take these slots."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._count, record, slots)
+    async def encode(self, record: dict, slots: Sequence[int]) -> list[int]:
+        """A prompt whose images take these slots."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, record, slots)
 
-    def _count(self, record: dict, slots: Sequence[int]) -> int:
-        return len(encode_record(record, self._tokenizer, tokens_per_image=slots, prompt=True).input_ids)
+    def _encode(self, record: dict, slots: Sequence[int]) -> list[int]:
+        return encode_record(record, self._tokenizer, tokens_per_image=slots, prompt=True).input_ids
 
 
 def texts_of(content: str | Sequence[dict]) -> list[str]:

@@ -64,8 +64,8 @@ class Service:
 
     # ----------------------------------------------------------------------------------------------------- questions
 
-    async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[dict, list, int]:
-        """Record, views and prompt tokens of a request; files are read in threads, the event loop goes on.
+    async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[list, list[int]]:
+        """A request's views and its prompt as ids; all is read in threads, the event loop goes on.
 
         Raises:
             Refused: another model, too many images, or one that cannot be read.
@@ -80,12 +80,12 @@ class Service:
         # Where its attention is asked for the answer is part of what is read, and may be as long as this server writes.
         most = limits.max_prompt_tokens + (limits.max_new_tokens if isinstance(body, AttentionRequest) else 0)
         try:
-            return record, *await self.reader.read(record, urls, max_tokens=most)
+            return await self.reader.read(record, urls, max_tokens=most)
         except ValueError as error:
             raise Refused(400, str(error).splitlines()[0]) from None
 
-    def ask(self, body: ChatRequest, record: dict, images: Sequence, length: int) -> Asked:
-        """Give the question, of `length` tokens, to the scheduler.
+    def ask(self, body: ChatRequest, images: Sequence, input_ids: list[int]) -> Asked:
+        """Give what `prepare` made of the question to the scheduler.
 
         Raises:
             Refused: too many questions wait.
@@ -98,10 +98,10 @@ class Service:
 
         seed = body.seed if body.seed is not None else random.getrandbits(62)
         job = Job(
-            record=record,
+            record={"input_ids": input_ids},
             images=images,
             sampling=Sampling(body.temperature or 0.0, body.top_k or 0, 1.0 if body.top_p is None else body.top_p),
-            max_new_tokens=self._room(body, length),
+            max_new_tokens=self._room(body, len(input_ids)),
             stop=body.stop_strings,
             seed=seed % 2**63,
             tell=tell,
@@ -176,11 +176,11 @@ class Service:
         Raises:
             Refused: no image, a conversation that cannot be read, or a busy server.
         """
-        record, images, _ = await self.prepare(body)
+        images, _ = await self.prepare(body)
         if not images:
             raise Refused(400, "there is no image whose regions could be shown")
         try:
-            views = await self.scheduler.call(attend(self.engine, record, images))
+            views = await self.scheduler.call(attend(self.engine, body.record()[0], images))
         except Busy:
             raise busy() from None
         except (ValueError, Stopped) as error:

@@ -261,6 +261,9 @@ def test_mistakes_are_named_in_one_line(engine, tiny_tokenizer):
         "1 image slots, but 0 images": lambda: engine.generate([asked], [[]]),
         "1 image slots, but 2 images": lambda: engine.generate([asked], [[draw_image(0), draw_image(1)]]),
         r"the engine takes uint8 .3, 32, 32.": lambda: engine.encode_images([torch.zeros(3, 8, 8, dtype=torch.uint8)]),
+        "has 1 slots of images, whose visual tokens are 4": lambda: engine.generate(
+            [{"input_ids": [5, engine.tokenizer.image_id]}], [[draw_image(0)]]
+        ),
         "2 records came with 1 lists": lambda: engine.generate([asked, asked], [[draw_image(0)]]),
         "the prompt is empty": lambda: engine.generate([{"document": ""}], [[]]),
         "temperature=-1": lambda: engine.generate([asked], [[draw_image(0)]], temperature=-1.0),

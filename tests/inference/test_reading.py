@@ -37,10 +37,10 @@ def test_those_who_wait_for_other_hosts_hold_up_nobody_else(engine):
             waiting = [asyncio.create_task(away()) for _ in range(48)]
             await asyncio.sleep(0.1)
             for urls in ([], [DATA]):
-                images, length = await asyncio.wait_for(
+                images, input_ids = await asyncio.wait_for(
                     reader.read(asked("which digit", images=len(urls)), urls, max_tokens=200), timeout=20
                 )
-                assert len(images) == len(urls) and length > 0
+                assert len(images) == len(urls) and input_ids
             assert not any(task.done() for task in waiting)
             silent.close()
             for task in asyncio.as_completed(waiting):
@@ -50,27 +50,27 @@ def test_those_who_wait_for_other_hosts_hold_up_nobody_else(engine):
         asyncio.run(check())
 
 
-def test_a_text_that_takes_long_to_count_holds_up_no_other(engine, monkeypatch):
+def test_a_text_that_takes_long_to_encode_holds_up_no_other(engine, monkeypatch):
     reader, gate = Reader(engine, parse_settings(["run=tiny"])), threading.Event()
-    count = reading.Counter._count
-    slow = lambda self, record, slots: (len(str(record)) < LONG or gate.wait(20)) and count(self, record, slots)
-    monkeypatch.setattr(reading.Counter, "_count", slow)
+    encode = reading.TokenizerThread._encode
+    slow = lambda self, record, slots: (len(str(record)) < LONG or gate.wait(20)) and encode(self, record, slots)
+    monkeypatch.setattr(reading.TokenizerThread, "_encode", slow)
     many = 10**6
 
     async def check():
         long = asyncio.create_task(reader.read(asked("digit " * LONG), [], max_tokens=many))
         await asyncio.sleep(0.05)
-        assert (await asyncio.wait_for(reader.read(asked("digit"), [], max_tokens=many), timeout=15))[1] > 0
+        assert (await asyncio.wait_for(reader.read(asked("digit"), [], max_tokens=many), timeout=15))[1]
         assert not long.done()
         gate.set()
-        assert (await long)[1] >= LONG
+        assert len((await long)[1]) >= LONG
 
     asyncio.run(check())
 
 
 def test_what_is_too_long_by_its_characters_is_never_made_into_tokens(engine, monkeypatch):
     reader = Reader(engine, parse_settings(["run=tiny"]))
-    monkeypatch.setattr(reading.Counter, "_count", lambda *_: pytest.fail("it was counted"))
+    monkeypatch.setattr(reading.TokenizerThread, "_encode", lambda *_: pytest.fail("it was encoded"))
     with pytest.raises(ValueError, match=r"has 6000000 characters, in tokens more than the 200 this server reads"):
         asyncio.run(reader.read(asked("a b" * 2_000_000), [], max_tokens=200))
 

@@ -21,7 +21,7 @@ from PIL import Image
 from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
-from fastvlm.inference.engine import Engine
+from fastvlm.inference.engine import Engine, Generation
 from fastvlm.inference.protocol import ChatRequest
 from fastvlm.inference.replies import BodyLimit, Refused
 from fastvlm.inference.sampling import Sampling
@@ -219,18 +219,29 @@ def test_an_answer_may_be_asked_longer_than_server_and_model_let_it_be(server, r
 def test_a_prompt_that_leaves_the_model_no_room_is_refused(reference):
     service = Service(reference, parse_settings(["run=tiny", "max_prompt_tokens=400"]))
 
-    async def ask(text):
-        body = ChatRequest(model="tiny", messages=[{"role": "user", "content": text}])
-        asked = service.ask(body, *await service.prepare(body))
-        while (told := await asked.next())[0] == "text":
-            pass
-        return told[1]
-
     try:
-        fitting = asyncio.run(ask("digit " * 240))
+        fitting = asyncio.run(ask(service, [{"role": "user", "content": "digit " * 240}]))
         assert 0 < len(fitting.token_ids) == 256 - fitting.num_prompt_tokens < 256 // 4
         with pytest.raises(Refused, match="the model ends at 256"):
-            asyncio.run(ask("digit " * 260))
+            asyncio.run(ask(service, [{"role": "user", "content": "digit " * 260}]))
+    finally:
+        service.scheduler.stop()
+
+
+async def ask(service: Service, messages: list[dict]) -> Generation:
+    body = ChatRequest(model="tiny", messages=messages)
+    asked = service.ask(body, *await service.prepare(body))
+    while (told := await asked.next())[0] == "text":
+        pass
+    return told[1]
+
+
+def test_a_prompt_is_made_into_tokens_once_and_not_while_others_are_answered(reference, monkeypatch):
+    wanted = expected(reference, "which digit", 1, 2, max_new_tokens=9).token_ids
+    service = Service(reference, parse_settings(["run=tiny"]))
+    monkeypatch.delattr("fastvlm.inference.engine.encode_record")
+    try:
+        assert asyncio.run(ask(service, with_images("which digit", 1, 2))).token_ids[:9] == wanted
     finally:
         service.scheduler.stop()
 
