@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from fastvlm.config import check, compose
 from tests.conftest import TINY
 
 ALIGN = [*TINY, "pipeline=align", "stages.align.steps=2"]
@@ -36,10 +37,26 @@ def one_line(done, *words: str) -> None:
         ("stages.align.mixture.weights.captoins=3", ["captoins", "captions"]),
         ("tokenizer.template=chatm", ["tokenizer.template=chatm", "chatml"]),
         ("hardware.accelerator=gpu", ["no CUDA device", "hardware=cpu"]),
+        ("stages.align.mixture=embedded_base", ["choose a file of conf/mixture/", "mixture@stages.align.mixture=em"]),
+        ("mixture=embedded_base", ["every stage has its own", "mixture@stages.align.mixture=<name>"]),
+        ("batch_size=4", ["every stage has its own", "stages.align.batch_size="]),
+        ("lr=1e-3", ["unknown key lr", "stages.align.trainable.<part>=<rate>"]),
+        ("resampler", ["resampler is not key=value"]),
+        ("seed=0,1", ["seed=0,1", "add -m"]),
     ],
 )
 def test_a_typo_or_a_wrong_value_is_one_line_with_the_nearest_right_name(cli, argument, words):
     one_line(cli("train.py", *ALIGN, "name=typo", argument, check=False), *words)
+
+
+def test_a_rate_of_no_part_is_refused_before_the_first_stage_trains():
+    config = compose("train", ["stages.instruct.trainable.projectr=1e-3"])
+    with pytest.raises(ValueError, match="stages.instruct.trainable: .*'projectr'.* the nearest name is projector"):
+        check(config)
+
+
+def test_an_evaluation_of_no_run_asks_for_one(cli):
+    one_line(cli("eval.py", check=False), "checkpoint=<run directory> must be given")
 
 
 def test_a_source_without_shards_and_a_task_of_no_run_are_one_line(cli, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,9 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     from fastvlm.study.arms import expand
 
     register()
-    typed = shlex.join(sys.argv)
+    typed = shlex.join(["python", *sys.argv])
+    if {"--help", "-h", "--cfg", "-c", "--info", "-i"}.intersection(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a list that is only read
     try:
         sys.argv[1:] = relax(expand(sys.argv[1:]))
     except ValueError as error:

@@ -32,6 +32,10 @@ def explain(error: BaseException, config_name: str) -> str:
     full_key = re.search(r"full_key: (\S+)", full)
     if match := re.search(r"Could not find '([^']+)'", full):
         return no_option(match[1], config_name)
+    if match := re.match(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values are a sweep, add -m; one value with commas is written [a,b] or in quotes"
+    if (override := getattr(error, "override", None)) is not None:  # Hydra's parser could not read it
+        return f"{override} is not key=value (quote it where the shell cuts it at spaces, brackets or braces)"
     if match := re.search(r"Could not override '([^']+)'", full):
         return f"unknown key {match[1]}{nearest(match[1].split('@')[0], config_name)}"
     if match := re.search(r"In '([^']+)':.*?(?:Key '([^']+)'|full_key: (\S+))", full, re.S):
@@ -62,10 +66,19 @@ def no_option(path: str, config_name: str) -> str:
 def nearest(key: str, config_name: str) -> str:
     """The end of a line about an unknown key: the key or group that was meant, or where all of them are listed."""
     try:
-        plain = OmegaConf.to_container(compose(config_name), resolve=False)
+        chosen = [o for o in sys.argv[1:] if o.startswith("pipeline=")]  # its stages are the keys
+        plain = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     except Exception:  # noqa: BLE001  the configuration itself is broken: no hint to give
         return ""
     key, groups = key.lstrip("+~"), [p.name for p in CONF.iterdir() if p.is_dir()]
+    if stages := plain.get("stages"):
+        first = next(iter(stages))
+        if key in ("mixture", "optimizer"):
+            return f": every stage has its own; write {key}@stages.{first}.{key}=<name> (stages: {', '.join(stages)})"
+        if key in stages[first]:
+            return f": every stage has its own; write stages.{first}.{key}=... (stages: {', '.join(stages)})"
+        if key in ("lr", "learning_rate"):
+            return f": every part of a stage has its own; write stages.{first}.trainable.<part>=<rate> (stages: {', '.join(stages)})"
     near = difflib.get_close_matches(key, list(dotted(plain)), 1, 0.6) or difflib.get_close_matches(key, groups, 1, 0.6)
     return f"; did you mean {near[0]}?" if near else f"; see `python {config_name}.py --cfg job` for every key"
 

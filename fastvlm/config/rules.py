@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,9 +33,14 @@ def check(config: DictConfig, *, images: bool = True) -> None:
         ValueError: with one broken rule a line.
     """
     wrong = []
+    if OmegaConf.is_missing(config, "checkpoint"):
+        wrong.append("checkpoint=<run directory> must be given, such as checkpoint=runs/latest")
     for name, stage in config.get("stages", {}).items():
         if config.get("max_steps"):
             stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
+        if calls := list(wrong_calls(stage, where=f"stages.{name}")):
+            wrong += calls
+            continue
         wrong += wrong_stage(stage, where=f"stages.{name}", pretrained=bool(config.get("vlm")))
         wrong += wrong_image(stage, where=f"stages.{name}") if images else ()
     if config.get("speed_images", 0) < 0:
@@ -45,6 +51,18 @@ def check(config: DictConfig, *, images: bool = True) -> None:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
     if wrong:
         raise ValueError("\n".join(wrong))
+
+
+def wrong_calls(stage: DictConfig, *, where: str) -> Iterator[str]:
+    """What is wrong with the constructor calls of a stage: one is missing, or a name where its mapping belongs."""
+    for key in ("objective", "mixture", "optimizer"):
+        if OmegaConf.is_missing(stage, key):
+            yield f"{where}.{key} must be given; conf/stage/ has stages in full"
+        elif isinstance(stage[key], str):
+            name, wanted = stage[key], f"choose a file of conf/{key}/ by {key}@{where}.{key}={stage[key]}"
+            if key == "objective":
+                wanted = f"name the class by {where}.objective._target_={name}"
+            yield f"{where}.{key} is a mapping, {name} is a name: {wanted}"
 
 
 def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[str]:
@@ -60,12 +78,23 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
         yield f"{where}.image_size=null is a pretrained model's own size; give a number, or choose a vlm"
     if unknown := set(stage.parts) - set(PARTS):
         yield f"{where}.parts: {', '.join(unknown)} is none of {', '.join(PARTS)}"
+    yield from wrong_patterns(stage, where=where)
     yield from wrong_short_forms(stage, where=where)
     yield from wrong_adapt(stage, where=where)
     if stage.decay not in DECAYS:
         yield f"{where}.decay={stage.decay} is none of {', '.join(DECAYS)}"
     if stage.decay_steps is not None and not stage.decay.startswith("wsd"):
         yield f"{where}.decay_steps is for decay=wsd and wsd_sqrt; {stage.decay} decays over the whole stage"
+
+
+def wrong_patterns(stage: DictConfig, *, where: str) -> Iterator[str]:
+    """Patterns of `trainable` below no part: they can match nothing, and the stage may begin hours from now."""
+    for pattern in stage.trainable:
+        part = str(pattern).split(".")[0]
+        if part not in PARTS and not set(part) & set("*?["):
+            near = difflib.get_close_matches(part, PARTS, 1, 0.4)
+            hint = f"; the nearest name is {near[0]}" if near else f"; the parts are {', '.join(PARTS)}"
+            yield f"{where}.trainable: the pattern {pattern!r} matches no parameter of the model{hint}"
 
 
 def wrong_image(stage: DictConfig, *, where: str) -> Iterator[str]:
