@@ -67,6 +67,26 @@ def test_a_source_without_shards_and_a_task_of_no_run_are_one_line(cli, tmp_path
     one_line(cli("eval.py", "checkpoint=nowhere", check=False), "nowhere holds no run")
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (
+            "stages.last.mixture.sources.captions.path={empty}",
+            "stages.last.mixture: source captions: {empty}: no shards",
+        ),
+        ("task.sources.reading.path={empty}", "task.sources.reading: no shards in {empty}"),
+    ],
+)
+def test_shards_that_a_later_stage_or_the_task_needs_are_asked_for_before_the_first_stage(
+    cli, tmp_path, argument, words
+):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    two = [*(o for o in ALIGN if o != "~task"), "+stage@stages.last=align", argument.format(empty=empty), "name=later"]
+    one_line(cli("train.py", *two, check=False), words.format(empty=empty))
+    assert not (tmp_path / "runs" / "stages").exists()
+
+
 def test_a_handoff_of_another_tokenizer_or_a_damaged_one_is_refused_and_left_alone(cli, tmp_path):
     cli("train.py", *ALIGN, "name=one")
     (stage,) = (tmp_path / "runs" / "stages").iterdir()

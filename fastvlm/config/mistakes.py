@@ -72,13 +72,13 @@ def nearest(key: str, config_name: str) -> str:
         return ""
     key, groups = key.lstrip("+~"), [p.name for p in CONF.iterdir() if p.is_dir()]
     if stages := plain.get("stages"):
-        first = next(iter(stages))
+        first, own = next(iter(stages)), f": every stage has its own ({', '.join(stages)}); write "
         if key in ("mixture", "optimizer"):
-            return f": every stage has its own; write {key}@stages.{first}.{key}=<name> (stages: {', '.join(stages)})"
+            return f"{own}{key}@stages.{first}.{key}=<name>"
         if key in stages[first]:
-            return f": every stage has its own; write stages.{first}.{key}=... (stages: {', '.join(stages)})"
+            return f"{own}stages.{first}.{key}=<value>"
         if key in ("lr", "learning_rate"):
-            return f": every part of a stage has its own; write stages.{first}.trainable.<part>=<rate> (stages: {', '.join(stages)})"
+            return f"{own}stages.{first}.trainable.<part>=<rate>"
     near = difflib.get_close_matches(key, list(dotted(plain)), 1, 0.6) or difflib.get_close_matches(key, groups, 1, 0.6)
     return f"; did you mean {near[0]}?" if near else f"; see `python {config_name}.py --cfg job` for every key"
 

@@ -51,10 +51,7 @@ def load_index(
     shards = list_shards(folder, split, names)
     folder = folder if isinstance(folder, (list, tuple)) or is_remote(folder) else Path(folder)
     if not shards:
-        raise ValueError(
-            f"{folder}: no shards {names or f'{split}-*.tar'}; write them with `python data/prepare.py`, "
-            "or point the source's path at them"
-        )
+        raise ValueError(no_shards(folder, split, names))
     fingerprint, where = tokenizer.fingerprint, [place_of(shard) for shard in shards]
     look = functools.partial(open_sidecar, fingerprint=fingerprint)
     with ThreadPoolExecutor(min(16, len(shards))) as pool:
@@ -74,6 +71,13 @@ def load_index(
     index = join_sidecars(opened, folder=folder, split=split, shards=shards, fingerprint=fingerprint)
     check_keys(index)
     return index
+
+
+def no_shards(folder: str | Path | Sequence[str], split: str, names: str | None) -> str:
+    return (
+        f"{folder}: no shards {(names if split == 'train' else None) or f'{split}-*.tar'}; write them with "
+        "`python data/prepare.py` (a file of conf/source/ begins with its command), or point the source's path at them"
+    )
 
 
 def place_of(shard: Path | RemoteShard) -> str:

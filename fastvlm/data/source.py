@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import Text, with_system, with_system_text, without_images, without_images_text
-from fastvlm.data.index import list_shards, load_index
+from fastvlm.data.index import list_shards, load_index, no_shards
 from fastvlm.data.remote import is_remote
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.tokens import Tokenizer
@@ -87,6 +87,14 @@ class Source:
 
     def has_split(self, split: str) -> bool:
         return bool(list_shards(self.path, split, self.shards))
+
+    def require(self, split: str) -> None:
+        """
+        Raises:
+            ValueError: no shards of the split.
+        """
+        if not self.has_split(split):
+            raise ValueError(f"source {self.name}: {no_shards(self.path, split, self.shards)}")
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
         """Index of a split.

@@ -15,6 +15,7 @@ from fastvlm.build import (
     build_task,
     build_tokenizer,
     build_transform,
+    ensure_embedded,
     instantiate,
     part_seed,
     settle_views,
@@ -26,6 +27,7 @@ from fastvlm.models.recompute import recompute_layers
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
 from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
+from fastvlm.pipeline.shards_there import check_shards
 from fastvlm.pipeline.stage_run import StageRun
 from fastvlm.report import write_report
 from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
@@ -59,6 +61,8 @@ class Pipeline:
             check_run_dir(self.run_dir, resolved=self.resolved)
             if self.config.data.on_change == "replan" and not (self.run_dir / "config.yaml").exists():
                 say(f"data.on_change=replan: {self.run_dir} holds no run to go on with; name=<the run's own> finds it")
+        ensure_embedded(self.config)
+        check_shards(self.config)
         self.build()
         if is_first_rank():  # what cannot be built takes no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
