@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.benchmark import Benchmark
 from fastvlm.evaluation.few_shot import draw_examples, score_after
 from fastvlm.evaluation.panel import Panel
 from fastvlm.evaluation.prompts import Prompt
-from fastvlm.evaluation.questions import encode_once, read_questions
+from fastvlm.evaluation.questions import Question
 from fastvlm.inference.engine import Engine
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import Tokenizer
@@ -65,7 +66,6 @@ class FewShotPanel(Panel):
     ) -> dict:
         options = {"image_size": image_size, "transform": transform, "device": device}
         result = super().run(model, tokenizer, **options, out=out)
-        result["metrics"] |= self.score_shots(Engine(model, tokenizer, **options))
         for count in self.benchmark_shots if self.benchmarks else ():
             figures = []
             for name, benchmark in self.benchmarks.items():
@@ -80,14 +80,15 @@ class FewShotPanel(Panel):
             result["metrics"][f"test/benchmarks/shots/{count}"] = sum(figures) / len(figures)
         return result
 
-    def score_shots(self, engine: Engine) -> dict[str, float]:
+    def measure(
+        self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
+    ) -> dict[str, float]:
+        return super().measure(engine, questions, visual) | self.score_shots(engine, questions, visual)
+
+    def score_shots(
+        self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
+    ) -> dict[str, float]:
         """The metrics of every k."""
-        questions = []
-        for name, source in self.sources.items():
-            index = source.load(self.split, engine.tokenizer)
-            rows, _ = source.select(index)
-            questions += read_questions(index, source=name, limit=self.limit, transform=engine.transform, rows=rows)
-        visual = encode_once(engine, questions)
         drawn = draw_examples(questions, count=max(self.shots))
         metrics = {}
         for count in self.shots:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answer_speed import first_token_ms
 from fastvlm.evaluation.likelihood import token_nll
-from fastvlm.evaluation.questions import read_questions
+from fastvlm.evaluation.questions import Question, first_of_types
 from fastvlm.evaluation.short_answers import ShortAnswers
 from fastvlm.inference.engine import Engine
 from fastvlm.models.vlm import VLM
@@ -60,15 +61,18 @@ class Panel(ShortAnswers):
         for row in result["table"]:
             if not row["mean"] and row["nll"] is not None:
                 result["metrics"][f"test/answer_nll/{row['type']}"] = row["nll"]
-        engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
-        for name, source in self.held_out.items():
-            result["metrics"] |= self.score_records(engine, name, source)
-        if self.first_token:
-            name, source = next(iter(self.sources.items()))
-            index = source.load(self.split, tokenizer)
-            asked = read_questions(index, source=name, limit=1, transform=engine.transform)
-            result["metrics"] |= first_token_ms(engine, asked[: self.first_token])
         return result
+
+    def measure(
+        self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
+    ) -> dict[str, float]:
+        metrics = {}
+        for name, source in self.held_out.items():
+            metrics |= self.score_records(engine, name, source)
+        if self.first_token:
+            asked = first_of_types(questions, source=next(iter(self.sources)), count=1)
+            metrics |= first_token_ms(engine, asked[: self.first_token])
+        return metrics
 
     def score_records(self, engine: Engine, name: str, source: Source) -> dict[str, float]:
         index = source.load(self.split, engine.tokenizer)

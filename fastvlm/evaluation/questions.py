@@ -97,6 +97,17 @@ def read_questions(
     return questions
 
 
+def first_of_types(questions: Sequence[Question], *, source: str, count: int) -> list[Question]:
+    """The first `count` questions of every type of a source, in order."""
+    taken: dict[str, int] = defaultdict(int)
+    found = []
+    for question in questions:
+        if question.source == source and taken[question.type] < count:
+            taken[question.type] += 1
+            found.append(question)
+    return found
+
+
 def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
     """Visual tokens (T, D) of every question's images; an image several questions ask about is encoded once."""
     images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}

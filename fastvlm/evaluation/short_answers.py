@@ -36,6 +36,7 @@ CONDITIONS = ("real", "removed", "swapped")
 def evaluate_answers(
     engine: Engine,
     questions: Sequence[Question],
+    visual: Sequence[Sequence[Tensor]] | None = None,
     *,
     majorities: dict[str, str] | None = None,
     formed: Sequence[str] = (),
@@ -45,6 +46,7 @@ def evaluate_answers(
     """Greedy answers with the real images, with none, and with another question's; likelihood of the references.
 
     Args:
+        visual: visual tokens (T, D) of every question's images; None encodes them.
         majorities: the most frequent training answer to each type, scored as if it were always given.
         formed: types whose mean is reported on its own.
 
@@ -61,7 +63,7 @@ def evaluate_answers(
         have = ", ".join(sorted({q.type for q in questions}))
         raise ValueError(f"task.formed names {unknown[0]}, but the questions are of the types {have}")
     partners = swap_partners(questions)
-    visual = encode_once(engine, questions)
+    visual = encode_once(engine, questions) if visual is None else visual
     seen = {
         "real": visual,
         "removed": [[] for _ in visual],
@@ -169,9 +171,11 @@ class ShortAnswers:
             if source.has_split("train"):
                 index = source.load("train", tokenizer)
                 majorities |= count_majorities(index, source=name, rows=source.select(index)[0])
+        visual = encode_once(engine, questions)
         result = evaluate_answers(
             engine,
             questions,
+            visual,
             majorities=majorities,
             formed=self.formed,
             batch_size=self.batch_size,
@@ -180,6 +184,7 @@ class ShortAnswers:
         if self.text is not None:
             result["metrics"] |= self.score_text(engine.model, tokenizer)
             result["text_perplexity"] = {"after": result["metrics"]["test/text_perplexity"]}
+        result["metrics"] |= self.measure(engine, questions, visual)
         if out is not None:
             lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in result["predictions"])
             (Path(out) / "predictions").mkdir(parents=True, exist_ok=True)
@@ -187,6 +192,16 @@ class ShortAnswers:
             (Path(out) / "predictions" / "short_answers.jsonl").write_text(lines, encoding="utf-8")
             (Path(out) / "short_answers.md").write_text(render_markdown(result), encoding="utf-8")
         return result
+
+    def measure(
+        self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
+    ) -> dict[str, float]:
+        """Figures beside those of the answers.
+
+        Args:
+            visual: visual tokens (T, D) of every question's images.
+        """
+        return {}
 
     def render(self, result: dict) -> str:
         """The result as a table for the terminal."""

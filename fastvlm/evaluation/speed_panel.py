@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answer_speed import answer_speed, one_thread
 from fastvlm.evaluation.panel import Panel
-from fastvlm.evaluation.questions import read_questions
+from fastvlm.evaluation.questions import Question, first_of_types
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.levers import apply_levers
 from fastvlm.models.vlm import VLM
@@ -59,11 +61,20 @@ class SpeedPanel(Panel):
             if self.levers:
                 model = copy.deepcopy(model).to(device)
                 apply_levers(model, self.levers)
-            result = super().run(model, tokenizer, image_size=image_size, transform=transform, device=device, out=out)
-            options = {"image_size": image_size, "transform": transform, "device": device}
-            engine = Engine(model, tokenizer, **options, fast=self.fast_decoder)
-            name, source = next(iter(self.sources.items()))
-            asked = read_questions(source.load(self.split, tokenizer), source=name, limit=2, transform=engine.transform)
-            asked = [question for question in asked if question.images][: self.timed]
-            result["metrics"] |= answer_speed(engine, asked, second=self.second, tokens=self.tokens)
-            return result
+            return super().run(model, tokenizer, image_size=image_size, transform=transform, device=device, out=out)
+
+    def measure(
+        self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
+    ) -> dict[str, float]:
+        metrics = super().measure(engine, questions, visual)
+        asked = first_of_types(questions, source=next(iter(self.sources)), count=2)
+        asked = [question for question in asked if question.images][: self.timed]
+        timed = Engine(
+            engine.model,
+            engine.tokenizer,
+            image_size=engine.image_size,
+            transform=engine.transform,
+            device=engine.device,
+            fast=self.fast_decoder,
+        )
+        return metrics | answer_speed(timed, asked, second=self.second, tokens=self.tokens)

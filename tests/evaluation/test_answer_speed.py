@@ -10,6 +10,7 @@ from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answer_speed import OPENING, answer_speed, first_token_ms, opening
 from fastvlm.evaluation.questions import Question
+from fastvlm.inference.engine import Engine
 
 
 @pytest.fixture
@@ -95,16 +96,15 @@ def test_levers_are_pulled_on_a_copy(tiny_model, tiny_tokenizer, monkeypatch, tm
     scored = []
     threads: list[int] = []
 
-    def run(self, model, *_, **__):
+    def run(self, model, tokenizer, *, out, **options):
         scored.append(model)
         threads.append(torch.get_num_threads())
-        return {"metrics": {}}
+        return {"metrics": self.measure(Engine(model, tokenizer, **options), [], [])}
 
     monkeypatch.setattr(panel.Panel, "run", run)
-    monkeypatch.setattr(speed_panel, "read_questions", lambda *_, **__: [])
-    monkeypatch.setattr(speed_panel, "answer_speed", lambda engine, *_, **__: {"same": engine.model is scored[0]})
-
-    monkeypatch.setattr(Source, "load", lambda *_: None)
+    monkeypatch.setattr(
+        speed_panel, "answer_speed", lambda engine, *_, **__: {"same": float(engine.model is scored[0])}
+    )
     before = copy.deepcopy(tiny_model.state_dict())
     task = speed_panel.SpeedPanel({"questions": Source("questions", path=tmp_path)}, levers="bf16")
     many = torch.get_num_threads()

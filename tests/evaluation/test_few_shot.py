@@ -9,7 +9,7 @@ from tiny_vlm import IMAGE_SIZE, build_model, draw_png
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
-from fastvlm.evaluation import few_shot
+from fastvlm.evaluation import few_shot, short_answers
 from fastvlm.evaluation.answering import Asked, answer_window
 from fastvlm.evaluation.few_shot import draw_examples, score_after
 from fastvlm.evaluation.few_shot_panel import FewShotPanel
@@ -139,14 +139,20 @@ def test_an_example_changes_what_is_scored_and_its_image_does(engine, questions,
     assert abs(other[place][0] - after[place][0]) > 1e-4
 
 
-def test_a_panel_yields_every_number_of_shots_and_nothing_else_changes(source, engine, tiny_model, tiny_tokenizer):
+def test_a_panel_yields_every_number_of_shots_of_questions_that_it_reads_and_encodes_once(
+    source, engine, questions, visual, tiny_model, tiny_tokenizer, monkeypatch
+):
+    read, encoded = [], []
+    monkeypatch.setattr(short_answers, "read_questions", lambda *a, **o: read.append(a) or read_questions(*a, **o))
+    monkeypatch.setattr(short_answers, "encode_once", lambda *given: encoded.append(given) or encode_once(*given))
     task = FewShotPanel({"questions": source}, shots=[0, 2], first_token=0, limit=7, max_new_tokens=2, batch_size=8)
     metrics = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)["metrics"]
     assert metrics["test/answer_nll/shots/0"] == pytest.approx(metrics["test/answer_nll"], abs=1e-4)
     gain = metrics["test/answer_nll/shots/0"] - metrics["test/answer_nll/shots/2"]
     assert metrics["test/answer_nll_gain/2"] == gain != 0
     assert 0 <= metrics["test/exact_match/shots/2"] <= 1
-    again = task.score_shots(engine)
+    assert len(read) == len(encoded) == 1
+    again = task.score_shots(engine, questions, visual)
     assert again == {key: metrics[key] for key in again}
 
 
