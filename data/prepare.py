@@ -104,7 +104,7 @@ def parse_arguments(recipe, given: dict[str, str]) -> dict:
             raise ValueError(f"{key}={text} is not of type {kind.__name__}; the default is {default}") from None
     missing = [n for n, p in keys.items() if p.default is inspect.Parameter.empty and n not in values]
     if missing:
-        raise ValueError(f"{missing[0]}=... is missing: {recipe.__name__} needs it")
+        raise ValueError(f"{missing[0]}=... is missing: source={recipe.__name__.rpartition('.')[2]} needs it")
     return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -218,6 +219,7 @@ class Tokenizer:
         if template not in (*TEMPLATES, OWN):
             raise ValueError(f"tokenizer.template={template} is not one of {', '.join((*TEMPLATES, OWN))}")
         self.path = str(path)
+        logging.disable(logging.ERROR)  # the hub's client logs every retry
         try:
             self.hf = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
@@ -225,6 +227,8 @@ class Tokenizer:
                 f"tokenizer.path={path}: no tokenizer there ({str(error).splitlines()[0][:120]}); "
                 "make the embedded one with `python data/prepare.py source=embedded`, or name a local folder"
             ) from None
+        finally:
+            logging.disable(logging.NOTSET)
         if image_token == OWN:
             image_token = own_image_token(self.path, self.hf)
         self.image_token = image_token

@@ -28,6 +28,8 @@ def handoffs(runs: Path) -> dict[str, dict]:
 def test_a_chain_trains_hands_on_and_is_found_again(cli, tmp_path):
     first = cli("train.py", *CHAIN, "name=one")
     assert "report:" in first.stdout
+    assert "ask it: python -m fastvlm.inference.chat run=" in first.stdout.splitlines()[-1]
+    assert "pixel_mean" not in first.stdout  # the model's own buffers are one row of the proof
     manifests = handoffs(tmp_path / "runs")
     assert list(manifests) and set(manifests) == {"encoder", "base", "align", "dense", "instruct"}
     # Each stage hands on what it trained, and names where the rest came from.

@@ -183,7 +183,8 @@ class StageFreezing(L.Callback):
         live = {name for name, module in stage.model.named_modules() if name and module.training}
         moved = self.moved(stage.model)
         for name, tensor in tensors(stage.model):
-            part, is_parameter = name.split(".")[0], isinstance(tensor, nn.Parameter)
+            # The model's own buffers (the encoder's mean and deviation) belong to no part.
+            part, is_parameter = name.split(".")[0] if "." in name else "vlm", isinstance(tensor, nn.Parameter)
             # A buffer (BatchNorm statistics) may move only in a module that trains.
             learns = name in rates if is_parameter else name.rpartition(".")[0] in live
             row = rows.setdefault(

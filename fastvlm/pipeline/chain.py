@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,6 +184,8 @@ class Pipeline:
             if self.config.study:
                 write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": self.run_id})
         say(f"report: {report}")
+        if self.config.study is None and {"encoder", "llm"} <= set(list(self.config.stages.values())[-1].parts):
+            say(f"ask it: python -m fastvlm.inference.chat run={os.path.relpath(self.run_dir)} --image <file>")
 
 
 def stage_costs(metrics: dict) -> dict[str, float]:

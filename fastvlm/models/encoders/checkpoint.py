@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import timm
 import torch
@@ -22,6 +23,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         ValueError: the file cannot be read or is of another model; the tensors that are missing or of another shape
             are listed.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"encoder.checkpoint={path}: no such file; name a .safetensors or .pt file of its weights")
     state = fetch(
         lambda: timm.models.load_state_dict(path),
         what=f"encoder.checkpoint={path}",
