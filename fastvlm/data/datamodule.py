@@ -209,7 +209,7 @@ class MixtureDataModule(L.LightningDataModule):
 
     def _loader(self, dataset: PlannedDataset, *, start: int) -> PlanLoader:
         # A worker's batches that wait, the one it reads, and two that the model still has.
-        dataset.furnish(processes=max(1, self.num_workers), each=AHEAD + 3 if self.num_workers else 3)
+        dataset.furnish(workers=self.num_workers, each=AHEAD + 3 if self.num_workers else 3)
         return PlanLoader(
             dataset,
             sampler=StepSampler(len(dataset), start=start),

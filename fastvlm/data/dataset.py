@@ -107,9 +107,14 @@ class PlannedDataset(Dataset):
     def __len__(self) -> int:
         return self.plan.num_steps * self.accumulate
 
-    def furnish(self, *, processes: int = 1, each: int = 4) -> None:
+    def furnish(self, *, workers: int = 0, each: int = 4) -> None:
         """Read into rooms that are used again (see `Rooms`), before the processes that read are forked: as large as the
-        first steps ask for and a quarter more. A batch that needs more gets fresh memory."""
+        first steps ask for and a quarter more. A batch that needs more gets fresh memory.
+
+        Args:
+            workers: processes that read, beside this one.
+            each: rooms of a process.
+        """
         if self.features is None:
             first = [self.plan.step(i).rows for i in range(min(8, self.plan.num_steps))]
             views = max((sum(self._views(rows[self.rank :: self.world_size])) for rows in first), default=0)
@@ -117,7 +122,7 @@ class PlannedDataset(Dataset):
             pixels = 3 * self.image_size**2 * math.ceil(1.25 * views / self.accumulate)
             tokens = 5 * 8 * rows * self.plan.max_tokens
             with suppress(OSError):  # a system that promises no more memory than it has: batches get fresh memory
-                self._rooms = Rooms(num_bytes=pixels + tokens, processes=processes, each=each)
+                self._rooms = Rooms(num_bytes=pixels + tokens, processes=1 + workers, each=each)
 
     def __getitem__(self, index: int) -> Batch | Handed:
         number, micro = divmod(index, self.accumulate)
@@ -127,7 +132,7 @@ class PlannedDataset(Dataset):
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
         count, worker, place = sum(self._views(mine)), get_worker_info(), None
         if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
-            place = self._rooms.take(worker.id if worker else 0)
+            place = self._rooms.take(worker.id + 1 if worker else 0)
         # Decoded where they stay: a worker hands this very memory over.
         if place is None:
             return self._read_rows(mine, self._room(count, shared=worker is not None), **of_step)

@@ -99,7 +99,7 @@ class FeatureStore:
         for path in found:
             try:
                 offset, chunk_keys, chunk_views = self._open(path)
-            except (OSError, ValueError, KeyError, struct.error):
+            except (OSError, ValueError, LookupError, TypeError, struct.error):
                 path.unlink(missing_ok=True)
                 continue
             before = np.cumsum(chunk_views, dtype=np.int64) - chunk_views
@@ -119,10 +119,12 @@ class FeatureStore:
         """Where a chunk's features begin, its keys and its numbers of views.
 
         Raises:
-            OSError, ValueError, KeyError: not a whole chunk of this store.
+            OSError, ValueError, LookupError, TypeError: not a whole chunk of this store.
         """
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError(f"{path}: a header of {length} bytes")
             header = json.loads(file.read(length))
             base, arrays = 8 + length, {}
             for name, dtype in (("keys", np.uint8), ("views", np.int32)):

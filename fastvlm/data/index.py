@@ -13,11 +13,12 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
@@ -27,7 +28,7 @@ from fastvlm.data.planned_columns import read_planned
 from fastvlm.data.remote import RemoteShard, is_remote, locate_shards
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.data.shards import find_shards
-from fastvlm.data.sidecar import Sidecar, build_all, open_sidecar
+from fastvlm.data.sidecar import Sidecar, build_all, is_damaged, open_sidecar
 from fastvlm.data.source_index import ShardRows, SourceIndex
 from fastvlm.data.unique_keys import check_keys
 from fastvlm.tokens import Tokenizer
@@ -43,34 +44,93 @@ def load_index(
 ) -> SourceIndex:
     """Open the index of `<folder>/<split>-*.tar`, of those that `names` names, or of shards that lie elsewhere.
 
-    What is missing or stale is built.
+    What is missing, stale or damaged is built.
 
     Raises:
-        ValueError: no shards, two samples with one key, or, with `rebuild=False`, a sidecar that does not fit.
+        ValueError: no shards, two samples with one key, a shard that cannot be read or an index that cannot be written,
+            or, with `rebuild=False`, a sidecar that does not fit.
     """
     shards = list_shards(folder, split, names)
     folder = folder if isinstance(folder, (list, tuple)) or is_remote(folder) else Path(folder)
     if not shards:
         raise ValueError(no_shards(folder, split, names))
-    fingerprint, where = tokenizer.fingerprint, [place_of(shard) for shard in shards]
-    look = functools.partial(open_sidecar, fingerprint=fingerprint)
-    with ThreadPoolExecutor(min(16, len(shards))) as pool:
-        found = list(pool.map(look, shards))
-    unfit = [(place, why) for place, (opened, why) in zip(where, found) if opened is None]
-    if unfit and not rebuild:
-        (place, why), which = unfit[0], f"--shards {names!r}" if names and split == "train" else f"--split {split}"
+    which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
+
+    def refuse(place: str, why: str) -> None:
         raise ValueError(
             f"{place}.idx.parquet is {why}; rebuild it with `python -m fastvlm.data.index "
             f"{place if isinstance(folder, (list, tuple)) else folder} "
             f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
         )
+
+    def join() -> SourceIndex:
+        index = join_sidecars(opened, folder=folder, split=split, shards=shards, fingerprint=tokenizer.fingerprint)
+        check_keys(index)
+        return index
+
+    options = {"label": f"{folder}, {split}", "refuse": None if rebuild else refuse}
+    try:
+        opened = open_sidecars(shards, tokenizer, **options)
+        try:
+            return join()
+        except (OSError, pa.ArrowException):
+            if not remove_damaged(shards, opened, refuse=options["refuse"]):
+                raise
+        opened = open_sidecars(shards, tokenizer, **options)
+        return join()
+    except OSError as error:
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: {what}; its shards must be readable, and its index needs room beside them or in "
+            f"{cache_folder()} (FASTVLM_CACHE)"
+        ) from None
+
+
+def open_sidecars(
+    shards: Sequence[Path | RemoteShard],
+    tokenizer: Tokenizer,
+    *,
+    label: str,
+    refuse: Callable[[str, str], None] | None,
+) -> list[Sidecar]:
+    """The sidecars of shards; those that do not fit are built.
+
+    Args:
+        refuse: is called with a shard's name and what is wrong with its sidecar where that is not to be built.
+
+    Raises:
+        ValueError: from `refuse`; one does not fit right after it was built.
+        OSError: a shard cannot be read, or a sidecar not written.
+    """
+    look = functools.partial(open_sidecar, fingerprint=tokenizer.fingerprint)
+    with ThreadPoolExecutor(min(16, len(shards))) as pool:
+        found = list(pool.map(look, shards))
+    where = [place_of(shard) for shard in shards]
+    unfit = [(place, why) for place, (opened, why) in zip(where, found) if opened is None]
+    if unfit and refuse is not None:
+        refuse(*unfit[0])
     if unfit:
-        build_missing(found, shards, tokenizer, label=f"{folder}, {split}")
+        build_missing(found, shards, tokenizer, label=label)
     opened = [sidecar for sidecar, _ in found]
     warn_of_breaks(where, opened)
-    index = join_sidecars(opened, folder=folder, split=split, shards=shards, fingerprint=fingerprint)
-    check_keys(index)
-    return index
+    return opened
+
+
+def remove_damaged(
+    shards: Sequence[Path | RemoteShard], opened: Sequence[Sidecar], *, refuse: Callable[[str, str], None] | None
+) -> bool:
+    """Whether there were sidecars whose header is sound and whose columns are not; they are gone then.
+
+    Raises:
+        ValueError: from `refuse`, see `open_sidecars`.
+        OSError: one cannot be removed.
+    """
+    damaged = [(shard, one) for shard, one in zip(shards, opened) if is_damaged(one.path)]
+    for shard, one in damaged:
+        if refuse is not None:
+            refuse(place_of(shard), "damaged")
+        one.path.unlink(missing_ok=True)
+    return bool(damaged)
 
 
 def no_shards(folder: str | Path | Sequence[str], split: str, names: str | None) -> str:
@@ -116,7 +176,7 @@ def warn_of_breaks(where: Sequence[str], opened: Sequence[Sidecar]) -> None:
             warnings.warn(
                 f"{place}: {one.header['broken']}; {one.num_samples} whole samples before the break are used, "
                 "what follows is lost: write the shard again",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -27,6 +27,7 @@ def read_planned(
 
     Raises:
         ValueError: a sidecar is no longer the one that was found; another tokenizer's has other lengths.
+        OSError, pyarrow.ArrowException: one is damaged.
     """
     numbers = {name: np.empty(start[-1], dtype=np.int32) for name in NUMBERS}
     words = {name: WordColumn(start[-1]) for name in WORDS}
@@ -40,7 +41,7 @@ def read_planned(
 
 def read_tables(sidecars: Sequence[Path], headers: Sequence[dict]) -> Iterator[pa.Table]:
     def read(path: Path, header: dict) -> pa.Table:
-        file = pq.ParquetFile(path, read_dictionary=list(WORDS))
+        file = pq.ParquetFile(path, read_dictionary=list(WORDS), page_checksum_verification=True)
         found = json.loads(file.schema_arrow.metadata[b"fastvlm"])
         if any(found[key] != header[key] for key in ("checksum", "tokenizer")):
             raise ValueError(

@@ -116,6 +116,11 @@ class ShardCache:
             raise
         return True
 
+    def remove(self, shard: RemoteShard, fd: int) -> None:
+        """Remove a copy, where it is still the one that is open."""
+        if is_file(fd, self.path(shard)):
+            self.path(shard).unlink(missing_ok=True)
+
     def _fill(self, shard: RemoteShard, part: Path, fd: int) -> None:
         """Download into a locked part, check it, and once more when it is damaged."""
         for _ in range(2):

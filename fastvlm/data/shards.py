@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
+# What tarfile raises besides: of numbers in extended headers that are none, or larger than any file.
+BAD_HEADER = (tarfile.TarError, ValueError, KeyError, OverflowError, MemoryError)
 STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
 # As webdataset splits names: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -293,6 +295,10 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
     Returns:
         The whole samples in order, and what broke the tar ("" for a sound one). After a break the sample being read is
         not provably whole and is left out.
+
+    Raises:
+        OSError: the file is missing or may not be read.
+        ValueError: see `scan_store`.
     """
     if str(path).endswith(STORES):
         from fastvlm.data.stores import scan_store
@@ -303,14 +309,14 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
     start, broken, end = 0, "", 0
     try:
         tar = tarfile.open(path, "r:")  # noqa: SIM115
-    except (tarfile.TarError, EOFError) as error:
+    except (*BAD_HEADER, EOFError) as error:
         return [], f"not a tar ({error}) at byte 0 of {size}"
     with tar:
         while True:
             try:
                 info = tar.next()
-            except tarfile.TarError as error:
-                broken = f"{error} at byte {end} of {size}"
+            except BAD_HEADER as error:
+                broken = f"{str(error) or 'bad header'} at byte {end} of {size}"
                 break
             if info is None:
                 break
@@ -384,6 +390,21 @@ class ShardReader:
         if len(data) != size:
             raise ValueError(f"{name} ends at byte {offset + len(data)}, the index expects {offset + size}")
         return data
+
+    def drop_damaged(self, shard: RemoteShard) -> bool:
+        """Look at the copy in the cache that a shard is read from, and remove it where it is not what was indexed: a
+        disk may lose what it had said was there. Whether that was so, and the shard is fetched anew when it is read."""
+        fd = self._files.pop(shard.url, None)
+        if fd is None:
+            return False
+        if not (wrong := shard.check(fd)):
+            self._files[shard.url] = fd
+            return False
+        log.warning("%s: the copy in the cache is damaged (%s) and is fetched anew", shard.url, wrong)
+        with contextlib.suppress(OSError):
+            self.cache.remove(shard, fd)
+        os.close(fd)
+        return True
 
     @property
     def cache(self) -> ShardCache:

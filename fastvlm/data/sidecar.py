@@ -214,7 +214,8 @@ def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar |
     """The sidecar of a shard, beside it or in the cache folder, or why there is none that fits.
 
     Cheap: size and modification time are compared. Only where the time differs (a copy, a checkout) are the spans'
-    checksums read once; when they agree, the new time is noted.
+    checksums read once; when they agree, the new time is noted. A shard that was broken is looked at each time: what
+    broke it may be gone, and a copy put back has the size and time that it had before.
     """
     kept = cached_sidecar(shard, fingerprint)
     if isinstance(shard, RemoteShard):
@@ -261,9 +262,13 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
     size = stat.st_size if stat else shard.size
     if size is not None and header["shard_size"] != size:
         return None, f"of a shard of {header['shard_size']} bytes, it has {size}"
-    if stat and header["shard_mtime_ns"] != stat.st_mtime_ns:
+    moved = stat is not None and header["shard_mtime_ns"] != stat.st_mtime_ns
+    if moved or (stat and header["broken"]):
         # The headers too: a sample that was appended lies in no span of the old index.
-        spans, _ = scan_shard(shard)
+        spans, broken = scan_shard(shard)
+        if bool(broken) != bool(header["broken"]) or len(spans) != file.metadata.num_rows:
+            return None, f"of other content ({header['broken'] or 'samples'})"
+    if moved:
         reader = ShardReader()
         offset, size = [span.offset for span in spans], [span.size for span in spans]
         crc32 = [zlib.crc32(read_span(shard, span, reader)) for span in spans]
@@ -273,6 +278,15 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         with contextlib.suppress(OSError):  # a read-only folder: the checksums are read again next time
             write_sidecar(path, pq.read_table(path), header)
     return Sidecar(path, header, file.metadata.num_rows), ""
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether some of an index's columns cannot be read; its header alone says nothing of them."""
+    try:
+        pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (OSError, pa.ArrowException):
+        return True
+    return False
 
 
 def holds_another(shard: Path) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +59,8 @@ class Source:
         name: str,
         *,
         path: str | Path | Sequence[str],
-        types: Sequence[str] | None = None,
-        filters: Mapping[str, Mapping[str, float | int | str]] | None = None,
+        types: Sequence[str] | str | None = None,
+        filters: Mapping[str, Mapping[str, float | int | str | None]] | None = None,
         max_samples: int | None = None,
         repeat: float | int = 1,
         max_epochs: float | int | None = None,
@@ -68,22 +70,22 @@ class Source:
         augment: Sequence[str] = ("jitter",),
         rebuild_index: bool = True,
     ):
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"source {name}: max_samples={max_samples} must be 1 or more, or null for all")
+        if max_samples is not None and not (is_number(max_samples, Integral) and max_samples >= 1):
+            raise ValueError(
+                f"source {name}: max_samples={max_samples!r} must be a whole number of 1 or more, or null for all"
+            )
         for key, value in (("repeat", repeat), ("max_epochs", max_epochs)):
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"source {name}: {key}={value} must be above 0")
-        for number, bounds in (filters or {}).items():
-            if not bounds or set(bounds) - {"min", "max", "missing"}:
-                raise ValueError(f"source {name}: filters.{number}={bounds} takes min, max and missing")
-            if bounds.get("missing", "drop") not in ("keep", "drop"):
-                raise ValueError(f"source {name}: filters.{number}.missing={bounds['missing']} is keep or drop")
-        self.filters, self.repeat, self.max_epochs = dict(filters or {}), repeat, max_epochs
+            if value is not None and not (is_number(value) and 0 < value < float("inf")):
+                raise ValueError(f"source {name}: {key}={value!r} must be a number above 0")
+        if not isinstance(filters or {}, Mapping):
+            raise ValueError(f"source {name}: filters={filters} must be numbers' names, each with min, max or missing")
+        self.filters = {number: check_bounds(name, number, bounds) for number, bounds in (filters or {}).items()}
+        self.repeat, self.max_epochs = repeat, max_epochs
         self.name, self.max_samples, self.rebuild_index = name, max_samples, rebuild_index
-        self.path = Path(path) if isinstance(path, str) and not (is_remote(path) or "{" in path) else path
+        self.path = as_path(path) if isinstance(path, str) and not (is_remote(path) or "{" in path) else path
         self.system, self.images, self.shards = system, images, shards
         self.augment = check_kinds(augment, key=f"source {name}: augment")
-        self.types = None if types is None else tuple(types)
+        self.types = None if types is None else (types,) if isinstance(types, str) else tuple(types)
 
     def has_split(self, split: str) -> bool:
         return bool(list_shards(self.path, split, self.shards))
@@ -161,6 +163,36 @@ class Source:
         return rows, left_out
 
 
+def is_number(value: object, kind: type = Real) -> bool:
+    """Whether it is a number of this kind; true and false are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_bounds(name: str, number: str, bounds: object) -> dict:
+    """Bounds of a filter, those that are null left out.
+
+    Raises:
+        ValueError: another key, no number, or a `min` above `max`.
+    """
+    key = f"source {name}: filters.{number}"
+    if not isinstance(bounds, Mapping) or not bounds or set(bounds) - {"min", "max", "missing"}:
+        raise ValueError(f"{key}={bounds} takes min, max and missing")
+    bounds = {word: value for word, value in bounds.items() if value is not None}
+    if bounds.get("missing", "drop") not in ("keep", "drop"):
+        raise ValueError(f"{key}.missing={bounds['missing']} is keep or drop")
+    for word in ("min", "max"):
+        if word in bounds and not is_number(bounds[word]):
+            raise ValueError(f"{key}.{word}={bounds[word]!r} must be a number")
+    if bounds.get("min", -np.inf) > bounds.get("max", np.inf):
+        raise ValueError(f"{key}: min={bounds['min']} is above max={bounds['max']}, so that nothing lies within")
+    return bounds
+
+
+def as_path(path: str) -> Path:
+    """A folder of this machine as a user writes it: `file:///data/mine`, `~/mine`."""
+    return Path(re.sub(r"^(file|local)://", "", path)).expanduser()
+
+
 class Mixture:
     """Sources and their shares.
 
@@ -195,8 +227,8 @@ class Mixture:
         for name in names if weights is not None else ():
             if name not in weights:
                 raise ValueError(f"mixture.weights has no {name}; give it a weight (0 leaves the source out)")
-            if not weights[name] >= 0 or weights[name] == float("inf"):
-                raise ValueError(f"mixture.weights.{name}={weights[name]} must be a number of 0 or more")
+            if not is_number(weights[name]) or not 0 <= weights[name] < float("inf"):
+                raise ValueError(f"mixture.weights.{name}={weights[name]!r} must be a number of 0 or more")
         if unit not in UNITS:
             nearest = difflib.get_close_matches(str(unit), UNITS, n=1) or UNITS[:1]
             raise ValueError(f"mixture.unit={unit} is not one of {', '.join(UNITS)}; did you mean {nearest[0]}?")

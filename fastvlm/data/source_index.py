@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import json
 import logging
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,15 +31,20 @@ KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
 
 
 class ShardRows:
-    """All columns of one shard's index, as arrays: what reading its samples needs."""
+    """All columns of one shard's index, as arrays: what reading its samples needs.
+
+    Raises:
+        ValueError: the index is damaged, or another one by now.
+    """
 
     def __init__(self, path: Path, *, checksum: str):
         self.path, self.checksum = path, checksum
         self._texts: dict[str, ShardTexts | None] = {}
-        file = pq.ParquetFile(path, memory_map=True)
+        with whole(path):
+            file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+            table = file.read(columns=["key", "offset", "size", "crc32", "members"], use_threads=False)
         if json.loads(file.schema_arrow.metadata[b"fastvlm"])["checksum"] != checksum:
             raise ValueError(f"{path} was written anew while it was in use; start again")
-        table = file.read(columns=["key", "offset", "size", "crc32", "members"], use_threads=False)
         self.keys = merged(table["key"])
         self.offset, self.size, self.crc32 = (table[name].to_numpy() for name in ("offset", "size", "crc32"))
         members = merged(table["members"])
@@ -131,8 +137,17 @@ class SourceIndex:
         return self.column("numbers")
 
     def column(self, name: str) -> pa.Array:
-        """A column of all sidecars, read from them now."""
-        read = lambda path: pq.ParquetFile(path).read(columns=[name], use_threads=False)[name]
+        """A column of all sidecars, read from them now.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+
+        def read(path: Path) -> pa.ChunkedArray:
+            with whole(path):
+                file = pq.ParquetFile(path, page_checksum_verification=True)
+                return file.read(columns=[name], use_threads=False)[name]
+
         with ThreadPoolExecutor(4) as pool:
             chunks = [chunk for column in pool.map(read, self.sidecars) for chunk in column.chunks]
         return merged(pa.chunked_array(chunks, type=SCHEMA.field(name).type))
@@ -209,14 +224,28 @@ class SourceIndex:
         if not isinstance(file, str):
             file = replace(file, spans=(rows.offset, rows.size, rows.crc32))
         offset, key = int(rows.offset[i]), rows.keys[i].as_py()
-        data = reader.read(file, offset, int(rows.size[i]))
-        if zlib.crc32(data) != rows.crc32[i]:
-            raise ValueError(f"{self.shards[k]}: {key} changed after it was indexed (CRC-32)")
+        read = functools.partial(self._read_span, file, offset, int(rows.size[i]), reader, crc32=rows.crc32[i], key=key)
+        try:
+            data = read()
+        except ValueError:
+            if isinstance(file, str) or not reader.drop_damaged(file):
+                raise
+            data = read()
         data, members = memoryview(data), {}
         for m in range(int(rows.member_start[i]), int(rows.member_start[i + 1])):
             start = int(rows.member_offset[m]) - offset
             members[rows.suffixes[rows.member_suffix[m]]] = data[start : start + int(rows.member_size[m])]
         return key, members
+
+    @staticmethod
+    def _read_span(
+        file: str | RemoteShard, offset: int, size: int, reader: ShardReader, *, crc32: int | np.integer, key: str
+    ) -> bytes:
+        data = reader.read(file, offset, size)
+        if zlib.crc32(data) != crc32:
+            name = file if isinstance(file, str) else file.url
+            raise ValueError(f"{name}: {key} changed after it was indexed (CRC-32)")
+        return data
 
     def __getstate__(self) -> dict:
         lazy = ("_rows", "_starts", "shard", "size", "crc32", "keys", "image_width", "image_height", "numbers")
@@ -224,6 +253,18 @@ class SourceIndex:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state | {"_rows": OrderedDict()}
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raises:
+    ValueError: what is read of an index inside is not there or damaged.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({what}); delete it, the next start builds it anew") from None
 
 
 def merged(column: pa.ChunkedArray) -> pa.Array:

@@ -49,7 +49,8 @@ class LmdbStore:
         import lmdb
 
         self.path, self._error = path, lmdb.Error
-        size = os.stat(path).st_size
+        with open(path, "rb") as file:  # what may not be read is not broken: an OSError
+            size = os.fstat(file.fileno()).st_size
         try:
             self._env = lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=1)
             pages = self._env.info()["last_pgno"] + 1
@@ -96,9 +97,10 @@ class Hdf5Store:
 
     def __init__(self, path: str):
         self.path = path
-        os.stat(path)
+        with open(path, "rb"):  # what may not be read is not broken: an OSError
+            h5py = import_h5py(path)
         try:
-            self._file = import_h5py(path).File(path, "r")
+            self._file = h5py.File(path, "r")
             self._records, self._images = self._file["records"], self._file["images"]
         except (OSError, KeyError) as error:
             raise ValueError(f"{path} is no HDF5 file with `records` and `images` ({error})") from None
@@ -190,11 +192,18 @@ def read_span(path: str | Path, number: int) -> bytes:
 
 
 def scan_store(path: str | Path) -> tuple[list[Span], str]:
-    """As `scan_shard`: the samples, and what is broken. A span's offset is the record's number."""
+    """As `scan_shard`: the samples, and what is broken. A span's offset is the record's number.
+
+    Raises:
+        OSError: the file is missing or may not be read.
+        ValueError: h5py is not installed.
+    """
+    if SUFFIXES["hdf5"] == Path(path).suffix:
+        import_h5py(path)  # its absence says nothing of the file
     try:
         store = open_store(path)
         count = len(store)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return [], str(error)
     spans = []
     for number in range(count):

@@ -25,7 +25,9 @@ def check_keys(index: SourceIndex) -> None:
         return
     hashes = np.empty(index.num_samples, dtype=np.uint64)
     for k, path in enumerate(index.sidecars):
-        keys = merged(pq.ParquetFile(path).read(columns=["key"], use_threads=False)["key"])
+        keys = merged(
+            pq.ParquetFile(path, page_checksum_verification=True).read(columns=["key"], use_threads=False)["key"]
+        )
         hashes[index.start[k] : index.start[k + 1]] = hash_keys(keys)
     ordered = np.sort(hashes)
     if (twice := ordered[1:][ordered[1:] == ordered[:-1]]).size:

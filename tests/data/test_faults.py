@@ -16,6 +16,7 @@ import warnings
 import zlib
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from tiny_world import make_record, write_source
 
@@ -23,7 +24,7 @@ from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
 from fastvlm.data.plan_report import notes, report
-from fastvlm.data.shards import ShardWriter, scan_shard
+from fastvlm.data.shards import ShardReader, ShardWriter, scan_shard
 from fastvlm.data.sidecar import build_index, sidecar
 from fastvlm.data.source import Mixture, Source
 from fastvlm.data.transforms import decode_image
@@ -171,6 +172,67 @@ def test_a_stale_index_is_rebuilt_or_refused_with_the_command(tmp_path, tokenize
     shard.write_bytes(data)
     with pytest.raises(ValueError, match="other content"):
         load_index(tmp_path, "train", tokenizer, rebuild=False)
+
+
+def test_a_shard_put_back_is_read_anew_though_it_has_the_size_and_the_time_of_the_broken_one(tmp_path, tokenizer):
+    shard = write_source(tmp_path, "text", 20) / "train-00000.tar"
+    whole, stat = shard.read_bytes(), shard.stat()
+    shard.write_bytes(whole[:10240] + b"x" * 512 + whole[10752:])
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.warns(UserWarning, match="bad header at byte 10240"):
+        assert load_index(tmp_path, "train", tokenizer).num_samples < 20
+    with pytest.warns(UserWarning, match="bad header at byte 10240"):  # nothing is built anew for it
+        load_index(tmp_path, "train", tokenizer, rebuild=False)
+    shard.write_bytes(whole)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_index(tmp_path, "train", tokenizer).num_samples == 20
+
+
+def damage(index, column):
+    """Change a bit of the last page of a column."""
+    group = pq.read_metadata(index).row_group(0)
+    one = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column)
+    data = bytearray(index.read_bytes())
+    data[(one.dictionary_page_offset or one.data_page_offset) + one.total_compressed_size - 3] ^= 1
+    index.write_bytes(data)
+
+
+@pytest.mark.parametrize("column", ["num_images", "answer_tokens", "key"])
+def test_an_index_with_damaged_columns_is_built_anew_or_refused(tmp_path, tokenizer, column):
+    shard = write_source(tmp_path, "text", 20) / "train-00000.tar"
+    sound = load_index(tmp_path, "train", tokenizer)
+    damage(sidecar(shard), column)
+    with pytest.raises(ValueError, match=r"train-00000.tar.idx.parquet is damaged; rebuild it with `python -m"):
+        load_index(tmp_path, "train", tokenizer, rebuild=False)
+    mended = load_index(tmp_path, "train", tokenizer)
+    assert mended.checksum == sound.checksum and mended.answer_tokens.tolist() == sound.answer_tokens.tolist()
+
+
+def test_a_column_damaged_under_a_run_is_named_with_the_remedy(tmp_path, tokenizer):
+    shard = write_source(tmp_path, "text", 20) / "train-00000.tar"
+    index = load_index(tmp_path, "train", tokenizer)
+    damage(sidecar(shard), "crc32")
+    for read in (lambda: index.crc32, lambda: index.read(0, ShardReader())):
+        with pytest.raises(ValueError, match=r"train-00000.tar.idx.parquet cannot be read \(.*\); delete it"):
+            read()
+
+
+def test_a_shard_that_may_not_be_read_is_one_line_and_no_empty_index(tmp_path, tokenizer):
+    write_source(tmp_path, "text", 5)
+    (tmp_path / "train-00001.tar").mkdir()  # as a shard unpacked in its place
+    with pytest.raises(ValueError, match=r"directory: .*train-00001.tar.*; its shards must be readable"):
+        load_index(tmp_path, "train", tokenizer)
+
+
+def test_numbers_in_a_header_that_are_none_end_the_shard_there(tmp_path):
+    header = lambda map: {"GNU.sparse.map": map, "GNU.sparse.size": "10"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(3):
+            info = tarfile.TarInfo(f"k{i}.json")
+            info.size, info.pax_headers = 2, header("0,x") if i == 2 else {}
+            tar.addfile(info, io.BytesIO(b"{}"))
+    spans, broken = scan_shard(tmp_path / "a.tar")
+    assert [span.key for span in spans] == ["k0"] and "at byte" in broken
 
 
 def test_an_empty_source_names_its_folder_and_the_fix(tmp_path, tokenizer):

@@ -116,7 +116,8 @@ def test_a_chunk_that_is_not_whole_is_no_chunk(tmp_path, sources, tokenizer):
     run_fill(store, plan)
     (chunk,) = store.folder.glob("*.safetensors")
     whole = chunk.read_bytes()
-    for damaged in (whole[:-100], whole[:5], b"", b"\0" * 1000):
+    other = [b"\xff" * 7 + b"\x7f" + whole[8:], (2).to_bytes(8, "little") + b"[]"]
+    for damaged in (whole[:-100], whole[:5], b"", b"\0" * 1000, *other):
         chunk.write_bytes(damaged)
         (store.folder / ".x.1.part").write_bytes(b"left by a killed writer")
         fresh = make_store(tmp_path)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -20,6 +23,7 @@ from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import UNITS, Mixture, Source
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.tokens import IGNORE_INDEX
+from tests.conftest import ROOT
 
 KINDS = ("caption", "pages", "chat", "text")
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -294,6 +298,42 @@ def test_mistakes_in_a_mixture_are_named_with_their_key_and_fix(sources, change,
     }
     with pytest.raises(ValueError, match=message):
         Mixture(**(arguments | change))
+
+
+def test_mistakes_in_a_source_are_one_line_with_their_key(tmp_path, sources):
+    """In a process of its own: here types are checked before the constructor sees them."""
+    cases = {
+        "source x: filters.score=3 takes min, max and missing": {"filters": {"score": 3}},
+        "source x: filters.score.min='3' must be a number": {"filters": {"score": {"min": "3"}}},
+        "source x: filters.score: min=3 is above max=1": {"filters": {"score": {"min": 3, "max": 1}}},
+        "source x: filters=score must be": {"filters": "score"},
+        "source x: max_samples=2.5 must be a whole number": {"max_samples": 2.5},
+        "source x: repeat='2' must be a number above 0": {"repeat": "2"},
+        "source x: max_epochs=True must be a number": {"max_epochs": True},
+    }
+    code = "import json, sys\nfrom fastvlm.data.source import Mixture, Source\nfor one in json.loads(sys.argv[1]):\n"
+    code += "    try: Source('x', path='.', **one)\n    except ValueError as error: print(error)\n"
+    code += "try: Mixture({'x': Source('x', path='.')}, weights={'x': None}, unit='samples')\n"
+    code += "except ValueError as error: print(error)"
+    asked = json.dumps(list(cases.values()))
+    done = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True, cwd=ROOT)
+    expected = [*cases, "mixture.weights.x=None must be a number of 0 or more"]
+    assert [a.startswith(b) for a, b in zip(done.stdout.splitlines(), expected, strict=True)] == [True] * 8, done.stdout
+
+
+def test_a_bound_of_null_is_none_and_one_type_needs_no_list(sources, tokenizer):
+    bounds = {"num_images": {"min": 2, "max": None}}
+    pages = Source("pages", path=sources["pages"], filters=bounds)
+    index = pages.load("train", tokenizer)
+    assert pages.select(index)[0].tolist() == np.flatnonzero(index.num_images >= 2).tolist()
+    chat = Source("chat", path=sources["chat"], types="name")
+    assert len(chat.select(chat.load("train", tokenizer))[0]) == 70
+
+
+def test_a_folder_may_be_written_as_users_write_it(sources, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(sources["caption"].parent))
+    for path in ("~/caption", f"file://{sources['caption']}"):
+        assert Source("caption", path=path).load("train", tokenizer).num_samples == 90
 
 
 def test_a_source_of_weight_zero_is_left_out(sources):

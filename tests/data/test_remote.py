@@ -220,6 +220,20 @@ def test_a_shard_replaced_after_it_was_indexed_is_skipped_sample_by_sample_and_n
         assert not list((folder.parent / "cache/shards").glob("*train-00000*"))
 
 
+@pytest.mark.parametrize("left", [b"", b"half of it"])
+def test_a_copy_that_the_disk_lost_is_fetched_anew_and_no_sample_is_skipped(folder, tokenizer, left):
+    """Named before a power cut, and not what was written after it."""
+    with FaultServer(folder) as server:
+        index = load_index(server.url, "train", tokenizer)
+        index.read(0, ShardReader())
+        (copy,) = (folder.parent / "cache/shards").glob("*train-00000*")
+        copy.write_bytes(left or bytes(copy.stat().st_size))
+        reader = ShardReader()
+        assert [index.read(row, reader).key for row in (3, 4)] == ["chat-00003", "chat-00004"]
+        assert server.count("train-00000.tar") == 2
+        assert copy.read_bytes() == (folder / "train-00000.tar").read_bytes()
+
+
 def test_a_new_version_of_a_shard_is_another_shard(folder, tokenizer):
     with FaultServer(folder) as server:
         before = load_index(server.url, "train", tokenizer)

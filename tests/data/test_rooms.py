@@ -84,6 +84,14 @@ def test_without_a_free_room_batches_come_in_fresh_memory(loader_of):
         equal(batch, plain[number])
 
 
+def test_a_batch_read_beside_the_workers_takes_none_of_their_rooms(loader_of):
+    loader = loader_of(1)
+    rooms, plain = loader.dataset._rooms, loader.dataset[0]
+    held = list(loader)
+    assert rooms._taken.sum() == 1 + rooms.each < len(held)
+    equal(held[0], plain)
+
+
 def test_where_no_memory_is_promised_batches_come_in_fresh_memory(loader_of, monkeypatch):
     def refuse(num_bytes):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")

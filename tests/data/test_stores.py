@@ -111,6 +111,25 @@ def test_a_truncated_store_ends_in_one_line_and_not_in_a_crash(sources, tmp_path
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_a_store_put_back_is_read_anew_though_it_has_the_size_and_the_time_of_the_broken_one(
+    sources, tmp_path, tokenizer, format
+):
+    path = pack(sources["caption"], "train", out=tmp_path, format=format)
+    whole, stat = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(4096) + whole[4096:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.warns(UserWarning, match=path.name):
+        assert load_index(tmp_path, "train", tokenizer).num_samples == 0
+    beside = tmp_path / "beside"
+    beside.write_bytes(whole)
+    os.utime(beside, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(beside, path)
+    with pytest.raises(ValueError, match=f"{path.name}.idx.parquet is of other content .*; rebuild it with"):
+        load_index(tmp_path, "train", tokenizer, rebuild=False)
+    assert load_index(tmp_path, "train", tokenizer).num_samples == 90
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_is_no_store_is_refused_with_its_name(tmp_path, tokenizer, format):
     path = tmp_path / f"train-00000.{'lmdb' if format == 'lmdb' else 'h5'}"
     path.write_bytes(b"no store" * 2000)
@@ -165,6 +184,15 @@ def test_without_h5py_the_error_names_the_extra(sources, tmp_path):
     arguments = [str(sources["caption"]), f"out={tmp_path}", "format=hdf5"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "fastvlm[hdf5]" in done.stderr
+
+
+def test_a_store_that_lacks_its_reader_leaves_no_empty_index_behind(sources, tmp_path, tokenizer, monkeypatch):
+    pack(sources["caption"], "train", out=tmp_path, format="hdf5")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(ValueError, match=r"train-00000.h5 needs h5py; .*fastvlm\[hdf5\]"):
+            load_index(tmp_path, "train", tokenizer)
+    assert load_index(tmp_path, "train", tokenizer).num_samples == 90
 
 
 def test_the_command_packs_every_split_and_refuses_a_folder_that_has_one(sources, tmp_path):
