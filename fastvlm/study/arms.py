@@ -42,6 +42,7 @@ class Study:
             have = list(self.arms[scale])
             near = difflib.get_close_matches(arm, have, 1)
             hint = f"; did you mean arm={near[0]}?" if near else ""
+            hint = "; several are a sweep, add -m" if "," in arm else hint
             raise ValueError(
                 f"arm={arm}: experiment={self.name} has no such arm at scale={scale}, only {', '.join(have)}{hint}"
             )
@@ -178,11 +179,21 @@ def expand(arguments: list[str]) -> list[str]:
     What stands on the command line itself wins over the arm. A sweep (-m) is left to its cells, each of which comes
     here; it gets those arms of the grid that its scale has. The run gets the name of its cell, so that it is found
     again.
+
+    Raises:
+        ValueError: an arm or a scale of no study; no such study, arm or scale.
     """
     study_name, arm = value_of(arguments, "experiment"), value_of(arguments, "arm")
+    of_study = [f"{key}={value}" for key in ("arm", "scale") if (value := value_of(arguments, key)) is not None]
     if study_name is None:
+        if of_study:
+            raise ValueError(
+                f"{of_study[0]} is one of a study's: add experiment=<study>, one of {', '.join(study_names())}"
+            )
         return arguments
     known = is_study(study_name)  # here a file that is no YAML is one line; Hydra would end in a traceback
+    if of_study and not known and "," not in study_name:
+        load_study(study_name)  # says that it is none, with the nearest
     if {"-m", "--multirun"} & set(arguments):
         return with_arms_of_scale(arguments, study_name) if known else arguments
     if arm is None:

@@ -60,9 +60,13 @@ def test_what_changes_nothing_learned_changes_no_cells_name():
         (["experiment=llava_algn", "arm=skip"], "did you mean llava_align"),
         (["experiment=llava_align", "arm=skp"], "did you mean arm=skip"),
         (["experiment=llava_align", "arm=skip", "scale=big"], "scale=big: experiment=llava_align has micro"),
+        (["experiment=llava_align", "arm=align,skip"], "several are a sweep, add -m"),
+        (["arm=skip"], "arm=skip is one of a study's: add experiment=<study>, one of .*llava_align"),
+        (["-m", "resampler=avgpool", "scale=paper"], "scale=paper is one of a study's: add experiment="),
+        (["experiment=blind", "scale=paper"], "blind is no study"),
     ],
 )
-def test_an_unknown_study_arm_or_scale_names_the_nearest(arguments, words):
+def test_an_arm_or_scale_of_no_study_and_an_unknown_one_are_told(arguments, words):
     with pytest.raises(ValueError, match=words):
         expand(arguments)
 
