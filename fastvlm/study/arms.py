@@ -183,6 +183,8 @@ def expand(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an arm or a scale of no study; no such study, arm or scale.
     """
+    if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
+        return arguments
     study_name, arm = value_of(arguments, "experiment"), value_of(arguments, "arm")
     of_study = [f"{key}={value}" for key in ("arm", "scale") if (value := value_of(arguments, key)) is not None]
     if study_name is None:
@@ -197,8 +199,6 @@ def expand(arguments: list[str]) -> list[str]:
     if {"-m", "--multirun"} & set(arguments):
         return with_arms_of_scale(arguments, study_name) if known else arguments
     if arm is None:
-        return arguments
-    if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
         return arguments
     study = load_study(study_name)
     scale, seed = value_of(arguments, "scale") or "micro", value_of(arguments, "seed") or "0"

@@ -74,9 +74,14 @@ def from_results(results: dict, *, scale: str, arm: str, seed: int) -> Cell:
     about |= {k: str(made["hardware"][k]) for k in ("cpu", "cores", "accelerator", "precision", "threads")}
     about |= made.get("libraries", {})
     stages = results.get("cost", {}).values()
-    cost = {key: sum(stage.get(key, 0.0) for stage in stages) for key in COST}
+    cost = {key: six_digits(sum(stage.get(key, 0.0) for stage in stages)) for key in COST}
     metrics = {k: v for k, v in sorted(results["metrics"].items()) if not NOT_KEPT.match(k)}
-    return Cell(about, cost, metrics | trained(results))
+    return Cell(about, cost, {k: six_digits(v) for k, v in (metrics | trained(results)).items()})
+
+
+def six_digits(value: float) -> float:
+    """As results.csv keeps it: a page is the same, to the last digit, wherever its cells are read from."""
+    return float(f"{value:.6g}")
 
 
 def trained(results: dict) -> dict[str, float]:

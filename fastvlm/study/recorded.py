@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from fastvlm.identity import LIBRARIES, portable_hash
 from fastvlm.study.arms import Study, cell_name
-from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, trained, wanted
+from fastvlm.study.cells import ABOUT, COST, NOT_KEPT, Cell, Missing, six_digits, trained, wanted
 
 CELL = "FASTVLM_CELL_RESULT"  # set by the launcher
 NOTE = "mlflow.json"
@@ -114,6 +114,7 @@ def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvl
 def _cell(tags: dict[str, str], metrics: dict[str, float]) -> Cell:
     about = {key: tags.get(key, tags.get(f"hardware.{key}", "")) for key in ABOUT}
     about |= {key: tags.get(f"library.{key}", "") for key in LIBRARIES}
-    cost = {key: metrics.get(f"cost/{key}", 0.0) for key in COST}
-    kept = {k: v for k, v in sorted(metrics.items()) if k.startswith(("test/", "train/")) and not NOT_KEPT.match(k)}
+    cost = {key: six_digits(metrics.get(f"cost/{key}", 0.0)) for key in COST}
+    names = [name for name in sorted(metrics) if name.startswith(("test/", "train/")) and not NOT_KEPT.match(name)]
+    kept = {name: six_digits(metrics[name]) for name in names}
     return Cell(about, cost, kept)

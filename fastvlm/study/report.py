@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names, unreadable
-from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, read_csv, read_runs, write_csv
+from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, planned, read_csv, read_runs, write_csv
 from fastvlm.study.claims import Claim, all_claims, load_figures
 from fastvlm.study.composed import composed, one_training, told_apart
 from fastvlm.study.decisions import Decided, decide_claim
@@ -55,7 +55,9 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
         cells, missing = read_runs(study, runs_folder(), scale=scale)
         ran_here = bool(cells)
     if source == "csv" or (source == "auto" and not cells):
-        cells, missing = read_csv(study.folder / "results.csv", scale=scale), []
+        cells = read_csv(study.folder / "results.csv", scale=scale)
+        lacks = sorted({*planned(study, scale=scale)} - {(cell.arm, cell.seed) for cell in cells}) if cells else []
+        missing = [Missing(arm, seed, "is not in results.csv") for arm, seed in lacks]
     cells, others, remarks = told_apart(study, cells, scale=scale)
     return Gathered(cells, missing, others, remarks, ran_here)
 

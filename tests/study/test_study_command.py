@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -65,6 +66,27 @@ def test_cells_of_seeds_beyond_the_grid_count_once_they_ran(studies, tmp_path):
     (tmp_path / "runs/studies/llava_align/micro/skip-seed9").mkdir()  # as a dry run leaves it
     made = report("llava_align", root=studies.parent)
     assert [str(one) for one in made["missing"]["micro"]] == ["arm=skip seed=7 has not run"]
+
+
+def test_a_page_is_the_same_to_the_byte_from_runs_and_from_results_csv(studies, tmp_path):
+    study = load_study("llava_align", root=studies.parent)
+    for one in grid():
+        # Three digits of this and of its six in results.csv are not the same.
+        put_run(
+            tmp_path / "runs", replace(one, metrics=one.metrics | {"test/text_perplexity": 40.2500004}), study=study
+        )
+    report("llava_align", root=studies.parent)
+    from_runs = {path.name: path.read_bytes() for path in studies.iterdir()}
+    report("llava_align", source="csv", root=studies.parent)
+    assert {path.name: path.read_bytes() for path in studies.iterdir()} == from_runs
+
+
+def test_a_page_from_results_csv_says_which_cells_of_the_grid_it_lacks(studies):
+    write_csv(studies / "results.csv", grid()[:-2])
+    made = report("llava_align", source="csv", root=studies.parent)
+    lacks = [f"arm=skip_long seed={seed} is not in results.csv" for seed in (3, 4)]
+    assert [str(one) for one in made["missing"]["micro"]] == lacks
+    assert f"2 planned cells are not here: {'; '.join(lacks)}." in (studies / "README.md").read_text()
 
 
 def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies, tmp_path):
