@@ -130,7 +130,7 @@ class Hardware:
     def _check_deepspeed(self) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(
-                "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install 'fastvlm[deepspeed]'; "
+                "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install '.[deepspeed]'; "
                 "hardware.strategy=fsdp shares the weights without it"
             )
         if self.precision == "16-mixed":

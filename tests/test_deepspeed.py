@@ -1,6 +1,6 @@
 """Weights shared by DeepSpeed's ZeRO on two CPU ranks: what is learned, handed on and gone on with.
 
-Skipped without the extra `deepspeed`, which is built for the torch that is there: pip install 'fastvlm[deepspeed]'.
+Skipped without the extra `deepspeed`, which is built for the torch that is there: pip install '.[deepspeed]'.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.test_pipeline import RANKS, TINY, assert_same_weights, kill_at_step_8
 
-pytest.importorskip("deepspeed", reason="needs the extra deepspeed: pip install 'fastvlm[deepspeed]' ninja")
+pytest.importorskip("deepspeed", reason="needs the extra deepspeed: pip install '.[deepspeed]' ninja")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("ranks")]
 
 ZERO = ["hardware.devices=2", "hardware.strategy=deepspeed_zero3"]

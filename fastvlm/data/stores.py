@@ -125,7 +125,7 @@ def import_h5py(path: str | Path):
     try:
         import h5py
     except ImportError:
-        raise ValueError(f"{path} needs h5py; install the extra: pip install 'fastvlm[hdf5]'") from None
+        raise ValueError(f"{path} needs h5py; install the extra: pip install '.[hdf5]'") from None
     return h5py
 
 

@@ -1,6 +1,6 @@
 """lm-eval's model interface over our language model, for what learning to see may have cost the words.
 
-    python eval.py checkpoint=runs/latest task=mmlu        needs `pip install 'fastvlm[eval]'`
+    python eval.py checkpoint=runs/latest task=mmlu        needs `pip install '.[eval]'`
 
 Requests are answered as lm-eval's own `HFLM` does: the same tokens are scored, contexts are cut off on the left.
 """

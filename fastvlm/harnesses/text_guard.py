@@ -50,7 +50,7 @@ class TextGuard:
         if not tasks:
             raise ValueError("task.tasks is empty; name lm-eval's tasks, such as [mmlu]")
         if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError(f"task {', '.join(tasks)} is run by lm-eval; pip install 'fastvlm[eval]'")
+            raise ValueError(f"task {', '.join(tasks)} is run by lm-eval; pip install '.[eval]'")
         self.tasks, self.shots, self.limit, self.include, self.chat = list(tasks), shots, limit, include, chat
         self.batch_size, self.run_code, self.seconds, self.memory_mb = batch_size, run_code, seconds, memory_mb
 

@@ -94,7 +94,7 @@ def _quantise_by_torchao(module: nn.Module, *, kind: str) -> int:
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
-        raise ValueError("int8 on this device needs torchao: pip install 'fastvlm[quant]'") from None
+        raise ValueError("int8 on this device needs torchao: pip install '.[quant]'") from None
     found = sum(map(is_wide_linear, module.modules()))
     config = Int8DynamicActivationInt8WeightConfig() if kind == "dynamic" else Int8WeightOnlyConfig()
     quantize_(module, config, filter_fn=lambda layer, _: is_wide_linear(layer))

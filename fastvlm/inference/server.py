@@ -3,7 +3,7 @@
     python -m fastvlm.inference.server run=runs/latest                    # http://127.0.0.1:8000
     python -m fastvlm.inference.server run=runs/latest port=9000 levers=fast max_rows=16 allow_hosts=images.example.org
 
-needs the extra `serve` (pip install 'fastvlm[serve]'). Keys are those of `Settings` (settings.py).
+needs the extra `serve` (pip install '.[serve]'). Keys are those of `Settings` (settings.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from fastvlm.inference import connections
         from fastvlm.inference.app import create_app
     except ImportError:
-        raise ValueError("the server needs the extra `serve`: pip install 'fastvlm[serve]'") from None
+        raise ValueError("the server needs the extra `serve`: pip install '.[serve]'") from None
 
     engine = open_engine(
         settings.run,

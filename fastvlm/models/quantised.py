@@ -32,7 +32,7 @@ def library(kind: str, *, where: str = "quantise"):
     try:
         return __import__(name)
     except ImportError:
-        raise ValueError(f"{where}={kind} needs {name}: pip install 'fastvlm[quant]'") from None
+        raise ValueError(f"{where}={kind} needs {name}: pip install '.[quant]'") from None
 
 
 class QuantisedLinear(nn.Module):

@@ -29,7 +29,7 @@ def adamw_8bit(
     try:
         import bitsandbytes
     except ImportError:
-        raise ValueError("optimizer=adamw8bit needs bitsandbytes: pip install 'fastvlm[quant]'") from None
+        raise ValueError("optimizer=adamw8bit needs bitsandbytes: pip install '.[quant]'") from None
     kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     options = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, min_8bit_size=min_8bit_size)
     return kind(list(params), **options)

@@ -76,7 +76,7 @@ class OptunaSweeper(Sweeper):
         try:
             import optuna
         except ImportError:
-            raise ValueError("hydra/sweeper=optuna needs Optuna: pip install 'fastvlm[sweep]'") from None
+            raise ValueError("hydra/sweeper=optuna needs Optuna: pip install '.[sweep]'") from None
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 

@@ -183,7 +183,7 @@ def test_without_h5py_the_error_names_the_extra(sources, tmp_path):
     code = "import sys; sys.modules['h5py'] = None; from fastvlm.data.stores import main; main()"
     arguments = [str(sources["caption"]), f"out={tmp_path}", "format=hdf5"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "fastvlm[hdf5]" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "pip install '.[hdf5]'" in done.stderr
 
 
 def test_a_store_that_lacks_its_reader_leaves_no_empty_index_behind(sources, tmp_path, tokenizer, monkeypatch):
