@@ -296,7 +296,7 @@ class Benchmark:
         """What the predictions file says of a question, but for its answer."""
         meta = dict(question.record.get("meta") or {})
         answers = meta.pop("answers", None) or [answer_of(question.record)]
-        text, _, _ = split_question(question.text, meta)
+        text, *_ = split_question(question.text, meta)
         return {
             "key": question.key,
             "question_id": meta.pop("question_id", question.record.get("id")),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 # The lines that shards carry under a question; each names the form of the answer.
 INSTRUCTIONS = (
@@ -15,6 +17,7 @@ INSTRUCTIONS = (
 )
 OCR = "Reference OCR token:"
 FORMS = ("chat", "document")
+LETTER = re.compile("[A-Z]")  # of an option
 
 
 @dataclass
@@ -28,7 +31,8 @@ class Prompt:
         request: what is asked of a document (an image with its caption); None for a bare image.
         form: chat, turns of a conversation; or document, running text that goes on, for models without instruction
             tuning.
-        template: the running text of one question, with `{question}` and `{answer}`; images stand before it.
+        template: the running text of one question, with `{question}` and `{answer}`; images that stand before the
+            question's words stand before it, others among the words.
 
     Raises:
         ValueError: an unknown form, or a template without its two places.
@@ -48,7 +52,17 @@ class Prompt:
             raise ValueError(f"task.template={self.template!r} needs {{answer}} once and {{question}} at most once")
 
     def ask(self, record: dict, examples: Sequence[dict] = ()) -> dict:
-        """The record that asks, after the examples; it ends where the answer begins."""
+        """The record that asks, after the examples; it ends where the answer begins.
+
+        Raises:
+            ValueError: a record lacks what this prompt says: recognised text, or, an example, its options' letter.
+        """
+        for example in examples if self.options else ():
+            if not LETTER.fullmatch(said := answer_of(example)):
+                raise ValueError(
+                    f"task.options=true, but example {example.get('id')} of the train shards is answered with "
+                    f"{said[:80]!r}, not with an option's letter: prepare them with form=choice"
+                )
         asked = [*(self.question(example) for example in examples), self.question(record)]
         answers = [*(answer_of(example) for example in examples), None]
         if self.form == "document":
@@ -77,30 +91,53 @@ class Prompt:
             return [*images, *([{"type": "text", "text": self.request}] if self.request else [])]
         content = copy.deepcopy(first_question(record))
         meta = record.get("meta") or {}
-        text, listed, instruction = split_question(last_text(content), meta)
-        set_last_text(content, self._dress(text, listed, instruction, meta))
+        text, listed, recognised, instruction = split_question(last_text(content), meta)
+        if (tokens := meta.get("ocr_tokens")) is not None:
+            recognised = f"{OCR} {', '.join(map(str, tokens))}"
+        if self.ocr and not recognised:
+            raise ValueError(
+                f"task.ocr=true, but the shards hold no recognised text for {record.get('id')}; prepare them with its "
+                "file, those of examples with ocr=true"
+            )
+        set_last_text(content, self._dress(text, listed, recognised, instruction, meta))
         return content
 
-    def _dress(self, text: str, listed: str, instruction: str, meta: dict) -> str:
+    def _dress(self, text: str, listed: str, recognised: str, instruction: str, meta: dict) -> str:
         lines = [text, listed if self.options is None else ""]
         if self.options and meta.get("choices"):
             lines += list_choices(meta["choices"])
         if self.ocr:
-            if meta.get("ocr_tokens") is None:
-                raise ValueError("task.ocr=true, but the shards hold no meta.ocr_tokens; prepare them with its file")
-            lines.append(f"{OCR} {', '.join(map(str, meta['ocr_tokens']))}")
+            lines.append(recognised)
         lines.append(instruction if self.instruction is None else self.instruction)
         if self.form == "document":
             lines.pop()  # running text names the form by its own words
         return "\n".join(line for line in lines if line)
 
     def _continue(self, content: list[dict], answer: str | None) -> list[dict]:
-        images = [part for part in content if part["type"] == "image"]
-        words = "".join(part["text"] for part in content if part["type"] == "text")
-        before, after = self.template.replace("{question}", words).split("{answer}")
+        before, after = self.template.split("{answer}")
+        start, asks, end = before.partition("{question}")
+        if not asks:
+            content, start, end = [part for part in content if part["type"] == "image"], "", before
         # A space before the answer is the answer's: tokens of words begin with theirs.
-        text = before.rstrip(" ") if answer is None else before + answer + after
-        return [*images, *([{"type": "text", "text": text}] if text else [])]
+        end = end.rstrip(" ") if answer is None else end + answer + after
+        first = len(list(takewhile(lambda part: part["type"] == "image", content)))
+        return [*content[:first], *join_texts([*say(start), *content[first:], *say(end)])]
+
+
+def say(text: str) -> list[dict]:
+    """A text as parts; none where it is empty."""
+    return [{"type": "text", "text": text}] if text else []
+
+
+def join_texts(parts: Sequence[dict]) -> list[dict]:
+    """Texts that follow each other as one: tokens may reach over where they meet."""
+    made: list[dict] = []
+    for part in parts:
+        if made and made[-1]["type"] == part["type"] == "text":
+            made[-1] = {"type": "text", "text": made[-1]["text"] + part["text"]}
+        else:
+            made.append(part)
+    return made
 
 
 def first_question(record: dict) -> list[dict]:
@@ -134,15 +171,15 @@ def list_choices(choices: Sequence[str]) -> list[str]:
     return [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
 
 
-def split_question(text: str, meta: dict) -> tuple[str, str, str]:
-    """The bare question, its options as they were listed under it, and the instruction below; recognised text is left
-    out."""
-    lines, instruction = text.split("\n"), []
+def split_question(text: str, meta: dict) -> tuple[str, str, str, str]:
+    """The bare question, its options as they were listed under it, the line of recognised text, and the instruction
+    below."""
+    lines, instruction, recognised = text.split("\n"), [], ""
     while len(lines) > 1 and lines[-1] in INSTRUCTIONS:
         instruction.insert(0, lines.pop())
     if len(lines) > 1 and lines[-1].startswith(OCR):
-        lines.pop()
+        recognised = lines.pop()
     text, listed = "\n".join(lines), "\n".join(list_choices(meta.get("choices") or ()))
     if not listed or not text.endswith(f"\n{listed}"):
         listed = ""
-    return text.removesuffix(f"\n{listed}") if listed else text, listed, "\n".join(instruction)
+    return text.removesuffix(f"\n{listed}") if listed else text, listed, recognised, "\n".join(instruction)

@@ -269,13 +269,13 @@ def test_what_a_recipe_put_under_a_question_is_taken_away_or_kept_as_the_task_sa
     listed = "A. digit\nB. seven\nC. number\nD. nine"
     put = record(0)
     put["messages"][0]["content"][1]["text"] = f"what is here\n{listed}\n{SHORT}"
-    assert split_question(f"what is here\n{listed}\n{SHORT}", put["meta"]) == ("what is here", listed, SHORT)
+    assert split_question(f"what is here\n{listed}\n{SHORT}", put["meta"]) == ("what is here", listed, "", SHORT)
     assert Prompt().question(put)[-1]["text"] == f"what is here\n{listed}\n{SHORT}"
     assert Prompt(options=False).question(put)[-1]["text"] == f"what is here\n{SHORT}"
     assert Prompt(options=True).question(put)[-1]["text"] == f"what is here\n{listed}\n{SHORT}"
     seen = Prompt(ocr=True).question(record(0))[-1]["text"]
-    assert split_question(seen, {"choices": CHOICES}) == ("what is here", "", SHORT)
-    assert split_question("1\n2", {}) == ("1\n2", "", "")
+    assert split_question(seen, {"choices": CHOICES}) == ("what is here", "", "Reference OCR token: a, b", SHORT)
+    assert split_question("1\n2", {}) == ("1\n2", "", "", "")
 
 
 def test_questions_marked_difficult_are_asked_and_not_counted(task, run):

@@ -18,7 +18,7 @@ import document_layouts  # noqa: E402
 import exam_layouts  # noqa: E402
 import instruct_layouts  # noqa: E402
 import vqa_layouts  # noqa: E402
-from tiny_vlm import IMAGE_SIZE  # noqa: E402
+from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402
 
 from data.prepare import prepare  # noqa: E402
 from fastvlm.build import build_task  # noqa: E402
@@ -26,6 +26,7 @@ from fastvlm.config import CONF, compose  # noqa: E402
 from fastvlm.evaluation import short_answers  # noqa: E402
 from fastvlm.evaluation.answering import read_window  # noqa: E402
 from fastvlm.evaluation.questions import plain_text  # noqa: E402
+from fastvlm.inference.engine import Engine  # noqa: E402
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -219,14 +220,22 @@ PANEL_SOURCES = {
 PANELS = ("embedded", "panel", "speed", "few_shot", "panel_public", "speed_public", "few_shot_public")
 
 
-def build(name: str, case: Case, folder: Path, tokenizer):
-    """The task as `eval.py task=<name>` builds it, over shards prepared as its source's file says."""
+def build(name: str, case: Case, folder: Path, tokenizer, *, train: dict | None = None, **changed):
+    """The task as `eval.py task=<name>` builds it, over shards prepared as its source's file says.
+
+    Args:
+        train: options of the recipe; with them, or none of them, train shards are prepared as well.
+        changed: arguments of the task.
+    """
     recipe = OmegaConf.load(CONF / "task" / f"{name}.yaml").defaults[0]["/source@source"]
     raw = case.write(folder / "raw")
     settings = {"tokenizer": tokenizer.path, "template": "roles", "workers": 1}
     overrides = [f"task={name}", f"task.source.path={folder / 'shards'}", "checkpoint=none", *case.given]
-    task = build_task(compose("eval", overrides).task)
-    prepare(recipe, out=folder / "shards", path=str(raw), splits=(task.split,), **settings)
+    config = compose("eval", overrides).task
+    OmegaConf.set_struct(config, False)
+    task = build_task(OmegaConf.merge(config, changed))
+    splits = (task.split,) if train is None else ("train", task.split)
+    prepare(recipe, out=folder / "shards", path=str(raw), splits=splits, **settings, **(train or {}))
     return task
 
 
@@ -256,6 +265,64 @@ def test_a_task_over_its_own_recipes_shards_scores_perfect_answers_in_full(name,
     assert first == case.official
     wrong = case.wrong if isinstance(case.wrong, dict) else dict.fromkeys(case.right, case.wrong)
     assert score(wrong)["table"][-1][task.protocol.metric] == 0
+
+
+PUBLIC = OmegaConf.load(CONF / "task" / "few_shot_public.yaml").benchmarks
+BASIL = "<I>Question: What is this? And what is it called? Short answer:"
+BRAND = f"<I>Question: {PHONE} Short answer:"
+CALLED = "<I>Question: What is the hairstyle called? Short answer:"
+NOKIA = f"<|user|><I>{PHONE}\nReference OCR token: NOKIA, 6:04\n{SHORT}<|assistant|>"
+CAB = f"<|user|><I>{AWAITING}\n{LETTERS}\n{LETTER}<|assistant|>"
+# Options of the recipe, arguments of the task, and what the model reads with one example.
+SHOTS = {
+    "coco_captions": ({}, PUBLIC.coco_captions, "<I>A cat 0 1.\n<I>"),
+    "vqav2": (
+        {},
+        PUBLIC.vqav2,
+        "<I>Question: Is zero an id? Short answer: yes\n<I>Question: What is it? Short answer:",
+    ),
+    "textvqa": ({}, PUBLIC.textvqa, f"{BRAND} nokia\n{BRAND}"),
+    "vizwiz": ({}, PUBLIC.vizwiz, f"{BASIL} basil\n{BASIL}"),
+    "okvqa": ({}, PUBLIC.okvqa, f"{CALLED} racing\n{CALLED}"),
+    "textvqa_ocr": ({"ocr": True}, {}, f"{NOKIA}nokia<|end|>{NOKIA}"),
+    "aokvqa_choice": ({"form": "choice"}, {}, f"{CAB}D<|end|>{CAB}"),
+    "mmmu": (
+        {},
+        {"form": "document"},
+        "<I>Question: How much?\n<image 3> Short answer: 1,000\n"
+        "Question: Compare <I> and <I> please\nA. the first\nB. <I>C. it's none Short answer:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOTS)
+def test_an_example_of_the_train_shards_stands_before_a_question_as_the_question_is_put(
+    name, tmp_path, tiny_tokenizer, monkeypatch
+):
+    options, arguments, text = SHOTS[name]
+    task = build(name, CASES[name], tmp_path, tiny_tokenizer, train=options, shots=1, **arguments)
+    read, encode = [], Engine.encode_prompt
+
+    def remember(self, record, *, slots, **more):
+        ids = encode(self, record, slots=slots, **more)
+        assert ids.count(tiny_tokenizer.image_id) == sum(slots)
+        read.append(re.sub(r"(<\|image\|>)+", "<I>", tiny_tokenizer.hf.decode(ids)))
+        return ids
+
+    monkeypatch.setattr(Engine, "encode_prompt", remember)
+    result = task.run(build_model(tiny_tokenizer, max_positions=1024), tiny_tokenizer, image_size=IMAGE_SIZE)
+    assert read[0] == text
+    assert result["asked"]["shots"] == 1 and not any("fault" in row for row in result["predictions"])
+
+
+def test_an_example_that_does_not_fit_its_question_is_said_with_what_mends_it(tmp_path, tiny_model, tiny_tokenizer):
+    for name, message in {
+        "aokvqa_choice": r"example 299207 of .* answered with 'ride', not with an option's letter: .* form=choice",
+        "textvqa_ocr": r"no recognised text for 0054c91397f2fe05; .* those of examples with ocr=true",
+    }.items():
+        task = build(name, CASES[name], tmp_path / name, tiny_tokenizer, train={}, shots=1)
+        with pytest.raises(ValueError, match=message):
+            task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
 
 
 def test_every_task_is_one_of_these():
