@@ -12,7 +12,7 @@ from fastvlm.study.claims import Claim, Figure
 from fastvlm.study.decisions import EQUAL_COMPUTE, EQUAL_STEPS, Decided
 from fastvlm.study.grid import Sweep, say_grid
 from fastvlm.study.metrics import label_of
-from fastvlm.study.verdicts import ALPHA, OPEN, POWER, SHOWN, Verdict, fewest_seeds
+from fastvlm.study.verdicts import AGREES, ALPHA, DISAGREES, MOST_SEEDS, OPEN, POWER, SHOWN, Verdict, fewest_seeds
 
 # What every table of arms has, where a task yields it.
 EVERYWHERE = (
@@ -86,7 +86,7 @@ def say_needed(verdict: Verdict) -> str:
     """How many seeds an open question would need."""
     if verdict.num_seeds == 1:
         return f"one seed has no spread; {fewest_seeds()} are the fewest that can decide"
-    return f"about {verdict.needed} seeds would tell" if verdict.needed else "over 1,000 seeds would be needed"
+    return f"about {verdict.needed} seeds would tell" if verdict.needed else f"{MOST_SEEDS:,} seeds would not tell"
 
 
 def amount(decided: Decided) -> str:
@@ -118,6 +118,16 @@ def headline(decided: Sequence[Decided]) -> str:
     if all(d.basis != "planned" or d.steps is None for d in deciding):
         return said[0] + rider
     return f"{said[0]} {' and '.join(d.on for d in deciding)}{rider}"
+
+
+def say_ours(deciding: Sequence[Decided]) -> str:
+    """The amounts of a claim's deciding metric; on every basis, where they are not the same on all."""
+    known = [d for d in deciding if d.verdict]
+    if not known:
+        return deciding[0].why
+    same = len(known) == len(deciding) and len(set(map(amount, known))) == 1
+    said = amount(known[0]) if same else "; ".join(f"{amount(d)} {d.on}" for d in known)
+    return f"{known[0].metric.removeprefix('test/')} {said}"
 
 
 def say_below(decided: Sequence[Decided]) -> list[str]:
@@ -210,13 +220,13 @@ def readme(
 
 RULES = (
     "Differences are in favour of the claim (the first arm's minus the second's where it says that two arms are the "
-    "same, or a metric has no good side): mean over paired seeds with its 95 % interval. A verdict needs an exact "
-    f"sign-flip p of at most {ALPHA} and a one-sided {1 - ALPHA:.0%} interval on the same side; p values are not "
-    f"corrected for the number of claims. Seeds needed: power {POWER:.0%} with the mean and deviation seen here. Steps "
-    f"are equal within {EQUAL_STEPS:.0%}, operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the "
-    "stages an arm trains itself, without those that stand in for pretrained parts; means over seeds, ± is the "
-    "standard deviation. Parts that stand in for pretrained ones are trained once and are the same for all seeds, "
-    "unless the study says otherwise."
+    f"same, or a metric has no good side): mean over paired seeds with its {1 - ALPHA:.0%} interval. A verdict needs "
+    f"an exact sign-flip p of at most {ALPHA} and the whole interval on the same side; none is corrected for the "
+    f"number of claims: of two arms that do not differ chance says that they do in about {ALPHA:.0%} of cases. Seeds "
+    f"needed: power {POWER:.0%} with the mean and deviation seen here. Steps are equal within {EQUAL_STEPS:.0%}, "
+    f"operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the stages an arm trains itself, without "
+    "those that stand in for pretrained parts; means over seeds, ± is the standard deviation. Parts that stand in for "
+    "pretrained ones are trained once and are the same for all seeds, unless the study says otherwise."
 )
 
 
@@ -251,7 +261,21 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
         "`results.csv`, `README.md` and plots. `python train.py -m experiment=<study>` runs one; `scale=paper` takes",
         "the paper's own sizes, data and steps. `LOG.md` says what was tried.",
         "",
+        *([tally([entry["outcome"] for entry in entries]), ""] if entries else []),
     ]
     header = ["study", "scale", "claim", "paper's figure", "ours (in favour of the claim)", "verdict", "cost of a cell"]
     keys = ("study", "scale", "claim", "paper", "ours", "verdict", "cost")
     return "\n".join([*lines, *table(header, [[entry[k] for k in keys] for entry in entries]), ""])
+
+
+def tally(outcomes: Sequence[str]) -> str:
+    """How many claims came out how, and in how many chance might say so."""
+    said = {AGREES: "agree", DISAGREES: "disagree", OPEN: "are not resolved", "": "have no verdict"}
+    counts = [f"{outcomes.count(one)} {words}" for one, words in said.items() if one in outcomes]
+    chance = max(1, round(ALPHA * len(outcomes)))
+    return (
+        f"Of {len(outcomes)} claims, each on the first basis that has a verdict, {', '.join(counts)}. A verdict needs "
+        f"an exact sign-flip p of at most {ALPHA} over paired seeds and the whole {1 - ALPHA:.0%} interval on its "
+        f"side. Each stands for itself: of two arms that do not differ chance says that they do in about {ALPHA:.0%} "
+        f"of cases, over as many claims in {chance}."
+    )

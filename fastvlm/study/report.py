@@ -16,7 +16,7 @@ from fastvlm.study.decisions import Decided, decide_claim
 from fastvlm.study.grid import FILE, Sweep, of_cells, read_sweeps, write_sweeps
 from fastvlm.study.metrics import metric_of
 from fastvlm.study.plots import make_plots
-from fastvlm.study.readme import amount, catalogue, headline, number, readme, say_left_out
+from fastvlm.study.readme import catalogue, headline, number, readme, say_left_out, say_ours
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("auto", "runs", "csv", "mlflow")
@@ -183,11 +183,11 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
     for scale, place, claim in ((s, place, claim) for s in ran for place, claim in enumerate(claims_of[s])):
         cells, decided = results[scale]
         theirs = "; ".join(f"{k.replace('_', ' ')} {figures[k].value} ({figures[k].status})" for k in claim.figures)
-        ours, verdict, cost = "not run", "not run", "-"
+        ours, verdict, cost, outcome = "not run", "not run", "-", ""
         if cells:
-            first = decided[place][0]
             verdict = headline(decided[place])
-            ours = f"{claim.metric.removeprefix('test/')} {amount(first)}" if first.verdict else first.why
+            deciding = [d for d in decided[place] if d.metric == claim.metric]
+            ours, outcome = say_ours(deciding), next((d.verdict.outcome for d in deciding if d.verdict), "")
             have = [arm for arm in claim.pair if any(cell.arm == arm for cell in cells)]
             spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in have]
             if spent:
@@ -201,6 +201,7 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
                 "ours": ours,
                 "verdict": verdict,
                 "cost": cost,
+                "outcome": outcome,
             }
         )
     return lines

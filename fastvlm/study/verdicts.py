@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-ALPHA = 0.05  # of each of the two one-sided tests
+ALPHA = 0.05  # of the sign-flip test on each side, and of the interval on both together
 POWER = 0.8
 MOST_SEEDS = 1000
 AGREES, DISAGREES, OPEN, SHOWN = "agrees", "disagrees", "not resolved", "difference"
@@ -63,7 +63,7 @@ def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALP
     """Seeds with which paired differences of this deviation would, with this power, be told to lie beyond every bound
     that they are `distances` away from (one for "better", two for "the same"), by both tests of a verdict.
 
-    The one-sided t-test's power is exact; the sign-flip test, which is as strong with many seeds, costs a few more
+    The t-test's power is exact; the sign-flip test, which is as strong with many seeds, costs a few more
     where they are few (with five, all must have one sign), and is drawn up to 10. None: over 1,000, or never.
     """
     if not math.isfinite(deviation) or min(distances) <= 0:
@@ -74,7 +74,7 @@ def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALP
     effects = [distance / deviation for distance in distances]
 
     def enough(n: int) -> bool:
-        critical = stats.t.ppf(1 - alpha, n - 1)
+        critical = stats.t.ppf(1 - alpha / 2, n - 1)
         missed = [float(stats.nct.cdf(critical, n - 1, effect * math.sqrt(n))) for effect in effects]
         missed = [0.0 if math.isnan(m) else m for m in missed]  # so large an effect that scipy's series overflows
         return sum(missed) <= 1 - power
@@ -112,7 +112,7 @@ def _passes(d: np.ndarray, *, alpha: float) -> np.ndarray:
     total = d.sum(axis=1)
     flipped = (d @ signs.T >= (total - 1e-9 * np.abs(d).sum(axis=1))[:, None]).mean(axis=1)
     t = total / math.sqrt(n) / d.std(axis=1, ddof=1)
-    return (flipped <= alpha) & (t > stats.t.ppf(1 - alpha, n - 1))
+    return (flipped <= alpha) & (t > stats.t.ppf(1 - alpha / 2, n - 1))
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Verdict:
     Args:
         outcome: agrees, disagrees or not resolved; `difference` of a metric that is only shown.
         num_seeds: pairs.
-        mean, low, high: of the difference in favour of the claim, and its 95 % interval.
+        mean, low, high: of the difference in favour of the claim, and its 95 % interval, which decides.
         p: sign-flip p of the outcome's side (the smaller side's where not resolved).
         needed: seeds an open question would need; None where it is not open, never, or beyond 1,000.
     """
@@ -139,15 +139,16 @@ class Verdict:
 def decide(differences: Differences, *, margin: float = 0.0, alpha: float = ALPHA) -> Verdict:
     """Whether the arm that a claim favours is better by more than `margin`.
 
-    Agrees: the sign-flip test rejects "no better than the margin" at `alpha` and the one-sided interval of the mean
-    lies above the margin. Disagrees: the same the other way round, against 0: the favoured arm is worse (against a
-    margin below 0, which makes the claim "no worse than that", against the margin). Both tests must say so: with few
-    seeds the first ignores how large differences are and the second believes them normal.
+    Agrees: the sign-flip test rejects "no better than the margin" at `alpha` and the whole interval of the mean lies
+    above the margin. Disagrees: the same the other way round, against 0: the favoured arm is worse (against a margin
+    below 0, which makes the claim "no worse than that", against the margin). Both tests must say so: with few seeds the
+    first ignores how large differences are and the second believes them normal. Where nothing differs, about one
+    case in twenty still gets a verdict, both sides together.
     """
     d = _checked(differences)
     floor = min(margin, 0.0)
     for_it, against = sign_flip_p(d - margin), sign_flip_p(floor - d)
-    low, high = mean_interval(d, confidence=1 - 2 * alpha)
+    low, high = mean_interval(d, confidence=1 - alpha)
     if for_it <= alpha and low > margin:
         return _verdict(AGREES, d, for_it)
     if against <= alpha and high < floor:
@@ -159,8 +160,8 @@ def decide(differences: Differences, *, margin: float = 0.0, alpha: float = ALPH
 
 
 def decide_same(differences: Differences, *, margin: float, alpha: float = ALPHA) -> Verdict:
-    """Whether two arms are the same but for `margin`: two one-sided tests (Schuirmann 1987), each exact and with its
-    interval as in `decide`. Disagrees where the difference is larger than the margin.
+    """Whether two arms are the same but for `margin`: two one-sided tests (Schuirmann 1987), each exact, and the whole
+    interval as in `decide` within the margin. Disagrees where the difference is larger than the margin.
 
     Raises:
         ValueError: a margin of 0 or less: nothing is ever shown to be equal.
@@ -169,13 +170,13 @@ def decide_same(differences: Differences, *, margin: float, alpha: float = ALPHA
         raise ValueError(f"margin={margin}: a claim that two arms are the same needs a margin above 0")
     d = _checked(differences)
     below, above = sign_flip_p(margin - d), sign_flip_p(d + margin)
-    low, high = mean_interval(d, confidence=1 - 2 * alpha)
+    low, high = mean_interval(d, confidence=1 - alpha)
     inside = max(below, above)
     if inside <= alpha and -margin < low and high < margin:
         return _verdict(AGREES, d, inside)
     for side in (d, -d):
         p = sign_flip_p(side - margin)
-        if p <= alpha and mean_interval(side, confidence=1 - 2 * alpha)[0] > margin:
+        if p <= alpha and mean_interval(side, confidence=1 - alpha)[0] > margin:
             return _verdict(DISAGREES, d, p)
     mean = abs(float(d.mean()))
     distances = [margin - mean, margin + mean] if mean < margin else [mean - margin]

@@ -168,7 +168,7 @@ def test_a_verdict_on_cells_of_another_configuration_says_so_wherever_it_is_read
     assert [entry["verdict"] for entry in made["entries"]] == [
         "agrees (one encoder an arm; cells of another configuration)",
         "agrees",
-        "not resolved (over 1,000 seeds would be needed) (cells of another configuration)",
+        "not resolved (1,000 seeds would not tell) (cells of another configuration)",
     ]
     lines = [line for line in say(made) if line.endswith("cells of another configuration)")]
     assert len(lines) == 2 and {line.strip() for line in lines} < set(made["verdicts"]["micro"])

@@ -206,7 +206,7 @@ def test_an_open_question_says_how_many_seeds_it_needs_or_that_it_needs_too_many
         return cells + [cell("skip", s, nll=1.03) for s in range(5)]
 
     assert headline(decide_claim(claim, noisy(0.1))).startswith("not resolved (about ")
-    words = "not resolved (over 1,000 seeds would be needed)"
+    words = "not resolved (1,000 seeds would not tell)"
     assert headline(decide_claim(claim, noisy(0.001))) == words
     one = [c for c in noisy(0.1) if c.seed == 0]
     assert headline(decide_claim(claim, one)).startswith("not resolved (one seed has no spread; 5 are the fewest")
