@@ -84,7 +84,7 @@ def test_deepspeed_that_is_missing_or_asked_for_half_precision_is_refused_in_one
     real, found = importlib.util.find_spec, {"deepspeed": None}
     find = lambda name, *more: found[name] if name in found else real(name, *more)
     monkeypatch.setattr("importlib.util.find_spec", find)
-    with pytest.raises(ValueError, match=r"needs deepspeed: pip install 'fastvlm\[deepspeed\]'; hardware.strategy=fs"):
+    with pytest.raises(ValueError, match=r"needs deepspeed: pip install '\.\[deepspeed\]'; hardware.strategy=fs"):
         cpu(devices=2, strategy="deepspeed_zero3")
     found["deepspeed"] = "there"
     with pytest.raises(ValueError, match="16-mixed is nothing for hardware.strategy=deepspeed_zero3; set bf16-mixed"):

@@ -137,9 +137,9 @@ def test_a_missing_library_is_one_line_with_the_extra(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     for kind in ("nf4", "torchao_int8"):
-        with pytest.raises(ValueError, match=rf"here={kind} needs {KINDS[kind][0]}: pip install 'fastvlm\[quant\]'"):
+        with pytest.raises(ValueError, match=rf"here={kind} needs {KINDS[kind][0]}: pip install '\.\[quant\]'"):
             quantise(nn.Linear(2, 2), kind, where="here")
     from fastvlm.stages import adamw_8bit
 
-    with pytest.raises(ValueError, match=r"optimizer=adamw8bit needs bitsandbytes: pip install 'fastvlm\[quant\]'"):
+    with pytest.raises(ValueError, match=r"optimizer=adamw8bit needs bitsandbytes: pip install '\.\[quant\]'"):
         adamw_8bit([])
