@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
 
 from fastvlm.tokens import Tokenizer
 
@@ -53,7 +57,7 @@ class Answer:
 
     def raw_text(self) -> str:
         """The text up to a stop string as it goes on from the prompt, its outer space kept."""
-        text = self.tokenizer.decode_further(self.token_ids)
+        text = self.tokenizer.decode_further(mend_bytes(self.token_ids, self.tokenizer))
         return text[: self._stop_position(text)]
 
     def settled_text(self) -> str:
@@ -69,8 +73,36 @@ class Answer:
 
     def _decoded(self) -> str:
         # Not Tokenizer.decode: it strips, and a stop string may well be a line break.
-        return self.tokenizer.hf.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = mend_bytes(self.token_ids, self.tokenizer)
+        return self.tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _stop_position(self, text: str) -> int:
         """Where the first stop string begins; the text's length without one."""
         return min((at for s in self.stop if (at := text.find(s)) >= 0), default=len(text))
+
+
+def mend_bytes(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids whose bytes are UTF-8: what is none stands for `UNFINISHED_CHARACTER`.
+
+    Where bytes are tokens of their own (`<0xE5>`, in SentencePiece's vocabularies), decoders give up all neighbours of
+    a byte that does not fit, characters among them that have long been shown.
+    """
+    byte_of = byte_tokens(tokenizer.hf)
+    if not byte_of:
+        return list(ids)
+    id_of = {byte: token for token, byte in byte_of.items()}
+    mended: list[int] = []
+    for is_byte, run in groupby(ids, key=byte_of.__contains__):
+        if is_byte:
+            text = bytes(byte_of[token] for token in run).decode(errors="replace")
+            mended += [id_of[byte] for byte in text.encode()]
+        else:
+            mended += run
+    return mended
+
+
+@lru_cache(maxsize=8)
+def byte_tokens(hf: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The bytes that are tokens of their own, by id; none where not all are."""
+    found = hf.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    return dict(zip(found, range(256))) if len({None, *found}) > 256 else {}

@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Rust
@@ -64,6 +65,30 @@ def test_raw_text_keeps_the_space_that_sentencepieces_decoders_drop_before_the_f
     PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>").save_pretrained(tmp_path)
     answer, _ = write(Tokenizer(str(tmp_path), template="vicuna"), [2, 1, 0, 3], stop=["\n"])
     assert answer.raw_text() == "    return a" and answer.text() == "return a"
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    """Words, and bytes that are tokens of their own, with Llama 2's decoder."""
+    words = ["<unk>", "▁a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    rust = Rust(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(strip)
+    folder = tmp_path_factory.mktemp("llama2")
+    PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>").save_pretrained(folder)
+    return Tokenizer(str(folder), template="vicuna")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(said=st.lists(st.sampled_from([" a", "b", *"é字🙂".encode(), 0xFF]), max_size=12))
+def test_a_byte_that_fits_no_character_takes_none_of_its_neighbours_with_it(llama2, said):
+    name = lambda one: f"<0x{one:02X}>" if isinstance(one, int) else one.replace(" ", "▁")
+    answer, shown = write(llama2, llama2.hf.convert_tokens_to_ids([name(one) for one in said]))
+    whole = b"".join(bytes([one]) if isinstance(one, int) else one.encode() for one in said).decode(errors="replace")
+    assert answer.raw_text() == whole and answer.text() == whole.removeprefix(" ").strip()
+    assert answer.text().startswith(shown[-1]) and not shown[-1].endswith("\ufffd")
 
 
 def test_nothing_is_added_after_the_end(tiny_tokenizer):
