@@ -153,3 +153,19 @@ def test_every_claim_names_arms_and_figures_that_exist(name):
     assert claims
     assert all(key in figures for claim in claims for key in claim.figures)
     assert len({claim.claim for claim in claims}) == len(claims)
+
+
+@pytest.mark.parametrize("arm", ["narrow_1", "wide_16"])
+def test_decay_under_mm1s_law_is_a_tenth_of_the_rate_that_all_parts_have(arm):
+    stage = compose("train", ["experiment=mm1_lr_law", "scale=paper", f"arm={arm}"]).stages.align
+    (rate,) = set(stage.trainable.values())
+    assert list(stage.trainable) == ["resampler", "projector", "encoder", "llm"]
+    assert stage.optimizer.weight_decay == pytest.approx(rate / 10)
+
+
+@pytest.mark.parametrize("arm", ["c_abstractor", "d_abstractor"])
+def test_every_abstractor_of_honeybee_ends_at_the_least_rate_of_its_table_11(arm):
+    stages = compose("train", ["experiment=honeybee_abstractors", "scale=paper", f"arm={arm}"]).stages
+    least = {name: max(stage.trainable.values()) * stage.final for name, stage in stages.items()}
+    assert least == pytest.approx({"align": 1e-5, "instruct": 1e-6}, rel=0.02)
+    assert {stage.optimizer.eps for stage in stages.values()} == {1e-6}
