@@ -28,7 +28,7 @@ class StaticStep:
     """
 
     def __init__(self, decoder: FastDecoder, *, rows: int, capacity: int, like: Tensor):
-        self.decoder, self.capacity = decoder, capacity
+        self.decoder = decoder
         place = {"device": like.device, "dtype": like.dtype}
         self.embeds = torch.zeros(rows, 1, like.shape[-1], **place)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=like.device)

@@ -61,10 +61,10 @@ def answer_loss(
 
 
 def sum_by_source(
-    loss: AnswerLoss, source_ids: Int[Tensor, "B S"], *, num_sources: int
+    losses: Float[Tensor, "U"], source: Int[Tensor, "U"], *, num_sources: int
 ) -> tuple[Float[Tensor, "num_sources"], Float[Tensor, "num_sources"]]:
-    """Loss and number of learned tokens of every source."""
-    losses, source = loss.losses.float(), source_ids.flatten()[loss.index]
-    sums = torch.zeros(num_sources, device=losses.device)
+    """Loss and number of units (learned tokens, images, ...) of every source, in float32 and without a gradient."""
+    losses = losses.detach().float()
+    sums = losses.new_zeros(num_sources)
     counts = torch.zeros_like(sums)
     return sums.index_add(0, source, losses), counts.index_add(0, source, torch.ones_like(losses))

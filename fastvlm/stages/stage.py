@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.batch import Batch
+from fastvlm.models.loss import sum_by_source
 from fastvlm.models.sharding import gather, shard, share_statistics
 from fastvlm.models.trainable import set_mode
-
-DECAYS = ("cosine", "linear", "constant", "wsd", "wsd_sqrt")
 
 
 def learning_rate_factor(
@@ -27,6 +26,9 @@ def learning_rate_factor(
     `constant`: the peak.
     `wsd`, `wsd_sqrt`: the peak, and over the last `decay_steps` (a fifth of the stage if null) down to `final`, by a
         line or as 1 - sqrt(progress). Hu et al., arXiv:2404.06395, section 4; Haegele et al., arXiv:2405.18392.
+
+    Raises:
+        ValueError: another `decay`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -38,8 +40,12 @@ def learning_rate_factor(
         shape = (1 + math.cos(math.pi * progress)) / 2
     elif decay == "wsd_sqrt":
         shape = 1 - math.sqrt(progress)
+    elif decay in ("linear", "wsd"):
+        shape = 1 - progress
+    elif decay == "constant":
+        shape = 1.0
     else:
-        shape = 1.0 if decay == "constant" else 1 - progress
+        raise ValueError(f"decay={decay} is none of cosine, linear, constant, wsd, wsd_sqrt")
     return final + (1 - final) * shape
 
 
@@ -184,11 +190,7 @@ class Stage(L.LightningModule):
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         loss_sum, denominator, losses, extra = self.objective(batch)
-        source_loss = losses.new_zeros(len(batch.sources), dtype=torch.float32)
-        source_tokens = torch.zeros_like(source_loss)
-        source = extra["source"]
-        source_loss.index_add_(0, source, losses.detach().float())
-        source_tokens.index_add_(0, source, torch.ones_like(losses, dtype=torch.float32))
+        source_loss, source_tokens = sum_by_source(losses, extra["source"], num_sources=len(batch.sources))
         out = {
             "loss": loss_sum / denominator,
             "loss_sum": loss_sum.detach(),

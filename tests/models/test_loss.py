@@ -62,7 +62,7 @@ def test_losses_are_counted_for_the_source_of_the_learned_token():
     llm, batch = small_llm(), make_batch([random_ids(4, 5), random_ids(6, seed=1)])
     batch.source_ids[0, :4], batch.source_ids[0, 4:], batch.source_ids[1, :6] = 2, 0, 2
     loss = run(llm, batch)
-    sums, counts = sum_by_source(loss, batch.source_ids, num_sources=3)
+    sums, counts = sum_by_source(loss.losses, batch.source_ids.flatten()[loss.index], num_sources=3)
     assert counts.tolist() == [4, 0, 3 + 5]
     torch.testing.assert_close(sums.sum(), loss.sum.detach())
     torch.testing.assert_close(sums[0], loss.losses[3:7].sum())

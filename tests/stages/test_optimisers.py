@@ -8,8 +8,9 @@ from torch import nn
 
 from fastvlm.build import instantiate
 from fastvlm.config import CONF
+from fastvlm.config.rules import DECAYS
 from fastvlm.stages import adamw_8bit
-from fastvlm.stages.stage import DECAYS, learning_rate_factor
+from fastvlm.stages.stage import learning_rate_factor
 
 
 def factors(decay: str, *, final: float, warmup: int = 10, steps: int = 100, decay_steps: int | None = None):
@@ -58,6 +59,11 @@ def test_a_schedule_stays_between_its_end_and_the_peak_also_when_all_of_it_is_wa
     for warmup, steps in ((0, 1), (10, 10), (50, 20)):
         values = factors(decay, final=0.1, warmup=warmup, steps=steps)
         assert all(0 < value <= 1 for value in values)
+
+
+def test_an_unknown_schedule_is_refused_and_not_taken_for_another():
+    with pytest.raises(ValueError, match="decay=cosin is none of cosine, linear, constant, wsd, wsd_sqrt"):
+        factors("cosin", final=0.1)
 
 
 def test_without_decay_steps_wsd_decays_over_the_last_fifth():
