@@ -1,4 +1,4 @@
-"""How fast the model answers while it trains: time to first token and tokens a second, beside the losses."""
+"""Measure inference speed during training: time to first token and tokens per second, beside the losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvlm.callbacks.metrics import Metrics
 
 
 class AnswerSpeed(Callback):
-    """After each validation asks the model as a user would, and hands the figures to the `Metrics` callback.
+    """Ask the model as a user would after each validation, and hand the figures to the `Metrics` callback.
 
     The first rank asks, the others wait for it at their next step; the time is that of validation, no step's. The
     model answers in eval mode and in the precision its weights are held in (under `bf16-mixed` that is float32).

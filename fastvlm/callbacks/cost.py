@@ -19,7 +19,7 @@ from fastvlm.models.quantised import quantised_layers
 
 @dataclass
 class ForwardFlops:
-    """Operations (two for a multiply-add) of one forward pass, as torch's FlopCounterMode counts them: products and
+    """FLOPs (two for a multiply-add) of one forward pass, as torch's FlopCounterMode counts them: products and
     convolutions, no norms or activations.
 
     `view[part]` is for one view; a row of S positions costs `linear * S + square * S**2`, a logit row `head`.
@@ -89,7 +89,7 @@ def _count_row(llm: nn.Module, length: int) -> float:
 
 
 def learned_shares(model: nn.Module) -> dict[str, float]:
-    """For each part the share of its parameters that learn, as `requires_grad` stands now."""
+    """Share of each part's parameters that learn, by their present `requires_grad`."""
     shares = {}
     for name, part in model.parts.items():
         counts = [(p.numel(), p.requires_grad) for p in part.parameters()]
@@ -166,7 +166,7 @@ def held_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = (
 
 
 def scales(state) -> Iterator[Tensor]:
-    """The tensors of bitsandbytes' state of a matrix in four bits, in which scales are quantised in their turn."""
+    """The tensors of bitsandbytes' state of a 4-bit matrix, whose scales are quantised again."""
     yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor))
     if state.state2 is not None:
         yield from scales(state.state2)

@@ -1,4 +1,4 @@
-"""A frozen encoder runs once over a stage's images, before the first step; training then reads what it said."""
+"""Run a frozen encoder once over a stage's images, before the first step; training then reads its cached outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weights_hash(part: nn.Module) -> str:
 
 
 def code_of(model: nn.Module) -> dict[str, dict]:
-    """Everything written that a VLM's patches depend on, as the model stands: `source` and `versions` of `rests_on`.
+    """The code that a VLM's patches depend on: `source` and `versions` of `rests_on`.
 
     It begins with the modules that define the layers there are, so that a layer of the user's own, an adapter's or one
     of few bits counts too.
@@ -42,7 +42,7 @@ def code_of(model: nn.Module) -> dict[str, dict]:
 
 
 class CachedFeatures(L.Callback):
-    """Has the data module write the encoder's features where they are missing, and read them in place of images.
+    """Let the data module write the encoder's features where they are missing, and read them in place of images.
 
     Must stand after `StageFreezing`.
 
@@ -120,7 +120,7 @@ class CachedFeatures(L.Callback):
 
 
 def gather(trainer: L.Trainer) -> Callable[[object], list]:
-    """What every rank passes, as a list on all ranks."""
+    """The values of all ranks, as a list on every rank."""
     if trainer.world_size == 1:
         return lambda value: [value]
 

@@ -1,4 +1,4 @@
-"""Freezing, applied and proved: what learns is named once, shown once, and everything else keeps its bytes."""
+"""Apply a stage's freezing and prove it: every frozen tensor must keep its exact bytes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def digest(tensor: Tensor) -> str:
 
 
 class StageFreezing(L.Callback):
-    """Applies a stage's `trainable` patterns and proves them.
+    """Apply a stage's `trainable` patterns and check their effect.
 
     Before the first step every tensor of the model, parameters and buffers, is hashed. After the first optimiser step
-    and again at the end a table says, per part and learning rate, how many tensors there are and how many moved; a
-    frozen tensor that moved stops the run.
+    and again at the end the hashes are compared; a table says, per part and learning rate, how many tensors there are
+    and how many changed. A frozen tensor that changed stops the run.
 
     Args:
         trainable: pattern over parameter names -> learning rate, or `{lr, weight_decay, warmup_steps}`; null excludes.
@@ -103,7 +103,7 @@ class StageFreezing(L.Callback):
         return select_settings(model, patterns, where=f"{where}.trainable")
 
     def add_adapters(self, part: str, model: nn.Module, options: dict, rate: Rate, *, where: str) -> dict[str, Rate]:
-        """Patterns of the adapters put into a part: their whole names, which no shorter pattern outweighs."""
+        """Put adapters into a part; returns their full names as patterns, which win over every shorter pattern."""
         module = getattr(model, part)
         before = {name for name, _ in module.named_parameters()}
         self.tuners.append(add_lora(getattr(module, "hf", module), **options, where=where))
@@ -111,7 +111,7 @@ class StageFreezing(L.Callback):
         return {f"{part}.{name}": rate for name in added if ".lora_" in name}
 
     def quantised(self, model: nn.Module, rates: dict[str, float]) -> dict[str, str]:
-        """Part -> what its frozen linear layers are held in."""
+        """Part -> the quantised format of its frozen linear layers."""
         kinds = {part: one["quantise"] for part, one in self.adapt.items() if one.get("quantise")}
         learns_whole = any(name.startswith("llm.") and ".lora_" not in name for name in rates)
         if self.quantise and "llm" not in kinds and not learns_whole and hasattr(model, "llm"):
@@ -152,7 +152,7 @@ class StageFreezing(L.Callback):
                 self.write()
 
     def merge(self, model: nn.Module) -> None:
-        """Plain weights again, before they are handed on: quantised ones restored, adapters folded in.
+        """Plain weights again, for the handoff: quantised ones restored, adapters merged.
 
         A part with adapters is handed on as the function that was trained: the weights that the quantised layers
         computed with, plus what was learned. A part that was only read gets its own weights back.
@@ -208,7 +208,7 @@ class StageFreezing(L.Callback):
             )
 
     def moved(self, model: nn.Module) -> set[str]:
-        """Names of tensors whose bytes are others than before the first step; of a sharded one, on any rank."""
+        """Names of tensors whose bytes have changed since before the first step; of a sharded one, on any rank."""
         here = {name: digest(tensor) != self.before[name] for name, tensor in tensors(model)}
         if any(is_shard(p) for p in model.parameters()):
             flags = torch.tensor(list(here.values()), dtype=torch.int32, device=next(model.buffers()).device)

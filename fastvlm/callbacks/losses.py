@@ -1,4 +1,4 @@
-"""Losses of many steps, added up on the device and read once."""
+"""Losses of many steps, summed on the device and read once."""
 
 from __future__ import annotations
 

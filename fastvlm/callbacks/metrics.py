@@ -1,6 +1,6 @@
 """Metrics of a stage: one line of metrics.jsonl and one call to every logger each N optimiser steps.
 
-Between two lines nothing is copied from the device: counts and losses are added up where they are.
+Between two lines nothing is copied from the device: counts and losses are summed there.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Metrics(Callback):
         self._idle_since = None
 
     def _log_left_out(self, trainer: Trainer) -> None:
-        """What the plan does without, beside the metrics: counts a source, and the names in a file."""
+        """Log what the plan leaves out: counts per source as metrics, the keys in a file."""
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
         counts, names = {}, {}
         for source in getattr(plan, "sources", ()):
@@ -226,7 +226,7 @@ class Metrics(Callback):
         self._logged_step = step
 
     def _speed(self, counts: dict[str, Tensor], window: Tensor, seconds: float) -> dict[str, float]:
-        """Of what was counted in so many seconds; and the memory that is held."""
+        """Rates, from the counts of a number of seconds; and the memory in use."""
         tokens, image_tokens = int(counts["tokens"].sum()), int(counts["image_tokens"].sum())
         metrics = {
             "train/tokens_per_second": tokens / seconds,
@@ -268,7 +268,7 @@ class Metrics(Callback):
         return [key for keys in gathered for key in keys]
 
     def write(self, trainer: Trainer, step: int, metrics: dict[str, float], **extra: Any) -> None:
-        """A line of metrics.jsonl, the same to every logger, and from then on in `last`. Every rank may call it."""
+        """Write a line of metrics.jsonl, pass it to every logger and keep it in `last`. Every rank may call it."""
         self.last |= metrics
         # What a checkpoint may monitor and a handoff's manifest records.
         chosen = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith(("val/", "train/loss"))}
@@ -309,10 +309,10 @@ class Metrics(Callback):
 
 
 def of_sources(rows: Tensor, before: tuple[str, ...], now: tuple[str, ...], *, beside: int = 0) -> Tensor:
-    """Rows of the sources of before as those of now: the same where a source stays, 0 where it is new.
+    """Rows per source, rearranged from an earlier list of sources to the present one; 0 where a source is new.
 
     Args:
-        beside: so many rows in front are no source's.
+        beside: this many rows at the front belong to no source.
     """
     if before == now:
         return rows

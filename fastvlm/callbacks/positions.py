@@ -1,4 +1,4 @@
-"""What the positions of batches are, counted where they are: samples, tokens and padding of every source."""
+"""Count samples, tokens and padding per source on the device, from the positions of batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one sees while a stage trains: a Rich bar on a terminal, a line every few seconds anywhere else."""
+"""Progress of a stage: a Rich bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Progress(Callback):
             self._print(f"{self._name}  {step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def _fields(self, step: int, now: float) -> list[tuple[str, str]]:
-        """(label, figure) in order of importance, but for the time left, which stands last."""
+        """(label, figure) in order of importance; the time left is last."""
         fields = []
         last = self._metrics.last if self._metrics is not None else {}
         if self._loss is not None:
@@ -134,7 +134,7 @@ class Progress(Callback):
         return fields
 
     def _fit(self, fields: list[tuple[str, str]]) -> str:
-        """As many figures as leave the bar some room; the time left stays."""
+        """As many figures as fit beside the bar; the time left is always shown."""
         room = self.console.width - len(self._name) - 2 * len(str(self._total)) - 16
         while len(fields) > 1 and sum(len(k) + len(v) + 3 for k, v in fields) > room:
             fields.pop(-2)

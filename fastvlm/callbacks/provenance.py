@@ -1,4 +1,4 @@
-"""What made this run: commit, configuration, command, versions, machine, seeds."""
+"""How a run was made: commit, configuration, command, versions, machine, seeds."""
 
 from __future__ import annotations
 

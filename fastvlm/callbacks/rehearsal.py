@@ -1,4 +1,4 @@
-"""The longest batch, tried early: memory runs out in the first minute or never."""
+"""Try the largest batches early: memory runs out in the first minute or never."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same held-out samples at every validation: image, prompt, reference, and what the model says by now."""
+"""The same held-out samples at every validation: image, prompt, reference, and the model's present answer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ COLOURS = {"right": "#1a7f37", "wrong": "#b35900", "text": "#1f2328", "label": "
 
 
 def split_reference(record: Record) -> tuple[Record, str]:
-    """What the model is given, and the words it should say: the last assistant turn, or a document's last text.
+    """Split a record into the prompt and the reference: the last assistant turn, or a document's last text.
 
     Raises:
-        ValueError: the record has no such words.
+        ValueError: the record has no such text.
     """
     if "messages" in record:
         messages = record["messages"]
@@ -49,7 +49,7 @@ def plain_text(content: str | list[dict]) -> str:
 
 
 def prompt_text(prompt: Record) -> str:
-    """What stands above the answer, as one reads it."""
+    """The prompt as readable text."""
     if "document" in prompt:
         return plain_text(prompt["document"])
     return "\n".join(plain_text(message["content"]) for message in prompt["messages"])

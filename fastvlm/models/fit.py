@@ -6,10 +6,11 @@ from torch import nn
 
 
 def check_fit(encoder: nn.Module, resampler: nn.Module, projector: nn.Module, llm: nn.Module) -> None:
-    """Widths that neighbours state, and slots that some part must be able to leave empty.
+    """Refuse neighbours whose widths differ, and an early-exit encoder before a resampler that cannot leave slots
+    empty.
 
     Raises:
-        ValueError: naming the two that disagree, and the key that mends it.
+        ValueError: naming both parts and the key to change.
     """
     for (left, yields), (right, takes) in (
         (("encoder", encoder), ("resampler", resampler)),

@@ -1,4 +1,4 @@
-"""Pretrained weights by name, with one plain line when there are none to be had or they do not fit."""
+"""Load pretrained weights by name; if they are missing or do not fit, the error is one plain line."""
 
 from __future__ import annotations
 

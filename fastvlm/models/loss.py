@@ -1,4 +1,4 @@
-"""Cross-entropy of the answer tokens, with logits for nothing else."""
+"""Cross-entropy of the learned tokens; logits are computed for no other position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage will need on one device, known before it begins: nothing is computed, only shapes are."""
+"""Estimate of the memory a stage needs on one device, from shapes alone, before it runs."""
 
 from __future__ import annotations
 

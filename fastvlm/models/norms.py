@@ -1,4 +1,4 @@
-"""Norm layers that do not see what is not data."""
+"""Keep inputs that are not data, such as a blank image, out of BatchNorm statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of which a rank holds a piece: by torch's FSDP2, or by DeepSpeed's ZeRO stage 3."""
+"""Tensors of which this rank holds a shard, under torch's FSDP2 or DeepSpeed's ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch.distributed.tensor import DTensor
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this rank holds only a piece of it."""
+    """Whether this rank holds only a shard of it."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
 def held_of(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's shard of a tensor, or the tensor itself."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor.ds_tensor if hasattr(tensor, "ds_id") else tensor
 
 
 def size_of(tensor: Tensor) -> int:
-    """Numbers in the whole tensor."""
+    """Number of elements of the whole tensor."""
     return tensor.ds_numel if hasattr(tensor, "ds_id") else tensor.numel()
 
 
 @contextmanager
 def whole_of(tensor: Tensor) -> Iterator[Tensor]:
-    """All of a tensor, for a while. Every rank must ask."""
+    """The whole tensor, gathered for the duration of the block. Every rank must call it."""
     if hasattr(tensor, "ds_id"):
         import deepspeed  # whose `zero` is a name in it, no module
 

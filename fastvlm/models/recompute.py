@@ -1,4 +1,4 @@
-"""Layers that keep no activations: they are computed again in the backward pass."""
+"""Gradient checkpointing: layers keep no activations and recompute them in the backward pass."""
 
 from __future__ import annotations
 

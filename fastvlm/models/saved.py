@@ -1,4 +1,4 @@
-"""Our model as one folder in the form of `transformers`: configuration, weights, and a class its Auto classes know.
+"""Our model as one folder in the format of `transformers`: configuration, weights, and a class for its Auto classes.
 
 `import fastvlm.auto` makes the class known; then `AutoModelForImageTextToText.from_pretrained(folder)` loads it. The
 folder also names `remote_code.py`, so that trust_remote_code=True does the same import where fastvlm is installed.
@@ -170,7 +170,7 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def describe(model: VLM, *, image_size: int, image: dict | None = None) -> PartsVLMConfig:
-    """The configuration a model is built from again.
+    """The configuration from which the model can be rebuilt.
 
     Raises:
         ValueError: the model was not built from a configuration (`recipe`), or not from parts of this package.
@@ -203,8 +203,8 @@ def describe(model: VLM, *, image_size: int, image: dict | None = None) -> Parts
 
 
 def without_weights(arguments: dict, part: nn.Module) -> dict:
-    """A constructor call that makes the part with random weights: they come from the folder, and what they were first
-    loaded from may not be there."""
+    """A constructor call that makes the part with random weights: the folder holds the weights, and the checkpoint they
+    were first loaded from may be gone."""
     out = {}
     for key, value in arguments.items():
         nested = isinstance(value, dict) and "_target_" in value
@@ -228,7 +228,7 @@ def without_weights(arguments: dict, part: nn.Module) -> dict:
 
 
 def check_target(arguments: dict) -> None:
-    """A folder from elsewhere may call constructors of this package's models and nothing else."""
+    """Refuse constructors other than those of this package's models: a folder may come from anywhere."""
     target = str(arguments.get("_target_", ""))
     if not target.startswith("fastvlm.models."):
         raise ValueError(f"config.json: _target_={target!r} is no part of fastvlm.models; only those are built")

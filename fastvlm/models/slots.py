@@ -1,8 +1,8 @@
 """Empty image slots: where a resampler kept fewer visual tokens of an image than it has slots.
 
 The data plan is made before pixels are read, so every image has M slots in its row. A slot whose embedding is exactly
-zero holds nothing: training hides it from attention and from the positions, generation takes it out. Both give the
-logits of the row without it.
+zero is empty: training masks it and does not count its position, generation removes it. Both give the logits of the row
+without it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def empty_slots(embeds: Float[Tensor, "B S D"], is_slot: Bool[Tensor, "B S"]) ->
 def hide(
     empty: Bool[Tensor, "B S"], position_ids: Int[Tensor, "B S"], segment_ids: Int[Tensor, "B S"]
 ) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Positions and segments of rows whose `empty` positions are as good as not there.
+    """Position and segment ids that make the model ignore the `empty` positions.
 
-    Empty positions become padding (segment 0); what stands behind them in the same sample moves up. Samples restart
+    Empty positions become padding (segment 0); later positions of the same sample are renumbered. Samples restart
     their positions at 0, so the sample's start is that many places back.
     """
     before = empty.long().cumsum(dim=1) - empty.long()  # empty positions before each one, in the row

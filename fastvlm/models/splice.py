@@ -1,4 +1,4 @@
-"""Visual tokens into the image slots of a text."""
+"""Put visual tokens into the image slots of a text."""
 
 from __future__ import annotations
 

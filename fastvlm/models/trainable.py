@@ -1,4 +1,4 @@
-"""What learns: patterns over parameter names, applied once; what is frozen is also in eval mode."""
+"""What learns: patterns over parameter names. Frozen modules are also in eval mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rate = float | dict[str, float | None] | None
 
 
 def select_trainable(model: nn.Module, patterns: dict[str, Rate], *, where: str = "trainable") -> dict[str, float]:
-    """Parameter name -> learning rate; the longest pattern that matches a name decides, and null excludes.
+    """Parameter name -> learning rate. The longest pattern that matches a name decides; null freezes.
 
     Raises:
         ValueError: a pattern matches no parameter, or nothing is left to learn. The name of a part that has no

@@ -24,7 +24,7 @@ Layouts = Int[Tensor, "images 4"] | None
 
 
 class ImageEncoding(NamedTuple):
-    """What the model makes of views: its visual tokens, and the encoder's patches where they lie."""
+    """The encoding of views: visual tokens as a sequence, and the encoder's patches as a map."""
 
     sequence: Float[Tensor, "I M D_t"]
     spatial: Float[Tensor, "I D_v h w"]
@@ -38,7 +38,7 @@ class VLM(nn.Module):
     Args:
         encoder: normalised images -> patches; knows its `out_dim`, `mean`, `std`, `num_patches(image_size)`.
         resampler: patches -> visual tokens; knows `num_tokens_out(num_patches)`. With `drops_tokens` an image may have
-            fewer, the slots before them zero.
+            fewer; they stand in its last slots, and the slots before them are zero.
         projector: visual tokens to the width of the language model.
         llm: embeds ids, turns embeddings into hidden states and those into logits.
         image_token_id: the id that marks an image slot, `Tokenizer.image_id`.
@@ -98,19 +98,20 @@ class VLM(nn.Module):
         return self.project(self.encode_patches(pixel_values, is_tile))
 
     def patches(self, batch: Batch) -> Float[Tensor, "I N D"]:
-        """The encoder's output for a batch's images: computed, or as it was cached."""
+        """The encoder's output for a batch's images: computed, or from the feature cache."""
         if batch.features is None:
             return self.encode_patches(batch.pixel_values, tiles_of(batch.layouts))
         return batch.features.to(self.vision_dtype)
 
     def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
-        """Visual tokens; of a resampler that drops some, their slots are exactly zero."""
+        """Visual tokens. Where the resampler drops tokens, their slots are exactly zero."""
         tokens = run(self.resampler, patches)
         visual = run(self.projector, tokens)
         return visual * (tokens != 0).any(dim=-1, keepdim=True) if self._resampler_drops else visual
 
     def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
-        """Visual tokens of views as the language model reads them; pretrained models put line ends between tiles.
+        """Visual tokens in the layout the language model reads; some pretrained models add newline tokens between
+        tiles.
 
         Args:
             layouts: (rows, columns, height, width) of every image: the grid of its tiles, and its size in pixels. None:
@@ -130,7 +131,7 @@ class VLM(nn.Module):
         return self.llm.embed(input_ids)
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
-        """What the language model reads: text embeddings with the images' visual tokens in their slots."""
+        """The language model's input: text embeddings with the images' visual tokens in their slots."""
         text = self.llm.embed(batch.input_ids)
         if batch.num_images:
             visual = self.arrange(self.project(self.patches(batch)), batch.layouts)
@@ -141,7 +142,7 @@ class VLM(nn.Module):
         return splice(text, batch.input_ids, visual, image_token_id=self.image_token_id)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
-        """Last hidden states; samples packed in one row do not see each other."""
+        """Last hidden states; samples packed in one row do not attend to each other."""
         rows = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
         return self.read(self.embed(batch), *rows)
 
@@ -153,7 +154,7 @@ class VLM(nn.Module):
         position_ids: Int[Tensor, "B S"],
         segment_ids: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B S D"]:
-        """Last hidden states of rows whose visual tokens are in place."""
+        """Last hidden states of rows whose visual tokens are spliced in already."""
         if self.drops_tokens:
             empty = empty_slots(embeds, input_ids == self.image_token_id)
             position_ids, segment_ids = hide(empty, position_ids, segment_ids)
@@ -170,14 +171,14 @@ class VLM(nn.Module):
         max_new_tokens: int = 32,
         stop_ids: Sequence[int] = (),
     ) -> Int[Tensor, "B T"]:
-        """Greedy continuation of prompts, without the prompts: the plain loop. `Engine` has sampling, text and images.
+        """Greedy decoding as a plain loop; returns the new tokens. `inference.Engine` adds sampling, text and images.
 
         Args:
             input_ids: prompts with their image slots.
             pixel_values: the views of all images, in the order of their slots.
             layouts: as `arrange` takes them.
             attention_mask: 0 on padding, which stands on the left.
-            stop_ids: a row that has written one of them goes on with it; all rows done, the loop ends.
+            stop_ids: a row that has generated one of them repeats it; when all rows have, the loop ends.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embeds = self.llm.embed(input_ids)
@@ -203,14 +204,15 @@ class VLM(nn.Module):
         return torch.stack(written, dim=1) if written else input_ids.new_zeros(len(input_ids), 0)
 
     def positions(self, input_ids: Int[Tensor, "B S"], position_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L *axes"]:
-        """Where the language model takes the tokens to stand, given that they are counted; Qwen2-VL has three axes."""
+        """Position ids for the language model, from positions counted token by token; Qwen2-VL has three axes."""
         return position_ids
 
     def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
         return self.llm.head(self.hidden(batch))
 
     def save_pretrained(self, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
-        """Write configuration and weights in the form of `transformers`; `fastvlm.deployment.hub` adds the rest.
+        """Write configuration and weights in the format of `transformers`; `fastvlm.deployment.hub` adds tokenizer and
+        processor.
 
         Args:
             image_size: side of a view, pixels.
@@ -228,20 +230,20 @@ class VLM(nn.Module):
         """The model of a folder that `save_pretrained` wrote, or of a hub id, in eval mode.
 
         Raises:
-            ValueError: there is none, it is of another kind, or its weights do not fit; with a list.
+            ValueError: there is no model, it is of another type, or its weights do not fit (with a list).
         """
         from fastvlm.models.saved import load_vlm
 
         return load_vlm(str(path))[0]
 
     def _must_touch_vision(self) -> bool:
-        """Whether another rank may be waiting for this one's vision gradients, or for its shard of the weights."""
+        """Whether another rank may wait for this one's vision gradients, or for its shard of the weights."""
         path = [p for part in (self.encoder, self.resampler, self.projector) for p in part.parameters()]
         learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in path)
         return learns or any(is_shard(p) for p in path)
 
     def _zero_from_blank_image(self, batch: Batch) -> Float[Tensor, ""]:
-        """0, with every trainable vision parameter in its graph. Norm statistics do not see the blank image."""
+        """0, with every trainable vision parameter in its graph. The blank image does not change norm statistics."""
         blank = lambda images: images.new_zeros(1, *images.shape[1:])  # even no images have a size
         features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
@@ -252,7 +254,7 @@ class VLM(nn.Module):
 
 
 def run(part: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:
-    """`part(x, *more)`. Frozen parts at the start of the path cost no graph; the first trainable one begins it."""
+    """`part(x, *more)`, without an autograd graph while nothing before or in the part learns."""
     learns = x.requires_grad or any(p.requires_grad for p in part.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
         return part(x, *more)

@@ -1,4 +1,4 @@
-"""A configuration, made real: a chain of stages, found or trained, then evaluated and reported."""
+"""Run a configuration: a chain of stages, each found or trained, then evaluation and report."""
 
 from fastvlm.pipeline.chain import Pipeline
 

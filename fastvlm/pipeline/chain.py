@@ -35,7 +35,7 @@ from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
 
 
 class Pipeline:
-    """A configuration, made real: `run()` trains what is not trained yet and evaluates the result.
+    """Runs a configuration: `run()` trains the stages that are not trained yet and evaluates the result.
 
     `lineage` says for every part where its weights come from; a stage's hash covers its own configuration, its data,
     its code and the lineage of the parts it computes with, and nothing else. So a stage that only reads text is shared
@@ -55,7 +55,7 @@ class Pipeline:
         self.tracking, self.run_id = None, None
 
     def run(self) -> dict:
-        """Returns the run's results (also in results.json): metrics, table, seconds a stage."""
+        """Returns the run's results (also in results.json): metrics, table, seconds per stage."""
         self.hardware.apply()
         begun, made = time.time(), self.made()
         if is_first_rank():
@@ -86,7 +86,7 @@ class Pipeline:
         return results
 
     def build(self) -> None:
-        """Tokenizer, model and task, as the configuration says and before any stage."""
+        """Build tokenizer, model and task of the configuration."""
         self.tokenizer = build_tokenizer(self.config)
         self.model = build_model(self.config, self.tokenizer)
         self.task = build_task(self.config.task) if self.config.task else None
@@ -98,7 +98,7 @@ class Pipeline:
 
     @contextmanager
     def tracked(self, made: dict) -> Iterator[None]:
-        """The run in MLflow, where there is one; it ends there as what happens inside ends."""
+        """Record the block as a run in MLflow, if configured, with the status it ends in."""
         if self.tracking is None:
             yield
             return
@@ -114,7 +114,8 @@ class Pipeline:
             end_study(self.tracking, self.config, status)
 
     def made(self) -> dict:
-        """By what the results were made, so that a finished cell of a study is known again."""
+        """Code, configuration, hardware and libraries of the results, by which a finished cell of a study is
+        recognised."""
         hw = self.hardware
         kind = torch.cuda.get_device_name() if hw.accelerator == "gpu" else hw.accelerator
         ran = {"ranks": hw.num_ranks, "accelerator": kind, "precision": hw.precision, "threads": hw.threads}
@@ -128,7 +129,8 @@ class Pipeline:
         }
 
     def counts(self, name: str) -> bool:
-        """Whether a stage's cost is the run's: one with a seed of its own stands in for a pretrained part."""
+        """Whether a stage counts in the run's cost: one with a seed of its own stands in for a pretrained part and does
+        not."""
         return self.config.stages[name].get("seed") is None
 
     def run_stage(self, name: str, config: DictConfig) -> dict:
@@ -149,7 +151,7 @@ class Pipeline:
         }
 
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
-        """The results with what the task says of the model, on the first rank."""
+        """Add the task's evaluation to the results, on the first rank."""
         folders = {part: str(folder) for part, folder in self.folders.items()}
         write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
         self.model.to(self.hardware.device).eval()
@@ -172,7 +174,7 @@ class Pipeline:
         return results
 
     def record(self, results: dict, stages: list[dict]) -> None:
-        """results.json, the page a run ends in, and both in MLflow."""
+        """Write results.json and report.html, and log both to MLflow."""
         write_json(self.run_dir / "results.json", results)
         remember(self.run_dir, self.runs, self.resolved)
         shown = {"stages": stages, "results": results, "config": self.resolved}

@@ -1,4 +1,4 @@
-"""What a stage answers at every validation: its held-out samples, and questions that are timed."""
+"""What the model is asked at every validation: held-out samples, and questions that are timed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastvlm.tokens import Tokenizer
 def held_out_records(
     mixture: Mixture, tokenizer: Tokenizer, num: int, *, transform: ImageTransform
 ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images; none of
-    those that types and filters leave nothing of."""
+    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images; sources
+    of which types and filters leave nothing are passed over."""
     reader, found, there = ShardReader(), [], []
     for source in (s for s in mixture.sources.values() if s.has_split("val")):
         index = source.load("val", tokenizer)

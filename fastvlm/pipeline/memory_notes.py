@@ -1,4 +1,4 @@
-"""What each stage will need of a device's memory, said before a run; where it will not fit, the keys that mend it."""
+"""Estimate each stage's memory on a device before a run; where it does not fit, name the keys that reduce it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: bool = True) -> list[str]:
-    """A line a stage, and a second one under a stage that will not fit.
+    """One line per stage, and a second one for a stage that will not fit.
 
     Args:
-        known: whether it is known what a device holds.
+        known: whether the device's memory is known.
     """
     if hardware.memory_gib is None and sum(p.numel() for p in model.parameters()) < SMALL:
         return []
@@ -42,7 +42,7 @@ def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: b
 
 
 def planned_hardware(options: DictConfig) -> tuple[Hardware, bool]:
-    """The hardware a configuration names, also where it is not there, and whether it is known what a device holds."""
+    """The hardware a configuration names, even if this machine lacks it, and whether its memory is known."""
     plain = OmegaConf.to_container(options, resolve=True)
     needs = plain.get("devices", "auto")
     needs = 1 if needs == "auto" else int(needs)

@@ -1,4 +1,4 @@
-"""What a run says of itself, in few words."""
+"""What a run prints."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def run_summary(config: DictConfig, model: VLM, hardware: Hardware, *, run_dir: 
 
 
 def stage_summary(name: str, config: dict, plan: Plan, *, folders: dict[str, Path], resume: Path | None) -> str:
-    """A stage's length, what learns, where its parts come from, and what a user should know of its data.
+    """A stage's length, what learns, where its parts come from, and remarks on its data.
 
     Args:
         config: the stage's, resolved.
         folders: part -> the handoff it was loaded from; others are new.
-        resume: the checkpoint the stage goes on from.
+        resume: the checkpoint the stage resumes from.
     """
     loaded = ", ".join(f"{p} <- {Path(folders[p]).parent.name}" for p in config["parts"] if p in folders)
     new = ", ".join(p for p in config["parts"] if p not in folders)
@@ -52,7 +52,7 @@ def stage_summary(name: str, config: dict, plan: Plan, *, folders: dict[str, Pat
 
 
 def learning(stage: dict) -> list[str]:
-    """What a stage's configuration says of what learns: part and rate, and how."""
+    """What learns by a stage's configuration: part, method and rate."""
     rates = {p: r["lr"] if isinstance(r, dict) else r for p, r in stage["trainable"].items()}
     out = [f"{part} {rate:g}" for part, rate in rates.items() if rate is not None]
     if lora := stage["lora"]:

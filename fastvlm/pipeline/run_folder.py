@@ -1,4 +1,4 @@
-"""The folder of a run: whose configuration it holds, and the links that find it."""
+"""The folder of a run: its configuration, and the links to it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
 
 
 def differences_that_count(theirs: dict, ours: dict) -> list[str]:
-    """Those between two resolved configurations that make another run of it."""
+    """Differences between two resolved configurations that make them different runs."""
     silent = [rf"({'|'.join(INCIDENTAL)})\b", r"[^:]*\.cache_features:"]
     if ours["data"]["on_change"] != "refuse":
         silent.append(MIXTURE)
@@ -70,7 +70,7 @@ def differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[str]:
 
 
 def point(link: Path, *, at: Path) -> None:
-    """Make a relative link to a folder, or turn an old one, in one step."""
+    """Make or replace a relative link to a folder, atomically."""
     link.parent.mkdir(parents=True, exist_ok=True)
     beside = link.with_name(f".{link.name}.{os.getpid()}")
     beside.symlink_to(os.path.relpath(at, link.parent), target_is_directory=True)

@@ -1,4 +1,4 @@
-"""Whether the shards of every stage and of the task are there, asked before a model is loaded or a stage trained."""
+"""Check that the shards of every stage and of the task exist, before a model is loaded or a stage trained."""
 
 from __future__ import annotations
 

@@ -65,10 +65,10 @@ def build_data(
 
 @contextmanager
 def in_stage(name: str) -> Iterator[None]:
-    """What is wrong with a mixture or one of its sources is said with the stage that asked for it.
+    """Add the stage's name to errors about its mixture or one of its sources.
 
     Raises:
-        ValueError: the same, the stage named.
+        ValueError: the same error, with the stage's name.
     """
     try:
         yield
@@ -82,14 +82,14 @@ def in_stage(name: str) -> Iterator[None]:
 
 
 def slots_of(stage: DictConfig, model: VLM) -> int:
-    """Positions a view takes. Only a language model that reads images has slots; no other stage may depend on their
-    number."""
+    """Positions a view takes. Only a stage that feeds images to the language model has slots; no other may depend on
+    their number."""
     reads_images = {"encoder", "llm"} <= set(stage.parts)
     return model.num_visual_tokens(stage.image_size) if reads_images else 1
 
 
 def check_room(name: str, stage: DictConfig, *, slots: int, positions: int | None) -> None:
-    """A row has room for an image, and the language model for a row.
+    """Check that a row has room for an image, and the language model for a row.
 
     Raises:
         ValueError: with both numbers and the keys that change them.

@@ -1,4 +1,4 @@
-"""Where a stage's results stand, and what an interrupted one left there."""
+"""The folder of a stage: its lock, its identity, and what an interrupted stage left there."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def stopped_before(link: Path, identity: dict) -> Path | None:
-    """Where a run's stage stands, when nothing but its data differs from what is asked for now: interrupted, or
-    finished with data that were planned anew on the way.
+    """The folder of a run's earlier stage if it differs from the present one in nothing but its data: interrupted, or
+    finished after its data were planned anew.
 
     Args:
         link: of the run to its stage.

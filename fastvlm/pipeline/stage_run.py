@@ -1,4 +1,4 @@
-"""One stage of a run: found where it was trained before, gone on with where it was interrupted, or trained."""
+"""One stage of a run: found finished, resumed, or trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class StageRun:
-    """A stage with its data planned, ready to be completed.
+    """A stage with its plan, ready to be completed.
 
     Its `identity` is what its weights depend on, and its folder is named by the hash of that.
 

@@ -1,4 +1,4 @@
-"""The training of one stage: its objective, its callbacks and Lightning's Trainer, to the stage's last step."""
+"""Train one stage with Lightning's Trainer: its objective and callbacks."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """One stage's training, from its newest checkpoint where it has one.
+    """One stage's training, resumed from its newest checkpoint if there is one.
 
     Args:
         stage: what is trained, on which data, and the folder for what comes of it.
 
     Raises:
-        ValueError: `cache_features` where no rank holds the whole encoder; what DeepSpeed cannot give.
+        ValueError: `cache_features` where no rank holds the whole encoder; a setting that DeepSpeed does not support.
     """
 
     def __init__(self, stage: StageRun):
@@ -122,7 +122,7 @@ class Training:
         )
 
     def build_logger(self):
-        """The stage's run in MLflow, on in the same one after an interruption; None without tracking."""
+        """The stage's logger; after an interruption it continues the same MLflow run. None without tracking."""
         tracking = self.pipeline.tracking
         if not tracking:
             return None
@@ -150,7 +150,7 @@ class Training:
         )
 
     def build_callbacks(self) -> list[L.Callback]:
-        """In the order in which Lightning calls them: freezing says what learns before any other looks."""
+        """In the order in which Lightning calls them: freezing comes first, because the others read what learns."""
         checkpoints = ModelCheckpoint(
             dirpath=self.folder,
             filename="{step}",
@@ -204,7 +204,7 @@ class Training:
         return [AnswerSpeed(partial(answer_speed, images=images, **self.engine_options()))]
 
     def can_answer(self, otherwise: str) -> bool:
-        """Whether the stage computes with words and a rank holds the whole model; says what is left out where not."""
+        """Whether the stage uses the language model and a rank holds the whole model; if not, say what is left out."""
         if "llm" not in self.config.parts:
             return False
         if self.hardware.shards:
@@ -217,7 +217,7 @@ class Training:
         return options | {"image_size": self.config.image_size, "transform": build_transform(self.config)}
 
     def manifest(self) -> dict:
-        """What the handoff says of the stage beside its metrics."""
+        """The handoff's manifest, without metrics."""
         run, identity = self.pipeline, self.stage.identity
         trained = [part for part in self.config.parts if part in run.lineage]
         return {
@@ -234,7 +234,7 @@ class Training:
         }
 
     def finish(self) -> dict[str, float]:
-        """The metrics of the manifest, once all steps are done; adapters are merged into plain weights on the way."""
+        """Merge adapters into plain weights after the last step, and return the metrics for the manifest."""
         last = self.metrics.last
         # What learns is known until the adapters are merged.
         cost = {} if self.forward is None else stage_cost(self.forward, learned_shares(self.pipeline.model), self.plan)
@@ -248,7 +248,7 @@ class Training:
         return known | cost | (self.score_text() if "llm" in self.config.parts else {})
 
     def score_text(self) -> dict[str, float]:
-        """Perplexity on the task's held-out text: what the images cost the words."""
+        """Perplexity on the task's held-out text: how much language the stage has cost."""
         task, model = self.pipeline.task, self.pipeline.model
         if task is None or getattr(task, "text", None) is None:
             return {}
@@ -257,7 +257,7 @@ class Training:
 
 
 def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) -> StageFreezing:
-    """What a stage's configuration (resolved) lets learn, with the hardware's `quantise`."""
+    """The StageFreezing callback of a stage's resolved configuration, with the hardware's `quantise`."""
     return StageFreezing(
         stage["trainable"],
         path=path,
@@ -272,7 +272,7 @@ def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) 
 def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:
     """
     Raises:
-        ValueError: the stage asks for what DeepSpeed's flat shards cannot give.
+        ValueError: a setting of the stage does not work with DeepSpeed's flat shards.
     """
     here, instead = f"stages.{name}", "or share the weights by hardware.strategy=fsdp"
     kind = stage.optimizer.get("_target_", "").rsplit(".", 1)[-1]
@@ -294,7 +294,7 @@ def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longe
 
 
 def quiet_lightning() -> None:
-    """Lightning's advice about workers and loggers is not for a user of this program."""
+    """Silence Lightning's advice about workers and loggers, which this program decides itself."""
     # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
         logging.getLogger(name).setLevel(logging.ERROR)

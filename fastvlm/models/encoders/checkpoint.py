@@ -1,4 +1,4 @@
-"""Weights of a part from a local file: strict, in the original formats, and what does not fit is listed."""
+"""Load an encoder's weights from a local file, strictly, in the formats they are published in."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fastvlm.models.hub import fetch, refuse_differences
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Strict but for a classifier, a pooling and other towers, from the model's own keys below any one prefix, or from
-    the format it was published in: timm knows OpenAI's and open_clip's CLIP, Meta's DINOv2, Apple's MobileCLIP and
-    others. Learned positions of another grid are interpolated.
+    """Load a checkpoint into `model`. Its keys may have any common prefix, or be in the format the model was published
+    in: timm converts OpenAI's and open_clip's CLIP, Meta's DINOv2, Apple's MobileCLIP and others. Every weight of the
+    model must be there; classifier, pooling and other towers are ignored. Learned positions of another grid are
+    interpolated.
 
     Raises:
         ValueError: the file cannot be read or is of another model; the tensors that are missing or of another shape
