@@ -19,11 +19,11 @@ from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
-    """Call the constructor a configuration names; an argument it does not take is refused with the nearest it does.
+    """Call the constructor a configuration names; an unknown argument is refused with the nearest known one.
 
     Args:
         key: where the configuration stands, for messages (`encoder`, `stages.align.objective`).
-        extra: arguments the configuration does not know (widths, the model).
+        extra: arguments that are not in the configuration (widths, the model).
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
@@ -51,7 +51,7 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
 
 
 def check_call(config: DictConfig, *, key: str) -> Mapping[str, inspect.Parameter]:
-    """Refuse what the constructor does not take, here and in every constructor below; returns its parameters."""
+    """Refuse unknown arguments, here and in every nested constructor call; returns the constructor's parameters."""
     from hydra.utils import get_object
 
     for name, value in config.items():
@@ -99,8 +99,8 @@ def build_tokenizer(config: DictConfig) -> Tokenizer:
 
 
 def build_model(config: DictConfig, tokenizer: Tokenizer):
-    """The VLM of a configuration. Each part draws its weights from a seed of its own, so that exchanging one part
-    leaves the others' first weights as they were."""
+    """The VLM of a configuration. Each part draws its weights from its own seed, so that exchanging one part does not
+    change the others' initial weights."""
     from fastvlm.models.vlm import VLM
 
     if config.get("vlm"):
@@ -127,7 +127,7 @@ def build_task(config: DictConfig):
 
 
 def settle_views(config: DictConfig) -> None:
-    """Where a stage's `image_size` is null, the size and the way from file to views that the pretrained model has."""
+    """Where a stage's `image_size` is null, fill in the size and the image transform of the pretrained model."""
     if not config.get("vlm"):
         return
     for part in ("encoder", "resampler", "projector", "llm"):
@@ -146,7 +146,7 @@ def settle_views(config: DictConfig) -> None:
 
 
 def ensure_embedded(config: DictConfig) -> None:
-    """Build the embedded data set where the configuration uses it and it is not there yet (seconds, no download)."""
+    """Build the embedded data set if the configuration uses it and it does not exist yet (seconds, no download)."""
     folder = Path(config.paths.data) / "embedded"
     used = json.dumps(OmegaConf.to_container(config, resolve=True, throw_on_missing=False), default=str)
     if str(folder) not in used or (folder / "DONE.json").exists():
@@ -178,18 +178,18 @@ def load_tokenizer(run: str | Path) -> Tokenizer:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is a model in the form of `transformers` rather than a run."""
+    """Whether a folder is a model of `transformers` rather than a run."""
     return not (folder / "config.yaml").exists() and (folder / "config.json").exists()
 
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a saved model, with the turns of its own chat template."""
+    """The tokenizer of a saved model, with its own chat template."""
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run, or of a folder in the form of `transformers`.
+    """Model (eval), tokenizer and configuration of a finished run, or of a model folder of `transformers`.
 
     Raises:
         ValueError: no such run, or its last stage has not finished.
@@ -217,7 +217,7 @@ def load_run(run: str | Path, *, device: str = "cpu"):
 
 
 def load_saved(folder: Path, *, device: str = "cpu"):
-    """The same of a saved model: ours, or a pretrained one, with the turns of its own chat template."""
+    """`load_run` for a saved model: ours, or a pretrained one, with its own chat template."""
     from fastvlm.models.pretrained import from_pretrained
     from fastvlm.models.pretrained.views import views_at
     from fastvlm.models.saved import PartsVLMConfig, load_vlm

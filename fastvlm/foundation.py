@@ -1,6 +1,6 @@
-"""What a computation rests on: the source of all modules it can reach by imports, and the versions of libraries.
+"""What a computation depends on: the source of all modules it can reach by imports, and the versions of libraries.
 
-Imports are read from the source text and none is carried out, so that one inside a function counts too.
+Imports are read from the source text, not executed, so that those inside functions count, too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CARRIERS = ("huggingface_hub", "safetensors", "jaxtyping", "deepspeed")
 
 
 def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dict[str, dict[str, str | None]]:
-    """The foundation of some modules.
+    """Source and library versions that some modules depend on.
 
     Args:
         modules: names of modules that can be imported; what they import counts, and what that imports.

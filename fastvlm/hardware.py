@@ -1,4 +1,4 @@
-"""What a run runs on: accelerator, precision, workers and threads, chosen or told."""
+"""Accelerator, precision, strategy, workers and threads of a run, detected or given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it autocast only costs."""
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 autocast is slower than
+    fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -23,7 +24,8 @@ STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_zero3")
 
 
 def under_slurm() -> bool:
-    """Whether `srun` started this process as one of its tasks; a shell of Slurm's is not meant (Lightning's rule)."""
+    """Whether `srun` started this process as one of its tasks; an interactive Slurm shell does not count (Lightning's
+    rule)."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
@@ -37,7 +39,7 @@ def is_first_rank() -> bool:
 
 @dataclass(kw_only=True)
 class Hardware:
-    """Where training runs. Everything given is passed on to Lightning's Trainer; `auto` is resolved here.
+    """Where training runs. Given values are passed on to Lightning's Trainer; `auto` is resolved here.
 
     Args:
         accelerator: auto, cpu or gpu.
@@ -49,9 +51,9 @@ class Hardware:
         num_workers: loader processes a rank, or auto.
         threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
         accumulate: micro-batches an optimiser step; the global batch stays the stage's.
-        rows_per_device: a micro-batch has no more rows than this; steps are cut into more micro-batches instead.
-        memory_gib: what a device may hold; null for what it has. Only the estimate before a run asks; with it models of
-            any size are estimated.
+        rows_per_device: most rows of a micro-batch; a step is split into as many micro-batches as that takes.
+        memory_gib: memory of a device for the estimate before a run; null for what it has. If given, small models are
+            estimated, too.
         quantise: what the frozen linear layers of the language model are held in, in stages that do not train it
             whole: int8, nf4, fp4, torchao_int8, torchao_fp8, torchao_int4. A stage's own `adapt.llm.quantise` goes
             before it.
@@ -140,7 +142,7 @@ class Hardware:
             )
 
     def apply(self) -> None:
-        """Settings of this process that torch keeps globally."""
+        """Set torch's global settings for this process."""
         import torch
 
         torch.set_num_threads(int(self.threads))
@@ -159,7 +161,7 @@ class Hardware:
         return psutil.virtual_memory().available / self.devices
 
     def forget_peak(self) -> None:
-        """`peak_gib` counts from here on."""
+        """Reset the peak that `peak_gib` reports."""
         import torch
 
         if self.accelerator == "gpu":
@@ -182,7 +184,7 @@ class Hardware:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def micro_batches(self, batch_size: int) -> int:
-        """Micro-batches of an optimiser step of `batch_size` rows: the fewest that keep `rows_per_device`.
+        """Micro-batches of an optimiser step of `batch_size` rows: the fewest that respect `rows_per_device`.
 
         Rows that do not divide among ranks and micro-batches are refused by the data module.
         """

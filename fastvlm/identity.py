@@ -1,4 +1,4 @@
-"""What makes a run the run it is: configuration, the code that decides its numbers, commit. Imports nothing heavy."""
+"""Identity of a run: its configuration, the code that determines its results, its commit. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What only tells where, how fast and under which heading: never part of a stage's or a run's identity.
+# Keys that say where, how fast and under which name something runs: never part of a stage's or a run's identity.
 INCIDENTAL = (
     "name",
     "paths",
@@ -44,7 +44,7 @@ LIBRARIES = ("torch", "transformers")
 
 @cache
 def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Hash of the source that determines what a stage learns; documents and reports may change freely."""
+    """Hash of the source files that determine what a stage learns; documents and reports are not among them."""
     package = ROOT / "fastvlm"
     files = sorted(
         f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
@@ -87,7 +87,7 @@ def identity(resolved: dict) -> dict:
 
 
 def portable_hash(resolved: dict) -> str:
-    """Hash of a run's identity with the folders of `paths` by name: the same wherever data and runs lie."""
+    """Hash of a run's identity in which the folders of `paths` are replaced by names: the same on every machine."""
     places = sorted(resolved["paths"].items(), key=lambda item: -len(item[1]))
 
     def named(value: Any) -> Any:
@@ -106,12 +106,12 @@ def portable_hash(resolved: dict) -> str:
 
 @cache
 def libraries() -> dict[str, str]:
-    """Their versions, as installed; nothing is imported."""
+    """Installed versions of `LIBRARIES`, without importing them."""
     return {name: version(name) for name in LIBRARIES}
 
 
 def machine() -> dict[str, Any]:
-    """What the seconds of a result were measured on."""
+    """The machine that a result's times were measured on."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"cpu": names[0] if names else "unknown", "cores": cores}
@@ -125,8 +125,7 @@ def _lines(path: str) -> list[str]:
 
 
 def finished(run_dir: Path, resolved: dict) -> dict | None:
-    """The results of a run directory that holds this very configuration, made by this very code with these libraries;
-    None otherwise."""
+    """The results of a run directory if they are of exactly this configuration, code and libraries; else None."""
     results = read_results(run_dir)
     return results if results is not None and _same(results, resolved) else None
 
@@ -153,7 +152,7 @@ def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
 
 
 def elsewhere(runs: Path, resolved: dict) -> Path | None:
-    """The run directory of another name that holds these very results."""
+    """A run directory of another name that holds the results of this configuration and code."""
     try:
         run_dir = runs / _note(runs, resolved).read_text()
     except OSError:

@@ -22,7 +22,7 @@ MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 
 
 def import_mlflow():
-    """MLflow without its usage telemetry and without its and Alembic's start-up chatter."""
+    """Import MLflow without usage telemetry and without its and Alembic's start-up messages."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -127,7 +127,7 @@ def start_run(
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
 ) -> str:
-    """Start a run, or set the given one back to RUNNING when it still exists; return its id."""
+    """Start a run, or set the given one back to RUNNING if it still exists; return its id."""
     import_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -276,7 +276,7 @@ class MLflowTracking:
         return run_id
 
     def study_run(self, study: str, *, scale: str) -> str:
-        """The run that a study's cells are nested below, RUNNING: found, or begun by the first that asks."""
+        """The run under which a study's cells are nested, set to RUNNING: found, or started by the first cell."""
         from filelock import FileLock
 
         self.prepare()
@@ -349,7 +349,7 @@ class MLflowTracking:
 
 
 class NoTracking:
-    """Records nothing; metrics.jsonl and the report are written all the same."""
+    """Records nothing; metrics.jsonl and the report are still written."""
 
     def prepare(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A Python that has the libraries imported already: commands fork from it instead of importing torch for seconds each.
+"""A Python process with the libraries imported: commands fork from it, which saves each the seconds of importing torch.
 
 Cells of a sweep and the tests' command lines start here. What runs is what a user runs: the script as `__main__`, in a
 process, session, folder and environment of its own, with every module of this project imported anew; only third-party
@@ -93,7 +93,7 @@ class WarmPython:
         return WarmProcess(connection, [sys.executable, *command])
 
     def close(self) -> None:
-        """End the process that commands fork from; those that run go on."""
+        """End the process that commands fork from; running commands continue."""
         self._server.kill()
         self._server.wait()
         self._folder.cleanup()

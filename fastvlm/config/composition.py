@@ -47,7 +47,7 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         GlobalHydra.instance().hydra = around
 
 
-# What a run may be gone on with, such as the `data.on_change=replan` that a refusal asks for: it stays the same run.
+# Overrides that leave a run's name as it is, such as the `data.on_change=replan` with which a refused run continues.
 SILENT = (
     r"\+*(name|hardware|logger|overwrite|pipeline|paths|data|log_every|checkpoint_every|num_samples|speed_images|"
     r"stages\.\w+\.cache_features)\b"
@@ -70,7 +70,7 @@ def run_name() -> str:
     return f"{label[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
-# Below these stands a constructor call: whatever the constructor takes can be set, whether or not the YAML names it.
+# These hold a constructor call: any of its arguments can be set, whether or not the YAML has it.
 PARTS = "encoder|resampler|projector|llm|vlm|tokenizer|task|hardware|logger|mixture"
 
 CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable|adapt))\."

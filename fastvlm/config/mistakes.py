@@ -64,7 +64,7 @@ def no_option(path: str, config_name: str) -> str:
 
 
 def nearest(key: str, config_name: str) -> str:
-    """The end of a line about an unknown key: the key or group that was meant, or where all of them are listed."""
+    """What follows "unknown key ...": the key or group that was meant, or where all keys are listed."""
     try:
         chosen = [o for o in sys.argv[1:] if o.startswith("pipeline=")]  # its stages are the keys
         plain = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
@@ -92,7 +92,7 @@ def dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def loader_died(error: BaseException) -> bool:
-    """Whether a process of a DataLoader was killed: torch says so, or what it was handing over ends in the middle."""
+    """Whether a DataLoader process was killed: torch says so, or the data it was sending end in the middle."""
     if isinstance(error, RuntimeError):
         return re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)) is not None
     frames = [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__)]

@@ -1,4 +1,4 @@
-"""The rules between keys that a schema cannot say."""
+"""Rules between keys that a schema cannot express."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ON_CHANGE = ("refuse", "replan", "restart")
 
 
 def check(config: DictConfig, *, images: bool = True) -> None:
-    """Refuse what breaks a rule, all at once; and bring `max_steps` and the short forms of a stage into full form.
+    """Report all broken rules at once; expand `max_steps` and the short forms of a stage.
 
     Args:
-        images: look at the stages' `image`, too, for which torch is imported.
+        images: check the stages' `image`, too, which imports torch.
 
     Raises:
         ValueError: with one broken rule a line.
@@ -140,7 +140,7 @@ def wrong_adapt(stage: DictConfig, *, where: str) -> Iterator[str]:
 
 
 def wrong_method(stage: DictConfig, part: str, *, where: str) -> Iterator[str]:
-    """What is wrong with how one part learns, `adapt` being in full form."""
+    """What is wrong with how one part learns; `adapt` is in full form."""
     here, adapt = f"{where}.adapt.{part}", stage.adapt[part]
     given = "missing" if OmegaConf.is_missing(adapt, "method") else adapt.method
     if given not in METHODS:

@@ -1,4 +1,4 @@
-"""What can be configured beside constructors: the schema of conf/train.yaml, conf/eval.yaml and conf/stage/."""
+"""Schema of conf/train.yaml, conf/eval.yaml and conf/stage/: what can be configured beside constructor arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Adapt:
 
 @dataclass
 class AugmentConfig:
-    """What may happen to a training image; a source says which of it its answers bear (`Source(augment=...)`)."""
+    """Augmentation of training images; a source allows the kinds that keep its answers true (`Source(augment=...)`)."""
 
     crop: list[float] | None = None  # smallest and largest share of the area that is kept, such as [0.8, 1.0]
     jitter: float = 0.0  # of brightness, contrast and saturation, such as 0.2
@@ -52,7 +52,7 @@ class AugmentConfig:
 
 @dataclass
 class ImageConfig:
-    """From an image file to the views a model takes: see `ImageTransform`."""
+    """From an image file to a model's views: see `ImageTransform`."""
 
     fit: str = "pad"  # or crop, squash
     tiles: Any = None  # grids [[rows, columns], ...] to choose from by an image's size; each tile is a view
@@ -98,7 +98,7 @@ class StageConfig:
 
 @dataclass
 class DataConfig:
-    """How every stage reads; nothing here decides what is learned, but for `replan`."""
+    """How every stage reads its data; none of it changes what is learned, except `on_change=replan`."""
 
     on_change: str = "refuse"  # data changed under an interrupted stage: refuse, replan (go on), restart
     max_skipped_share: float = 0.01  # so many of the samples read may be unreadable

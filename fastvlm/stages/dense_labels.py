@@ -1,7 +1,7 @@
-"""Teach an encoder what every place of an image shows, from labels known by rendering.
+"""Teach an encoder what every cell of an image shows, from label maps known from rendering.
 
-It stands in for the pretrained encoder that the field starts from: contrastive training from scratch takes hours where
-this takes half a minute.
+It replaces the pretrained encoder from which the papers start: contrastive training from scratch would take hours, this
+takes a minute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Next-token prediction on what is learned: base, align, dense and instruct are this stage with other settings."""
+"""Next-token prediction on the learned tokens: base, align, dense and instruct are this stage with other settings."""
 
 from __future__ import annotations
 

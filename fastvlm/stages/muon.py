@@ -41,8 +41,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.share()
 
     def share(self) -> None:
-        """One state and the very same groups here and inside: a schedule that sets a rate here sets it there, and what
-        is saved has the form of any optimiser's state."""
+        """Let both inner optimisers share this one's state and groups, so that a schedule that sets a rate here sets it
+        there, and the saved state has the form of any optimiser's."""
         for optimizer in self.inner:
             ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
             optimizer.param_groups = [g for g in self.param_groups if ours.issuperset(map(id, g["params"]))]

@@ -20,7 +20,7 @@ from fastvlm.models.trainable import set_mode
 def learning_rate_factor(
     step: int, *, num_steps: int, warmup_steps: int, decay: str, final: float, decay_steps: int | None = None
 ) -> float:
-    """Share of the peak rate at a step, counted from 0: linear warm-up, then one of
+    """Factor on the peak learning rate at a step, counted from 0: linear warm-up, then one of
 
     `cosine`, `linear`: down to `final` over all that is left.
     `constant`: the peak.
@@ -50,7 +50,7 @@ def learning_rate_factor(
 
 
 class Stage(L.LightningModule):
-    """What every stage shares: the optimiser over what learns, the schedule, and frozen parts kept in eval.
+    """Base of all stages: the optimiser over what learns, the schedule, and frozen parts kept in eval mode.
 
     `learning_rates` (parameter name -> peak rate) is filled in by the StageFreezing callback before the optimiser is
     made; without it nothing may learn. So is `learning_settings`, which may add a parameter's own `weight_decay` and
@@ -89,8 +89,8 @@ class Stage(L.LightningModule):
         self.whole: list[nn.Module] = []  # the plain model while a sharded copy learns; a list hides it from the module
 
     def configure_model(self) -> None:
-        """Where ranks share the weights the stage trains a sharded copy; `gather_weights` brings what was learned back
-        into the model. FSDP2 is applied here, DeepSpeed cuts the copy itself when the optimiser is made."""
+        """Under FSDP2 or DeepSpeed, train a sharded copy; `gather_weights` brings what was learned back into the model.
+        FSDP2 is applied here; DeepSpeed shards the copy itself when the optimiser is made."""
         if self.whole or (self.device_mesh is None and not self.by_deepspeed):
             return
         self.whole.append(self.model.to("cpu"))
@@ -113,13 +113,13 @@ class Stage(L.LightningModule):
             self.gather_weights()
 
     def gather_weights(self) -> None:
-        """The whole model again, with what was learned, where it was trained in shards. Every rank must call it."""
+        """Gather what was learned into the whole model, if it was trained in shards. Every rank must call it."""
         if self.whole:
             gather(self.model, self.whole[0])
             self.model = self.whole.pop()
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Loss sum, what it is divided by over all ranks and micro-batches, and its parts.
+        """The loss as a sum, and the denominator of the whole optimiser step (all ranks and micro-batches).
 
         Returns:
             (loss sum, denominator, per-unit losses (U,), {"source": (U,) source index of each unit, ...}).
