@@ -9,6 +9,7 @@ from statistics import mean
 from fastvlm.study.arms import Study
 from fastvlm.study.cells import Cell
 from fastvlm.study.claims import Claim
+from fastvlm.study.metrics import metric_of
 from fastvlm.study.readme import shown_metrics
 from fastvlm.study.verdicts import mean_interval
 
@@ -57,7 +58,8 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
             if len(values) > 1:
                 axis.plot([low, high], [place, place], color="#2f5fc4", linewidth=1.6, zorder=2)
             axis.plot([mean(values)], [place], "D", color="#2f5fc4", markersize=4.5, zorder=3)
-        axis.set_xlabel(labels[metric])
+        better = metric_of(metric).better
+        axis.set_xlabel(f"{labels[metric]}\n({better} is better)" if better else labels[metric])
         axis.set_yticks(range(len(arms)), arms)
         axis.grid(axis="x", color="#e2e4e8", linewidth=0.6)
         axis.margins(y=0.15)
@@ -67,24 +69,37 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
 
 
 def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
-    """Exact match against milliseconds to the first token; the arms none other beats in both are joined."""
+    """Exact match against milliseconds to the first token, with their intervals; the arms whose means none other beats
+    in both are joined."""
     points = {}
     for arm in arms:
         mine = [c for c in cells if c.arm == arm and {"test/ttft_ms", "test/exact_match/mean"} <= c.metrics.keys()]
         if mine:
-            points[arm] = tuple(mean(c.metrics[m] for c in mine) for m in ("test/ttft_ms", "test/exact_match/mean"))
+            points[arm] = [[c.metrics[m] for c in mine] for m in ("test/ttft_ms", "test/exact_match/mean")]
     if len(points) < 2:
         return None
-    figure, axis = plt.subplots(figsize=(4.6, 3.1))
-    for arm, (time, score) in points.items():
-        axis.plot(time, score, "D", color="#2f5fc4", markersize=5)
-        axis.annotate(arm, (time, score), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    front = pareto_front(list(points.values()))
-    axis.plot(*zip(*front), color="#d9680f", linewidth=1, zorder=0)
-    axis.set_xlabel("time to first token, ms")
-    axis.set_ylabel("exact match")
+    figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    means = {arm: tuple(map(mean, both)) for arm, both in points.items()}
+    for arm, (times, scores) in points.items():
+        time, score = means[arm]
+        if len(times) > 1:
+            bars = "#9db4e4"
+            axis.plot(mean_interval(times), [score] * 2, color=bars, linewidth=1.2, zorder=1)
+            axis.plot([time] * 2, mean_interval(scores), color=bars, linewidth=1.2, zorder=1)
+        axis.plot(time, score, "D", color="#2f5fc4", markersize=5, zorder=3)
+    front = pareto_front(list(means.values()))
+    axis.plot(*zip(*front), color="#d9680f", linewidth=1, zorder=2)
+    axis.set_xlabel("time to first token, ms (lower is better)")
+    axis.set_ylabel("exact match (higher is better)")
     axis.grid(color="#e2e4e8", linewidth=0.6)
-    axis.margins(0.15)
+    axis.margins(0.12)
+    axis.autoscale_view()
+    places = {arm: axis.transData.transform(point) for arm, point in means.items()}
+    for arm, (x, y) in places.items():
+        others = [place for other, place in places.items() if other != arm]
+        crowded = any(0 <= right - x < 60 and -6 < up - y < 14 for right, up in others)  # pixels; the label below then
+        offset = (5, -10) if crowded else (5, 4)
+        axis.annotate(arm, means[arm], textcoords="offset points", xytext=offset, fontsize=8, zorder=4)
     return figure
 
 

@@ -207,6 +207,7 @@ def readme(
             lines += claim_section(claim, of_claim, figures)
         lines += [*left_out[scale], ""] if left_out[scale] else []
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
+        lines += ["", *caption(plots.get(scale, []))]
         lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
         lines += [" ".join(filter(None, (origin(cells), say_grid(sweeps, cells, scale=scale)))), ""]
         lines += [line for remark in remarks[scale] for line in (f"{remark[0].upper()}{remark[1:]}.", "")]
@@ -228,6 +229,22 @@ RULES = (
     "those that stand in for pretrained parts; means over seeds, ± is the standard deviation. Parts that stand in for "
     "pretrained ones are trained once and are the same for all seeds, unless the study says otherwise."
 )
+
+
+def caption(plots: Sequence[str]) -> list[str]:
+    """What the plots of a page show."""
+    if not plots:
+        return []
+    said = (
+        f"Dots are seeds, diamonds their means, bars the {1 - ALPHA:.0%} interval of each mean; verdicts are on paired "
+    )
+    said += "differences, in which seeds have no part."
+    if any("pareto" in name for name in plots):
+        said += (
+            " The line joins the arms whose means no other arm's are ahead of in both; arms within each other's bars "
+        )
+        said += "are not told apart by it."
+    return [said]
 
 
 def say_left_out(claim: Claim, lacks: Sequence[str]) -> str:

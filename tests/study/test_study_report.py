@@ -1,13 +1,15 @@
 """From rows to a page: it says what the rows say, the same rows make the same bytes, and faults are named."""
 
+from dataclasses import replace
+
 import pytest
 
 from fastvlm.study import report as report_module
 from fastvlm.study.arms import load_study
 from fastvlm.study.cells import check_one_origin, read_csv, write_csv
 from fastvlm.study.claims import load_claims, load_figures
-from fastvlm.study.plots import pareto_front
-from fastvlm.study.readme import number
+from fastvlm.study.plots import make_plots, pareto_front
+from fastvlm.study.readme import caption, number
 from fastvlm.study.report import report, report_all
 from tests.study.made_cells import cell, configured, grid, put_study
 
@@ -160,6 +162,24 @@ def test_a_row_of_results_that_is_none_is_named_with_what_to_do(tmp_path, kind, 
     file.write_text("\n".join(bent(file.read_text().splitlines(), kind)) + "\n")
     with pytest.raises(ValueError, match=f"results.csv, {words}; restore the file, or remove it"):
         read_csv(file)
+
+
+def test_plots_say_which_way_is_better_and_how_sure_a_point_is(studies, tmp_path):
+    study = load_study("llava_align", root=studies)
+    claims = [replace(claim, beside=["test/ttft_ms"]) for claim in load_claims(study)]
+    names = make_plots(study, grid(), claims, folder=tmp_path, scale="micro")
+    assert names == ["micro.svg", "micro_pareto.svg"]
+    arms, pareto = ((tmp_path / name).read_text() for name in names)
+    for words in ("answer NLL", "(lower is better)", "(higher is better)", "skip_long"):
+        assert words in arms
+    assert "time to first token, ms (lower is better)" in pareto and "exact match (higher is better)" in pareto
+    one_seed = make_plots(study, grid(seeds=1), claims, folder=tmp_path, scale="micro")
+    bars = "#9db4e4"
+    assert pareto.count(bars) == 2 * 3 and bars not in (tmp_path / one_seed[1]).read_text()
+    (said,) = caption(names)
+    assert (
+        "bars the 95% interval of each mean" in said and "line joins" in said and "line joins" not in caption(["a"])[0]
+    )
 
 
 def test_the_pareto_front_keeps_what_nothing_beats():
