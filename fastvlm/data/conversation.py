@@ -1,4 +1,5 @@
-"""From a record (`messages` or `document`) to token ids, with exactly the assistant's tokens learned."""
+"""From a record (`messages` or `document`) to token ids and labels; in a conversation exactly the assistant's tokens
+are learned."""
 
 from __future__ import annotations
 
@@ -12,9 +13,8 @@ from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
 
 @dataclass
 class Text:
-    """A record's text as ids: what depends on record and tokenizer alone, so that it can be kept.
-
-    Nothing of an image is in it, not even what the template puts around one.
+    """A record's text as ids. It depends on record and tokenizer alone, so it can be stored; nothing of an image is in
+    it, not even what the template puts around one.
     """
 
     ids: np.ndarray  # int (T,)
@@ -157,7 +157,7 @@ def encode_record(
 
 
 def without_images(record: dict) -> dict:
-    """The same conversation or document with every image part taken out: what a model without eyes is given."""
+    """The same conversation or document without its images, for blind baselines."""
 
     def words(content):
         return content if isinstance(content, str) else [part for part in content if part["type"] != "image"]
@@ -168,7 +168,7 @@ def without_images(record: dict) -> dict:
 
 
 def with_system(record: dict, text: str) -> dict:
-    """The same conversation under a system prompt; one it brings itself stays behind it.
+    """The same conversation with a system prompt in front; its own system prompt, if any, follows.
 
     Raises:
         ValueError: a document, which has no roles.

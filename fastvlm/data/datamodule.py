@@ -1,4 +1,4 @@
-"""The plan as Lightning's loaders."""
+"""Lightning data module over a plan."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class StepSampler(Sampler[int]):
 
 
 class PlanLoader(DataLoader):
-    """A loader whose position is the step counter; its empty state tells Lightning that it resumes in mid-epoch.
-    What there is to keep stands in the data module's state."""
+    """A loader whose position is the Trainer's step counter. Its empty state tells Lightning that it can resume in
+    mid-epoch; the data module's state holds the rest."""
 
     def state_dict(self) -> dict:
         return {}
@@ -128,7 +128,7 @@ class MixtureDataModule(L.LightningDataModule):
         }
 
     def replan(self, after: Seen) -> None:
-        """Plan anew, from what an interrupted stage has seen; the checkpoint of that very step is gone on with."""
+        """Plan the rest of a stage from the samples it has seen; training resumes from the checkpoint of that step."""
         self._order["after"] = after
         self.plan = None
         self.setup()
@@ -145,13 +145,13 @@ class MixtureDataModule(L.LightningDataModule):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
 
     def state_dict(self) -> dict[str, int | str]:
-        """All that a resume needs of the data: (epoch, step in it) of what comes next, and the plan's fingerprint."""
+        """What a resumed run needs of the data: (epoch, step in it) of the next batch, and the plan's fingerprint."""
         done = 0 if self.trainer is None else min(self.trainer.global_step, self.plan.num_steps)
         epoch, step = self.plan.position(done)
         return {"epoch": epoch, "step": step, "plan": self.plan.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """The checkpoint's plan must be this one, or the one that this goes on from.
+        """Check that the checkpoint's plan is this one, or the one that this plan continues.
 
         Raises:
             ValueError: training would go on in another order, over samples seen already.
@@ -229,7 +229,7 @@ class MixtureDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _start(self) -> int:
-        """The micro-batch to begin with: resume is an integer, the Trainer's step counter."""
+        """The first micro-batch: the Trainer's step counter says where a resumed run begins."""
         trainer = self.trainer
         if trainer is None:
             return 0

@@ -1,4 +1,4 @@
-"""Planned steps -> batches: reads, decodes and encodes what the plan names, on one rank."""
+"""From planned steps to batches: read, decode and encode this rank's samples."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ class PlannedDataset(Dataset):
         return Sample(raw.key, name, opened.ids, opened.labels, images, maps, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
-        """All of a sample but its pixels, or what is wrong with it; None where it is kept in memory."""
+        """Everything of a sample but its pixels, or the error; None if it is cached in memory."""
         if (source, row) in self._cache:
             return None
         measured = self.plan.sources[source]
@@ -310,7 +310,7 @@ class PlannedDataset(Dataset):
 
 
 def transforms_of(plan: Plan | ValidationPlan, transform: ImageTransform, *, training: bool) -> list[ImageTransform]:
-    """The transform of every source: what its questions allow of the augmentation, and none outside training.
+    """The transform of every source: with the kinds of augmentation it allows, and without any outside training.
 
     Raises:
         ValueError: tiles, crops or mirrors of images with dense label maps; an augmentation that no source allows.

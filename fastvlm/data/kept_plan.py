@@ -13,7 +13,7 @@ from fastvlm.files import write_whole
 
 
 def write_plan(plan: Plan, folder: Path, *, identity: dict) -> None:
-    """What a stage will see, before it sees any of it: its order, its identity and its shares."""
+    """Write a stage's order, identity and shares before it begins."""
     if not order_is_kept(folder, plan):
         write_order(plan, folder)
         write_whole(folder / "identity.json", json.dumps(identity, indent=1, default=str))

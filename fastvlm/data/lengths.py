@@ -1,4 +1,4 @@
-"""What of a source fits a plan: the exact length of every sample, and which are left out and why."""
+"""Exact length of every sample of a source under a plan's limits, and which are left out and why."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def pass_order(source: Measured, *, seed: int, number: int, window_shards: int) 
 
 
 class Passes:
-    """Every sample of a source once, in an order of its own, then every sample again in another, without an end.
+    """Endless passes over a source's samples, each in its own order.
 
     Args:
         seed: of the order.

@@ -1,4 +1,4 @@
-"""The plan: the order of everything, as a pure function of the indexes, the mixture and the seed. No data is read.
+"""The plan: the order of all samples, as a pure function of the indexes, the mixture and the seed. No shard is read.
 
 An endless sequence of samples (`passes.py`) is scheduled over the sources (`schedule.py`: shares are exact at every
 prefix), packed window by window into rows (`windows.py`, `packing.py`), kept (`order.py`) and cut into optimiser steps
@@ -42,7 +42,7 @@ class Step:
 
 
 class Plan:
-    """Which samples stand in which row of which optimiser step.
+    """Which samples are in which row of which optimiser step.
 
     An epoch is as many samples as all sources hold together (each times its `repeat`); sources go through passes of
     their own at the pace of their weights, and a pass goes on over the end of an epoch, so that every sample of a
@@ -268,8 +268,8 @@ class Plan:
         return int(self.order.columns.end[self.num_steps * self.batch_size])
 
     def segments(self) -> list[tuple[int, list[Fraction]]]:
-        """(first sample, weights) of each stretch of the planned steps, as `max_epochs` uses sources up; in order of
-        arrival."""
+        """(first sample, weights) of each stretch of the planned steps, in order of arrival: the weights change where
+        `max_epochs` ends a source."""
         planned = self.num_samples
         return [(first, weights) for first, weights in self.order.segments if first < planned]
 

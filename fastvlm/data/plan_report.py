@@ -1,4 +1,4 @@
-"""What a plan will do: shares and their errors, packing, what is left out. In numbers for JSON, and in words."""
+"""Report of a plan: shares and their errors, packing, what is left out; as numbers for JSON, and in words."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def left_out(source: Measured) -> dict[str, dict]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What a user should know before the first step, one line each: what is left out, cut or broken, and what caps,
-    repeats and `max_epochs` make of a source."""
+    """Remarks for the user before the first step, one line each: what is left out, cut or broken, and the effect of
+    caps, repeats and `max_epochs`."""
     lines = limits(plan)
     for s in plan.sources:
         for shard, where in s.index.broken.items():
