@@ -27,6 +27,7 @@ from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, libr
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
+from fastvlm.pipeline.ranks import join_ranks
 from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.shards_there import check_shards
 from fastvlm.pipeline.stage_run import StageRun
@@ -57,6 +58,7 @@ class Pipeline:
     def run(self) -> dict:
         """Returns the run's results (also in results.json): metrics, table, seconds per stage."""
         self.hardware.apply()
+        join_ranks(self.hardware)
         begun, made = time.time(), self.made()
         if is_first_rank():
             check_run_dir(self.run_dir, resolved=self.resolved)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,6 +19,18 @@ def say(message: str) -> None:
     """Print, on the first rank alone."""
     if is_first_rank():
         print(message, flush=True)
+
+
+def quiet_lightning() -> None:
+    """Silence Lightning's advice about workers and loggers, which this program decides itself."""
+    # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def run_summary(config: DictConfig, model: VLM, hardware: Hardware, *, run_dir: Path) -> str:

@@ -6,12 +6,15 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
+from fastvlm.pipeline.ranks import agree
 
 
 @contextmanager
@@ -19,13 +22,21 @@ def only_one(folder: Path) -> Iterator[None]:
     """Two cells that share a stage train it once: the second waits here and then finds it finished."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
-        if is_first_rank():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        waiting = False
+        while not agree(not is_first_rank() or try_lock(lock)):  # not in the kernel: other ranks wait no hours in vain
+            if not waiting:
                 say(f"waiting for another run that is training {folder.name}")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = True
+            time.sleep(1)
         yield
+
+
+def try_lock(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def stopped_before(link: Path, identity: dict) -> Path | None:

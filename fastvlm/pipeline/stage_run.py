@@ -14,6 +14,7 @@ from fastvlm.data.replan import Seen, changes, read_description, seen_before
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of
 from fastvlm.pipeline.messages import say
+from fastvlm.pipeline.ranks import agree
 from fastvlm.pipeline.run_folder import ON_CHANGE, point
 from fastvlm.pipeline.stage_data import build_data, in_stage
 from fastvlm.pipeline.stage_folder import (
@@ -97,10 +98,10 @@ class StageRun:
         Returns:
             The manifest of its handoff, and whether it was found.
         """
-        if (stopped := stopped_before(self.link, self.identity)) and stopped != self.folder:
+        if (stopped := agree(stopped_before(self.link, self.identity))) and stopped != self.folder:
             self.go_on_from(stopped)
         with only_one(self.folder):
-            manifest = read_manifest(self.folder / "handoff")
+            manifest = agree(read_manifest(self.folder / "handoff"))
             found = manifest is not None
             if is_first_rank():
                 point(self.link, at=self.folder)
@@ -108,7 +109,7 @@ class StageRun:
                 say(f"\n{self.name}: finished before ({self.folder.name})")
             else:
                 Training(self).run()
-                manifest = read_manifest(self.folder / "handoff")
+                manifest = agree(read_manifest(self.folder / "handoff"))
         return manifest, found
 
     def go_on_from(self, stopped: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +26,8 @@ from fastvlm.data.kept_plan import write_plan
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
-from fastvlm.pipeline.messages import say, stage_summary
+from fastvlm.pipeline.messages import quiet_lightning, say, stage_summary
+from fastvlm.pipeline.ranks import agree
 from fastvlm.pipeline.stage_folder import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -64,7 +62,7 @@ class Training:
         # A whole pretrained model has a chain of its own between its parts.
         whole = bool(self.pipeline.config.vlm)
         self.forward = None if whole else count_forward(self.pipeline.model, parts=list(self.config.parts), **size)
-        self.resume = newest_checkpoint(self.folder)
+        self.resume = agree(newest_checkpoint(self.folder))
         self.logger = self.build_logger()
         self.trainer = self.build_trainer()
 
@@ -291,15 +289,3 @@ def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longe
         raise ValueError(
             f"data.longest_first=true: hardware.strategy=deepspeed_zero3 cannot try a step; set it false, {instead}"
         )
-
-
-def quiet_lightning() -> None:
-    """Silence Lightning's advice about workers and loggers, which this program decides itself."""
-    # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into it
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning)
