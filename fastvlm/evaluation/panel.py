@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.data.shards import ShardReader
+from fastvlm.data.shards import ShardReader, count_images
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answer_speed import first_token_ms
@@ -81,12 +81,14 @@ class Panel(ShortAnswers):
         reader = ShardReader()
         raws = [index.read(int(row), reader) for row in rows]
         reader.close()
-        images = [[engine.transform(data) for data in raw.images] for raw in raws]
+        records = [source.edit(raw.record) for raw in raws]
+        files = [raw.images if count_images(record) else () for raw, record in zip(raws, records)]
+        images = [[engine.transform(data) for data in row] for row in files]
         visual = iter(engine.encode_images([image for row in images for image in row]))
         shown: list[list[Tensor]] = [[next(visual) for _ in row] for row in images]
         encoded = [
-            encode_record(source.edit(raw.record), engine.tokenizer, tokens_per_image=[len(v) for v in row])
-            for raw, row in zip(raws, shown)
+            encode_record(record, engine.tokenizer, tokens_per_image=[len(v) for v in row])
+            for record, row in zip(records, shown)
         ]
         scores = token_nll(
             engine.model,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from fastvlm.data.shards import ShardReader
+from fastvlm.data.shards import ShardReader, count_images
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import majority_answer, normalise_answer
@@ -53,7 +53,13 @@ def plain_text(content: str | list[dict]) -> str:
 
 
 def read_questions(
-    index: SourceIndex, *, source: str, limit: int | None, transform: ImageTransform, rows: np.ndarray | None = None
+    index: SourceIndex,
+    *,
+    source: str,
+    limit: int | None,
+    transform: ImageTransform,
+    rows: np.ndarray | None = None,
+    edit: Callable[[dict], dict] = lambda record: record,
 ) -> list[Question]:
     """The first `limit` questions of every type, in the order of the index (None: all).
 
@@ -61,6 +67,7 @@ def read_questions(
         source: name of the source, and the type of questions that name none.
         transform: from a file to its views.
         rows: only these rows of the index.
+        edit: from a record to what the model is given (`Source.edit`); where that has no images they are not read.
 
     Raises:
         ValueError: a record is not one question and one answer.
@@ -74,7 +81,8 @@ def read_questions(
         if faults[row] or (limit is not None and taken[kind] >= limit):
             continue
         raw = index.read(row, reader)
-        messages = raw.record.get("messages", ())
+        record = edit(raw.record)
+        messages, files = record.get("messages", ()), raw.images if count_images(record) else ()
         roles = [message["role"] for message in messages]
         if not roles or roles[-1] != "assistant" or roles.count("assistant") != 1:
             raise ValueError(
@@ -89,8 +97,8 @@ def read_questions(
                 type=kind,
                 messages=messages[:-1],
                 answer=plain_text(messages[-1]["content"]),
-                images=[transform(image) for image in raw.images],
-                image_ids=tuple(hashlib.sha256(image).hexdigest() for image in raw.images),
+                images=[transform(image) for image in files],
+                image_ids=tuple(hashlib.sha256(image).hexdigest() for image in files),
             )
         )
     reader.close()

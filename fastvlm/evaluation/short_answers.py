@@ -167,7 +167,8 @@ class ShortAnswers:
         for name, source in self.sources.items():
             index = source.load(self.split, tokenizer)
             rows, _ = source.select(index)
-            questions += read_questions(index, source=name, limit=self.limit, transform=engine.transform, rows=rows)
+            options = {"limit": self.limit, "transform": engine.transform, "rows": rows, "edit": source.edit}
+            questions += read_questions(index, source=name, **options)
             if source.has_split("train"):
                 index = source.load("train", tokenizer)
                 majorities |= count_majorities(index, source=name, rows=source.select(index)[0])

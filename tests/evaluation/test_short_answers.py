@@ -14,6 +14,7 @@ from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import exact_match
+from fastvlm.evaluation.panel import Panel
 from fastvlm.evaluation.questions import Question, read_questions, swap_partners
 from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers, save_examples
 from fastvlm.inference.engine import Engine
@@ -193,6 +194,17 @@ def test_a_source_restricted_to_a_type_asks_only_that_type(folder, tiny_model, t
     result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
     assert [row["type"] for row in result["table"]] == ["nth", "mean of all 1"]
     assert "text_perplexity" not in result
+
+
+def test_a_sources_system_prompt_and_images_left_out_are_in_what_is_asked(folder, tiny_model, tiny_tokenizer):
+    told, blind = Source("told", path=folder, system="digit"), Source("blind", path=folder, images=False)
+    task = Panel({"told": told, "blind": blind}, held_out={"blind": blind}, limit=2, first_token=0, max_new_tokens=2)
+    result = task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    prompts = {name: [p["prompt"] for p in result["predictions"] if p["source"] == name] for name in task.sources}
+    assert all(prompt.startswith("digit\n") for prompt in prompts["told"]) and len(prompts["told"]) == 6
+    assert any("<image>" in prompt for prompt in prompts["told"])
+    assert not any("<image>" in prompt for prompt in prompts["blind"]) and len(prompts["blind"]) == 6
+    assert result["metrics"]["test/nll/blind"] > 0
 
 
 def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
