@@ -159,10 +159,10 @@ class Benchmark:
         """
         engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
         index, windows = self.questions(tokenizer)
-        folder = self.parts(out, engine, index, windows) if out is not None else None
+        examples = self.examples(tokenizer)
+        folder = self.parts(out, engine, index, windows, examples) if out is not None else None
         mine = range(rank, len(windows), num_ranks)
         shown = self.shown(windows)
-        examples = self.examples(tokenizer)
         cache = ImageStore(self.cache_mb << 20)
         answered, done, total = [], 0, sum(len(windows[k]) for k in mine)
         missing = [k for k in mine if folder is None or not (folder / f"{k:06d}.json").exists()]
@@ -307,8 +307,10 @@ class Benchmark:
             "meta": {key: value for key, value in meta.items() if key not in ("turns", "ocr_tokens")},
         } | ({"thumbnail": question.thumbnail} if question.thumbnail else {})
 
-    def parts(self, out: Path, engine: Engine, index: SourceIndex, windows: Sequence[np.ndarray]) -> Path:
-        """The folder of answered windows: another model, data set or prompt has another one."""
+    def parts(
+        self, out: Path, engine: Engine, index: SourceIndex, windows: Sequence[np.ndarray], examples: Sequence[tuple]
+    ) -> Path:
+        """The folder of answered windows: another model, data set, prompt or example has another one."""
         transform = engine.transform
         said = {
             "task": [self.name, self.split, index.checksum, [rows.tolist() for rows in windows]],
@@ -317,6 +319,8 @@ class Benchmark:
             "image": [transform.image_size, transform.fit, transform.tiles, transform.padding],
             "model": fingerprint_model(engine.model),
         }
+        if examples:
+            said["examples"] = [(record, [hashlib.sha256(f).hexdigest() for f in files]) for record, files in examples]
         name = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
         folder = out / "predictions" / f".{self.name}-{name}"
         folder.mkdir(parents=True, exist_ok=True)

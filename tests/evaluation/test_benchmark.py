@@ -135,6 +135,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_asks_nothing_twice(task, run
     assert files[0] == files[1]
 
 
+def test_other_examples_do_not_take_up_old_answers(task, run, tmp_path, monkeypatch):
+    drawn = task(shots=2).examples
+    before = said(run(task(shots=2), tmp_path))
+    monkeypatch.setattr(Benchmark, "examples", lambda self, tokenizer: drawn(tokenizer)[::-1])
+    after = said(run(task(shots=2), tmp_path))
+    assert after == said(run(task(shots=2))) != before
+
+
 def test_other_weights_or_another_prompt_do_not_take_up_old_answers(task, run, tiny_model, tmp_path):
     first = run(task(), tmp_path)
     with torch.no_grad():
