@@ -6,7 +6,6 @@ itself is a server, and MLflow (seconds to import) is loaded when the first run 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -293,23 +292,12 @@ class MLflowTracking:
         parent: str | None = None,
         tags: Mapping[str, Any] | None = None,
         *,
-        folder: str | Path | None = None,
         run_id: str | None = None,
     ):
-        """A Lightning logger on a run nested below `parent`.
-
-        An interrupted stage goes on in its own run: that of `run_id`, or the one that `folder` remembers in
-        `mlflow.json`. It then belongs to the new parent.
-        """
+        """A Lightning logger on a run nested below `parent`; with `run_id` an interrupted stage continues in its own
+        run, which then belongs to the new parent."""
         self.prepare()
-        note = Path(folder) / "mlflow.json" if folder else None
-        if note and run_id is None and note.exists():
-            remembered = json.loads(note.read_text())
-            run_id = remembered["run_id"] if remembered["uri"] == self.uri else None
         run_id = start_run(self.uri, self.experiment, stage_name, parent_id=parent, tags=tags, run_id=run_id)
-        if note:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({"uri": self.uri, "run_id": run_id}))
         return make_logger(self.uri, self.experiment, run_id=run_id)
 
     def find_run(self, tags: Mapping[str, Any]) -> str | None:
@@ -317,11 +305,11 @@ class MLflowTracking:
         self.prepare()
         return find_run(self.uri, self.experiment, tags=tags)
 
-    def log_artifact(self, run_id: str, path: str | Path, *, folder: str | None = None) -> None:
+    def log_artifact(self, run_id: str, path: str | Path) -> None:
         import_mlflow()
         from mlflow import MlflowClient
 
-        MlflowClient(self.uri).log_artifact(run_id, str(path), folder)
+        MlflowClient(self.uri).log_artifact(run_id, str(path))
 
     def describe(self, run_id: str, text: str) -> None:
         """What the dashboard shows as the run's description (Markdown)."""
@@ -343,10 +331,6 @@ class MLflowTracking:
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         finish(self.uri, run_id, status)
 
-    def finish_stage(self, logger, status: str = "FINISHED") -> None:
-        """End the run of a logger that `stage_logger` gave."""
-        finish(self.uri, logger.run_id, status)
-
 
 class NoTracking:
     """Records nothing; metrics.jsonl and the report are still written."""
@@ -360,13 +344,13 @@ class NoTracking:
     def study_run(self, study, *, scale) -> None:
         return None
 
-    def stage_logger(self, stage_name, parent=None, tags=None, *, folder=None, run_id=None) -> None:
+    def stage_logger(self, stage_name, parent=None, tags=None, *, run_id=None) -> None:
         return None
 
     def find_run(self, tags) -> None:
         return None
 
-    def log_artifact(self, run_id, path, *, folder=None) -> None:
+    def log_artifact(self, run_id, path) -> None:
         pass
 
     def describe(self, run_id, text) -> None:
@@ -376,7 +360,4 @@ class NoTracking:
         pass
 
     def finish(self, run_id, status="FINISHED") -> None:
-        pass
-
-    def finish_stage(self, logger, status="FINISHED") -> None:
         pass

@@ -62,24 +62,24 @@ def test_stages_are_nested_below_the_pipeline_and_every_queued_metric_is_written
     assert client(tracking).get_run(pipeline).data.metrics == {"accuracy": 0.5}
 
 
-def test_an_interrupted_run_continues_and_changed_parameters_are_recorded_not_raised(started, tmp_path):
+def test_an_interrupted_run_continues_and_changed_parameters_are_recorded_not_raised(started):
     tracking = started[1]
     pipeline = tracking.pipeline_run("again", config={"workers": 2, "seed": 0})
-    logger = tracking.stage_logger("align", pipeline, folder=tmp_path / "stage")
+    logger = tracking.stage_logger("align", pipeline)
     logger.log_hyperparams({"x": {"y": 1}})
     logger.log_metrics({"train/loss": 1.0}, step=1)
     tracking.finish(logger.run_id, "KILLED")
     tracking.finish(pipeline, "KILLED")
 
     assert tracking.pipeline_run("again", config={"workers": 8, "seed": 0, "new": 1}, run_id=pipeline) == pipeline
-    resumed = tracking.stage_logger("align", pipeline, folder=tmp_path / "stage")
+    resumed = tracking.stage_logger("align", pipeline, run_id=logger.run_id)
     assert resumed.run_id == logger.run_id
     resumed.log_hyperparams({"x": {"y": 2}})
     resumed.log_metrics({"train/loss": 0.5}, step=2)
     run = client(tracking).get_run(pipeline)
     assert run.info.status == "RUNNING" and run.data.params == {"workers": "2", "seed": "0", "new": "1"}
     assert run.data.tags["params.changed"] == "workers: 2 -> 8"
-    tracking.finish_stage(resumed)
+    tracking.finish(resumed.run_id)
     assert len(client(tracking).get_metric_history(logger.run_id, "train/loss")) == 2
     assert client(tracking).get_run(logger.run_id).data.tags["params.changed"] == "x/y: 1 -> 2"
     assert tracking.stage_logger("align", pipeline, run_id="0" * 32).run_id != logger.run_id
@@ -89,9 +89,9 @@ def test_artifacts_stand_beside_the_database_and_runs_are_described(started, tmp
     tracking = started[1]
     run = tracking.pipeline_run("artifacts")
     (tmp_path / "report.html").write_text("page")
-    tracking.log_artifact(run, tmp_path / "report.html", folder="report")
+    tracking.log_artifact(run, tmp_path / "report.html")
     database = Path(tracking.uri.removeprefix("sqlite:///"))
-    assert next((database.parent / "mlartifacts" / "study").rglob("report/report.html")).read_text() == "page"
+    assert next((database.parent / "mlartifacts" / "study").rglob("report.html")).read_text() == "page"
     tracking.describe(run, "what came out")
     assert client(tracking).get_run(run).data.tags["mlflow.note.content"] == "what came out"
     experiment = client(tracking).get_experiment_by_name("study")
