@@ -17,7 +17,7 @@ import simplejpeg
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastvlm.data.encoded import EncodedImage
@@ -96,6 +96,8 @@ def open_image(data: EncodedImage) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooLarge(str(error)) from None
+    except UnidentifiedImageError:  # its own words say where in memory the file lies
+        raise ValueError(f"not an image that can be read: none of {', '.join(FORMATS)}") from None
     except BROKEN as error:
         raise ValueError(f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
