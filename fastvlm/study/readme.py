@@ -237,13 +237,12 @@ def caption(plots: Sequence[str]) -> list[str]:
         return []
     said = (
         f"Dots are seeds, diamonds their means, bars the {1 - ALPHA:.0%} interval of each mean; verdicts are on paired "
+        "differences, which are free of what a seed does to all arms alike."
     )
-    said += "differences, in which seeds have no part."
     if any("pareto" in name for name in plots):
         said += (
-            " The line joins the arms whose means no other arm's are ahead of in both; arms within each other's bars "
+            " The line joins arms whose means no other's are ahead of in both; it tells none apart whose bars overlap."
         )
-        said += "are not told apart by it."
     return [said]
 
 
