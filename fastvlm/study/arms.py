@@ -208,7 +208,12 @@ def expand(arguments: list[str]) -> list[str]:
     named = [] if value_of(given, "name") else [f"name={cell_name(study_name, scale, arm, seed, extra)}"]
     head = [a for a in given if key_of(a) == "experiment"]
     rest = [a for a in given if key_of(a) != "experiment"]
-    return [*options, *head, *merge(own, rest), *named, f"++study.applied={arm}"]
+    return [*options, *head, *merge(own, rest), *named, *applied(study, arm)]
+
+
+def applied(study: Study, arm: str) -> list[str]:
+    """Notes the arm in the configuration and takes all arms out of it: what they interpolate may not be there."""
+    return [f"++study.applied={arm}", *(f"~study.{scale}" for scale in study.arms)]
 
 
 def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from fastvlm.config import check, composition, explain
 from fastvlm.identity import hash_of, identity, portable_hash
-from fastvlm.study.arms import Study, cell_name, merge
+from fastvlm.study.arms import Study, applied, cell_name, merge
 
+SEED = 987_654_321  # stands for the seed in what is resolved once for all of them
 NAMES = {"llm": "language model"}  # of parts, in a sentence; the others are called what they are
 
 
@@ -25,12 +27,15 @@ class Composed:
 
     def __init__(self, config: DictConfig | None, *, fault: str = ""):
         self.config, self.fault = config, fault
+        self._whole: dict | None = None
         self._resolved: dict[int, dict] = {}
 
     def resolved(self, seed: int) -> dict:
+        if self._whole is None:
+            self.config.seed = SEED
+            self._whole = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=False)
         if seed not in self._resolved:
-            self.config.seed = seed
-            self._resolved[seed] = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=False)
+            self._resolved[seed] = with_seed(self._whole, seed)
         return self._resolved[seed]
 
     def hash(self, seed: int) -> str:
@@ -55,6 +60,17 @@ class Composed:
         return found
 
 
+def with_seed(node: Any, seed: int) -> Any:
+    """A copy of what was resolved with `SEED`, for this seed: a number of its own, or part of a text."""
+    if isinstance(node, dict):
+        return {key: with_seed(value, seed) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_seed(value, seed) for value in node]
+    if isinstance(node, str):
+        return node.replace(str(SEED), str(seed))
+    return seed if node == SEED and isinstance(node, int) else node
+
+
 def composed(study: Study, *, scale: str, arm: str) -> Composed:
     """An arm as it is composed now; the same object at every call while study.yaml stays as it is."""
     text = (study.folder / "study.yaml").read_text(encoding="utf-8")
@@ -69,7 +85,7 @@ _COMPOSED: dict[tuple, Composed] = {}
 
 def _compose(study: Study, *, scale: str, arm: str) -> Composed:
     given = [f"arm={arm}", f"scale={scale}", "seed=0", f"name={cell_name(study.name, scale, arm, 0)}"]
-    overrides = [f"experiment={study.name}", *merge(study.overrides(arm, scale), given), f"++study.applied={arm}"]
+    overrides = [f"experiment={study.name}", *merge(study.overrides(arm, scale), given), *applied(study, arm)]
     before = os.environ.get("FASTVLM_STUDIES")
     os.environ["FASTVLM_STUDIES"] = str(study.folder.parent)
     try:

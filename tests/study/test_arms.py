@@ -1,6 +1,7 @@
 """Arms are command-line overrides: what they expand to, and what a wrong one is told."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from fastvlm.config import check, compose
 from fastvlm.study.arms import cell_name, expand, key_of, load_study, merge, study_names
@@ -104,15 +105,18 @@ def compose_arm(name: str, scale: str, arm: str):
     config = compose("train", [f"experiment={name}", f"arm={arm}", f"scale={scale}", "seed=1"])
     check(config)
     assert config.name == f"studies/{name}/{scale}/{arm}-seed1"
+    whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)  # as a run does before anything else
+    assert whole["study"] == {"name": name, "applied": arm}
     return {k: v for k, v in config.items() if k not in ("name", "arm", "study")}
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_last_arm_of_every_study_composes_at_micro_scale(name):
+def test_the_last_arm_of_every_study_composes_to_its_last_interpolation_at_every_scale(name):
     study = load_study(name)
     assert "micro" in study.arms and study.question
     assert all(planned(study, scale=scale) for scale in study.arms)
-    compose_arm(name, "micro", list(study.arms["micro"])[-1])
+    for scale, arms in study.arms.items():
+        compose_arm(name, scale, list(arms)[-1])
 
 
 @pytest.mark.slow
