@@ -81,19 +81,14 @@ def measure_source(
     """
     index = source.load(split, tokenizer)
     rows, left_out = source.select(index)
-    if source.images:
-        text, answer, images = index.text_tokens, index.answer_tokens.copy(), count_views(index, transform)
-    else:
-        text, answer = count_without_images(index, tokenizer)
-        images = np.zeros_like(text)
+    if source.system is not None and holds_documents(index):
+        raise ValueError(
+            f"source {name}: system={source.system!r} needs conversations and {source.path} holds "
+            "documents; set system=null"
+        )
+    text, answer = count_text(source, index, tokenizer)
+    images = count_views(index, transform) if source.images else np.zeros_like(text)
     length = text + images * np.int32(tokens_per_image)
-    if source.system is not None and index.num_samples:
-        length += len(system_ids(source.system, tokenizer))
-        if holds_documents(index):
-            raise ValueError(
-                f"source {name}: system={source.system!r} needs conversations and {source.path} holds "
-                "documents; set system=null"
-            )
     reasons = np.zeros(index.num_samples, dtype=np.int8)
     reasons[pc.not_equal(index.faults, "").to_numpy(zero_copy_only=False)] = UNREADABLE
     reasons[(reasons == 0) & (answer == 0)] = MUTE
@@ -176,18 +171,36 @@ def holds_documents(index: SourceIndex) -> bool:
     return False
 
 
-def count_without_images(index: SourceIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Text and learned tokens of every sample when its images are left out: int32.
+def count_text(source: Source, index: SourceIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Text and learned tokens of every sample as the source gives it, with its system prompt and with its images or
+    without: int32.
 
-    The tokens that the template puts around an image go with it. Where an image stands in front of a text that is
-    learned from its first token on, nothing predicts that token any more, and it is not learned; so of a document under
-    a template without `start`. A conversation that begins with an answer, under a template without marks of roles, is
-    counted as one that does not.
+    The tokens that the template puts around an image go with it. The first token of all is never learned, for nothing
+    predicts it. Which one that is changes where a text is learned from its first token on: of a document under a
+    template without `start`, and of a conversation that begins with an answer where roles have no marks either. Of the
+    latter the texts are looked at.
     """
-    around = sum(len(tokenizer.encode_template(piece)) for piece in tokenizer.template.image)
-    text = index.text_tokens - index.num_images * np.int32(around)
-    opened = bool(tokenizer.encode_template(tokenizer.template.start))
-    return text, index.answer_tokens.copy() if opened else np.minimum(index.answer_tokens, np.maximum(text - 1, 0))
+    template, text = tokenizer.template, index.text_tokens.copy()
+    learned, system = index.answer_tokens.copy(), source.system is not None
+    if not source.images:
+        text -= index.num_images * np.int32(sum(len(tokenizer.encode_template(piece)) for piece in template.image))
+    if system:
+        text += len(system_ids(source.system, tokenizer))
+    if (source.images and not system) or tokenizer.encode_template(template.start):
+        return text, learned
+    if not system:
+        learned = np.minimum(learned, np.maximum(text - 1, 0))
+    if not tokenizer.encode_template(template.before["assistant"]):
+        # Learned throughout is a document, or an answer alone: what stands above is exact.
+        rows = system | ((index.num_images > 0) & (learned > 0) & (index.answer_tokens < text))
+        reader, key = ShardReader(), text_key(tokenizer)
+        for row in np.flatnonzero(np.broadcast_to(rows, len(text))).tolist():
+            with suppress(OSError, ValueError):  # skipped when it is read, whatever its length
+                one = index.text(row, key=key) or tokenise(index.read(row, reader).record, tokenizer)
+                answered, shown = one.turns[:1].tolist() == [0], one.image_at[:1].tolist() == [0]
+                learned[row] += (answered and not shown) if system else -(answered and shown)
+        reader.close()
+    return text, learned
 
 
 def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:

@@ -206,6 +206,15 @@ class SourceIndex:
         key, members = self._read_members(*self._locate(int(row)), reader)
         return parse_sample(key, {suffix: bytes(data) for suffix, data in members.items()})
 
+    def text(self, row: int, *, key: str) -> Text | None:
+        """The text that is kept of a sample for this key (`text_key`), without the sample; None where none is.
+
+        Raises:
+            ValueError: the index is damaged.
+        """
+        _, i, rows = self._locate(int(row))
+        return rows.text(i, key)
+
     def read_with_text(self, row: int, reader: ShardReader, *, key: str) -> tuple[RawSample, Text | None]:
         """As `read`, with the text that is kept for this key (`text_key`); the sample then has no record.
 

@@ -528,20 +528,26 @@ def any_record(rng: np.random.Generator) -> tuple[dict, list[bytes]]:
     if rng.random() < 0.5:
         return {"document": parts()}, images
     roles = (["system"] if rng.random() < 0.3 else []) + ["user", "assistant"] * int(rng.integers(1, 3))
+    roles = roles[::-1] if rng.random() < 0.2 else roles
     return {"messages": [{"role": role, "content": parts()} for role in roles]}, images
 
 
+@pytest.mark.parametrize("system", [None, "a small digit"])
 @pytest.mark.parametrize("blind", [True, False])
 @pytest.mark.parametrize("template", ["roles", "smolvlm", "paligemma"])
-def test_planned_lengths_are_those_of_the_encoded_record_with_its_images_and_without_them(tmp_path, template, blind):
+def test_planned_lengths_are_those_of_the_encoded_record_with_its_images_and_without_them(
+    tmp_path, template, blind, system
+):
     tokenizer = train_tokenizer(tmp_path / "tokenizer", template=template)
     records = [any_record(np.random.default_rng([i, 7])) for i in range(120)]
+    records = [one for one in records if system is None or "messages" in one[0]]
     with ShardWriter(tmp_path / "shards", "train") as writer:
         for i, (record, images) in enumerate(records):
             writer.write(f"k{i}", record, images)
-    source = Source("x", path=tmp_path / "shards", images=not blind)
+    source = Source("x", path=tmp_path / "shards", images=not blind, system=system)
     mixture = Mixture({"x": source}, weights={"x": 1}, unit="answer_tokens")
-    for max_tokens in (24, 10_000):
+    short = 24 if system is None else 48
+    for max_tokens in (short, 10_000):
         budget = {"max_tokens": max_tokens, "max_images": 1000, "num_steps": 20}
         plan = plan_of({}, tokenizer, mixture=mixture, **budget)
         measured, learned = plan.sources[0], []
@@ -551,7 +557,7 @@ def test_planned_lengths_are_those_of_the_encoded_record_with_its_images_and_wit
             assert measured.length[row] == len(encoded.input_ids) and measured.answer[row] == learned[row]
             assert measured.images[row] == encoded.num_images
         assert measured.rows.tolist() == np.flatnonzero(learned).tolist()
-        assert (max_tokens == 24) == (measured.num_truncated > 0)
+        assert (max_tokens == short) == (measured.num_truncated > 0)
         dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8)
         for batch in (dataset[i] for i in range(20)):
             assert batch.num_answer_tokens == int((batch.labels != IGNORE_INDEX).sum()) and not batch.skipped
