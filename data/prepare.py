@@ -140,6 +140,17 @@ def locked(path: Path):
             return
 
 
+def recover(path: Path) -> None:
+    """Give the name `path` to a finished folder that a run was killed with between putting the old one aside and naming
+    the new one; the new one where it is whole."""
+    if path.exists():
+        return
+    own = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.old)?\.tmp")
+    beside = [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name) and read_done(entry)]
+    if any(entry.name.endswith(".old.tmp") for entry in beside):
+        os.rename(min(beside, key=lambda entry: entry.name.endswith(".old.tmp")), path)
+
+
 def read_done(path: Path) -> dict:
     """DONE.json of a complete folder, or nothing."""
     try:
@@ -166,6 +177,7 @@ def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
     known = inspect.signature(recipe.recipe_hash).parameters if hasattr(recipe, "recipe_hash") else {}
     wanted = recipe.recipe_hash(**{k: v for k, v in arguments.items() if k in known}) if known else ""
     with locked(path):
+        recover(path)
         done = read_done(path)
         if done and done.get("hash") == wanted:
             return done | {"path": str(path), "skipped": True}
@@ -232,6 +244,7 @@ def prepare_parts(
     wanted = hashlib.sha256(state.encode()).hexdigest()[:16]
     work = out.with_name(f".{out.name}.work")
     with locked(out):
+        recover(out)
         done = read_done(out)
         if done and done.get("hash") == wanted and not rewrite:
             if change := find_change(path, done.get("inputs", {})):

@@ -23,6 +23,7 @@ from data.recipes.rows import cut_rows, read_rows
 SPLITS = {"train": "train"}
 HUB = True
 UNKNOWN_PART = "content part of an unknown type"
+OTHER_MEDIA = {"videos": "video: only images are read", "audios": "audio: only images are read"}
 
 
 def parts(
@@ -36,6 +37,9 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
     for numbers, row in read_rows(part):
         id = row.get("id")
         try:
+            for name, fault in OTHER_MEDIA.items():
+                if row.get(name):
+                    raise Unusable(fault)
             turns, values = place_images(make_turns(row.get("messages"), role="role", text="content"), list_images(row))
             if row.get("system"):
                 turns = [("system", row["system"]), *turns]

@@ -7,9 +7,21 @@ from pathlib import Path
 
 from data.recipes.conversations import name_row
 from data.recipes.pictures import find_image
-from data.recipes.record import NO_TURNS, Dropped, Part, Record, Unusable, make_key, make_messages, make_turns
+from data.recipes.record import (
+    MISMATCH,
+    NO_TURNS,
+    Dropped,
+    Part,
+    Record,
+    Unusable,
+    keep_texts,
+    make_key,
+    make_messages,
+    make_turns,
+)
 from data.recipes.rows import cut_rows, find_files, read_rows
 
+MARKER_IS_WORD = "<image> in a text, where no image is meant: a word"
 RATINGS = ("relevance", "image_correspondence", "formatting", "visual_dependency")
 
 
@@ -47,7 +59,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
                 raise Unusable(NO_TURNS)
             pairs = zip(make_turns(texts, role="user", text="assistant"), texts)
             turns = [turn for (user, answer), _ in pairs for turn in (("user", user), ("assistant", answer))]
-            messages, notes = make_messages(turns, num_images=len(images), images_first=True)
+            messages, notes = place_images(turns, len(images))
         except Unusable as fault:
             yield Dropped(f"{options['subset']} {name_row(None, numbers)}", str(fault))
             continue
@@ -57,3 +69,19 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
             meta["ratings"] = {rating: row.get(f"{rating}_ratings") or nothing for rating in RATINGS}
         record = {"messages": messages, "id": None, "source": options["source"], "meta": meta}
         yield Record(make_key(options["subset"], options["number"], *numbers), record, images, notes)
+
+
+def place_images(turns: list[tuple[object, object]], num_images: int) -> tuple[list[dict], list[str]]:
+    """Messages and notes: the images before the first question, as these layouts mean it, or where as many markers
+    stand. Another number of them is words.
+
+    Raises:
+        Unusable: see `make_messages`.
+    """
+    try:
+        return make_messages(turns, num_images=num_images, images_first=True)
+    except Unusable as fault:
+        if str(fault) != MISMATCH:
+            raise
+    messages, notes = make_messages(keep_texts(turns), num_images=num_images, images_first=True)
+    return messages, [*notes, MARKER_IS_WORD]

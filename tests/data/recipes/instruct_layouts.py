@@ -155,6 +155,8 @@ def messages(folder: Path) -> Path:
         {"messages": [user([{"type": "image_url", "image_url": {"url": "https://x.org/a.jpg"}}]), told("A")]},
         {"messages": [user([{"type": "audio"}]), told("A")]},
         {"messages": [user("call"), told(None)]},
+        {"messages": [user("<video>What happens?"), told("A goal.")], "videos": ["a.mp4"]},
+        {"messages": [user("What is said?"), told("No.")], "audios": ["a.wav"], "videos": []},
     ]  # fmt: skip
     put_json(folder / "mllm_demo.json", rows)
     put(folder / "lines" / "mllm_demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:2]) + "\n")
@@ -219,9 +221,12 @@ def finevision(folder: Path) -> Path:
         fields += [(f"{kind}_ratings", pa.list_(pa.int64())), (f"{kind}_min", pa.int64())]
     say = [{"user": "What?", "assistant": "This."}, {"user": "Why?", "assistant": "So."}]
     ratings = {f"{kind}_ratings": [5, None] for kind in kinds} | {f"{kind}_min": 5 for kind in kinds}
+    none = {f"{kind}_ratings": None for kind in kinds}
     rows = [
         {"images": [picture(1)], "texts": say, "source": "ai2d_merged"} | ratings,
-        {"images": None, "texts": say[:1], "source": "text_only"} | {f"{kind}_ratings": None for kind in kinds},
+        {"images": None, "texts": say[:1], "source": "text_only"} | none,
+        {"images": None, "texts": [{"user": "What is <image>?", "assistant": "A tag."}], "source": "text_only"} | none,
+        {"images": [picture(2)], "texts": [{"user": "Is <image> <image>?", "assistant": "Yes."}], "source": "a"} | none,
     ]
     parquet(folder / "ai2d_merged/train-00000-of-00001.parquet", rows, pa.schema(fields))
     return folder

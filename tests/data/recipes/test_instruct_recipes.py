@@ -142,6 +142,8 @@ def test_messages_of_both_forms_keep_their_images_in_order(made):
         "image is a web address": ["row 8"],
         "content part of an unknown type": ["row 9"],
         "text is not a string": ["row 10"],
+        "video: only images are read": ["row 11"],
+        "audio: only images are read": ["row 12"],
     }
     _, lines = made("messages", path="lines/mllm_demo.jsonl", images=(done["path"] + "/../original",))
     assert [lines[k][0] for k in lines] == [samples[k][0] for k in ("row-0", "row-1")]
@@ -195,7 +197,7 @@ def test_cauldron_puts_the_images_before_the_first_question(made):
 
 
 def test_finevision_keeps_the_ratings_of_every_turn_and_rows_without_images(made):
-    _, samples = made("finevision")
+    done, samples = made("finevision")
     kinds = ("relevance", "image_correspondence", "formatting", "visual_dependency")
     record, images, _ = samples["ai2d_merged-0-0"]
     assert record["messages"] == chat([IMAGE, text("What?")], "This.", "Why?", "So.") and len(images) == 1
@@ -203,6 +205,10 @@ def test_finevision_keeps_the_ratings_of_every_turn_and_rows_without_images(made
     record, images, _ = samples["ai2d_merged-0-1"]
     assert record["messages"] == chat("What?", "This.") and images == []
     assert record["meta"]["origin"] == "text_only" and record["meta"]["ratings"] == {kind: [None] for kind in kinds}
+    # These layouts have no markers.
+    assert samples["ai2d_merged-0-2"][0]["messages"] == chat("What is <image>?", "A tag.")
+    assert samples["ai2d_merged-0-3"][0]["messages"] == chat([IMAGE, text("Is <image> <image>?")], "Yes.")
+    assert not dropped(done) and sum(done["notes"]["train"].values()) == 2
 
 
 def test_coco_captions_one_document_a_caption_for_training_one_an_image_for_validation(made):

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -501,6 +502,19 @@ def test_the_temporary_folder_of_another_name_is_left_alone(words, tmp_path):
         layouts.put(folder / "x", "x")
     assert main([*words, f"out={tmp_path / 'out'}"]) == 0
     assert left_over(tmp_path / "out") == [other.name]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_run_killed_between_two_renames_loses_neither_folder(words, whole, tmp_path, new, capsys):
+    out = tmp_path / "out"
+    assert main([*words, f"out={out}"]) == 0
+    out.rename(tmp_path / ".out.4711.old.tmp")
+    if new:
+        shutil.copytree(tmp_path / ".out.4711.old.tmp", tmp_path / ".out.4711.tmp")
+    (tmp_path / (".out.4711.tmp" if new else ".out.4711.old.tmp") / "mark").touch()
+    capsys.readouterr()
+    assert main([*words, f"out={out}"]) == 0 and "is complete already" in capsys.readouterr().out
+    assert (out / "mark").exists() and shard_bytes(out) == whole
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(words, tmp_path, capsys):
