@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from fastvlm.config import ROOT, ImageConfig
 from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
@@ -169,7 +170,18 @@ def read_run(run: str | Path) -> DictConfig:
         raise ValueError(
             f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
         )
-    return OmegaConf.load(path)
+    return load_yaml(path)
+
+
+def load_yaml(path: Path) -> DictConfig:
+    """
+    Raises:
+        ValueError: the file is no YAML.
+    """
+    try:
+        return OmegaConf.load(path)
+    except (YAMLError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); mend or delete it") from None
 
 
 def load_tokenizer(run: str | Path) -> Tokenizer:

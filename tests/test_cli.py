@@ -42,6 +42,10 @@ def one_line(done, *words: str) -> None:
         ("batch_size=4", ["every stage has its own", "stages.align.batch_size="]),
         ("lr=1e-3", ["unknown key lr", "stages.align.trainable.<part>=<rate>"]),
         ("resampler", ["resampler is not key=value"]),
+        ("stages.align.lora.r=4", ["stages.align.lora is null; give it whole, stages.align.lora='{r: <value>, ...}'"]),
+        ("stages.align.trainable.projector=fast", ["stages.align.trainable.projector=fast is no learning rate"]),
+        ("tokenizer=chatml", ["tokenizer.path is that of llm.path, which this configuration lacks"]),
+        ("encoder=fastvithd", ["encoder.checkpoint must be given"]),
         ("seed=0,1", ["seed=0,1", "add -m"]),
     ],
 )
@@ -57,6 +61,16 @@ def test_a_rate_of_no_part_is_refused_before_the_first_stage_trains():
 
 def test_an_evaluation_of_no_run_asks_for_one(cli):
     one_line(cli("eval.py", check=False), "checkpoint=<run directory> must be given")
+
+
+def test_of_several_tasks_a_misspelt_one_is_one_line(cli):
+    one_line(cli("eval.py", "checkpoint=any", "task=[embedded,vqa2]", check=False), "did you mean task=vqav2?")
+
+
+def test_a_damaged_configuration_of_a_run_is_one_line_that_names_the_file(cli, tmp_path):
+    (tmp_path / "runs" / "typo").mkdir(parents=True)
+    (tmp_path / "runs" / "typo" / "config.yaml").write_text("stages: {")
+    one_line(cli("train.py", *ALIGN, "name=typo", check=False), "typo/config.yaml cannot be read", "mend or delete it")
 
 
 def test_a_source_without_shards_and_a_task_of_no_run_are_one_line(cli, tmp_path):

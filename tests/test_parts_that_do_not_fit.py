@@ -7,7 +7,6 @@ from fastvlm.build import build_model, build_tokenizer
 from fastvlm.models.fit import check_fit
 from fastvlm.models.resamplers.counts import side_of
 from fastvlm.pipeline import Pipeline
-from fastvlm.pipeline.stage_run import StageRun
 
 
 class Part(nn.Module):
@@ -39,14 +38,17 @@ def test_a_width_of_ones_own_is_not_ignored(tiny_config, override, message):
         ),
         (["stages.align.max_tokens=4096"], "max_tokens=4096, but llm has 1024 positions: lower max_tokens"),
         (["resampler.num_tokens=100"], "resampler.num_tokens=100 .*64"),
+        (
+            ["stages.instruct.image_size=65"],
+            "stages.instruct: image_size=65 is not a multiple of the encoder's stride 8",
+        ),
     ],
 )
-def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, overrides, message):
-    config = tiny_config("pipeline=align", *overrides)
-    pipeline = Pipeline(config)
-    pipeline.build()
+def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, tmp_path, overrides, message):
+    pipeline = Pipeline(tiny_config("pipeline=three_stage", *overrides))
     with pytest.raises(ValueError, match=message):
-        StageRun(pipeline, name="align", config=config.stages.align)
+        pipeline.run()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from fastvlm.config.composition import CONF, register, relax, with_arm
 from fastvlm.config.mistakes import explain, interrupted, loader_died, refuse
@@ -39,7 +41,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "FASTVLM_ONE_LINE": "1"}
 
     def checked(config: DictConfig):
-        value = run_task(task, config, typed=typed, show_traceback=show_traceback)
+        value = run_task(task, config, name=config_name, typed=typed, show_traceback=show_traceback)
         if (result := os.environ.get("FASTVLM_CELL_RESULT")) and is_first_rank():
             Path(result).write_text(json.dumps({"value": value}))
         return value
@@ -58,16 +60,18 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         raise
 
 
-def run_task(task: Callable[[DictConfig], Any], config: DictConfig, *, typed: str, show_traceback: bool) -> Any:
+def run_task(
+    task: Callable[[DictConfig], Any], config: DictConfig, *, name: str, typed: str, show_traceback: bool
+) -> Any:
     """What `task` makes of a configuration, checked before; its mistakes are said and the process ends."""
     try:
         config = with_arm(config)
         check(config)
         return task(config)
-    except ValueError as error:
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
         if show_traceback:
             raise
-        refuse(str(error))
+        refuse(explain(error, name) if isinstance(error, (HydraException, OmegaConfBaseException)) else str(error))
     except (RuntimeError, EOFError, OSError) as error:
         if show_traceback or not loader_died(error):
             raise

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from fastvlm.config.composition import CONF, compose
 
@@ -30,6 +31,11 @@ def explain(error: BaseException, config_name: str) -> str:
     text, cause = str(error), error.__cause__
     full = text if cause is None else f"{text}\n{cause}"
     full_key = re.search(r"full_key: (\S+)", full)
+    if isinstance(error, MissingMandatoryValue) and full_key:
+        return f"{full_key[1]} must be given"
+    if full_key and (match := re.search(r"Interpolation key '([^']+)' not found", full)):
+        lacks = f"{full_key[1]} is that of {match[1]}, which this configuration lacks"
+        return f"{lacks}; set {full_key[1]}, or choose an option that has {match[1]}"
     if match := re.search(r"Could not find '([^']+)'", full):
         return no_option(match[1], config_name)
     if match := re.match(r"Ambiguous value for argument '([^']+)'", text):
@@ -79,6 +85,9 @@ def nearest(key: str, config_name: str) -> str:
             return f"{own}stages.{first}.{key}=<value>"
         if key in ("lr", "learning_rate"):
             return f"{own}stages.{first}.trainable.<part>=<rate>"
+    around, _, last = key.rpartition(".")
+    if around and OmegaConf.select(OmegaConf.create(plain), around, default=0) is None:
+        return f": {around} is null; give it whole, {around}='{{{last}: <value>, ...}}'"
     near = difflib.get_close_matches(key, list(dotted(plain)), 1, 0.6) or difflib.get_close_matches(key, groups, 1, 0.6)
     return f"; did you mean {near[0]}?" if near else f"; see `python {config_name}.py --cfg job` for every key"
 

@@ -88,8 +88,11 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
 
 
 def wrong_patterns(stage: DictConfig, *, where: str) -> Iterator[str]:
-    """Patterns of `trainable` below no part: they can match nothing, and the stage may begin hours from now."""
-    for pattern in stage.trainable:
+    """Patterns of `trainable` that belong to no part, and rates that are no numbers: the stage may begin hours from
+    now."""
+    for pattern, rate in stage.trainable.items():
+        if isinstance(rate, str | bool):
+            yield f"{where}.trainable.{pattern}={rate} is no learning rate; give a number, or null to freeze"
         part = str(pattern).split(".")[0]
         if part not in PARTS and not set(part) & set("*?["):
             near = difflib.get_close_matches(part, PARTS, 1, 0.4)

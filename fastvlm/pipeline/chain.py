@@ -30,6 +30,7 @@ from fastvlm.pipeline.messages import run_summary, say
 from fastvlm.pipeline.ranks import join_ranks
 from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.shards_there import check_shards
+from fastvlm.pipeline.stage_data import check_size
 from fastvlm.pipeline.stage_run import StageRun
 from fastvlm.report import write_report
 from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
@@ -67,6 +68,8 @@ class Pipeline:
         ensure_embedded(self.config)
         check_shards(self.config)
         self.build()
+        for name, stage in self.config.stages.items():
+            check_size(name, stage, self.model)
         if is_first_rank():  # what cannot be built takes no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
         say(run_summary(self.config, self.model, self.hardware, run_dir=self.run_dir))

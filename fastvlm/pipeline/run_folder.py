@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fastvlm.build import load_yaml
 from fastvlm.files import write_whole
 from fastvlm.identity import INCIDENTAL
 
@@ -28,7 +29,7 @@ def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
     """
     path = run_dir / "config.yaml"
     if path.exists() and not resolved["overwrite"]:
-        differ = differences_that_count(OmegaConf.to_container(OmegaConf.load(path)), resolved)
+        differ = differences_that_count(OmegaConf.to_container(load_yaml(path)), resolved)
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             remedy = "choose name=<another> or overwrite=true"

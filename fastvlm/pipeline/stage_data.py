@@ -36,8 +36,7 @@ def build_data(
     Raises:
         ValueError: a row has no room for an image, or the language model none for a row.
     """
-    slots = slots_of(stage, model)
-    check_room(name, stage, slots=slots, positions=model.llm.max_positions if "llm" in stage.parts else None)
+    slots = check_size(name, stage, model)
     return MixtureDataModule(
         instantiate(stage.mixture, key=f"stages.{name}.mixture"),
         tokenizer=tokenizer,
@@ -79,6 +78,20 @@ def in_stage(name: str) -> Iterator[None]:
         if words.startswith("source "):
             raise ValueError(f"stages.{name}.mixture: {words}") from error
         raise
+
+
+def check_size(name: str, stage: DictConfig, model: VLM) -> int:
+    """Slots of a view, once the stage's image size suits the model and its rows have room for an image.
+
+    Raises:
+        ValueError: naming the stage and the keys to change.
+    """
+    try:
+        slots = slots_of(stage, model)
+    except ValueError as error:
+        raise ValueError(f"stages.{name}: {error}") from None
+    check_room(name, stage, slots=slots, positions=model.llm.max_positions if "llm" in stage.parts else None)
+    return slots
 
 
 def slots_of(stage: DictConfig, model: VLM) -> int:
