@@ -142,6 +142,33 @@ def test_an_answer_is_stopped_retried_and_forgotten_by_keyboard_alone(page):
     assert page.locator(".turn").count() == 0 and page.is_visible("#hint")
 
 
+def test_whoever_goes_from_button_to_button_by_keyboard_keeps_a_place_on_the_page(page):
+    focused = lambda: page.evaluate("document.activeElement.id || document.activeElement.className")
+    page.fill("#text", "which digit")
+    page.evaluate("document.getElementById('max').value = 150")
+    page.focus("#send")
+    page.keyboard.press("Enter")
+    wait_until(page, "(document.querySelector('.turn.assistant .bubble') || {}).textContent")
+    assert focused() == "stop"
+    page.keyboard.press("Space")
+    wait_for_answer(page)
+    assert "stopped" in page.inner_text(".turn.assistant") and focused() == "send"
+    page.evaluate("document.getElementById('max').value = 5")
+    page.set_input_files("#files", [picture(1)])
+    page.fill("#text", "which digit")
+    page.keyboard.press("Enter")
+    wait_for_answer(page, 2)
+    assert focused() == "text"
+    page.focus(".look")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".regions canvas")
+    assert focused() == "look"
+    page.focus(".retry")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".retry")
+    assert focused() == "send"
+
+
 def test_the_system_prompt_and_the_temperature_reach_the_server(page):
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)

@@ -212,9 +212,15 @@ function retry() {
   answer();
 }
 
+// Where the button that had the focus goes, another takes it: a keyboard has nothing else to point with.
+const lost = () => document.activeElement === document.body;
+
 function busy(is) {
-  $("stop").hidden = !is;
-  $("send").hidden = is;
+  const [shown, gone] = is ? [$("stop"), $("send")] : [$("send"), $("stop")];
+  const had = lost() || document.activeElement === gone;
+  shown.hidden = false;
+  gone.hidden = true;
+  if (had) shown.focus({ preventScroll: true });
   $("clear").disabled = is;
 }
 
@@ -265,6 +271,7 @@ async function regions(button, made, said) {
     box.append(element("p", { className: "wrong", textContent: error.message }));
   }
   button.disabled = false;
+  if (lost()) button.focus({ preventScroll: true });
   made.append(box);
   scrollDown(false);
 }
