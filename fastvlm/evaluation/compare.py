@@ -35,8 +35,11 @@ def read_scores(where: str | Path, task: str) -> dict[str, dict]:
         raise ValueError(
             f"{where} holds no predictions of task {task}; run `python eval.py checkpoint={where} task={task}`"
         )
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    if not rows or "score" not in rows[0]:
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON lines ({error}); score it again with `python eval.py`") from None
+    if not rows or not all(isinstance(row, dict) and {"key", "score"} <= row.keys() for row in rows):
         raise ValueError(f"{file} holds no scored predictions; score it again with `python eval.py`")
     return {row["key"]: row for row in rows}
 

@@ -110,7 +110,8 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
     try:
         # (where a row stands, the row)
         rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)] if listed else []
-        for number, line in enumerate([] if listed else text.splitlines(), 1):
+        # Not splitlines: what a model says may hold other ends of lines.
+        for number, line in enumerate([] if listed else text.split("\n"), 1):
             if line.strip():
                 rows.append((f"line {number}", json.loads(line)))
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ import numpy as np
 from fastvlm.evaluation.protocol import Protocol, mean
 
 LEVEL = 0.95
+NUMBER = re.compile(r"\d+")
 
 
 def cluster_interval(
@@ -53,7 +55,8 @@ def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: s
 
     Returns:
         `predictions` (the rows with their scores), `table` (a row a group, then all), `metrics` (flat,
-        `test/<task>/<metric>[/<group>]`), `interval`, and `faults` (questions that could not be asked, by reason).
+        `test/<task>/<metric>[/<group>]`), `interval`, and `faults` (questions that could not be asked, by reason; where
+        reasons differ in their numbers only, by that of the first).
     """
     scored = [dict(row) | grade for row, grade in zip(rows, protocol.score(rows), strict=True)]
     counted = [row for row in scored if protocol.counts(row)]
@@ -77,9 +80,11 @@ def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: s
     metrics |= {f"test/{name}/{figure}": float(value) for figure, value in figures.items()}
     metrics[f"test/{name}/num_questions"] = float(len(counted))
     faults: dict[str, int] = defaultdict(int)
+    reasons: dict[str, str] = {}
     for row in scored:
         if row.get("fault"):
-            faults[row["fault"].split(":")[0]] += 1
+            reason = row["fault"].split(":")[0]
+            faults[reasons.setdefault(NUMBER.sub("#", reason), reason)] += 1
     if lengths := [row["tokens"] for row in scored if "tokens" in row]:
         metrics[f"test/{name}/answer_length"] = mean(lengths)
     return {

@@ -16,9 +16,10 @@ from fastvlm.evaluation.aokvqa import DirectAnswer, MultipleChoice
 from fastvlm.evaluation.benchmark import Benchmark
 from fastvlm.evaluation.captions import Captions
 from fastvlm.evaluation.compare import compare, main, mcnemar, read_scores
+from fastvlm.evaluation.predictions import read_rows, write_predictions
 from fastvlm.evaluation.prompts import Prompt, split_question
 from fastvlm.evaluation.ranks import find_ranks
-from fastvlm.evaluation.scores import cluster_interval
+from fastvlm.evaluation.scores import cluster_interval, make_result
 from fastvlm.evaluation.vqa_accuracy import VQAAccuracy
 from fastvlm.inference.engine import Engine
 
@@ -368,8 +369,31 @@ def test_ranks_are_found_as_they_were_started(environment, wanted, expected):
     assert (ranks.rank, ranks.local, ranks.count) == expected
 
 
+QUESTION = {"image_id": 1, "type": "", "question": "?", "answers": ["a"], "meta": {}}
+
+
+def test_an_end_of_line_that_a_model_says_ends_no_line_of_its_predictions(tmp_path):
+    said = "a\u2028b\x85c\x0cd"
+    rows = [QUESTION | {"key": key, "question_id": key, "prediction": said} for key in "xy"]
+    result = make_result("tiny", rows, protocol=VQAAccuracy(), split="val", resamples=5)
+    write_predictions(tmp_path, result, protocol=VQAAccuracy())
+    assert read_rows(tmp_path / "predictions" / "tiny.jsonl") == ({"x": said, "y": said}, "key")
+    assert read_scores(tmp_path, "tiny").keys() == {"x", "y"}
+
+
+def test_questions_that_could_not_be_asked_are_counted_by_reason_whatever_the_numbers_in_it():
+    reasons = ("the prompt has 300 tokens: x", "the prompt has 31 tokens: x", "no image: cut", "no image: x")
+    rows = [QUESTION | {"key": why, "question_id": why, "prediction": "", "fault": why} for why in reasons]
+    result = make_result("tiny", rows, protocol=VQAAccuracy(), split="val", resamples=5)
+    assert result["faults"] == {"the prompt has 300 tokens": 2, "no image": 2}
+
+
 def test_predictions_without_scores_are_no_comparison(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"key": "a", "prediction": "b"}\n')
     with pytest.raises(ValueError, match="no scored predictions"):
         read_scores(tmp_path / "x.jsonl", "tiny")
+    for wrong in ('{"score": 1}\n', "[1]\n", "3\n", '{"key": "a", "sco'):
+        (tmp_path / "x.jsonl").write_text(wrong)
+        with pytest.raises(ValueError, match="x.jsonl .* score it again with"):
+            read_scores(tmp_path / "x.jsonl", "tiny")
     shutil.rmtree(tmp_path)
