@@ -36,6 +36,8 @@ def explain(error: BaseException, config_name: str) -> str:
     if full_key and (match := re.search(r"Interpolation key '([^']+)' not found", full)):
         lacks = f"{full_key[1]} is that of {match[1]}, which this configuration lacks"
         return f"{lacks}; set {full_key[1]}, or choose an option that has {match[1]}"
+    if "Config group override must be a string or a list" in full:
+        return "a configuration group takes a file's name, not null or a mapping; ~task leaves out the group task"
     if match := re.search(r"Could not find '([^']+)'", full):
         return no_option(match[1], config_name)
     if match := re.match(r"Ambiguous value for argument '([^']+)'", text):

@@ -26,7 +26,7 @@ def check_shards(config: DictConfig) -> None:
         if not any(source.has_split(split) for split in SPLITS):
             raise ValueError(
                 f"{key}: no shards in {source.path}; write them with `python data/prepare.py` (a file of conf/source/ "
-                "begins with its command), or choose another task (task=null for none)"
+                "begins with its command), or choose another task (~task for none)"
             )
 
 
