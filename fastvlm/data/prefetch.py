@@ -35,7 +35,7 @@ class Prefetcher:
         window = getattr(getattr(plan, "mixture", None), "window_shards", 4)
         self.ahead = window * sum(remote)
         self._remote = [i for i, there in enumerate(remote) if there]
-        self._cursor = 0  # steps looked at
+        self._at = self._cursor = 0  # where the reader is; steps looked at
         self._coming: deque[tuple[int, int]] = deque()  # (step of the first use, bytes) of shards beyond the position
         self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()  # (source, shard), the latest at the end
         self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
@@ -47,7 +47,12 @@ class Prefetcher:
             self._queue.put(None)
 
     def move_to(self, step: int) -> None:
-        """The reader is at this step."""
+        """The reader is at this step, which may lie before the last one: a batch is tried out of turn."""
+        if step < self._at:
+            self._cursor = step
+            self._coming.clear()
+            self._seen.clear()
+        self._at = step
         while self._coming and self._coming[0][0] <= step:
             self._coming.popleft()
         self._cursor = max(self._cursor, step)

@@ -2,7 +2,8 @@
 
 A sample is `<key>.json` with its images `<key>.<i>.<png|jpg|webp>` in the order of the record's image parts, and
 optionally one dense label map an image, `<key>.<i>.labels.png`. Shards of img2dataset (`jpg` + `txt` + `json`) are read
-as documents of one image and its caption. Format: https://github.com/webdataset/webdataset.
+as documents of one image and its caption. In shards of others images may be GIF, BMP, TIFF, PPM or AVIF too, and
+suffixes in capitals. Format: https://github.com/webdataset/webdataset.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from fastvlm.data.shard_cache import Damaged, NoRoom, ShardCache
 log = logging.getLogger(__name__)
 
 KEY = re.compile(r"[a-z0-9_-]+")
-IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpg|jpeg|webp)")
+IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpe?g|webp|gif|bmp|tiff?|ppm|avif)")
+NOT_READ = re.compile(r"(?:\d+\.)?(?:img|image|heic|heif|jp2|jxl|svg)")  # images, or what may be one
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
 # What tarfile raises besides: of numbers in extended headers that are none, or larger than any file.
 BAD_HEADER = (tarfile.TarError, ValueError, KeyError, OverflowError, MemoryError)
@@ -130,6 +132,8 @@ def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: 
     """
     if "status" in fields and not num_images:
         raise ValueError(f"{key} has no image ({fields['status']})")
+    if others := [suffix for suffix in members if NOT_READ.fullmatch(suffix)]:
+        raise ValueError(f"{key} has no image that can be read: {key}.{others[0]} is of none of the formats known")
     text = members["txt"].decode("utf-8", errors="replace") if "txt" in members else fields.get("caption")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{key} has no `messages`, no `document` and no caption in txt or json")
@@ -327,7 +331,7 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
             end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             if not info.isfile() or (match := MEMBER.fullmatch(name)) is None:
                 continue
-            key, suffix = match.groups()
+            key, suffix = match[1], match[2].lower()  # as webdataset does
             if not spans or spans[-1].key != key:
                 start = info.offset
                 spans.append(Span(key, start, 0, []))

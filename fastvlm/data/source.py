@@ -168,6 +168,12 @@ def is_number(value: object, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def as_fraction(weight: float | int) -> Fraction:
+    """A weight above 0 as a fraction of a small denominator, where that leaves anything of it."""
+    exact = Fraction(str(weight))
+    return exact.limit_denominator(10**9) or exact
+
+
 def check_bounds(name: str, number: str, bounds: object) -> dict:
     """Bounds of a filter, those that are null left out.
 
@@ -240,7 +246,7 @@ class Mixture:
         if weights is None:
             self.sources = {name: sources[name] for name in names}
             return
-        exact = {name: Fraction(str(weights[name])).limit_denominator(10**9) for name in names if weights[name] > 0}
+        exact = {name: as_fraction(weights[name]) for name in names if weights[name] > 0}
         if not exact:
             raise ValueError(f"mixture.weights are all 0; give one of {', '.join(names)} a positive weight")
         self.sources = {name: sources[name] for name in exact}

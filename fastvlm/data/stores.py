@@ -177,7 +177,7 @@ def members_of(store: LmdbStore | Hdf5Store, record: dict, named: dict) -> Itera
     """
     yield "json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
     for suffix, name in named.items():
-        yield as_text(suffix), store.image(name)
+        yield as_text(suffix).lower(), store.image(name)
 
 
 def read_span(path: str | Path, number: int) -> bytes:

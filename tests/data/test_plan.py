@@ -336,6 +336,10 @@ def test_a_folder_may_be_written_as_users_write_it(sources, tokenizer, monkeypat
         assert Source("caption", path=path).load("train", tokenizer).num_samples == 90
 
 
+def test_a_weight_however_small_is_no_weight_of_zero(sources):
+    assert min(mix(sources, weights=(1, 1, 1, 1e-12)).shares) > 0
+
+
 def test_a_source_of_weight_zero_is_left_out(sources):
     mixture = mix(sources, weights=(1, 0, 3, 0))
     assert mixture.names == ("caption", "chat")

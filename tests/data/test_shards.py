@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
+import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 from tiny_world import draw_png, make_record, write_source
 
+from fastvlm.data.decode import measure_image
 from fastvlm.data.shards import ShardReader, ShardWriter, parse_sample, scan_shard
 
 
@@ -52,6 +57,24 @@ def test_img2dataset_triples_are_documents_of_an_image_and_its_caption(tmp_path)
         "meta": {"url": "x", "width": 8},
     }
     assert sample.images == [jpg]
+
+
+def test_no_image_of_a_shard_of_somebody_else_is_lost_to_the_spelling_or_the_kind_of_its_name(tmp_path):
+    shard, pixels = tmp_path / "train-00000.tar", Image.fromarray(np.zeros((6, 10, 3), np.uint8))
+    kinds = {"a": ("JPG", "JPEG"), "b": ("Gif", "GIF"), "c": ("tif", "TIFF"), "d": ("bmp", "BMP"), "e": ("png", "PNG")}
+    with tarfile.open(shard, "w") as tar:
+        for key, (suffix, kind) in kinds.items():
+            file = io.BytesIO()
+            pixels.save(file, kind)
+            for name, data in ((f"{key}.{suffix}", file.getvalue()), (f"{key}.TXT", b"the digit")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    for sample in read_all(shard):
+        assert [part["type"] for part in sample.record["document"]] == ["image", "text"]
+        assert measure_image(sample.images[0]) == (10, 6)
+    with pytest.raises(ValueError, match="k has no image that can be read: k.heic is of none of the formats known"):
+        parse_sample("k", {"heic": b"picture", "txt": b"a caption"})
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
