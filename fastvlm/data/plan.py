@@ -111,7 +111,7 @@ class Plan:
         self.names = mixture.names
         held = [int(s.costs(self.unit)[s.rows].sum()) * s.repeat for s in self.sources]
         self.weights = mixture.shares or [h / sum(held) for h in held]
-        self.epoch_samples = sum(int(len(s.rows) * s.repeat) for s in self.sources)
+        self.epoch_samples = max(1, sum(int(len(s.rows) * s.repeat) for s in self.sources))
         self._window = self._window_size(pack_window, sort_window)
         # Without packing, whole steps: else a group of like length would straddle two of them.
         self._group = batch_size if sort_window > 0 and not packing else None

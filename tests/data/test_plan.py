@@ -411,6 +411,9 @@ def test_without_weights_an_epoch_holds_every_sample_as_often_as_its_source_is_r
     seen = Counter(plan.first_samples(plan.epoch_samples))
     held = {(i, row): 2 if s.name == "chat" else 1 for i, s in enumerate(plan.sources) for row in s.rows.tolist()}
     assert seen == held
+    hardly = {"text": Source("text", path=sources["text"], repeat=1e-6)}
+    plan = plan_of(sources, tokenizer, mixture=Mixture(hardly, weights=None, unit="samples"), num_steps=2)
+    assert plan.epoch_samples == 1 and plan.position(0) == (0, 0), "an epoch has a sample"
 
 
 def lines_of(sources, tokenizer, *, weights, unit="samples", num_steps=None, **options):
