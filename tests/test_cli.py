@@ -46,7 +46,7 @@ def one_line(done, *words: str) -> None:
         ("stages.align.trainable.projector=fast", ["stages.align.trainable.projector=fast is no learning rate"]),
         ("tokenizer=chatml", ["tokenizer.path is that of llm.path, which this configuration lacks"]),
         ("encoder=fastvithd", ["encoder.checkpoint must be given"]),
-        ("logger=null", ["a configuration group takes a file's name", "~task leaves out"]),
+        ("projector=null", ["a configuration group takes a file's name", "~task leaves out"]),
         ("seed=0,1", ["seed=0,1", "add -m"]),
     ],
 )
