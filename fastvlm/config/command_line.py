@@ -53,7 +53,8 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     except Exception as error:
         if show_traceback:
             raise
-        if type(error).__module__.startswith(("hydra", "omegaconf")):
+        of_hydra = "Config group override must be" in str(error)  # which says it by a plain ValueError
+        if of_hydra or type(error).__module__.startswith(("hydra", "omegaconf")):
             refuse(explain(error, config_name))
         if isinstance(error, ValueError):  # a sweep whose cells failed
             refuse(str(error))
