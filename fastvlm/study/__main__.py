@@ -107,9 +107,20 @@ def again(name: str, scale: str, arm: str, seed: int) -> str:
     return f"python train.py experiment={name} scale={scale} arm={arm} seed={seed}"
 
 
-if __name__ == "__main__":
+def command(arguments: list[str]) -> int:
+    """`main` on a command line: the exit status, and a line for what ended it."""
     try:
-        main(sys.argv[1:])
-    except ValueError as error:
+        main(arguments)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: every file is as it was or as it is to be; the same command makes the rest", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

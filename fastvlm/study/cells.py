@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from fastvlm.files import replacing
 from fastvlm.identity import LIBRARIES, hash_of, identity, portable_hash, read_results
 from fastvlm.study.arms import Study, cell_name, grid_arms
 from fastvlm.study.composed import Composed, composed
@@ -157,7 +158,7 @@ def now(run_dir: Path, made: dict, arm: Composed, *, seed: int) -> bool:
 def write_csv(file: Path, cells: list[Cell]) -> None:
     """All cells of one study, sorted by scale, arm and seed: the same cells make the same bytes."""
     names = sorted({name for cell in cells for name in cell.metrics})
-    with open(file, "w", newline="", encoding="utf-8") as stream:
+    with replacing(file) as part, open(part, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         # Results of before libraries were noted keep their form.
         about = [*ABOUT, *(key for key in LIBRARIES if any(cell.about.get(key) for cell in cells))]

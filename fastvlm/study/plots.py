@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from fastvlm.files import replacing
 from fastvlm.study.arms import Study
 from fastvlm.study.cells import Cell
 from fastvlm.study.claims import Claim
@@ -35,7 +36,8 @@ def make_plots(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, 
 
 
 def _save(figure, path: Path, plt) -> str:
-    figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    with replacing(path) as part:
+        figure.savefig(part, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
     return path.name
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+from fastvlm.files import write_whole
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names, unreadable
 from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, planned, read_csv, read_runs, write_csv
 from fastvlm.study.claims import Claim, all_claims, load_figures
@@ -111,7 +112,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         remarks={scale: one.remarks for scale, one in found.items()},
         sweeps=sweeps,
     )
-    (out / "README.md").write_text(text, encoding="utf-8")
+    write_whole(out / "README.md", text)
     files = [out / "README.md", *(out / plot for names in plots.values() for plot in names)]
     return {
         "verdicts": {s: [f"{d[0].claim.claim} - {headline(d)}" for d in results[s][1]] for s in ran},
@@ -219,7 +220,7 @@ def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, 
             lines += report(name, source=source, root=root)["entries"]
         except ValueError as error:
             faults.append(f"{name}: {error}")
-    (root / "README.md").write_text(catalogue(lines), encoding="utf-8")
+    write_whole(root / "README.md", catalogue(lines))
     if faults:
         raise ValueError(f"{root / 'README.md'} is without these: " + "; ".join(faults))
     return lines

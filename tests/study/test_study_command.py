@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fastvlm.study import report as report_module
-from fastvlm.study.__main__ import main
+from fastvlm.study.__main__ import command, main
 from fastvlm.study.arms import expand, is_study, load_study, study_names, unreadable
 from fastvlm.study.cells import check_one_origin, planned, read_csv, read_runs, write_csv
 from fastvlm.study.composed import composed
@@ -273,6 +273,32 @@ def test_the_module_says_a_mistake_in_one_line():
     assert (
         done.returncode == 2 and done.stderr.startswith("error: nothing is no study") and "\n" not in done.stderr[:-1]
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: every file is as it was or as it is to be; the same command makes"),
+        (PermissionError(13, "Permission denied", "README.md"), 2, "error: [Errno 13] Permission denied: 'README.md'"),
+    ],
+)
+def test_what_ends_the_command_is_one_line(monkeypatch, capsys, error, status, words):
+    def ended(**options):
+        raise error
+
+    monkeypatch.setattr("fastvlm.study.__main__.report_all", ended)
+    assert command(["report=all"]) == status
+    told = capsys.readouterr().err.strip()
+    assert told.startswith(words) and "\n" not in told
+
+
+def test_results_that_cannot_be_written_whole_stay_as_they_were(tmp_path):
+    write_csv(tmp_path / "results.csv", grid())
+    before = (tmp_path / "results.csv").read_bytes()
+    odd = replace(grid()[0], about=grid()[0].about | {"seed": "ten"})
+    with pytest.raises(ValueError, match="invalid literal"):
+        write_csv(tmp_path / "results.csv", [*grid()[:3], odd])
+    assert (tmp_path / "results.csv").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def deltas(text: str) -> dict[str, int]:
