@@ -34,7 +34,7 @@ from fastvlm.data.shard_cache import UNWRITABLE, ShardCache, cache_folder
 from fastvlm.data.shards import RawSample, ShardReader, Span, as_text, parse_sample, scan_shard
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-FORMAT = 3
+FORMAT = 4
 PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
 SAY_EVERY = 5  # seconds
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
