@@ -60,8 +60,9 @@ def test_a_rate_of_no_part_is_refused_before_the_first_stage_trains():
         check(config)
 
 
-def test_an_evaluation_of_no_run_asks_for_one(cli):
+def test_an_evaluation_of_no_run_asks_for_one_and_takes_no_group_of_a_run(cli):
     one_line(cli("eval.py", check=False), "checkpoint=<run directory> must be given")
+    one_line(cli("eval.py", "checkpoint=any", "logger=none", check=False), "unknown key logger; see `python eval.py")
 
 
 def test_of_several_tasks_a_misspelt_one_is_one_line(cli):

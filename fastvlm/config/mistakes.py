@@ -78,7 +78,8 @@ def nearest(key: str, config_name: str) -> str:
         plain = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     except Exception:  # noqa: BLE001  the configuration itself is broken: no hint to give
         return ""
-    key, groups = key.lstrip("+~"), [p.name for p in CONF.iterdir() if p.is_dir()]
+    key = key.lstrip("+~")
+    groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != key]
     if stages := plain.get("stages"):
         first, own = next(iter(stages)), f": every stage has its own ({', '.join(stages)}); write "
         if key in ("mixture", "optimizer"):
