@@ -1,12 +1,15 @@
 """Parts that do not fit are one line: which two numbers disagree, and which key mends it."""
 
 import pytest
+import torch
 from torch import nn
 
 from fastvlm.build import build_model, build_tokenizer
+from fastvlm.config import Adapt, check
 from fastvlm.models.fit import check_fit
 from fastvlm.models.resamplers.counts import side_of
 from fastvlm.pipeline import Pipeline
+from fastvlm.pipeline.training import count_learned
 
 
 class Part(nn.Module):
@@ -49,6 +52,44 @@ def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, 
     with pytest.raises(ValueError, match=message):
         pipeline.run()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.instruct.trainable={llm.layers.9*: 1e-3}"], "stages.instruct.trainable: the pattern 'llm.layers.9"),
+        (["stages.instruct.last_layers={num: 99, lr: 1e-3}"], "stages.instruct.last_layers.num=99, but the language"),
+        (
+            [
+                "stages.instruct.trainable.llm=null",
+                "stages.instruct.adapt.llm={method: lora, lr: 1, targets: [q_projj]}",
+            ],
+            "stages.instruct.adapt.llm.targets: no linear layer is named q_projj; there are .*q_proj",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_train_is_told_before_any_training(tiny_config, tmp_path, overrides, message):
+    config = tiny_config("pipeline=embedded", *overrides)
+    check(config)
+    pipeline = Pipeline(config)
+    with pytest.raises(ValueError, match=message):
+        pipeline.run()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_counting_what_a_stage_trains_changes_neither_model_nor_randomness(tiny_config):
+    config = tiny_config("pipeline=embedded", "stages.instruct.trainable.llm=null")
+    config.stages.instruct.adapt = {"llm": Adapt(method="lora", lr=1e-3, r=2)}
+    model = build_model(config, build_tokenizer(config))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    count = count_learned("instruct", config.stages.instruct, model)
+    projections = [m for n, m in model.llm.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
+    learned = [p for n, p in model.named_parameters() if config.stages.instruct.trainable.get(n.split(".")[0])]
+    assert learned and count == sum(p.numel() for p in learned) + sum(2 * sum(m.weight.shape) for m in projections)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(

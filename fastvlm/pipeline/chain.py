@@ -32,6 +32,7 @@ from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.shards_there import check_shards
 from fastvlm.pipeline.stage_data import check_size
 from fastvlm.pipeline.stage_run import StageRun
+from fastvlm.pipeline.training import count_learned
 from fastvlm.report import write_report
 from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
 
@@ -70,6 +71,7 @@ class Pipeline:
         self.build()
         for name, stage in self.config.stages.items():
             check_size(name, stage, self.model)
+            count_learned(name, stage, self.model)
         if is_first_rank():  # what cannot be built takes no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
         say(run_summary(self.config, self.model, self.hardware, run_dir=self.run_dir))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +26,8 @@ from fastvlm.callbacks.samples import Samples
 from fastvlm.data.kept_plan import write_plan
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
+from fastvlm.models.memory import copy_with, shape_of
+from fastvlm.models.vlm import VLM
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
 from fastvlm.pipeline.messages import quiet_lightning, say, stage_summary
 from fastvlm.pipeline.ranks import agree
@@ -265,6 +268,19 @@ def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) 
         quantise=quantise,
         name=name,
     )
+
+
+def count_learned(name: str, stage: DictConfig, model: VLM) -> int:
+    """Number of parameters a stage trains, adapters included, worked out on shapes: `model` stays as it is.
+
+    Raises:
+        ValueError: a pattern, a layer count or an adapter's targets do not fit the model.
+    """
+    freezing = build_freezing(name, OmegaConf.to_container(stage, resolve=True), quantise=None, path=Path("unused"))
+    shapes = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
+    with torch.random.fork_rng(devices=[]):  # peft draws an adapter's first weights before it moves them
+        rates = freezing.adapted(shapes)
+    return sum(parameter.numel() for name, parameter in shapes.named_parameters() if name in rates)
 
 
 def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:

@@ -19,9 +19,10 @@ from fastvlm.config import check, compose, typed_overrides
 from fastvlm.models.llms.published import PUBLISHED
 from fastvlm.models.pretrained import PretrainedVLM, without_weights
 from fastvlm.models.recompute import recompute_layers
-from fastvlm.models.trainable import last_layers, select_trainable
 from fastvlm.models.vlm import VLM
 from fastvlm.pipeline.memory_notes import memory_notes, planned_hardware
+from fastvlm.pipeline.stage_data import check_size
+from fastvlm.pipeline.training import count_learned
 from fastvlm.study.arms import load_study
 
 
@@ -69,31 +70,14 @@ def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float
 
 def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float | int]:
     mixture = instantiate(stage.mixture, key=f"stages.{name}.mixture")
-    trainable = {k: v for k, v in stage.trainable.items() if v is not None}
-    if stage.get("last_layers"):
-        for layer in last_layers(model.llm, stage.last_layers.num, where=f"stages.{name}.last_layers"):
-            trainable[f"llm.{layer}"] = stage.last_layers.lr
+    learns = count_learned(name, stage, model)
     adapters = ["llm LoRA"] if stage.get("lora") else []
     for part, one in (stage.get("adapt") or {}).items():
-        if one.method == "full":
-            trainable[part] = one.lr
-        elif one.method == "partial":
-            for layer in last_layers(getattr(model, part), one.num, where=f"stages.{name}.adapt.{part}"):
-                trainable[f"{part}.{layer}"] = one.lr
-        elif one.method in ("lora", "dora"):
+        if one.method in ("lora", "dora"):
             adapters.append(f"{part} {one.method} r={one.r}" + (f" over {one.quantise}" if one.quantise else ""))
-    rates = {}
-    if trainable or not adapters:
-        rates = select_trainable(model, trainable, where=f"stages.{name}.trainable")
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
-    learns = sum(sizes[n] for n in rates)
     reads = {"encoder", "llm"} <= set(stage.parts)
-    tokens = model.num_visual_tokens(stage.image_size) if reads else 0
-    if tokens >= stage.max_tokens:
-        raise ValueError(
-            f"stages.{name}: an image is {tokens} tokens, but rows end at max_tokens={stage.max_tokens}; raise "
-            "max_tokens, lower image_size, or choose a resampler with fewer"
-        )
+    slots = check_size(name, stage, model)
+    tokens = slots if reads else 0
     step = 0.0
     if not isinstance(model, PretrainedVLM):  # which has a chain of its own between its parts
         forward = count_forward(model, parts=list(stage.parts), image_size=stage.image_size, length=stage.max_tokens)
@@ -104,7 +88,7 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float 
     size = f"{stage.batch_size:,} rows of {stage.max_tokens:,}"
     view = f", {stage.image_size} px = {tokens} tokens" if reads else ""
     total = f"; {steps * stage.batch_size * stage.max_tokens / 1e9:,.3g}G positions at most" if steps else ""
-    learnt = " and ".join([f"learns {learns / 1e6:,.1f}M", *adapters])
+    learnt = f"learns {learns / 1e6:,.1f}M" + (f" with {' and '.join(adapters)}" if adapters else "")
     print(f"  {name}: {length} x {size}{view}{total}; {learnt}")
     if step:
         print(f"    forward, one view a row: {step / 1e12:,.3g} TFLOP a step")
