@@ -2,7 +2,7 @@
 
 python eval.py checkpoint=runs/latest task=embedded
 python eval.py checkpoint=runs/latest task=[vqav2,textvqa,chartqa] task.limit=1000
-python eval.py checkpoint=runs/latest task=vqav2 predictions=answers.json    score answers that stand in a file
+python eval.py checkpoint=runs/latest task=vqav2 predictions=answers.json    score answers stored in a file
 """
 
 from functools import partial

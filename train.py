@@ -1,11 +1,11 @@
 """Train a pipeline of stages, evaluate it, write its report.
 
 python train.py                                      the embedded run: minutes on two CPU cores, no download
-python train.py resampler=perceiver                  exchange a part
-python train.py stages.dense.image_size=64           change a stage
+python train.py resampler=perceiver                  swap one part of the model
+python train.py stages.dense.image_size=64           change a setting of one stage
 python train.py -m seed=0,1,2                        a sweep
 python train.py -m experiment=llava_align            a study: its whole grid, then table, plots and verdicts
-python train.py --cfg job                            everything that can be set
+python train.py --cfg job                            print every setting
 """
 
 from fastvlm.config import command

@@ -1,16 +1,16 @@
-"""What adapters and few bits save and cost against training the language model whole.
+"""Memory and step time of adapters and quantised weights, relative to full fine-tuning of the language model.
 
     python benchmarks/adapting.py > benchmarks/adapting.md               # both small models; about fifteen minutes
     python benchmarks/adapting.py models=embedded rounds=5               # about three minutes
     python benchmarks/adapting.py models=qwen2_1_5b rows=4               # for a GPU with 40 GB
     python benchmarks/adapting.py models=qwen2_1_5b rows=4 estimate=true # what it will hold there; seconds, any machine
 
-Every arm is a process of its own: the model with random weights, real batches of the embedded instructions, whole
-optimiser steps (forward, backward, clipping, AdamW). Resampler and projector learn in all arms, the encoder in none.
-What is held is counted tensor by tensor: weights with the scales beside their codes, gradients, the optimiser's state,
-and what autograd keeps of one forward pass. The peak is the process's on a CPU, above what it held before there was a
-model, and the allocator's on a GPU. Arms take turns; seconds are given as the median over the rounds of an arm's
-over `full`'s, by CPU time on a CPU and by the clock on a GPU.
+Every arm runs in its own process: the model with random weights, real batches of the embedded instructions, full
+optimiser steps (forward, backward, clipping, AdamW). All arms train resampler and projector, none the encoder. Memory
+is counted tensor by tensor: weights including quantisation scales, gradients, optimiser state, and what autograd saves
+in one forward pass. The peak is that of the process on a CPU, minus what it held before the model was built, and that
+of the allocator on a GPU. Arms take turns; step time is the median over rounds of an arm's time divided by `full`'s,
+in CPU time on a CPU and in wall time on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the process that starts the arms needs none of it
+if TYPE_CHECKING:  # the process that starts the arms does not import these
     from omegaconf import DictConfig
     from torch.optim import Optimizer
 
@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 QWEN2 = ["llm=qwen2_micro"]
 MODELS = {
-    "embedded": [],  # the embedded run's
+    "embedded": [],  # that of the embedded run
     "qwen2_140m": [
         *QWEN2,
         "llm.hidden_size=1024",
@@ -61,7 +61,7 @@ MODELS = {
         "llm.num_key_value_heads=2",
     ],
 }
-VOCABULARY = {"qwen2_1_5b": 151_936}  # where it is not the embedded data's
+VOCABULARY = {"qwen2_1_5b": 151_936}  # other models have the embedded tokenizer's vocabulary
 ADAPTERS = "method: lora, lr: 1e-4, r: 8, alpha: 16"
 ARMS = {
     "full": "{method: full, lr: 1e-4}",
@@ -76,7 +76,7 @@ MIB = 2**20
 
 
 def storages(tensors) -> int:
-    """Bytes of all storages behind them, each once."""
+    """Return the bytes of all storages behind the tensors, counting each storage once."""
     found = {}
     for tensor in tensors:
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
@@ -86,7 +86,7 @@ def storages(tensors) -> int:
 
 
 def weights_of(model) -> list:
-    """Parameters, buffers, and what bitsandbytes keeps beside its codes."""
+    """Return parameters, buffers and the quantisation state that bitsandbytes keeps for its weights."""
     import torch
 
     from fastvlm.models.quantised import quantised_layers
@@ -99,7 +99,7 @@ def weights_of(model) -> list:
 
 
 def kept_by_autograd(forward, model) -> tuple[object, int]:
-    """A forward pass's output, and bytes that it keeps for the backward pass, weights left out."""
+    """Return a forward pass's output and the bytes it saves for the backward pass, excluding weights."""
     import torch
 
     own = {t.untyped_storage()._cdata for t in weights_of(model)}
@@ -129,7 +129,7 @@ def configuration(model: str, arm: str, *, rows: int, tokens: int, steps: int):
 
 
 def estimates(model: str, arms: list[str], **sizes: int) -> str:
-    """Markdown of what each arm will hold, in bf16, from shapes alone."""
+    """Return a Markdown table of each arm's estimated memory in bf16, computed from shapes only."""
     from omegaconf import OmegaConf
 
     from fastvlm.hardware import Hardware
@@ -155,17 +155,17 @@ def estimates(model: str, arms: list[str], **sizes: int) -> str:
 
 @dataclass
 class Arm:
-    """One arm, ready for its first step."""
+    """One arm, ready for its first training step."""
 
     hardware: Hardware
-    options: DictConfig  # the stage's
+    options: DictConfig  # of the stage
     model: VLM
     batches: Iterator[Batch]
     module: Stage
     optimizer: Optimizer
-    resident: int  # bytes the process held before there was a model
-    estimate: int  # bytes it is said to need
-    parameters: int  # before any adapter or fewer bits
+    resident: int  # bytes the process held before the model was built
+    estimate: int  # estimated bytes
+    parameters: int  # count before adapters and quantisation
 
 
 def build_arm(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> Arm:
@@ -203,7 +203,11 @@ def build_arm(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> Ar
 
 
 def take_steps(arm: Arm, steps: int) -> tuple[dict[str, int], list[tuple[float, float]]]:
-    """Bytes by kind, seen in the first of two steps more; (clock, CPU) seconds of the steps after those."""
+    """Take two warm-up steps and `steps` timed ones.
+
+    Returns:
+        Bytes of activations and gradients, measured in the first step; (wall, CPU) seconds of each timed step.
+    """
     import torch
 
     hardware, device = arm.hardware, arm.hardware.device
@@ -221,7 +225,7 @@ def take_steps(arm: Arm, steps: int) -> tuple[dict[str, int], list[tuple[float, 
         if step == 1:
             gc.collect()
             if sys.platform == "linux":
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what building left behind is no part of a step
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory from building the model must not count
             hardware.forget_peak()
         begun = time.perf_counter(), time.process_time()
         if step == 0:
@@ -243,7 +247,7 @@ def take_steps(arm: Arm, steps: int) -> tuple[dict[str, int], list[tuple[float, 
 
 
 def measure(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> dict:
-    """One arm in this process."""
+    """Measure one arm in this process."""
     import torch
 
     built = build_arm(model, arm, rows=rows, tokens=tokens, steps=steps)
@@ -277,7 +281,7 @@ def processor() -> str:
 
 
 def table(model: str, found: dict[str, list[dict]]) -> str:
-    """Markdown of one model's arms; memory in MiB."""
+    """Return a Markdown table of one model's arms; memory in MiB."""
     first = found["full"][0]
     lines = [
         f"## {model}: {first['parameters'] / 1e6:.1f}M parameters",

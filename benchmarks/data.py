@@ -1,26 +1,26 @@
-"""The data engine against a pure JPEG decode and against its peers.
+"""Speed of the data engine compared with a pure JPEG decode and with other libraries (peers).
 
     python benchmarks/data.py                        # ours alone: 3 minutes, 2 of them once, to make the data
     python benchmarks/data.py peers=<environment>    # and the peers: about an hour on two cores, 9 minutes a round
     python benchmarks/data.py parts=shares,packing   # one minute
 
-The peers live in an environment of their own (`uv venv E; uv pip install -p E/bin/python -r
+The peers need their own environment (`uv venv E; uv pip install -p E/bin/python -r
 benchmarks/requirements-peers.txt`). Keys: peers, parts=speed,shares,packing, only=<names of peers>, images=2000 made,
 count=1024 timed, rounds=5, batch_size=32, folder=<where the data is made and kept>, out=benchmarks/results/data.json.
 
-Speed is images a CPU second, all processes of a pipeline together, over that of a pure libjpeg-turbo decode of the same
-files in the same round; medians over rounds in which all take turns. Every process has one torch thread; the files are
-in the page cache; nothing is cached by the pipelines; start-up and the first batches are left out for all. The
-yardstick is torchvision's decode, one image alive at a time; simplejpeg's, into the same memory again, is faster and
-stands beside it.
+Speed is images per CPU second of all processes of a pipeline, divided by that of a pure libjpeg-turbo decode of the
+same files in the same round; medians over rounds, in which all pipelines take turns. Every process has one torch
+thread, files are in the page cache, pipelines cache nothing, and start-up and the first batches are not timed. The
+baseline is torchvision's decode with one image in memory at a time; simplejpeg's decode into a reused buffer is faster
+and is reported, too.
 
 All make the same batches: 32 images, longer side 336, padded to a square. "best" and ours differ by 0.2 to 0.4 of 255
-on average, because ours repeats JPEG colour (`REPEATED` in fastvlm/data/transforms.py). Words are another matter. Ours
-hands on token ids, labels and positions: the ids were kept when the index was built (as its lengths were), so they are
-sliced, laid out around the image's slots and collated. "tokenising" is ours with an index that keeps none: JSON is
-parsed and text tokenised at every reading. The peers hand the JSON on as bytes, unread, which is less than either: who
-trains with them has yet to parse and tokenise. "best" is uint8 by torchvision's decode_jpeg and antialiased resize,
-"usual" PIL, float32 and normalisation, "our decoder" fastvlm's transform in the peer's loader.
+on average, because ours repeats JPEG colour (`REPEATED` in fastvlm/data/transforms.py). Text is not treated alike. Ours
+returns token ids, labels and positions: the index stores the ids, so they are only sliced, laid out around the image's
+slots and collated. "tokenising" is ours with an index without ids, so every read parses JSON and tokenises. The peers
+return the JSON as unparsed bytes, which is less work than either: training would still have to parse and tokenise it.
+"best" is uint8 by torchvision's decode_jpeg and antialiased resize, "usual" PIL, float32 and normalisation, "our
+decoder" fastvlm's transform in the peer's loader.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from benchmarks import made, shares  # noqa: E402
 
 PEERS = ("webdataset", "mosaicml", "litdata", "energon", "huggingface")
 OURS = ("pure", "fastvlm", "fastvlm_tokenising")
-WARM = 128  # images before the clock starts
-PATIENCE = 600  # seconds for one answer
+WARM = 128  # images before timing starts
+PATIENCE = 600  # seconds to wait for one answer
 DEFAULTS = {
     "peers": "",
     "parts": "speed,shares,packing",
@@ -104,7 +104,7 @@ def log(line: str) -> None:
 
 
 def once(folder: Path, make) -> Path:
-    """Make a folder unless an earlier run made it whole."""
+    """Make a folder unless an earlier run completed it."""
     mark = folder.with_name(f"{folder.name}.done")
     if not mark.exists():
         subprocess.run(["rm", "-rf", str(folder)], check=True)
@@ -126,7 +126,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def measure_speed(folder: Path, contenders: dict[str, Contender], options: dict) -> dict:
-    """For every (name, pixels, workers): median over rounds of images a CPU second and a second, over pure decode."""
+    """Return, for every name/pixels/workers, median images per CPU second and per second, relative to pure decode."""
     runs = [("pure", "decode_reused", 0)]
     runs += [(name, "best", workers) for name in ("fastvlm", "fastvlm_tokenising") for workers in (0, 1)]
     names = [name for name in contenders if name not in OURS]

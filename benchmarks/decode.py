@@ -1,10 +1,11 @@
-"""Tokens a second of the engine over `transformers`' own `generate`, Qwen2-0.5B with random weights.
+"""Tokens per second of the engine relative to `generate` of `transformers`, for Qwen2-0.5B with random weights.
 
     python benchmarks/decode.py                         # about five minutes on one core
     python benchmarks/decode.py levers=none,packed,bf16+packed tokens=32 prompt=288 repeats=3
 
-For each lever both are timed in turn in one process on the same weights: `generate` of the model as it is before any
-lever, of the model with the lever, and the engine. Seconds are one thread's CPU time (threads=1) or the wall clock's.
+For each lever (combine with +), `generate` and the engine are timed in turn in one process, on the same weights with
+that lever applied. The last column compares the engine with `generate` of the first model in `levers`, which should be
+`none`. Seconds are one thread's CPU time (threads=1 on a CPU) or wall time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DEFAULTS = {
 
 
 def speeds(llm, *, prompt: int, tokens: int, repeats: int, clock) -> tuple[float, float]:
-    """Tokens a second after the first one: of `generate`, and of the engine's decoder."""
+    """Return tokens per second after the first token, for `generate` and for the engine's decoder."""
     import torch
 
     from fastvlm.inference.fast_decoder import FastDecoder

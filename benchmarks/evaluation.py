@@ -1,14 +1,14 @@
-"""Throughput of an evaluation against lmms-eval: the same model, the same questions, the same score.
+"""Throughput of an evaluation compared with lmms-eval: same model, same questions, same score.
 
     python benchmarks/evaluation.py run=runs/latest lmms=/path/to/lmms/bin/python    minutes; rounds=3 count=1000
 
-`lmms` is the Python of an environment made of benchmarks/requirements-lmms-eval.txt. The questions are those of the
-embedded data's training pictures, several to a picture as in VQAv2, with ten answers each, scored by EvalAI's rules on
-both sides. lmms-eval runs our model by our plugin (`fastvlm.harnesses.lmms`): the same engine, batch size and device,
-and the same memory for images, so that neither side encodes a picture twice while it is kept; what differs is the
-harness: prompts of like length together or as they come, reading ahead or in between. `cache_mb=0` has the plugin
-encode an image once a question, as lmms-eval's own models do. The two take turns in processes of their own; imports and
-loading the weights count on neither side. `batch_size=1` is what most of lmms-eval's own local models can do.
+`lmms` is the Python of an environment with benchmarks/requirements-lmms-eval.txt. The questions are about the embedded
+data's training pictures, several per picture as in VQAv2, with ten answers each, scored by EvalAI's rules on both
+sides. lmms-eval runs our model through our plugin (`fastvlm.harnesses.lmms`) with the same engine, batch size, device
+and image cache size, so neither side encodes a picture again while it is cached. What differs is the harness: whether
+prompts of similar length are batched together, and whether data is read ahead. With `cache_mb=0` the plugin encodes an
+image once per question, as lmms-eval's own models do. The two sides take turns in separate processes; imports and
+loading the weights are not counted. `batch_size=1` is all that most of lmms-eval's own local models support.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def results(doc, result):
 
 
 def make_data(folder: Path, *, count: int) -> None:
-    """The same questions as shards and as a data set on disk."""
+    """Write the same questions as shards and as JSON lines with image files."""
     from fastvlm.data.shards import ShardWriter
 
     rows = list(read_pictures(count))
@@ -83,12 +83,12 @@ def make_data(folder: Path, *, count: int) -> None:
 
 
 def answers_to(answer: str) -> list[str]:
-    """Ten annotators, of whom three say something else."""
+    """Return ten annotators' answers, three of which differ."""
     return [answer] * 7 + [f"the {answer}.", "none", "7"]
 
 
 def read_pictures(count: int):
-    """(picture, question, answer) of the embedded training questions, several to a picture."""
+    """Yield (picture, question, answer) of `count` embedded training questions, several per picture."""
     from fastvlm.build import ensure_embedded
     from fastvlm.config import compose
     from fastvlm.data.shards import find_shards, parse_sample, scan_shard
@@ -186,7 +186,7 @@ def main() -> None:
     if side == "theirs":
         options["cache_mb"] = int(given.get("cache_mb", 512))
     if side:
-        # The harness prints as it likes; what is measured goes into a file.
+        # The result goes into a file, because the harness prints to stdout.
         result = {"ours": run_ours, "theirs": run_theirs}[side](Path(given["data"]), **options)
         Path(out).write_text(json.dumps(result))
         return
@@ -196,7 +196,7 @@ def main() -> None:
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), count=count)
-        for turn in range(rounds + 1):  # the first, not counted, builds index and data set
+        for turn in range(rounds + 1):  # the first builds index and data set and is not counted
             pair = {}
             for name, python in (("ours", sys.executable), ("theirs", given["lmms"])):
                 file = Path(folder, f"{name}.json")

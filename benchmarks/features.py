@@ -1,11 +1,11 @@
-"""What cached encoder outputs cost and save.
+"""Cost and benefit of cached encoder outputs.
 
     python benchmarks/features.py stores    # safetensors chunks against LMDB; minutes, 4 GB of disk at a time
     python benchmarks/features.py stage     # the embedded align stage with and without; minutes
     python benchmarks/features.py large     # a ViT-B/16 at 336 px with random weights, a small language model; minutes
 
-Behind the last two stands what else to override. Runs take turns in one process; ratios by CPU time hold on a busy
-machine too.
+The last two take further overrides as arguments. Runs take turns in one process; ratios of CPU time are valid on a busy
+machine, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = [(36, 128, "float32"), (144, 128, "float32"), (256, 768, "float16")]
 
 
 def disk_bytes(folder: Path) -> int:
-    """What it takes on the disk: an LMDB file is sparse."""
+    """Return the bytes allocated on disk, not the file sizes, because an LMDB file is sparse."""
     return sum(f.stat().st_blocks * 512 for f in folder.rglob("*") if f.is_file())
 
 
@@ -61,7 +61,7 @@ def write_lmdb(folder: Path, keys, value, shape, dtype):
     import lmdb
     import torch
 
-    # One transaction and one sync a 128 MB, as the chunks have.
+    # One transaction per 128 MB, as in the safetensors chunks.
     batch = max(1, (128 << 20) // (value[0].numel() * dtype.itemsize))
     env = lmdb.open(str(folder / "store"), map_size=1 << 36, metasync=False)
     for start in range(0, len(keys), batch):
@@ -133,7 +133,7 @@ def compare_stores(count: int = 10_000, rounds: int = 2) -> None:
 
 
 def train(config) -> dict:
-    """Seconds and CPU seconds a step (median over the steps but the first two), and the losses."""
+    """Train a stage; return wall and CPU seconds per step (median without the first two steps), losses and features."""
     import lightning as L
 
     from fastvlm.pipeline import Pipeline

@@ -1,10 +1,10 @@
-"""Speed of a stage under Lightning, with all its callbacks, over a bare PyTorch loop on the same batches.
+"""Speed of a stage under Lightning, with all its callbacks, relative to a plain PyTorch loop on the same batches.
 
     python benchmarks/loop.py                    # about three minutes on two cores
     python benchmarks/loop.py stage=instruct steps=100 rounds=3 logger=none
 
-Both run in turn in one process; the ratio of the medians is printed. Starting up, the first steps and the validation at
-the end are left out on both sides; reading the data, gradient clipping and the schedule are inside on both.
+Both run in turn in one process; the ratio of the medians is printed. On both sides, start-up, the first steps and the
+final validation are not timed; reading data, gradient clipping and the learning rate schedule are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WARM = 20  # steps that are not timed
 
 
 def lightning_seconds(config) -> float:
-    """Seconds from step WARM to the last, by the clock between two batches' starts."""
+    """Train under Lightning; return wall seconds from the start of step WARM to the final validation."""
     import lightning as L
 
     from fastvlm.pipeline import Pipeline
@@ -49,7 +49,11 @@ def lightning_seconds(config) -> float:
 
 
 def bare_seconds(config) -> float:
-    """The same model, batches, precision, clipping, optimiser and schedule, in a loop of ten lines."""
+    """Train the same model with the same batches, precision, clipping, optimiser and schedule in a plain loop.
+
+    Returns:
+        Wall seconds from step WARM to the end.
+    """
     import torch
 
     from fastvlm.build import instantiate

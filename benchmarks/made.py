@@ -1,10 +1,10 @@
-"""What benchmarks/data.py reads: photographs, conversations and a tokenizer, made from what installed packages ship.
+"""Data for benchmarks/data.py: photographs, conversations and a tokenizer, made from what installed packages ship.
 
 Photographs: random crops (55-100 % of the side, half of them mirrored) of scikit-learn's two sample photographs,
-resized to 640 x 480, 480 x 640 or 640 x 427 (3 : 1 : 1), contrast and brightness varied, with Gaussian luminance noise
-of 2-8 grey levels as a sensor leaves it, written as baseline 4:2:0 JPEG of quality 75-95; a file outside 30-80 KB is
-encoded again at the next lower or higher quality. Text: passages of Python's own language reference (`pydoc_data`).
-Everything is a pure function of the number of the sample.
+resized to 640 x 480, 480 x 640 or 640 x 427 (3 : 1 : 1), with varied contrast and brightness and Gaussian luminance
+noise of 2-8 grey levels, like a sensor's, written as baseline 4:2:0 JPEG of quality 75-95. A file outside 30-80 KB is
+re-encoded at a lower or higher quality. Text: passages of Python's language reference (`pydoc_data`). Everything is a
+pure function of the sample's number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def photographs() -> tuple[Image.Image, ...]:
 
 
 def photograph(number: int) -> bytes:
-    """JPEG number `number`."""
+    """Return the JPEG of sample `number`."""
     random = np.random.default_rng([7, number])
     width, height = SIZES[random.integers(len(SIZES))]
     photo = photographs()[number % 2]
@@ -68,7 +68,7 @@ def passage(random: np.random.Generator, count: int) -> str:
 
 
 def record(random: np.random.Generator, *, num_images: int, question: int, answer: int) -> dict:
-    """A conversation of one turn, or with `question=0` a document; lengths in words."""
+    """Return a conversation of one turn, or a document if `question` is 0; lengths in words."""
     images = [{"type": "image"}] * num_images
     if not question:
         return {"document": [*images, {"type": "text", "text": passage(random, answer)}]}
@@ -78,14 +78,14 @@ def record(random: np.random.Generator, *, num_images: int, question: int, answe
 
 
 def conversation(number: int) -> dict:
-    """The record beside photograph `number`: 8-20 words of question, 20-100 of answer."""
+    """Return the record for photograph `number`: a question of 8-20 words, an answer of 20-100."""
     random = np.random.default_rng([11, number])
     question, answer = int(random.integers(8, 21)), int(random.integers(20, 101))
     return record(random, num_images=1, question=question, answer=answer)
 
 
 def samples(shards: Path) -> Iterator[tuple[str, bytes, bytes]]:
-    """(key, record as JSON, image) of every sample, in the order of the shards: what is converted for the peers."""
+    """Yield (key, record as JSON, image) of every sample in shard order, for conversion to the peers' formats."""
     import tarfile
 
     for shard in sorted(shards.glob("train-*.tar")):
@@ -98,7 +98,7 @@ def samples(shards: Path) -> Iterator[tuple[str, bytes, bytes]]:
 
 
 def train_tokenizer(folder: Path, *, vocab_size: int = 8000) -> None:
-    """Byte-level BPE over the language reference, split as GPT-2 and Qwen split."""
+    """Train a byte-level BPE on the language reference, with byte-level pre-tokenisation as in GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,13 +1,13 @@
-"""Training speed against nanoVLM's own loop: the same model sizes, samples, rows and precision on the same machine.
+"""Training speed compared with nanoVLM's loop: same model sizes, samples, rows, precision and machine.
 
     git clone https://github.com/huggingface/nanoVLM     # the commit of October 2025 was used; not part of this project
     python benchmarks/nanovlm.py --peer nanoVLM          # about five minutes on two cores
 
-Each side runs as a process of its own, in turn, `--rounds` times; a round gives one ratio by the clock and one by CPU
-time (loader processes counted), and their medians are the figures: by CPU time they hold on a busy machine too. Tokens
-are positions of real samples, image tokens among them, padding not. Both measures run from the start of step `--warm`
-to the end of the last, so start-up and the first steps are left out on both sides; reading and decoding, packing,
-clipping and the schedule are inside on both. What is changed in the peer stands in `nanovlm_peer.py`.
+The sides run in turn, each in its own process, `--rounds` times. A round gives one ratio of wall time and one of CPU
+time (including loader processes), and the medians are reported; CPU time is valid on a busy machine, too. Tokens are
+positions of real samples, including image tokens, without padding. Both sides are timed from the start of step `--warm`
+to the end of the last step: without start-up and the first steps, with reading and decoding, packing, clipping and
+schedule. `nanovlm_peer.py` lists what is changed in the peer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SIZES = {
 
 
 class Clock:
-    """Seconds by the clock and of CPU, and real tokens, from step `warm` on."""
+    """Measures wall seconds, CPU seconds and real tokens from step `warm` on."""
 
     def __init__(self, warm: int):
         self.warm, self.tokens, self.begun, self.found = warm, [], None, {}
@@ -125,7 +125,7 @@ def qa_folder() -> Path:
 
 
 def write_for_peer(work: Path, samples: int) -> None:
-    """The same conversations as a Hugging Face data set in the peer's layout, and the same tokenizer."""
+    """Write the same conversations as a Hugging Face data set in the peer's layout, and the same tokenizer."""
     import datasets
     from PIL import Image
 
@@ -157,7 +157,7 @@ def run_side(side: str, options: argparse.Namespace) -> None:
     if side == "ours":
         made = run_ours(options.work, clock, options.steps)
     else:
-        sys.path.remove(str(ROOT))  # both have a `data` and a `train`
+        sys.path.remove(str(ROOT))  # both repositories have modules `data` and `train`
         import nanovlm_peer
 
         more = {"sizes": SIZES, "steps": options.steps, "workers": options.peer_workers}
@@ -166,7 +166,7 @@ def run_side(side: str, options: argparse.Namespace) -> None:
 
 
 def play_round(number: int, options: argparse.Namespace, work: Path) -> tuple[float, float]:
-    """Both sides in turn; ours over the peer's tokens a second, by the clock and by CPU time."""
+    """Run both sides in turn; return our speed over the peer's in tokens per wall second and per CPU second."""
     speeds = {}
     for side in ("ours", "peer") if number % 2 == 0 else ("peer", "ours"):
         command = [sys.executable, __file__, *sys.argv[1:], "--work", str(work), "--run", side]

@@ -1,9 +1,9 @@
-"""nanoVLM's own training loop on data and sizes it is given, timed from outside; a process of `nanovlm.py`.
+"""nanoVLM's training loop on given data and sizes, timed from outside; started as a process by `nanovlm.py`.
 
-It runs as its `train.train` is, with this changed: `wandb` is not asked for; `apply_chat_template` returns a list where
-it is not told (since transformers 5 it returns a mapping, whose length its loss mask takes for a number of tokens); a
-causal flag beside a mask becomes part of the mask (torch refuses both); and the number of its loader processes, three
-in its code, may be another.
+Runs its `train.train` as it is, except that `wandb` is replaced by an empty module; `apply_chat_template` returns a
+list by default (since transformers 5 it returns a mapping, whose length nanoVLM's loss mask takes for a number of
+tokens); a causal flag given with an attention mask is merged into the mask (torch refuses both); and the number of
+loader processes, three in its code, can be set.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ def take_mask_and_causal_flag(torch) -> None:
 
 
 def run(peer: Path, work: Path, *, sizes: dict, steps: int, workers: int | None, step: Callable, end: Callable) -> dict:
-    """Train for `steps` steps.
+    """Train for `steps` steps; return the number of parameters and the precision.
 
     Args:
         peer: the checkout.
         work: holds `tokenizer`, `vocabulary.json` and the data set `shard_0`.
-        sizes: vision, language, shuffle, rows, tokens, images: see `nanovlm.py`.
-        workers: its loader processes; None for its own number.
-        step: called with a batch's real tokens before its step; end: called behind the last.
+        sizes: vision, language, shuffle, rows, tokens, images; see `nanovlm.py`.
+        workers: number of loader processes; None for nanoVLM's default.
+        step: called before each step with the batch's number of real tokens.
+        end: called after the last step.
     """
     sys.path.insert(0, str(peer))
     os.chdir(work)
@@ -115,7 +116,7 @@ def run(peer: Path, work: Path, *, sizes: dict, steps: int, workers: int | None,
         mp_pixel_shuffle_factor=sizes["shuffle"],
         mp_image_token_length=(vision["image"] // vision["patch"] // sizes["shuffle"]) ** 2,
         max_img_size=vision["image"],
-        # It writes a word before every view, also where there is one; ours has none.
+        # nanoVLM writes a token before every view, even if there is only one; ours does not.
         vlm_extra_tokens={"image_token": "<|image|>", "r1c1": "<|system|>"},
         vlm_load_backbone_weights=False,
     )

@@ -1,11 +1,11 @@
-"""What the plan is worth: exact shares, padding saved, and how long it takes.
+"""Measure the plan: accuracy of shares, padding saved by packing, and planning time.
 
     python benchmarks/plan.py mixture=embedded_instruct       # 20 s of one core
 
-Prints, in each unit, the largest distance of any source from its share over every prefix of 10,000 samples (in largest
-samples' worth, bound 1; measured 0.88, 0.80, 0.87); the padding with packing and without (measured 4 % and 22 %, in a
-fifth of the steps) and the share error that packing leaves at the ends of steps (measured 1.4 samples); and the time to
-plan a million samples (measured 3 s packed, 1 s not).
+Prints, for each unit, the largest deviation of any source from its share over all prefixes of the first 10,000 samples,
+relative to the cost of the largest sample (bound 1; measured 0.88, 0.80, 0.87); the padding with and without packing
+(measured 4 % and 22 %, with packing in a fifth of the steps); the share error at the ends of steps with packing
+(measured 1.4 samples); and the time to plan a million samples (measured 3 s with packing, 1 s without).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Planning at full size: ten million samples of eight sources, from their indexes on disk to the last step.
+"""Time and memory of planning ten million samples of eight sources, from their indexes on disk to the last step.
 
     python benchmarks/plan_scale.py --samples 10_000_000 --out /tmp/plan_scale     # 2 GB of disk, minutes of one core
 
-Writes the indexes of sparse shards (their bytes are never read), with lengths like those of the sft_minimal mixture's
-sources, then, each in a process of its own, plans all of it and starts once more as a resumed run does: opens
-the indexes, finds the plan, and names the samples of a step in the middle. Both write what a stage writes before its
-first step (`write_plan`: order, identity, shares), or find it written.
+First writes indexes for sparse shards (whose bytes are never read), with lengths like those of the sft_minimal
+mixture's sources. Then one process plans everything, and a second one starts like a resumed run: it opens the indexes,
+finds the plan and lists the samples of a step in the middle. Both write the files that a stage writes before its first
+step (`write_plan`: order, identity, shares), unless they exist.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# Per source: share of the samples, share of the mixture, text tokens (mean of a log-normal, its sigma), answer share.
+# Per source: share of samples, weight in the mixture, text tokens (median and sigma of a log-normal), answer share.
 SOURCES = {
     "llava_instruct": (0.16, 40, 280, 0.6, 0.70),
     "vqav2": (0.20, 15, 60, 0.3, 0.25),
@@ -97,7 +97,7 @@ def make_plan(folder: Path, tokenizer, samples: int):
     from fastvlm.data.plan import Plan
     from fastvlm.data.source import Mixture, Source
 
-    # Indexes of another tokenizer are refused: there is nothing in the shards to build them from.
+    # Do not rebuild indexes: the sparse shards hold nothing to build them from.
     sources = {name: Source(name, path=folder / name, rebuild_index=False) for name in SOURCES}
     mixture = Mixture(sources, weights={k: v[1] for k, v in SOURCES.items()}, unit="answer_tokens")
     return Plan(mixture, tokenizer, cache=folder / "plans", **PLAN)
@@ -108,7 +108,7 @@ def peak_gib() -> float:
 
 
 def step(folder: Path, samples: int, resume: bool) -> dict:
-    """One process: plan, or start again; returns seconds and memory."""
+    """Plan from scratch, or start like a resumed run, in this process; return seconds and memory."""
     from fastvlm.build import build_tokenizer
     from fastvlm.config import compose
     from fastvlm.data.kept_plan import write_plan

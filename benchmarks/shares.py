@@ -1,4 +1,4 @@
-"""The parts of benchmarks/data.py that read no images: shares of mixtures, ours and the peers', and packing."""
+"""The parts of benchmarks/data.py that read no images: accuracy of mixture shares (ours and the peers') and packing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import made
 
-# Stand-ins for the data sets, 2,000 samples each: images, words of question and of answer (uniform, both ends in).
+# Substitutes for the data sets, 2,000 samples each: images, words per question and per answer (uniform, inclusive).
 FAMILIES = {
     "captions": (1, (0, 0), (8, 40)),
     "interleaved": (2, (0, 0), (250, 1000)),
@@ -31,7 +31,7 @@ FAMILY_SAMPLES = 2000
 
 
 class Refused(Exception):
-    """A peer cannot do what it was asked."""
+    """Raised when a peer answers a request with an error."""
 
 
 def write_families(folder: Path) -> None:
@@ -58,14 +58,14 @@ def plan(folder: Path, tokenizer, weights: dict[str, int], unit: str, **options)
 
 
 def largest_error(sources: np.ndarray, costs: np.ndarray, weights: Sequence[float]) -> float:
-    """Over all prefixes and sources: |served to it - its share of all served|, in the unit of the costs."""
+    """Return the maximum over prefixes and sources of |cost served - share x total cost|, in the unit of `costs`."""
     total = np.cumsum(costs)
     served = (np.cumsum(np.where(sources == i, costs, 0)) for i in range(len(weights)))
     return max(float(np.abs(s - w * total).max()) for s, w in zip(served, np.array(weights) / sum(weights)))
 
 
 def deal(sources: np.ndarray, pools: Sequence[np.ndarray], *, seed: int) -> np.ndarray:
-    """Costs for a sequence of sources: each source's samples in shuffled passes, one after the other."""
+    """Return the cost of each sample in a sequence of sources; every source cycles through its shuffled samples."""
     random, costs = np.random.default_rng(seed), np.empty(len(sources), dtype=np.int64)
     for i, pool in enumerate(pools):
         here = np.flatnonzero(sources == i)
@@ -75,10 +75,13 @@ def deal(sources: np.ndarray, pools: Sequence[np.ndarray], *, seed: int) -> np.n
 
 
 def measure_shares(folder: Path, tokenizer, peers: dict[str, Callable], *, seeds: int, log: Callable) -> list[dict]:
-    """`peers`: name -> function (mixture, weights, seed) -> sequence of source numbers.
+    """Measure the share errors of our plan and of the peers, one row per mixture and unit.
 
-    A peer mixes by samples only. For shares of tokens it is given each source's share divided by the mean cost of its
-    samples, which is right in the mean; what is left is the scatter of its draw and of the lengths.
+    Peers can only mix by samples. For shares of tokens, a peer's weight is the share divided by the source's mean cost,
+    which is correct on average; its error comes from random draws and varying lengths.
+
+    Args:
+        peers: name -> function (mixture, weights, seed) -> sequence of source numbers.
     """
     rows = []
     for mixture, weights, unit in MIXTURES:
@@ -118,7 +121,7 @@ def realised(sources: np.ndarray, costs: np.ndarray, count: int) -> list[float]:
 
 
 def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, batch_size: int = 8) -> list:
-    """Rows of `sft_minimal` (its shares by answer tokens), packed in windows; no image budget."""
+    """Measure packers on `sft_minimal` (shares of answer tokens) in windows, without an image budget."""
     from fastvlm.data.packing import pack_window, window_of
     from fastvlm.data.plan_report import packing_efficiency
 
@@ -148,7 +151,7 @@ def measure_packing(folder: Path, tokenizer, *, count: int = 20_000, batch_size:
 def arrival_order(
     lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int
 ) -> list[list[int]]:
-    """A row is closed by the first sample that does not fit; as `pack_window`."""
+    """Close a row at the first sample that does not fit; same interface as `pack_window`."""
     rows: list[list[int]] = []
     for i, length in enumerate(lengths):
         if not rows or length > tokens_left or images[i] > images_left:
@@ -162,7 +165,7 @@ def arrival_order(
 def first_fit_decreasing(
     lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int
 ) -> list[list[int]]:
-    """The longest first, each into the first row with room; as `pack_window`."""
+    """Put each sample, longest first, into the first row with room; same interface as `pack_window`."""
     rows: list[list[int]] = []
     room: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -177,6 +180,6 @@ def first_fit_decreasing(
 
 
 def padding(totals: Sequence[int], batch_size: int) -> float:
-    """Share of positions that are padding when every row is as long as the longest of its batch."""
+    """Return the share of padding when every row is padded to the longest row of its batch."""
     batches = [totals[i : i + batch_size] for i in range(0, len(totals), batch_size)]
     return 1 - sum(totals) / sum(len(batch) * max(batch) for batch in batches)

@@ -1,12 +1,12 @@
-"""What a study's sweep costs over the same runs typed one by one, and where that goes.
+"""Overhead of a study's sweep over starting the same runs one by one, and where it arises.
 
     python benchmarks/sweep.py                      # about four minutes on two cores
     python benchmarks/sweep.py steps=40 seeds=3 rounds=2
 
-A study of two short arms of the embedded pipeline is run as `train.py -m experiment=...` and cell by cell, in turn,
-each time in an empty run directory over the same data; both one process at a time, with MLflow. Seconds are on the
-clock and, less disturbed by others on the machine, CPU seconds of all processes. What a sweep adds is told apart:
-before the first cell, in cells, after the last (tables, plots, verdicts, MLflow artifacts).
+A study of two short arms of the embedded pipeline is run in turn as `train.py -m experiment=...` and cell by cell, each
+time in an empty run directory with the same data, one process at a time, with MLflow. Reports wall seconds and CPU
+seconds of all processes, which depend less on other load. The sweep's overhead is split into before the first cell, in
+cells, and after the last cell (tables, plots, verdicts, MLflow artifacts).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLAIM = """
 
 @dataclass
 class Spent:
-    """Seconds on the clock and of the processors; on the clock from one line that begins a cell to the next."""
+    """Wall and CPU seconds of a series of commands; `marks`: wall seconds at which the cells and the report begin."""
 
     wall: float
     cpu: float
@@ -52,7 +52,7 @@ class Spent:
 
 
 def spend(commands: list[list[str]], *, folder: Path, studies: Path) -> Spent:
-    """Run commands one after the other, in a run directory of their own."""
+    """Run commands one after the other in the run directory `folder`."""
     env = os.environ | {"FASTVLM_RUNS": str(folder), "FASTVLM_STUDIES": str(studies)}
     env = {"OMP_NUM_THREADS": "1"} | env
     before, start, marks = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), []
@@ -61,7 +61,7 @@ def spend(commands: list[list[str]], *, folder: Path, studies: Path) -> Spent:
             [sys.executable, "train.py", *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
         )
         for line in process.stdout:
-            if re.match(r"#\d+ |short$", line):  # a cell begins, or the report
+            if re.match(r"#\d+ |short$", line):  # the start of a cell or of the report
                 marks.append(time.perf_counter() - start)
         if process.wait():
             raise SystemExit(f"train.py {' '.join(command)} failed")

@@ -1,19 +1,19 @@
-"""Time to first token of FastVLM-0.5B and of what it is compared with, in parts.
+"""Time to first token (TTFT) of FastVLM-0.5B and of the models it is compared with, by parts.
 
-    python benchmarks/ttft.py                                    # every row that is not measured yet, a process each
-    python benchmarks/ttft.py only=fastvlm-1024,llava-onevision  # these again
+    python benchmarks/ttft.py                                    # every row not yet measured, one process each
+    python benchmarks/ttft.py only=fastvlm-1024,llava-onevision  # measure these again
     python benchmarks/ttft.py modes=eager,none,reparameterize,reparameterize+channels_last,bf16,int8_dynamic,levers \\
-        only=fastvlm-512 out=levers.json                         # one by one; `none`: the engine without any
-    python benchmarks/ttft.py report=true                        # tables, CSV and plot of what is measured
+        only=fastvlm-512 out=levers.json                         # levers one by one; `none`: the engine without levers
+    python benchmarks/ttft.py report=true                        # tables, CSV and plot of the measured rows
 
-The models are stock classes with random weights (`ttft_subjects.py`). `eager` is float32 as `generate` runs it, with
-logits of the last position only; `levers` pulls levers=... and decodes by the engine; any other mode pulls the levers
-it is made of. A prompt is an image and 32 further tokens. Seconds are those of one thread's CPU time (threads=1), or of
-the wall clock (threads=all, device=cuda). Each row measures a fixed matrix product before and after: rows taken while
-the machine was busier show it there. Each part is timed repeats=... times (an image in tiles: twice) and its median
-counts; the spread of a sum is that of all its fastest parts to that of all its slowest, and a ratio's that of the one
-extreme over the other. The error of the levers is that of the visual tokens, and that of the logits after
-the prompt, against float32 with the same weights (the last `eager` here): norm of the difference over the norm.
+The models are stock classes with random weights (`ttft_subjects.py`). Mode `eager` is float32 as in `generate`, with
+logits of the last position only; `levers` applies levers=... and decodes with the engine; any other mode applies the
+levers in its name. A prompt is an image and 32 more tokens. Seconds are one thread's CPU time (threads=1) or wall time
+(threads=all, device=cuda). Each row times a fixed matrix product before and after, which shows whether the machine was
+busy. The median over the repeats of each part is reported (repeats=...; at most two for encoding and prefill of a tiled
+image). A sum's spread ranges from the sum of the fastest parts to that of the slowest; a ratio's divides the extremes.
+Errors are those of the visual tokens and of the logits after the prompt, relative to float32 with the same weights (the
+last `eager` run on this machine): norm of the difference over the norm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ttft_report import draw, tabulate, write_csv  # noqa: E402
 from ttft_subjects import SUBJECTS, Subject, build  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-TEXT = 32  # positions of the prompt that are no image
+TEXT = 32  # text positions of the prompt
 DEFAULTS = {
     "only": "",
     "modes": "eager,levers",
@@ -51,7 +51,7 @@ DEFAULTS = {
 
 
 def photograph() -> bytes:
-    """A JPEG of 1,600 x 1,200 pixels, as a camera's: smooth, with some grain."""
+    """Return a JPEG of 1,600 x 1,200 pixels like a camera's: smooth, with some grain."""
     import numpy as np
     from PIL import Image
 
@@ -64,7 +64,7 @@ def photograph() -> bytes:
 
 
 def unit_seconds(clock) -> float:
-    """A fixed matrix product: what the machine gives at the moment."""
+    """Time a fixed matrix product, which shows the machine's current speed."""
     import torch
 
     a = torch.ones(768, 768)
@@ -72,7 +72,11 @@ def unit_seconds(clock) -> float:
 
 
 def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: tuple[str, ...]) -> tuple[dict, dict]:
-    """Seconds (median) of each part with what they took besides, and what came out."""
+    """Time each part of a request.
+
+    Returns:
+        The result row (median seconds, spread, memory, load, ...), and the outputs (visual tokens, logits).
+    """
     import torch
 
     from fastvlm.data.transforms import ImageTransform
@@ -107,7 +111,7 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: 
         parts = {}
         many = repeats if subject.tiles is None else min(2, repeats)
         parts["preprocessing"], views = clock.time(lambda: transform(file), repeats=max(3, repeats))
-        # Of a minute, the first second may be cold; but a compiler is no part of it.
+        # Tiled images take about a minute, so warm-up does not matter, except with a compiler.
         warm = 0 if subject.tiles and "compile" not in pulled else 1
         encode = lambda: model.encode_patches(views.to(device))
         parts["encoding"], patches = clock.time(encode, repeats=many, warm=warm)
@@ -115,7 +119,7 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: 
         parts["prefill"], (logits, cache, length) = clock.time(lambda: prefill(visual), repeats=many, warm=warm)
         steps, token = iter(range(10**9)), logits.argmax(-1)
         parts["first decode"], _ = clock.time(lambda: decode(token, cache, length + next(steps)), repeats=5)
-        if fast is not None:  # another question about the image, whose positions are kept
+        if fast is not None:  # a second question about the image, with the image's KV cache kept
             image = prefill(visual)[1].kept(0, columns=length)
             image = [(keys[:, :, :-TEXT], values[:, :, :-TEXT]) for keys, values in image]
             again = lambda: llm.head(fast.decode(llm.embed(text), at_end, None, KVCache(image))[0][:, -1])
@@ -143,7 +147,7 @@ def measure(subject: Subject, model, *, mode: str, clock, repeats: int, pulled: 
 
 
 def count_operations(subject: Subject) -> dict[str, int]:
-    """Of the parts of one request, on tensors without data."""
+    """Count the FLOPs of each part of one request on the meta device."""
     import torch
 
     from fastvlm.inference.clock import count_flops
@@ -209,7 +213,7 @@ def machine(device: str) -> str:
 
 
 def save(row: dict, path: Path) -> None:
-    """Into the results, in place of an earlier measurement of the same."""
+    """Add a row to the results file, replacing an earlier measurement of the same setting."""
     key = lambda r: (r["row"], r["mode"], r["threads"], r["device"])
     rows = [r for r in load(path) if key(r) != key(row)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +237,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
     names = [n for n in options["only"].split(",") if n]
     if unknown := [n for n in names if n not in SUBJECTS]:
         raise ValueError(f"only={unknown[0]}: not one of {', '.join(SUBJECTS)}")
-    from fastvlm.inference.levers import parse_levers  # a mode that is no lever is said before anything is measured
+    from fastvlm.inference.levers import parse_levers  # reject unknown levers before anything is measured
 
     for mode in set(options["modes"].split(",")) - {"eager", "levers"}:
         parse_levers(mode.replace("+", ","), device=options["device"])
@@ -241,7 +245,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
 
 
 def missing(wanted: list[tuple[str, str]], rows: list[dict], options: dict[str, str]) -> list[tuple[str, str]]:
-    """The (row, mode) that have not been measured with these threads on this device."""
+    """Return the (row, mode) pairs not yet measured with these threads on this device."""
     threads = os.cpu_count() if options["threads"] == "all" else int(options["threads"])
     there = {(r["row"], r["mode"]) for r in rows if (r["threads"], r["device"]) == (threads, options["device"])}
     return [pair for pair in wanted if pair not in there]
@@ -256,7 +260,7 @@ def main(arguments: list[str]) -> None:
         return
     if options["report"] != "true":
         for name, mode in wanted if names else missing(wanted, load(out), options):
-            # A process each, so that peak memory is its own.
+            # One process each, so that peak memory is measured separately.
             subprocess.run([sys.executable, __file__, *arguments, f"only={name}", f"modes={mode}"], check=True)
     rows = load(out)
     print(table := tabulate(rows))

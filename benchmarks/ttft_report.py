@@ -1,4 +1,4 @@
-"""Tables, a CSV file and a plot of what `ttft.py` measured, the paper's figures beside."""
+"""Tables, a CSV file and a plot of the results of `ttft.py`, next to the paper's figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from ttft_subjects import SUBJECTS
 
 PARTS = ("preprocessing", "encoding", "projection", "prefill")
-LONG = ("encoding", "prefill")  # nearly all of it
-# Milliseconds of encoder and prefill on an M1 Max, encoder on the Neural Engine, language model on the GPU. FastVLM
-# (arXiv 2412.13303), table 10; fastvlm-512 from table 4, whose latencies are a set of their own; the prefill of
-# siglip-so400m is nanoLLaVA's, with Qwen1.5-0.5B. None: not said for a language model of this size.
+LONG = ("encoding", "prefill")  # nearly all of the time
+# Milliseconds of encoder and prefill on an M1 Max, with the encoder on the Neural Engine and the language model on the
+# GPU: FastVLM (arXiv 2412.13303), table 10; fastvlm-512 from table 4, whose latencies are a separate set; the prefill
+# of siglip-so400m is that of nanoLLaVA, with Qwen1.5-0.5B. None: not given for a language model of this size.
 PAPER: dict[str, tuple[float, float | None]] = {
     "fastvlm-256": (6.8, None),
     "fastvlm-512": (33.5, None),
@@ -33,19 +33,21 @@ RATIOS = (
 
 
 def order(row: dict) -> tuple:
-    """By subject; eager first, then single levers, then all of them."""
+    """Return a sort key: by subject; eager first, then single levers, combinations, and all levers."""
     return list(SUBJECTS).index(row["row"]), row["mode"] != "eager", row["mode"] == "levers", row["mode"].count("+")
 
 
 def settings(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
-    """Rows that may be compared: of one machine, device, number of threads and kind of seconds."""
+    """Group the rows that may be compared: same machine, device, number of threads and kind of seconds."""
     key = lambda r: (r["machine"], r["device"], r["threads"], r["time"])
     return {k: sorted((r for r in rows if key(r) == k), key=order) for k in dict.fromkeys(map(key, rows))}
 
 
 def ttft_range(row: dict) -> tuple[float, float] | None:
-    """Seconds to the first token if every part took its fastest repeat, and its slowest; None where a long part was
-    timed once, or no spread was kept."""
+    """Return TTFT in seconds with the fastest and with the slowest repeat of every part.
+
+    None if a long part was timed only once, or if the row has no spread.
+    """
     spread = row.get("spread", {})
     if not set(PARTS) <= set(spread) or any(spread[part][0] == spread[part][1] for part in LONG):
         return None
@@ -53,7 +55,7 @@ def ttft_range(row: dict) -> tuple[float, float] | None:
 
 
 def ratio(above: dict, below: dict) -> str:
-    """Of two times to first token, with the least and the most it could be by the repeats."""
+    """Format the ratio of two TTFTs, with its minimum and maximum over the repeats."""
     text, ranges = f"{above['ttft'] / below['ttft']:.2f}", (ttft_range(above), ttft_range(below))
     if None in ranges:
         return text
@@ -66,14 +68,14 @@ def errors(row: dict) -> str:
 
 
 def repeats(row: dict) -> str:
-    """Of encoder and prefill; of files that do not say it only what follows from the spread."""
+    """Format the repeats of encoding and prefill; for older files without them, those that follow from the spread."""
     once = {part: 1 for part in LONG if part in row.get("spread", {}) and len(set(row["spread"][part])) == 1}
     given = once | row.get("repeats", {})
     return ", ".join(str(given[part]) for part in LONG if part in given)
 
 
 def tabulate(rows: Sequence[dict]) -> str:
-    """Milliseconds of every part, then the ratios, the paper's figures beside ours."""
+    """Return Markdown tables: milliseconds of every part, then ratios next to the paper's."""
     lines = []
     for (machine, device, threads, kind), chosen in settings(rows).items():
         kind = "CPU time" if kind == "cpu" else "wall clock"
@@ -97,7 +99,7 @@ def tabulate(rows: Sequence[dict]) -> str:
 
 
 def rivals(found: dict[tuple[str, str], dict]) -> list[str]:
-    """The ratios of `RATIOS` whose rows are there."""
+    """Return table lines for those `RATIOS` whose rows were measured."""
     paper = sum(PAPER["llava-onevision"]) / sum(PAPER["fastvlm-1024"])
     lines = []
     for label, above, below, bar in RATIOS:
@@ -109,7 +111,7 @@ def rivals(found: dict[tuple[str, str], dict]) -> list[str]:
 
 
 def lever_by_lever(found: dict[tuple[str, str], dict]) -> list[str]:
-    """Of every row that was measured with levers one by one: each mode against the same model eager."""
+    """Return a table for each model measured with single levers: each mode relative to `eager`."""
     lines = []
     for name in dict.fromkeys(name for name, _ in found):
         modes = [mode for row, mode in found if row == name]
@@ -130,7 +132,7 @@ def lever_by_lever(found: dict[tuple[str, str], dict]) -> list[str]:
 
 
 def write_csv(rows: Sequence[dict], path: Path) -> None:
-    """One line a measurement; seconds."""
+    """Write one line per measurement, in seconds."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         parts = [*PARTS, "first decode", "second question"]
@@ -158,7 +160,7 @@ def write_csv(rows: Sequence[dict], path: Path) -> None:
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """Time to first token on a logarithmic axis, and beside it what share of it each part takes."""
+    """Plot TTFT on a logarithmic axis, and next to it the share of each part."""
     import matplotlib
 
     matplotlib.use("Agg")

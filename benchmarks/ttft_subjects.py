@@ -1,4 +1,4 @@
-"""What `ttft.py` times: stock classes with random weights, which time does not depend on.
+"""Models for `ttft.py`: stock classes with random weights, since time does not depend on the weights.
 
 timm's fastvit_mci3 (FastViTHD) and transformers' SigLIP, CLIP and Qwen2-0.5B, with our projector and perceiver.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subject:
-    """One row: what encodes the image, at which size, in how many views, to how many tokens."""
+    """One row of the results: encoder, image size in pixels, tiles and resampler."""
 
     name: str
     encoder: str
@@ -20,7 +20,7 @@ class Subject:
 
     @property
     def idle_levers(self) -> set[str]:
-        """Levers this encoder has no use for."""
+        """Levers that do not apply to this encoder."""
         return set() if self.encoder == "fastvithd" else {"reparameterize", "channels_last", "depthwise"}
 
 
@@ -37,7 +37,7 @@ SUBJECTS = {
 
 
 def build(subject: Subject):
-    """The whole model with random weights."""
+    """Build the complete model with random weights."""
     import torch
     from torch import nn
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -50,7 +50,7 @@ def build(subject: Subject):
     from fastvlm.models.vlm import VLM
 
     class Stock(nn.Module):
-        """A vision transformer of transformers as an encoder; LLaVA takes its last layer but one."""
+        """A vision transformer from transformers as an encoder."""
 
         def __init__(self, model, *, prefix: int):
             super().__init__()

@@ -1,14 +1,14 @@
-"""VLMEvalKit through the server, held to our own evaluation: the same questions, the same answers, the same score.
+"""Check VLMEvalKit through our server against our own evaluation: same questions, same answers, same score.
 
     python benchmarks/vlmevalkit.py run=runs/latest kit=/path/to/vlmeval/bin/python count=360
 
-`kit` is the Python of an environment made of benchmarks/requirements-vlmeval.txt. Held-out questions of the embedded
-data become two data sets in VLMEvalKit's own form (tables with images in base64): open questions with ten answers each,
-asked by its `GPT4V` and scored as its VizWiz, and questions of up to four options, asked as `--base-url` does and read
-without a judge. It asks as it does by default, for up to 32,768 tokens an answer; the server ends them at `tokens`.
-VLMEvalKit sends every picture as a JPEG of Pillow's usual quality, so ours reads the same JPEGs; what the files
-themselves would have been answered is said too. Options are read by other rules: VLMEvalKit also takes an answer that
-holds the words of one option alone.
+`kit` is the Python of an environment with benchmarks/requirements-vlmeval.txt. Held-out questions of the embedded data
+become two data sets in VLMEvalKit's format (tables with images in base64): open questions with ten answers each, asked
+by its `GPT4V` and scored as its VizWiz, and questions with up to four options, asked through `--base-url` and parsed
+without a judge. It requests its default of up to 32,768 tokens per answer; the server stops at `tokens`. VLMEvalKit
+sends every picture as a JPEG of Pillow's default quality, so our evaluation reads the same JPEGs; the answers to the
+original files are reported, too. Options are parsed by different rules: VLMEvalKit also accepts an answer that contains
+the text of exactly one option.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPEN, CHOICE = "embedded_open", "embedded_choice"
 
 
 def read_questions(count: int) -> list[dict]:
-    """Held-out questions with `type`, `question`, `answer`, `image` and `choices`, an equal share of each source."""
+    """Read held-out questions with `type`, `question`, `answer`, `image` and `choices`, equally many of each source."""
     from fastvlm.build import ensure_embedded
     from fastvlm.config import compose
     from fastvlm.data.shards import find_shards, parse_sample, scan_shard
@@ -70,26 +70,26 @@ def read_questions(count: int) -> list[dict]:
 
 
 def annotators(answer: str) -> list[str]:
-    """Ten answers, of which three are something else."""
+    """Return ten annotators' answers, three of which differ."""
     return [answer] * 7 + [f"the {answer}.", "none", "7"]
 
 
 def as_chosen(row: dict) -> str:
-    """The text under which VLMEvalKit puts a question with options."""
+    """Return a question with options as VLMEvalKit words it."""
     options = "".join(f"{chr(ord('A') + i)}. {choice}\n" for i, choice in enumerate(row["choices"]))
     request = "Please select the correct answer from the options above. \n"
     return f"Question: {row['question']}\nOptions:\n{options}{request}"
 
 
 def as_sent(image: bytes) -> bytes:
-    """The JPEG that VLMEvalKit makes of a picture."""
+    """Return the JPEG that VLMEvalKit makes of a picture."""
     stored = io.BytesIO()
     Image.open(io.BytesIO(image)).convert("RGB").save(stored, "JPEG")
     return stored.getvalue()
 
 
 def write_tables(folder: Path, rows: list[dict]) -> None:
-    """Both data sets as VLMEvalKit reads them from its folder."""
+    """Write both data sets as VLMEvalKit reads them from its folder."""
     for name in (OPEN, CHOICE):
         with open(folder / f"{name}.tsv", "w", newline="", encoding="utf-8") as file:
             columns = ["answers"] if name == OPEN else ["answer", *"ABCD"]
@@ -105,7 +105,7 @@ def write_tables(folder: Path, rows: list[dict]) -> None:
 
 
 def write_shards(folder: Path, rows: list[dict], *, name: str, sent: bool) -> Path:
-    """A data set as our tasks read it; `sent`: with the JPEGs instead of the files."""
+    """Write a data set as shards for our tasks, with VLMEvalKit's JPEGs if `sent`, else with the original files."""
     from fastvlm.data.shards import ShardWriter
 
     folder = folder / f"{name}-{'sent' if sent else 'files'}"
@@ -126,7 +126,7 @@ def write_shards(folder: Path, rows: list[dict], *, name: str, sent: bool) -> Pa
 
 
 def run_ours(folder: Path, rows: list[dict], *, run: str, tokens: int) -> dict:
-    """Answers and scores of our own evaluation: {(data set, sent): (score, [answer])}."""
+    """Run our own evaluation; return {(data set, sent): (score, [answer])}."""
     from fastvlm.build import build_transform, load_run
     from fastvlm.data.source import Source
     from fastvlm.evaluation.aokvqa import MultipleChoice
@@ -143,14 +143,14 @@ def run_ours(folder: Path, rows: list[dict], *, run: str, tokens: int) -> dict:
             result = Benchmark(name, **settings).run(
                 model, tokenizer, image_size=config.image_size, transform=build_transform(config)
             )
-            # VLMEvalKit strips what it is answered.
+            # VLMEvalKit strips the answers.
             said = [row["prediction"].strip() for row in sorted(result["predictions"], key=lambda r: r["question_id"])]
             found[name, sent] = 100 * result["metrics"][f"test/{name}/{protocol.metric}"], said
     return found
 
 
 def start_server(folder: Path, *, run: str, tokens: int) -> tuple[subprocess.Popen, str]:
-    """A server of the run, and the address below which OpenAI's routes lie."""
+    """Start a server for the run; return its process and the base URL of the OpenAI API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -168,7 +168,7 @@ def start_server(folder: Path, *, run: str, tokens: int) -> tuple[subprocess.Pop
 
 
 def run_kit(folder: Path, *, kit: str, address: str) -> dict:
-    """What VLMEvalKit was answered and how it scored it: {data set: (score, [answer])}."""
+    """Run VLMEvalKit; return {data set: (score, [answer])}."""
     config = folder / "config.json"
     asking = {"class": "GPT4V", "model": "fastvlm", "api_base": f"{address}/chat/completions", "key": "none"}
     config.write_text(json.dumps({"model": {"fastvlm": asking}, "data": {OPEN: {"class": "VizWiz", "dataset": OPEN}}}))
@@ -179,7 +179,7 @@ def run_kit(folder: Path, *, kit: str, address: str) -> dict:
     ):
         out = folder / f"out-{name}"
         command = [kit, "-m", "vlmeval", *how, "--work-dir", str(out), "--api-nproc", "16", "--retry", "2"]
-        # Smaller pictures would be enlarged to 100 pixels.
+        # By default, VLMEvalKit enlarges smaller pictures to 100 pixels.
         told = {"LMUData": str(folder), "VLMEVAL_MIN_IMAGE_EDGE": "1", "PRED_FORMAT": "tsv", "HF_HUB_OFFLINE": "1"}
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | told
         done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)

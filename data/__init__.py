@@ -1,1 +1,1 @@
-"""How shards are made: `prepare.py` and one recipe per data set family."""
+"""Builds shards: `prepare.py` and one recipe per data set family."""

@@ -1,4 +1,4 @@
-"""What a mixture will do, before anything is trained on it: the plan as a table, its first samples as a picture.
+"""Show what a mixture will do before training on it: the plan as a table, its first samples as a picture.
 
 python data/inspect.py mixture=embedded_instruct            # seconds; writes mixture.png
 python data/inspect.py mixture=embedded_45_45_10 max_tokens=512 batch_size=32 out=sheet.png
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-# As a script this folder comes first on the path, and this very file would hide the standard library's `inspect`.
+# Run as a script, this folder comes first on sys.path, and this file would shadow the standard library's `inspect`.
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [
     os.path.dirname(HERE),
@@ -27,7 +27,7 @@ LEARNED, SPECIAL, PLAIN = (255, 233, 148), (120, 120, 160), (20, 20, 20)
 
 
 def make_plan(config):
-    """The plan of one epoch of a configuration's mixture, and its tokenizer."""
+    """Return the plan for one epoch of a configuration's mixture, and its tokenizer."""
     from fastvlm.build import build_tokenizer, build_transform, instantiate
     from fastvlm.data.plan import Plan
 
@@ -39,7 +39,7 @@ def make_plan(config):
 
 
 def print_report(report: dict) -> None:
-    """Shares and epochs a source, then packing and what is left out."""
+    """Print samples, epochs, exclusions and shares of each source, then the packing."""
     from rich.console import Console
     from rich.table import Table
 
@@ -74,7 +74,10 @@ def print_report(report: dict) -> None:
 
 
 def split_runs(ids: list[int], labels: list[int], tokenizer) -> list[tuple[str, bool, bool]]:
-    """(text, learned, special) of the runs of a sample's tokens; the slots of an image are one run."""
+    """Split a sample's tokens into runs of one kind and return (text, learned, special) for each.
+
+    The slots of an image are one run; every other special token is a run of its own.
+    """
     special = {i for i, token in tokenizer.hf.added_tokens_decoder.items() if token.special}
     runs: list[tuple[list[int], bool, bool]] = []
     for token, label in zip(ids, labels):
@@ -90,7 +93,7 @@ def split_runs(ids: list[int], labels: list[int], tokenizer) -> list[tuple[str, 
 
 
 def draw_sample(sample, tokenizer, font):
-    """Images on the left, text on the right; what is learned has a yellow ground."""
+    """Draw a sample: images on the left, text on the right, learned tokens on yellow."""
     import re
 
     from einops import rearrange
@@ -132,7 +135,7 @@ def draw_sample(sample, tokenizer, font):
 
 
 def draw_samples(plan, tokenizer, *, image_size: int, count: int, out: Path, transform=None) -> None:
-    """The first samples in the order of the schedule, one below the other; an image with tiles as all its views."""
+    """Draw the first `count` samples of the schedule, one below the other, with every view of each image."""
     import matplotlib
     from PIL import Image, ImageFont
 

@@ -1,22 +1,22 @@
-"""Make the shards of a data set: run its recipe once, whole or not at all.
+"""Build the shards of a data set by running its recipe.
 
     python data/prepare.py source=embedded            # about half a minute on two cores, no download
     python data/prepare.py source=llava_instruct path=llava/llava_v1_5_mix665k.json images=llava/images workers=8
     python data/prepare.py --help                      # every recipe and its keys
 
-A recipe is a module `data/recipes/<source>.py` (or package); its keyword arguments are the keys of the command line. It
-writes into a temporary folder that takes the final name when it is complete. A folder that is already complete for the
-same command is left alone, and where its input has changed since, that is said. Of two runs at once the second waits
-for the first. A recipe with `parts` and `convert` (data/recipes/record.py) is run in a pool of processes, and a run
-that was killed goes on where it stopped. These take
+A recipe is a module `data/recipes/<source>.py` (or a package); its keyword arguments are the keys of the command line.
+It writes to a temporary folder, which is renamed to the final name once it is complete. A folder that the same command
+has already completed is left alone; if its input has changed since, this is reported. If two runs write the same
+folder, the second waits for the first. A recipe with `parts` and `convert` (data/recipes/record.py) runs in a pool of
+processes, and the same command continues a killed run where it stopped. Such recipes take
 
     path=...        the data set: a file, a folder, a hub id, or hf://datasets/org/name/file.json
-    out=...         the folder to write; $FASTVLM_DATA/shards/<source> unless told
-    splits=...      train,val,test; all the data set has unless told
-    val=0.01        hold out this share of train by a hash of an image, where the data set has no val
-    workers=2       processes; they change the time and nothing else
-    tokenizer=...   folder or hub id the index counts tokens with (the embedded one unless told), template=chatml
-    rewrite=true    write a complete folder again; the one there stays until the new one is whole
+    out=...         the folder to write (default: $FASTVLM_DATA/shards/<source>)
+    splits=...      train,val,test (default: all splits of the data set)
+    val=0.01        hold out this share of train, chosen by a hash of an image, if the data set has no val split
+    workers=2       number of processes; affects only the time
+    tokenizer=...   folder or hub id of the index's tokenizer (default: the embedded one), template=chatml
+    rewrite=true    rebuild a complete folder; the existing one stays until the new one is complete
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import sys
 
-# As a script this folder comes first on the path, and inspect.py here would hide the standard library's.
+# Run as a script, this folder comes first on sys.path, and its inspect.py would shadow the standard library's.
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [
     os.path.dirname(HERE),
@@ -48,7 +48,7 @@ ROOT = Path(HERE).parent
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes among the modules of `data/recipes`: those with `prepare` or `SPLITS`."""
+    """Return the names of the modules of `data/recipes` that are recipes: those with `prepare` or `SPLITS`."""
     names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "data" / "recipes")]))
     modules = {name: importlib.import_module(f"data.recipes.{name}") for name in names}
     return [name for name, module in modules.items() if hasattr(module, "prepare") or hasattr(module, "SPLITS")]
@@ -63,7 +63,7 @@ def load_recipe(source: str):
     """Import a recipe.
 
     Raises:
-        ValueError: no recipe of that name.
+        ValueError: there is no recipe of that name.
     """
     if source not in list_recipes():
         raise ValueError(f"source={source} is not a recipe{suggest(source, list_recipes())}")
@@ -71,7 +71,7 @@ def load_recipe(source: str):
 
 
 def list_keys(recipe) -> dict[str, inspect.Parameter]:
-    """The keys of a recipe on the command line, but for source and out."""
+    """Return the command-line keys of a recipe, except source and out."""
     if hasattr(recipe, "prepare"):
         parameters = inspect.signature(recipe.prepare).parameters
         return {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
@@ -83,10 +83,10 @@ def list_keys(recipe) -> dict[str, inspect.Parameter]:
 
 
 def parse_arguments(recipe, given: dict[str, str]) -> dict:
-    """Turn `key=value` into the recipe's keyword arguments, by the type of each default; lists are set off by commas.
+    """Convert `key=value` words to the recipe's keyword arguments, by the type of each default; commas separate lists.
 
     Raises:
-        ValueError: an unknown key, a missing one, or a value of another type.
+        ValueError: a key is unknown or missing, or a value has the wrong type.
     """
     keys = list_keys(recipe)
     values = {}
@@ -110,7 +110,7 @@ def parse_arguments(recipe, given: dict[str, str]) -> dict:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Hold the lock file beside `path`; a killed process lets it go.
+    """Hold an exclusive lock on a file beside `path`; the system releases the lock of a killed process.
 
     Raises:
         ValueError: nothing can be written beside `path`.
@@ -130,7 +130,7 @@ def locked(path: Path):
     while True:
         with open(lock, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held it may have removed it while we waited; then ours is a file nobody else sees.
+            # The previous holder may have deleted the file while we waited; then our lock protects nothing.
             if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
                 continue
             try:
@@ -141,8 +141,10 @@ def locked(path: Path):
 
 
 def recover(path: Path) -> None:
-    """Give the name `path` to a finished folder that a run was killed with between putting the old one aside and naming
-    the new one; the new one where it is whole."""
+    """Repair a run that was killed between its two renames: old folder out of the way, new folder to `path`.
+
+    Renames to `path` the new folder if it is complete, else the old one.
+    """
     if path.exists():
         return
     own = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.old)?\.tmp")
@@ -152,7 +154,7 @@ def recover(path: Path) -> None:
 
 
 def read_done(path: Path) -> dict:
-    """DONE.json of a complete folder, or nothing."""
+    """Return DONE.json of a complete folder, {} if there is none."""
     try:
         return json.loads((path / "DONE.json").read_text())
     except (OSError, ValueError):
@@ -160,15 +162,16 @@ def read_done(path: Path) -> dict:
 
 
 def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
-    """Build a data set unless it is there already.
+    """Build a data set unless it already exists.
 
     Args:
         source: name of a recipe.
-        out: the folder; unless told, the recipe's own name in $FASTVLM_DATA or, without that, beside this file.
+        out: output folder. Default: the recipe's DEFAULT_PATH or `shards/<source>`, in $FASTVLM_DATA or, if that is
+            not set, beside this file.
         arguments: the recipe's keyword arguments.
 
     Returns:
-        What DONE.json holds: recipe, hash, seconds, and what the recipe reports; `skipped` when it was there.
+        The content of DONE.json (source, hash, seconds, the recipe's report), `path`, and whether it was `skipped`.
     """
     recipe = load_recipe(source)
     path = Path(out or data_folder() / getattr(recipe, "DEFAULT_PATH", f"shards/{source}")).absolute()
@@ -192,7 +195,7 @@ FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")
 
 
 def may_be_on_hub(path: str) -> bool:
-    """Whether a path that is not here can be a data set's name there: no file's, and at most `org/name`."""
+    """Return whether a path that does not exist locally can be a hub id: at most `org/name`, without a file suffix."""
     if path.startswith("hf://"):
         return True
     return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and Path(path).suffix not in FILES
@@ -212,10 +215,10 @@ def prepare_parts(
     rewrite: bool = False,
     **options,
 ) -> dict:
-    """Build a data set by a recipe that has `parts` and `convert`; see `data/recipes/assembly.py`.
+    """Build a data set with a recipe that has `parts` and `convert`; see `data/recipes/assembly.py`.
 
     Raises:
-        ValueError: the user's mistakes, and an input that has changed since the folder was written.
+        ValueError: an argument is invalid, or the input has changed since the folder was written.
     """
     from data.recipes.inputs import find_change, hash_code
 
@@ -285,7 +288,7 @@ def prepare_parts(
 
 
 def embedded_tokenizer(template: str) -> tuple[str, str]:
-    """The embedded tokenizer, built if it is missing."""
+    """Return the folder and template of the embedded tokenizer; build it if it is missing."""
     folder = data_folder() / "embedded"
     if not (folder / "tokenizer").exists():
         prepare("embedded", out=folder)
@@ -309,16 +312,20 @@ def write_done(path: Path, done: dict) -> None:
 
 
 def publish(path: Path, done: dict, build) -> dict:
-    """Let `build` fill a temporary folder that then takes the name `path`; `done` is what stands there now.
+    """Fill a temporary folder with `build`, then rename it to `path`.
+
+    Args:
+        done: DONE.json of the folder now at `path`, {} if there is none.
+        build: fills the folder it is given and returns the content of DONE.json.
 
     Raises:
-        ValueError: a file stands there, or a folder with files of somebody else.
+        ValueError: `path` is a file, or a folder with files that this command did not write.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"out={path} is a file; name a folder")
     if path.exists() and not done and any(path.iterdir()):
         raise ValueError(f"out={path} holds other files and no DONE.json; name an empty folder or move them away")
-    # Of runs that were killed: the lock is ours. Another folder's name may begin with ours and a dot.
+    # Leftovers of killed runs, since we hold the lock. The pattern is exact: other names may start with ours and a dot.
     own = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.old)?\.tmp")
     for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name)]:
         shutil.rmtree(left)
@@ -357,7 +364,7 @@ def describe_recipes() -> str:
 
 
 def describe_fault(error: Exception) -> str:
-    """A fault in one line: of a file its name and what is wrong with it, of a full disk what to do."""
+    """Return a fault as one line, with the file's name, and for a full disk or a killed worker what to do."""
     from data.recipes.writing import NO_SPACE
 
     if isinstance(error, BrokenProcessPool):

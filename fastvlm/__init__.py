@@ -1,6 +1,6 @@
 import logging
 
-# What libraries that we use for something else say of themselves on import is nothing a user can act on: torchao of its
-# enums (transformers imports it where it is installed), bitsandbytes of kernels it would like to fetch.
+# Silence import-time messages that users cannot act on: about torchao's enums (transformers imports it if installed),
+# and about kernels that bitsandbytes would like to download.
 for _name in ("torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)

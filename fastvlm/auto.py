@@ -1,9 +1,9 @@
-"""`import fastvlm.auto` makes our saved models known to the Auto classes of `transformers`.
+"""`import fastvlm.auto` registers saved fastvlm models with the Auto classes of `transformers`.
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
-It is no part of `import fastvlm`, because that must stay cheap: commands print their help without importing torch.
+It is separate from `import fastvlm`, which must stay cheap: commands print their help without importing torch.
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor

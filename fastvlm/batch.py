@@ -1,12 +1,12 @@
-"""Sample and Batch: the only vocabulary that data and models share.
+"""Sample and Batch: the only types that the data and model code share.
 
-Shape letters, everywhere in this project:
-    B rows of a batch     N patches of an image        D width (D_v vision, D_t text)
-    S positions of a row  M visual tokens of an image  V vocabulary
+Shape letters, used throughout this project:
+    B rows of a batch     N patches of a view          D width (D_v vision, D_t text)
+    S positions of a row  M visual tokens of a view    V vocabulary
     I views of a batch    T text tokens                H W pixels
 
-An image is one view, or with tiles several: a global view and the tiles of a grid, row by row. Its slots are M for each
-view, one view behind the other.
+An image is one view or, with tiling, several: a global view followed by the tiles of a grid, row by row. Each view
+takes M consecutive slots.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from fastvlm.tokens import IGNORE_INDEX
 
 @dataclass
 class Sample:
-    """One conversation or document, encoded, its image slots already M tokens wide for each view.
+    """One tokenized conversation or document, in which every view already has its M image slots.
 
-    `labels[t]` is the token itself where it is learned and IGNORE_INDEX elsewhere; the loss shifts by one.
+    `labels[t]` equals `input_ids[t]` where the token is learned and IGNORE_INDEX elsewhere; the loss shifts by one.
     """
 
     key: str
     source: str
     input_ids: np.ndarray  # int32 (T,)
-    labels: np.ndarray  # likewise
+    labels: np.ndarray  # int32 (T,)
     images: list[Tensor] = field(default_factory=list)  # views, uint8 (3, H, W), or their features (N, D); slot order
-    label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one an image, for dense labels
-    layouts: list[tuple[int, int, int, int]] = field(default_factory=list)  # of its images: see Batch.layouts
+    label_maps: list[Tensor] = field(default_factory=list)  # uint8 (C, h, w), one per image, for dense labels
+    layouts: list[tuple[int, int, int, int]] = field(default_factory=list)  # one per image, as in Batch.layouts
 
 
 @dataclass
 class Batch:
-    """Rows of packed (or single, padded) samples.
+    """A batch of rows, each holding several packed samples or one padded sample.
 
     segment_ids are 0 on padding and 1, 2, ... for the samples of a row; position_ids restart with every sample. Samples
-    of a row never see each other: the model builds its block-diagonal causal mask from segment_ids.
+    in a row do not attend to each other: the model builds a block-diagonal causal mask from segment_ids.
     """
 
     input_ids: Tensor  # int64 (B, S)
@@ -49,15 +49,15 @@ class Batch:
     position_ids: Tensor  # int64 (B, S)
     segment_ids: Tensor  # int64 (B, S)
     source_ids: Tensor  # int64 (B, S): index into `sources`, -1 on padding
-    pixel_values: Tensor  # uint8 (I, 3, H, W), channels last in memory, row by row, left to right; I may be 0
-    num_answer_tokens: int  # learned tokens of this optimiser step over all ranks and accumulated micro-batches
+    pixel_values: Tensor  # uint8 (I, 3, H, W), channels-last memory; views row by row, left to right; I may be 0
+    num_answer_tokens: int  # learned tokens of the whole optimiser step, over all ranks and micro-batches
     sources: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     label_maps: Tensor | None = None  # uint8 (I, C, h, w)
-    step: int = 0  # position in the plan: optimiser step
-    skipped: tuple[str, ...] = ()  # keys that were planned here and could not be read
-    layouts: Tensor | None = None  # int64 (images, 4): rows and columns of its tiles, height and width in pixels
-    features: Tensor | None = None  # (I, N, D): the encoder's cached output in place of pixel_values, which is empty
+    step: int = 0  # optimiser step, the batch's position in the plan
+    skipped: tuple[str, ...] = ()  # keys of planned samples that could not be read
+    layouts: Tensor | None = None  # int64 (images, 4): rows and columns of tiles, height and width in pixels
+    features: Tensor | None = None  # (I, N, D): cached encoder output; pixel_values is then empty
 
     @property
     def num_images(self) -> int:
@@ -65,12 +65,12 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Positions that hold a token (not padding)."""
+        """Number of positions that are not padding."""
         return int((self.segment_ids > 0).sum())
 
     @property
     def num_learned(self) -> int:
-        """Learned tokens of this very batch."""
+        """Number of learned tokens in this batch alone (unlike `num_answer_tokens`)."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -1,4 +1,4 @@
-"""Configuration -> objects. Every `_target_` passes through `instantiate` here."""
+"""Build objects from the configuration. Every `_target_` goes through `instantiate`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
-    """Call the constructor a configuration names; an unknown argument is refused with the nearest known one.
+    """Call the constructor that a configuration names.
 
     Args:
-        key: where the configuration stands, for messages (`encoder`, `stages.align.objective`).
-        extra: arguments that are not in the configuration (widths, the model).
+        key: the configuration's key, for messages (`encoder`, `stages.align.objective`).
+        extra: arguments that are not in the configuration (widths, the model); those it does not accept are dropped.
+
+    Raises:
+        ValueError: an argument is unknown (the message names the nearest known one), missing, or contradicts `extra`.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
@@ -46,13 +49,13 @@ def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
     try:
         return hydra_instantiate(config, _convert_="all", **extra)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):  # the constructor's own words, without Hydra's around them
+        if isinstance(error.__cause__, ValueError):  # the constructor's own message, without Hydra's
             raise error.__cause__ from None
         raise
 
 
 def check_call(config: DictConfig, *, key: str) -> Mapping[str, inspect.Parameter]:
-    """Refuse unknown arguments, here and in every nested constructor call; returns the constructor's parameters."""
+    """Raise ValueError for unknown arguments, nested calls included; return the constructor's parameters."""
     from hydra.utils import get_object
 
     for name, value in config.items():
@@ -80,12 +83,12 @@ def seed_of(*parts: Any) -> int:
 
 
 def part_seed(config: DictConfig, part: str) -> int:
-    """Seed of a part's first weights: the run's, unless `part_seeds` names the part."""
+    """Return the seed of a part's initial weights: the run's, unless `part_seeds` names the part."""
     return (config.get("part_seeds") or {}).get(part, config.seed)
 
 
 def build_transform(config: DictConfig):
-    """The image transform of a stage, or of a run that `load_run` opened: of its last stage."""
+    """Build the image transform of a stage, or of the last stage of a run opened by `load_run`."""
     from fastvlm.data.augment import Augmentation
     from fastvlm.data.transforms import ImageTransform
 
@@ -100,8 +103,10 @@ def build_tokenizer(config: DictConfig) -> Tokenizer:
 
 
 def build_model(config: DictConfig, tokenizer: Tokenizer):
-    """The VLM of a configuration. Each part draws its weights from its own seed, so that exchanging one part does not
-    change the others' initial weights."""
+    """Build the VLM of a configuration.
+
+    Each part initialises its weights from its own seed, so exchanging one does not change the others' initial weights.
+    """
     from fastvlm.models.vlm import VLM
 
     if config.get("vlm"):
@@ -123,12 +128,12 @@ def build_model(config: DictConfig, tokenizer: Tokenizer):
 
 
 def build_task(config: DictConfig):
-    """The task of a configuration: what scores a model."""
+    """Build the evaluation task of a configuration."""
     return instantiate(config, key="task")
 
 
 def settle_views(config: DictConfig) -> None:
-    """Where a stage's `image_size` is null, fill in the size and the image transform of the pretrained model."""
+    """Fill in the pretrained model's image size and transform for stages whose `image_size` is null."""
     if not config.get("vlm"):
         return
     for part in ("encoder", "resampler", "projector", "llm"):
@@ -160,10 +165,10 @@ def ensure_embedded(config: DictConfig) -> None:
 
 
 def read_run(run: str | Path) -> DictConfig:
-    """Configuration of a run.
+    """Read the configuration of a run.
 
     Raises:
-        ValueError: no such run.
+        ValueError: no such run, or its config.yaml cannot be read.
     """
     path = Path(run) / "config.yaml"
     if not path.exists():
@@ -174,9 +179,10 @@ def read_run(run: str | Path) -> DictConfig:
 
 
 def load_yaml(path: Path) -> DictConfig:
-    """
+    """Load a YAML file.
+
     Raises:
-        ValueError: the file is no YAML.
+        ValueError: the file cannot be read as YAML.
     """
     try:
         return OmegaConf.load(path)
@@ -185,26 +191,26 @@ def load_yaml(path: Path) -> DictConfig:
 
 
 def load_tokenizer(run: str | Path) -> Tokenizer:
-    """The tokenizer of a run or of a saved model, without the model."""
+    """Load the tokenizer of a run or of a saved model, without the model."""
     return saved_tokenizer(Path(run)) if is_saved(Path(run)) else build_tokenizer(read_run(run))
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is a model of `transformers` rather than a run."""
+    """Whether a folder is a saved model in the format of `transformers` rather than a run."""
     return not (folder / "config.yaml").exists() and (folder / "config.json").exists()
 
 
 def saved_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a saved model, with its own chat template."""
+    """Load the tokenizer of a saved model, with its own chat template."""
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
-    """Model (eval), tokenizer and configuration of a finished run, or of a model folder of `transformers`.
+    """Load model (in eval mode), tokenizer and configuration of a finished run or of a saved model.
 
     Raises:
-        ValueError: no such run, or its last stage has not finished.
+        ValueError: no such run, its last stage has not finished, or a handoff it refers to is missing.
     """
     from fastvlm.callbacks.handoff import load_component, read_manifest
 
@@ -229,7 +235,7 @@ def load_run(run: str | Path, *, device: str = "cpu"):
 
 
 def load_saved(folder: Path, *, device: str = "cpu"):
-    """`load_run` for a saved model: ours, or a pretrained one, with its own chat template."""
+    """Load a saved model as `load_run` does: a saved `VLM`, or a pretrained model of `transformers`."""
     from fastvlm.models.pretrained import from_pretrained
     from fastvlm.models.pretrained.views import views_at
     from fastvlm.models.saved import PartsVLMConfig, load_vlm

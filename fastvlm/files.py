@@ -10,8 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write to, in the folder of `path`, that takes its name when the block ends and goes when it fails: a
-    reader sees the old file or the new one. What a killed process leaves is called `.<name>.<process>.part`."""
+    """Yield a temporary path beside `path`, renamed to it when the block ends and deleted if the block fails.
+
+    A reader sees the old file or the new one. A killed process leaves a file named `.<name>.<process>.part`.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

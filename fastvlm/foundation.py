@@ -1,6 +1,6 @@
-"""What a computation depends on: the source of all modules it can reach by imports, and the versions of libraries.
+"""Find what a computation depends on: the source of all modules it can reach by imports, and library versions.
 
-Imports are read from the source text, not executed, so that those inside functions count, too.
+Imports are parsed from the source, not executed, so those inside functions are included.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-# They carry bytes that are hashed themselves, start processes or check types: no value depends on their version.
+# These transfer bytes that are hashed themselves, start processes or check types: no value depends on their version.
 CARRIERS = ("huggingface_hub", "safetensors", "jaxtyping", "deepspeed")
 
 
 def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dict[str, dict[str, str | None]]:
-    """Source and library versions that some modules depend on.
+    """Return the source files and library versions that some modules depend on.
 
     Args:
-        modules: names of modules that can be imported; what they import counts, and what that imports.
-        files: single files, without what they import.
+        modules: names of importable modules; what they import is included, recursively.
+        files: additional files, without what they import.
 
     Returns:
-        `source`: module -> hash of its file, of every module that lies outside the folders of installed libraries.
-        `versions`: distribution -> version, of every library one of them imports.
+        `source`: module -> hash of its file, for every module outside the folders of installed libraries.
+        `versions`: distribution -> version, for every library that one of them imports.
     """
     source: dict[str, str] = {}
     libraries: set[str] = set()
@@ -42,7 +42,7 @@ def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dic
             libraries.add(top)
             continue
         if (path := file_of(name)) is None:
-            continue  # `from module import name`: no module of its own
+            continue  # `name` of `from module import name` that is not a module
         source[name] = digest(path)
         parts = name.split(".")
         todo |= {".".join(parts[:i]) for i in range(1, len(parts))}  # a package's __init__ runs before its modules
@@ -52,7 +52,7 @@ def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dic
 
 
 def imports_of(path: Path, name: str) -> Iterator[str]:
-    """Names that a module's text imports, anywhere in it; `from a import b` may mean the modules a and a.b."""
+    """Yield all names a module imports, anywhere in its source; `from a import b` yields a and a.b."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def imports_of(path: Path, name: str) -> Iterator[str]:
 
 @cache
 def is_library(top: str) -> bool:
-    """Whether a top-level module lies in a folder of installed libraries, or in none (built in, or missing)."""
+    """Whether a top-level module is in a folder of installed libraries, or has no file (built in, or missing)."""
     if top == __package__:
         return False
     spec = importlib.machinery.PathFinder.find_spec(top)
@@ -76,7 +76,7 @@ def is_library(top: str) -> bool:
 
 
 def file_of(name: str) -> Path | None:
-    """The file of a module outside the libraries; None where there is none of that name."""
+    """Return the file of a module outside the libraries; None if there is no such module."""
     top, *rest = name.split(".")
     spec = importlib.machinery.PathFinder.find_spec(top)
     if spec is None:
@@ -97,7 +97,7 @@ def distributions() -> dict[str, list[str]]:
 
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str | None]:
-    """Distribution -> version of top-level modules; a module that is not installed stands under its own name."""
+    """Map the distributions of top-level modules to versions; a missing one keeps its module's name (version None)."""
     names = {name for library in libraries for name in distributions().get(library, [library])}
     return {name: version_of(name) for name in sorted(names)}
 

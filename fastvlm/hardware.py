@@ -1,4 +1,4 @@
-"""Accelerator, precision, strategy, workers and threads of a run, detected or given."""
+"""Accelerator, precision, strategy, workers and threads of a run, detected or configured."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); without it bf16 autocast is slower than
-    fp32."""
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX); otherwise bf16 autocast is slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -24,13 +23,12 @@ STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_zero3")
 
 
 def under_slurm() -> bool:
-    """Whether `srun` started this process as one of its tasks; an interactive Slurm shell does not count (Lightning's
-    rule)."""
+    """Whether `srun` started this process as a task; as in Lightning, interactive Slurm shells do not count."""
     return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 of all machines, however it was started: alone, by Lightning, torchrun or srun."""
+    """Whether this process has global rank 0, whether started alone, by Lightning, by torchrun or by srun."""
     for key in ("RANK", "SLURM_PROCID"):
         if key in os.environ and (key == "RANK" or under_slurm()):
             return os.environ[key] == "0"
@@ -39,28 +37,27 @@ def is_first_rank() -> bool:
 
 @dataclass(kw_only=True)
 class Hardware:
-    """Where training runs. Given values are passed on to Lightning's Trainer; `auto` is resolved here.
+    """Hardware settings of a run. Explicit values are passed to Lightning's Trainer; `auto` is resolved here.
 
     Args:
         accelerator: auto, cpu or gpu.
-        devices: how many of them, or auto for all GPUs (one on a CPU; under srun its tasks a node).
-        precision: auto, or Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
-        strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded (torch's
-            FSDP2); deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (the package deepspeed).
-        num_nodes: machines, or auto for those of the Slurm job (one outside of it).
-        num_workers: loader processes a rank, or auto.
-        threads: torch threads a process, or auto for the cores this process may use, shared among its ranks.
-        accumulate: micro-batches an optimiser step; the global batch stays the stage's.
-        rows_per_device: most rows of a micro-batch; a step is split into as many micro-batches as that takes.
-        memory_gib: memory of a device for the estimate before a run; null for what it has. If given, small models are
+        devices: devices per machine; auto: all GPUs, or 1 on a CPU, or the number of tasks per node under srun.
+        precision: auto, or one of Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
+        strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded by torch's
+            FSDP2; deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (needs the package deepspeed).
+        num_nodes: number of machines; auto: those of the Slurm job, or 1 outside Slurm.
+        num_workers: data loader processes per rank, or auto.
+        threads: torch threads per process; auto: OMP_NUM_THREADS or the cores available here, divided among CPU ranks.
+        accumulate: micro-batches per optimiser step; the global batch size is the stage's.
+        rows_per_device: largest number of rows per micro-batch; a step is split into as many micro-batches as needed.
+        memory_gib: memory of a device in GiB for the estimate before a run; None: what it has. If set, small models are
             estimated, too.
-        quantise: what the frozen linear layers of the language model are held in, in stages that do not train it
-            whole: int8, nf4, fp4, torchao_int8, torchao_fp8, torchao_int4. A stage's own `adapt.llm.quantise` goes
-            before it.
+        quantise: format for the linear layers of the language model, in stages that train none of its own weights
+            (int8, nf4, fp4, torchao_int8, torchao_fp8, torchao_int4). A stage's `adapt.llm.quantise` takes precedence.
         gradient_checkpointing: recompute the layers of encoder and language model in the backward pass.
 
     Raises:
-        ValueError: a GPU is asked for and there is none, or a strategy is not known or cannot work here.
+        ValueError: there are fewer GPUs than requested, or a strategy is unknown or cannot work here.
     """
 
     accelerator: str = "auto"
@@ -111,7 +108,7 @@ class Hardware:
             raise ValueError(f"hardware.rows_per_device={self.rows_per_device} must be at least 1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.num_workers == "auto":
-            # On two cores a loader process takes from the step what it gives: 15 % slower on the embedded run.
+            # On two cores a loader process competes with the step: 15 % slower on the embedded run.
             self.num_workers = min(8, max(1, cores // self.devices - 1)) if on_gpu else int(cores > 2)
         if self.threads == "auto":
             self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // (1 if on_gpu else self.devices))
@@ -126,7 +123,7 @@ class Hardware:
 
     @property
     def shards(self) -> bool:
-        """Whether a rank holds only a share of the weights."""
+        """Whether a rank holds only a shard of the weights."""
         return self.strategy in ("fsdp", "deepspeed_zero3")
 
     def _check_deepspeed(self) -> None:
@@ -150,7 +147,7 @@ class Hardware:
 
     @property
     def memory(self) -> float:
-        """Bytes one rank may hold: `memory_gib`, or what its GPU has, or its share of this machine's free memory."""
+        """Bytes available to one rank: `memory_gib`, its GPU's memory, or its share of this machine's free memory."""
         import psutil
         import torch
 
@@ -167,11 +164,11 @@ class Hardware:
         if self.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
         elif Path("/proc/self/clear_refs").exists():
-            with contextlib.suppress(OSError):  # a container may forbid it; the peak is then that of the process
+            with contextlib.suppress(OSError):  # a container may forbid it; the peak is then the process's so far
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak_gib(self) -> float:
-        """Most memory held since `forget_peak`: by tensors on a GPU, by this whole process on a CPU."""
+        """Return the peak memory since `forget_peak` in GiB: of tensors on a GPU, of this whole process on a CPU."""
         import resource
 
         import torch
@@ -184,9 +181,9 @@ class Hardware:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     def micro_batches(self, batch_size: int) -> int:
-        """Micro-batches of an optimiser step of `batch_size` rows: the fewest that respect `rows_per_device`.
+        """Return the smallest number of micro-batches for `batch_size` rows that respects `rows_per_device`.
 
-        Rows that do not divide among ranks and micro-batches are refused by the data module.
+        The data module refuses rows that do not divide evenly among ranks and micro-batches.
         """
         rows, rest = divmod(batch_size, self.num_ranks)
         if self.rows_per_device is None or rest:
@@ -195,16 +192,16 @@ class Hardware:
         return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= limit)
 
     def trainer(self, accumulate: int | None = None) -> dict:
-        """Keyword arguments for Lightning's Trainer.
+        """Return keyword arguments for Lightning's Trainer.
 
         Args:
-            accumulate: micro-batches a step, `micro_batches(batch_size)`; None for `self.accumulate`.
+            accumulate: micro-batches per step, from `micro_batches(batch_size)`; None: `self.accumulate`.
         """
         return dict(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            # DeepSpeed is told of autocast in its own configuration: else it would hold weights and norms in 16 bits.
+            # DeepSpeed gets autocast from its own configuration; otherwise it would hold weights and norms in 16 bits.
             precision="32-true" if self.strategy == "deepspeed_zero3" else self.precision,
             strategy=self._strategy(),
             accumulate_grad_batches=self.accumulate if accumulate is None else accumulate,
@@ -215,12 +212,12 @@ class Hardware:
         if self.strategy == "ddp":
             from lightning.pytorch.strategies import DDPStrategy
 
-            # Every trainable parameter is touched in every step (the VLM sees to it), so nothing is searched for.
+            # The VLM uses every trainable parameter in every step, so DDP need not search for unused ones.
             return DDPStrategy(find_unused_parameters=False, process_group_backend=backend)
         if self.strategy == "fsdp":
             from lightning.pytorch.strategies import ModelParallelStrategy
 
-            # One file with the whole state: a run can go on with another number of ranks.
+            # One checkpoint file with the whole state, so that a run can resume with another number of ranks.
             return ModelParallelStrategy(
                 data_parallel_size=self.num_ranks,
                 tensor_parallel_size=1,
@@ -238,12 +235,12 @@ class Hardware:
         return self.strategy
 
     def deepspeed(self) -> dict:
-        """DeepSpeed's own configuration: ZeRO stage 3 over weights in fp32, matrix products in this precision."""
+        """Return DeepSpeed's configuration: ZeRO stage 3 with fp32 weights, and autocast under bf16-mixed."""
         autocast = {"enabled": self.precision == "bf16-mixed", "dtype": "bfloat16"}
         return {
             "zero_optimization": {"stage": 3, "contiguous_gradients": True, "overlap_comm": self.device == "cuda"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": autocast,
-            "train_micro_batch_size_per_gpu": 1,  # for its log alone: the plan says what a rank gets
+            "train_micro_batch_size_per_gpu": 1,  # only logged: the data plan decides what a rank gets
         }

@@ -1,4 +1,4 @@
-"""Identity of a run: its configuration, the code that determines its results, its commit. Imports nothing heavy."""
+"""Identity of a run: its configuration, the code that determines its results, its commit. Cheap to import."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Keys that say where, how fast and under which name something runs: never part of a stage's or a run's identity.
+# Keys for where, how fast and under which name something runs: never part of the identity of a stage or run.
 INCIDENTAL = (
     "name",
     "paths",
@@ -34,9 +34,9 @@ INCIDENTAL = (
     "dry_run",
     "objective",
 )
-# The code that decides a trained weight.
+# The code that determines trained weights.
 CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
-# The code that decides a result: what trains, what scores, and what chooses precision, threads and micro-batches.
+# The code that determines results: training, scoring, and the choice of precision, threads and micro-batches.
 SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
 # The libraries whose versions a result's numbers depend on most.
 LIBRARIES = ("torch", "transformers")
@@ -44,7 +44,7 @@ LIBRARIES = ("torch", "transformers")
 
 @cache
 def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Hash of the source files that determine what a stage learns; documents and reports are not among them."""
+    """Hash the source files in `code`, by default those that determine what a stage learns."""
     package = ROOT / "fastvlm"
     files = sorted(
         f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
@@ -55,13 +55,13 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
     return digest.hexdigest()[:16]
 
 
-# Pages and results that a study writes while the next one runs say nothing of the code.
+# Pages and results that a study writes while the next one runs do not make the code dirty.
 WRITTEN = [f":(exclude,glob)experiments/**/{name}" for name in ("README.md", "results.csv", "grid.json", "*.svg")]
 
 
 @cache
 def commit() -> str:
-    """The commit of this checkout, with `-dirty` where files differ from it; `unknown` outside git."""
+    """Return the commit of this checkout, with `-dirty` if files differ from it; `unknown` outside git."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -82,12 +82,12 @@ def hash_of(value: Any) -> str:
 
 
 def identity(resolved: dict) -> dict:
-    """The part of a resolved configuration that decides a run's results."""
+    """Return the part of a resolved configuration that determines a run's results."""
     return {key: value for key, value in resolved.items() if key not in INCIDENTAL}
 
 
 def portable_hash(resolved: dict) -> str:
-    """Hash of a run's identity in which the folders of `paths` are replaced by names: the same on every machine."""
+    """Hash a run's identity with the folders of `paths` replaced by names, so that it is the same on every machine."""
     places = sorted(resolved["paths"].items(), key=lambda item: -len(item[1]))
 
     def named(value: Any) -> Any:
@@ -106,12 +106,12 @@ def portable_hash(resolved: dict) -> str:
 
 @cache
 def libraries() -> dict[str, str]:
-    """Installed versions of `LIBRARIES`, without importing them."""
+    """Return the installed versions of `LIBRARIES`, without importing them."""
     return {name: version(name) for name in LIBRARIES}
 
 
 def machine() -> dict[str, Any]:
-    """The machine that a result's times were measured on."""
+    """Describe this machine (CPU and usable cores), for the times a result reports."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"cpu": names[0] if names else "unknown", "cores": cores}
@@ -125,7 +125,7 @@ def _lines(path: str) -> list[str]:
 
 
 def finished(run_dir: Path, resolved: dict) -> dict | None:
-    """The results of a run directory if they are of exactly this configuration, code and libraries; else None."""
+    """Return a run directory's results if they are of exactly this configuration, code and libraries; else None."""
     results = read_results(run_dir)
     return results if results is not None and _same(results, resolved) else None
 
@@ -145,14 +145,14 @@ def _same(results: dict, resolved: dict) -> bool:
 
 
 def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
-    """Note where this configuration's results are, for a cell of another study that is the same."""
+    """Record where this configuration's results are, so that an identical cell of another study finds them."""
     note = _note(runs, resolved)
     note.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, os.path.relpath(run_dir, runs))
 
 
 def elsewhere(runs: Path, resolved: dict) -> Path | None:
-    """A run directory of another name that holds the results of this configuration and code."""
+    """Return the recorded run directory with results of this configuration and code, if there is one."""
     try:
         run_dir = runs / _note(runs, resolved).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Special tokens, chat templates, and the tokenizer every other part shares."""
+"""Special tokens, chat templates, and the tokenizer that all other code shares."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ NAME_A_TEMPLATE = "name the template it was trained with, such as tokenizer.temp
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text: what stands before and after each role's words.
+    """A chat template: the text before and after each role's content.
 
-    The assistant's words and `end` are learned; every other piece of a template is not. `document_end` closes a
-    document (captions, interleaved pages, plain text) and is learned too.
+    The assistant's content and `end` are learned tokens; the rest of the template is not. `document_end` closes a
+    document (captions, interleaved pages, plain text) and is learned, too.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Template:
     document_end: str
     start: str = ""
     specials: tuple[str, ...] = ()
-    image: tuple[str, str] = ("", "")  # what stands before and after the slots of an image
+    image: tuple[str, str] = ("", "")  # text before and after the slots of an image
 
     def jinja(self, image_token: str = IMAGE_TOKEN) -> str:
-        """The same template in the form `transformers` stores beside a tokenizer."""
+        """Return the template as Jinja, the format in which `transformers` stores it with a tokenizer."""
         content = (
             "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
             "{% if p['type'] == 'image' %}"
@@ -55,7 +55,7 @@ class Template:
 
 
 TEMPLATES = {
-    # One token a role: the embedded run spends its few tokens on words.
+    # One token per role, to leave the embedded run's short rows to content.
     "roles": Template(
         name="roles",
         before={"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"},
@@ -64,7 +64,7 @@ TEMPLATES = {
         document_end="<|endoftext|>",
         specials=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     ),
-    # Qwen2 / Qwen2.5 / Qwen3 / SmolLM2, as their own tokenizer_config.json has it (without the default system turn).
+    # Qwen2 / Qwen2.5 / Qwen3 / SmolLM2, as in their tokenizer_config.json (without the default system turn).
     "chatml": Template(
         name="chatml",
         before={role: f"<|im_start|>{role}\n" for role in ROLES},
@@ -83,7 +83,7 @@ TEMPLATES = {
         start="<s>",
         specials=("<s>", "</s>"),
     ),
-    # SmolVLM, as its own chat template has it, with the marks its processor writes around an image of one view
+    # SmolVLM, as in its chat template, with the tokens its processor writes around an image of one view
     "smolvlm": Template(
         name="smolvlm",
         before={role: f"{role.capitalize()}: " for role in ROLES},
@@ -106,17 +106,17 @@ TEMPLATES = {
     ),
 }
 OWN = "own"
-LONG = 50_000  # characters; `encode` stops all other threads meanwhile, and holds offsets and words that nobody reads
+LONG = 50_000  # characters; for longer text `encode` would block other threads and compute unused offsets and words
 
 
 def own_template(hf, image_token: str) -> Template:
-    """The turns of a tokenizer's chat template, found by rendering conversations of known words.
+    """Derive a `Template` from a tokenizer's chat template, by rendering conversations of known words.
 
-    A template that sets a default system turn has it before every conversation; one that puts a space only before words
-    has it before images too; one that never ends an answer gets the tokenizer's end token there.
+    A default system turn is put before every conversation. A space that the template has only before text also comes
+    before images. If the template never ends an answer, the tokenizer's end token does.
 
     Raises:
-        ValueError: there is no chat template, or it does not go turn by turn.
+        ValueError: there is no chat template, or it does not render turn by turn.
     """
     if not hf.chat_template:
         raise ValueError("holds no chat template; " + NAME_A_TEMPLATE)
@@ -136,13 +136,13 @@ def own_template(hf, image_token: str) -> Template:
         piece = seen.split(user)[0]
         lead = head if piece.startswith(head) else head.rstrip()
         before_image, after_image = piece.removeprefix(lead).split(image_token)
-    except Exception as error:  # noqa: BLE001  a template may raise what it likes
+    except Exception as error:  # noqa: BLE001  a template may raise anything
         raise ValueError(f"holds a chat template that does not go turn by turn ({error}); " + NAME_A_TEMPLATE) from None
     start = head.removesuffix(before_user)
     try:
         before_system, rest = render(say("system"), ask).split(words["system"])
         system = (before_system.removeprefix(start), rest.split(user)[0].removesuffix(before_user))
-    except Exception:  # noqa: BLE001  this template has no system turn
+    except Exception:  # noqa: BLE001  the template has no system turn
         system = ("", after_user)
     special = [token for token in hf.all_special_tokens if token in tail]
     end = min(special, key=tail.index) if special else hf.eos_token
@@ -161,10 +161,10 @@ def own_template(hf, image_token: str) -> Template:
 
 
 def own_image_token(path: str, hf) -> str:
-    """The image token that a pretrained model's configuration names.
+    """Return the image token that a pretrained model's configuration names.
 
     Raises:
-        ValueError: there is no such configuration.
+        ValueError: there is no such configuration, or it names none.
     """
     from transformers import AutoConfig
 
@@ -172,7 +172,7 @@ def own_image_token(path: str, hf) -> str:
     if file.exists():
         config = json.loads(file.read_text())
         if "mm_vision_tower" in config and "vision_config" not in config:
-            return "<image>"  # LLaVA's own checkpoints write it and have no id for it
+            return "<image>"  # original LLaVA checkpoints use this text, without an id of its own
     else:
         with suppress(OSError, ValueError):
             config = AutoConfig.from_pretrained(path).to_dict()
@@ -184,9 +184,10 @@ def own_image_token(path: str, hf) -> str:
 
 
 def check_characters(text: str) -> None:
-    """
+    """Check that a text can be encoded as UTF-8.
+
     Raises:
-        ValueError: a code that is no character: half of a surrogate pair, which JSON can name and UTF-8 cannot write.
+        ValueError: it holds half of a surrogate pair, which JSON can express and UTF-8 cannot.
     """
     try:
         text.encode()
@@ -198,19 +199,19 @@ def check_characters(text: str) -> None:
 
 
 class Tokenizer:
-    """A `transformers` tokenizer and a chat template, as one thing with one fingerprint.
+    """A `transformers` tokenizer and a chat template, with one fingerprint for both.
 
     Text never becomes a special token: a user who types `<|image|>` gets the characters, not an image slot. Special
-    tokens enter only through the template and through image parts.
+    tokens come only from the template and from image parts.
 
     Args:
         path: folder or hub id that `AutoTokenizer.from_pretrained` loads.
-        template: a key of `TEMPLATES`, or `own`: the turns of the tokenizer's own chat template.
-        image_token: the token that marks an image slot; a pretrained vision-language model brings one. `own`: the one
-            that the configuration beside the tokenizer names.
+        template: a key of `TEMPLATES`, or `own` for the tokenizer's own chat template.
+        image_token: token that marks an image slot, or `own` for the one named in the configuration of the pretrained
+            vision-language model at `path`.
 
     Raises:
-        ValueError: the path holds no tokenizer, or the template is not known.
+        ValueError: the path holds no tokenizer, or the template or image token is unknown or cannot be derived.
     """
 
     def __init__(self, path: str, *, template: str, image_token: str = IMAGE_TOKEN):
@@ -245,11 +246,11 @@ class Tokenizer:
             self.hf.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
         if template != OWN:
             self.hf.chat_template = self.template.jinja(image_token)
-        # The Rust tokenizer's own switch for "special tokens in the text are text".
+        # The Rust tokenizer has the switch that makes special tokens in the text plain text.
         self._fast = self.hf.backend_tokenizer
         self._special = {t.content: i for i, t in self.hf.added_tokens_decoder.items() if t.special}
         self._special |= {t: self.hf.convert_tokens_to_ids(t) for t in (image_token, *self._ends())}
-        self._pieces: dict[str, list[int]] = {}  # of the template: a handful, and every turn has them
+        self._pieces: dict[str, list[int]] = {}  # ids of the template's few pieces, which every turn needs
         self.image_id = self._special[image_token]
         self.end_id = self._special[self.template.end]
         self.document_end_id = self._special[self.template.document_end]
@@ -263,15 +264,15 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the same text could become other ids: vocabulary, merges, specials or template."""
+        """Hash of vocabulary, merges, special tokens and template: all that determines a text's ids."""
         state = json.dumps([json.loads(self._fast.to_str()), self.hf.chat_template], sort_keys=True)
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; spelled-out special tokens stay text.
+        """Return the ids of plain text; spelled-out special tokens are encoded as text.
 
         Raises:
-            ValueError: it holds half of a surrogate pair, which is no character.
+            ValueError: the text holds half of a surrogate pair.
         """
         if not text:
             return []
@@ -285,7 +286,7 @@ class Tokenizer:
             raise
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of a piece of the template, in which special tokens are special."""
+        """Return the ids of a piece of the template, in which special tokens are recognised."""
         if not text:
             return []
         if text in self._special:
@@ -299,9 +300,9 @@ class Tokenizer:
         return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def decode_further(self, ids: list[int]) -> str:
-        """Text of ids that go on from other text, with all outer space.
+        """Decode ids that continue other text, keeping leading and trailing spaces.
 
-        Decoders of SentencePiece's kind drop the space before the first word of what they are given.
+        SentencePiece-style decoders drop the space before the first word.
         """
         text = lambda ids: self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         word = self.encode_text("a")

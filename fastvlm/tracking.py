@@ -1,7 +1,7 @@
-"""Where runs are recorded: an MLflow store on SQLite, or nothing.
+"""Record runs in an MLflow store on SQLite, or not at all.
 
-A pipeline is one MLflow run and every stage a run nested below it. Nothing here talks to the network unless the store
-itself is a server, and MLflow (seconds to import) is loaded when the first run starts.
+A pipeline is one MLflow run, with a nested run for every stage. Nothing here uses the network unless the store is a
+server. MLflow takes seconds to import, so it is imported when the first run starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PARENT_TAG = "mlflow.parentRunId"
-TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # the dashboard then opens on runs
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # makes the dashboard open on runs
 MAX_PARAM_CHARS = 6000  # mlflow.utils.validation.MAX_PARAM_VAL_LENGTH
 
 
@@ -25,8 +25,8 @@ def import_mlflow():
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    # The asynchronous queue then writes one transaction a second instead of one per call: a SQLite commit costs 25 ms,
-    # and a finished run does not wait for hundreds of them.
+    # Let the asynchronous queue write one transaction per second instead of one per call: a SQLite commit takes 25 ms,
+    # and a finished run would wait for hundreds of them.
     os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")
     import mlflow
 
@@ -36,20 +36,20 @@ def import_mlflow():
 
 
 def absolute_uri(uri: str) -> str:
-    """`sqlite:///relative.db` with its path made absolute: MLflow would resolve it again wherever it is opened."""
+    """Make the path in `sqlite:///relative.db` absolute; MLflow would resolve it in the folder where it is opened."""
     if not uri.startswith("sqlite:///"):
         return uri
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).expanduser().absolute()}"
 
 
 def prepare_store(uri: str) -> str:
-    """Create the SQLite store, or bring its schema up to date, once; return its absolute address.
+    """Create the SQLite store or upgrade its schema, and return its absolute address.
 
-    Several processes may call this at the same moment: MLflow migrates a fresh database without a lock, and all but
-    one of them would fail ("duplicate column name"). An older database is copied beside itself before it is migrated.
+    Several processes may call this at once. A lock is needed, because MLflow migrates a fresh database without one, and
+    all but one of the processes would fail ("duplicate column name"). An older database is copied before the upgrade.
 
     Raises:
-        ValueError: the database was written by a newer MLflow.
+        ValueError: the file is not a usable MLflow store, or was written by a newer MLflow.
     """
     if not uri.startswith("sqlite:///"):
         return uri
@@ -65,8 +65,8 @@ def prepare_store(uri: str) -> str:
         from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
         from sqlalchemy.exc import DatabaseError
 
-        # MLflow answers a *first* store that finds missing tables with migrations from nothing, which fail halfway on
-        # an older database; so it is upgraded before a store is opened.
+        # When the *first* store opened finds tables missing, MLflow runs all migrations from scratch, which fail
+        # halfway on an older database. So upgrade it before a store is opened.
         if database.exists() and database.stat().st_size:
             engine = utils.create_sqlalchemy_engine_with_retry(uri)
             try:
@@ -85,7 +85,7 @@ def prepare_store(uri: str) -> str:
                     ) from None
             engine.dispose()
         try:
-            # The artifact root is that of MLflow's own "Default" experiment; left out it would be the current folder.
+            # This becomes the artifact root of MLflow's "Default" experiment, otherwise the current folder.
             SqlAlchemyStore(uri, str(artifact_root(uri)))
         except MlflowException as error:
             reason = str(error).splitlines()[0][:100]
@@ -94,12 +94,12 @@ def prepare_store(uri: str) -> str:
 
 
 def artifact_root(uri: str) -> Path | None:
-    """Folder of the artifacts: beside the database. None leaves it to the server."""
+    """Return the folder of the artifacts, beside the database; None leaves it to the server."""
     return Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" if uri.startswith("sqlite:///") else None
 
 
 def experiment_id(client, name: str, uri: str) -> str:
-    """Id of the experiment, created (or brought back) when it is not there."""
+    """Return the id of the experiment, creating or restoring it if necessary."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -126,7 +126,7 @@ def start_run(
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
 ) -> str:
-    """Start a run, or set the given one back to RUNNING if it still exists; return its id."""
+    """Start a run, or set the run `run_id` back to RUNNING if it still exists; return its id."""
     import_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -143,14 +143,14 @@ def start_run(
                     client.set_tag(run_id, key, value)
                 return run_id
         except MlflowException:
-            pass  # the store was deleted or moved since; a new run takes over
+            pass  # the store was deleted or moved; start a new run
     tags = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL", **tags}
     run = client.create_run(experiment_id(client, experiment, absolute_uri(uri)), run_name=name, tags=tags)
     return run.info.run_id
 
 
 def find_run(uri: str, experiment: str, *, tags: Mapping[str, Any]) -> str | None:
-    """The latest run of the experiment that carries all these tags."""
+    """Return the id of the experiment's latest run with all these tags, or None."""
     import_mlflow()
     from mlflow import MlflowClient
 
@@ -164,7 +164,7 @@ def find_run(uri: str, experiment: str, *, tags: Mapping[str, Any]) -> str | Non
 
 
 def flatten(config: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a/b": 1}`; lists stay whole."""
+    """Flatten nested mappings: `{"a": {"b": 1}}` -> `{"a/b": 1}`; lists are kept."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}/{key}" if prefix else str(key)
@@ -176,10 +176,10 @@ def flatten(config: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
 
 
 def log_params(uri: str, run_id: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Log the flattened configuration; return and tag what differs from what the run already has.
+    """Log the flattened configuration; return and tag the values that differ from those the run already has.
 
-    MLflow's params are written once: a second value raises. A resumed run may well have another number of workers, so
-    the first value stays and the tag `params.changed` says what it is now.
+    MLflow's params are write-once: a second value raises. A resumed run may legitimately differ, for example in its
+    number of workers, so the first value stays and the tag `params.changed` lists the changes.
     """
     import_mlflow()
     from mlflow import MlflowClient
@@ -197,9 +197,10 @@ def log_params(uri: str, run_id: str, config: Mapping[str, Any]) -> dict[str, st
 
 
 def make_logger(uri: str, experiment: str, *, run_id: str):
-    """Lightning's MLFlowLogger on a run that exists: asynchronous, without model copies, indifferent to drift.
+    """Create Lightning's MLFlowLogger for an existing run: asynchronous, without model copies.
 
-    Besides Lightning's methods it has what the callbacks use: `set_tags(dict)` and `log_file(path, folder)`.
+    Changed parameters do not raise (`log_params`). It also has `set_tags(dict)` and `log_file(path, folder)`, which the
+    callbacks use.
     """
     import_mlflow()
     from lightning.pytorch.loggers import MLFlowLogger
@@ -232,11 +233,11 @@ def make_logger(uri: str, experiment: str, *, run_id: str):
 
 
 def finish(uri: str, run_id: str, status: str = "FINISHED") -> None:
-    """Write what is still queued, then end the run as FINISHED, FAILED or KILLED."""
+    """Flush the queue, then end the run as FINISHED, FAILED or KILLED."""
     import_mlflow()
     from mlflow import MlflowClient
 
-    # Stores are cached by address inside MLflow, so this drains the queue of every logger on the same store.
+    # MLflow caches stores by address, so this flushes the queue of every logger on the same store.
     MlflowClient(absolute_uri(uri)).set_terminated(run_id, status)
 
 
@@ -244,8 +245,8 @@ class MLflowTracking:
     """Records pipelines and stages in one MLflow store.
 
     Args:
-        uri: `sqlite:///path/to.db` (made absolute; the artifacts stand beside it) or the address of a server.
-        experiment: MLflow experiment of all runs.
+        uri: `sqlite:///path/to.db` (made absolute; artifacts are stored beside it) or the address of a server.
+        experiment: name of the MLflow experiment of all runs.
     """
 
     def __init__(self, uri: str, *, experiment: str):
@@ -253,7 +254,7 @@ class MLflowTracking:
         self._ready = False
 
     def prepare(self) -> None:
-        """Create or upgrade the store; done by the first run, and worth doing once before a sweep starts its jobs."""
+        """Create or upgrade the store once. The first run does this; call it before a sweep starts its jobs."""
         if not self._ready:
             prepare_store(self.uri)
             self._ready = True
@@ -267,7 +268,7 @@ class MLflowTracking:
         run_id: str | None = None,
         parent: str | None = None,
     ) -> str:
-        """Start (or, given its id, continue) the run of a pipeline; `parent` is the study it belongs to."""
+        """Start the run of a pipeline, or continue the run `run_id`; `parent` is its study's run."""
         self.prepare()
         run_id = start_run(self.uri, self.experiment, name, parent_id=parent, tags=tags, run_id=run_id)
         if config:
@@ -275,7 +276,7 @@ class MLflowTracking:
         return run_id
 
     def study_run(self, study: str, *, scale: str) -> str:
-        """The run under which a study's cells are nested, set to RUNNING: found, or started by the first cell."""
+        """Find, or start, the run under which a study's cells are nested; set it to RUNNING and return its id."""
         from filelock import FileLock
 
         self.prepare()
@@ -283,7 +284,7 @@ class MLflowTracking:
         root = artifact_root(self.uri)
         with FileLock(f"{root}.lock", timeout=300) if root else nullcontext():
             found = self.find_run(tags)
-            tags = tags if found is None else {}  # which a found one has
+            tags = tags if found is None else {}  # an existing run has them
             return start_run(self.uri, self.experiment, f"{study} ({scale})", tags=tags, run_id=found)
 
     def stage_logger(
@@ -294,14 +295,16 @@ class MLflowTracking:
         *,
         run_id: str | None = None,
     ):
-        """A Lightning logger on a run nested below `parent`; with `run_id` an interrupted stage continues in its own
-        run, which then belongs to the new parent."""
+        """Return a Lightning logger for a run nested under `parent`.
+
+        With `run_id` an interrupted stage continues in its own run, which is moved to the new parent.
+        """
         self.prepare()
         run_id = start_run(self.uri, self.experiment, stage_name, parent_id=parent, tags=tags, run_id=run_id)
         return make_logger(self.uri, self.experiment, run_id=run_id)
 
     def find_run(self, tags: Mapping[str, Any]) -> str | None:
-        """Id of the latest run with these tags, such as that of an interrupted stage with the same hash."""
+        """Return the id of the latest run with these tags, such as an interrupted stage of the same hash, or None."""
         self.prepare()
         return find_run(self.uri, self.experiment, tags=tags)
 
@@ -312,7 +315,7 @@ class MLflowTracking:
         MlflowClient(self.uri).log_artifact(run_id, str(path))
 
     def describe(self, run_id: str, text: str) -> None:
-        """What the dashboard shows as the run's description (Markdown)."""
+        """Set the run's description (Markdown) in the dashboard."""
         import_mlflow()
         from mlflow import MlflowClient
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
@@ -333,7 +336,7 @@ class MLflowTracking:
 
 
 class NoTracking:
-    """Records nothing; metrics.jsonl and the report are still written."""
+    """Stand-in for `MLflowTracking` that records nothing; metrics.jsonl and the report are still written."""
 
     def prepare(self) -> None:
         pass

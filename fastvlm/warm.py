@@ -1,8 +1,8 @@
-"""A Python process with the libraries imported: commands fork from it, which saves each the seconds of importing torch.
+"""A Python process with the libraries imported, from which commands fork to save the seconds of importing torch.
 
-Cells of a sweep and the tests' command lines start here. What runs is what a user runs: the script as `__main__`, in a
-process, session, folder and environment of its own, with every module of this project imported anew; only third-party
-modules are shared. Signals, exit status and output are the process's own.
+It starts the cells of a sweep and the tests' command lines. A command runs as a user would run it: the script as
+`__main__`, in its own process, session, folder and environment, with every module of this project imported again; only
+third-party modules are shared. Signals, exit status and output are the process's own.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# What is slow to import and what every run imports in the end.
+# Modules that are slow to import and that runs need.
 LIBRARIES = ["hydra", "omegaconf", "torch", "torch._dynamo", "torch.distributed", "torch.utils.data", "torchvision"]
 LIBRARIES += ["einops", "jaxtyping", "lightning", "torchmetrics", "mlflow", "mlflow.tracking", "sqlalchemy", "alembic"]
 LIBRARIES += ["rich.progress", "tokenizers", "transformers", "transformers.models.llama.modeling_llama", "peft"]
@@ -27,7 +27,7 @@ Command = list[str]
 
 
 class WarmProcess:
-    """A command that was started: `subprocess.Popen`'s pid, poll, wait, send_signal and returncode."""
+    """A started command, with pid, poll, wait, send_signal and returncode as in `subprocess.Popen`."""
 
     def __init__(self, connection: socket.socket, command: Command):
         self.args, self.returncode = command, None
@@ -35,13 +35,17 @@ class WarmProcess:
         self.pid = int(self._said.readline())
 
     def wait(self, timeout: float | None = None) -> int:
-        """Exit status, minus the signal's number where one ended it; raises `subprocess.TimeoutExpired`."""
+        """Return the exit status, or minus the number of the signal that ended it.
+
+        Raises:
+            subprocess.TimeoutExpired: the command is still running after `timeout` seconds.
+        """
         if self.returncode is None:
             self._connection.settimeout(timeout)
             try:
                 self.returncode = int(self._said.readline())
             except TimeoutError:
-                self._said = self._connection.makefile("r")  # the old one refuses to go on
+                self._said = self._connection.makefile("r")  # the old one is unusable after a timeout
                 raise subprocess.TimeoutExpired(self.args, timeout) from None
         return self.returncode
 
@@ -59,13 +63,14 @@ class WarmProcess:
 class WarmPython:
     """Starts commands in forks of one process: `["train.py", ...]`, `["-m", "module", ...]`, `["-c", "code", ...]`.
 
-    A command's own `OMP_NUM_THREADS` counts through `hardware.threads`: OpenMP itself has read the variable before.
+    A command's own `OMP_NUM_THREADS` takes effect only through `hardware.threads`, because OpenMP read the variable
+    before the fork.
     """
 
     def __init__(self):
         self._folder = tempfile.TemporaryDirectory()
         self._address, self._log = (Path(self._folder.name) / name for name in ("socket", "log"))
-        # -P: this file's folder is no place to import from.
+        # -P keeps this file's folder off sys.path.
         command = [sys.executable, "-P", __file__, str(self._address), str(os.getpid())]
         with self._log.open("w") as log:
             self._server = subprocess.Popen(
@@ -100,7 +105,7 @@ class WarmPython:
 
 
 def serve(address: str, parent: int) -> dict:
-    """Fork for each request and tell its pid, then its exit status; returns in the fork, with the request."""
+    """Fork for each request and send back its pid, then its exit status; return the request, in the fork only."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -108,12 +113,12 @@ def serve(address: str, parent: int) -> dict:
     events.register(listener, selectors.EVENT_READ)
     while os.getppid() == parent:
         for key, _ in events.select(timeout=5):
-            if key.fileobj is not listener:  # a fork that has ended
+            if key.fileobj is not listener:  # a fork has ended
                 pid, connection = key.data
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 events.unregister(key.fileobj)
                 os.close(key.fileobj)
-                with connection, contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                with connection, contextlib.suppress(BrokenPipeError):  # the client is gone
                     connection.sendall(f"{code}\n".encode())
                 continue
             connection, _ = listener.accept()
@@ -138,13 +143,13 @@ def serve(address: str, parent: int) -> dict:
 
 
 def run_as_main(command: Command, env: dict[str, str], cwd: str) -> None:
-    """Run a script, `-m module` or `-c code` as the interpreter would."""
+    """Run a script, `-m module` or `-c code` as the Python interpreter would."""
     import runpy
 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.orig_argv = [sys.executable, *command]  # what ranks are started by
+    sys.orig_argv = [sys.executable, *command]  # used to start further ranks
     sys.path[:0] = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if command[0] == "-m":
         sys.path.insert(0, cwd)
@@ -162,7 +167,7 @@ def run_as_main(command: Command, env: dict[str, str], cwd: str) -> None:
 
 
 def end_process(error: BaseException | None) -> None:
-    """End as the interpreter does, but for tearing down the libraries, which takes seconds."""
+    """Exit as the interpreter would, but without tearing down the libraries, which takes seconds."""
     import atexit
     import threading
 
@@ -187,7 +192,7 @@ if __name__ == "__main__":
 
     for library in LIBRARIES:
         importlib.import_module(library)
-    gc.freeze()  # or the first collection in every fork copies the pages of all of them
+    gc.freeze()  # otherwise the first collection in every fork would copy the pages of all libraries
     request, error = serve(sys.argv[1], int(sys.argv[2])), None
     try:
         run_as_main(**request)

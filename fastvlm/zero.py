@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO where there is no GPU: Lightning's strategy, which would refuse the CPU, on gloo."""
+"""DeepSpeed's ZeRO without a GPU: Lightning's strategy, which by itself refuses the CPU, on gloo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
-    """DeepSpeed has an accelerator for the CPU (gloo; gcc and ninja build its collective); Lightning wants CUDA."""
+    """Lightning's DeepSpeed strategy on DeepSpeed's CPU accelerator (gloo; needs gcc and ninja to build)."""
 
     def __init__(self, **options):
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported and looks for devices itself
@@ -24,7 +24,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
         import deepspeed
 
-        # Lightning's own call names the device by an index, which a CPU has not.
+        # Lightning's own call passes a device index, which a CPU does not have.
         engine, optimizer, _, _ = deepspeed.initialize(
             config=self.config,
             model=model,

@@ -1,9 +1,9 @@
-"""docs/parts.md: parameters, FLOPs and tokens of every full-size option, counted on the meta device.
+"""Print docs/parts.md: parameters, FLOPs and tokens of every full-size option, counted on the meta device.
 
     python scripts/parts.py > docs/parts.md     # about two minutes on one core, 1 GB, no download
 
-A GFLOP is 1e9 floating-point operations, two for each multiplication with addition, as torch's FlopCounterMode counts
-them; norms, activations and the softmax are left out there and so here.
+A GFLOP is 1e9 floating-point operations as torch's FlopCounterMode counts them: two for each multiply-add; norms,
+activations and the softmax are not counted.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ Row = dict[str, str]
 
 
 def part(group: str, name: str, overrides: dict, **widths):
-    """The part an option names, on the meta device."""
+    """Build the part that an option names, on the meta device."""
     config = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
-    if "defaults" in config:  # made of other options
+    if "defaults" in config:  # composed of other options
         config = compose("train", [f"{group}={name}"])[group]
         OmegaConf.set_struct(config, False)
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def published(name: str) -> dict:
 
 @cache
 def language_model(name: str):
-    """The published sizes of an option, on the meta device."""
+    """Build the language model of an option in its published sizes, on the meta device."""
     with torch.device("meta"):
         return from_config(attention="eager", **published(name)).eval()
 
@@ -181,7 +181,7 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def document(*, flops: bool = True) -> str:
-    """The whole of docs/parts.md; without `flops` those columns hold zeros, and it takes seconds."""
+    """Return the text of docs/parts.md; without `flops`, which takes only seconds, those columns are zero."""
     return f"""# Parts
 
 Made by `python scripts/parts.py > docs/parts.md` on the meta device: shapes, no weights. Parameters are those the part

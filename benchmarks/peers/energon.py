@@ -1,4 +1,4 @@
-"""megatron-energon reads our shards beside an index of its own; sources are mixed by a MetadatasetV2 blend."""
+"""megatron-energon: reads our shards with its own index; a MetadatasetV2 blend mixes sources."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoder(cook):
     from megatron.energon import Cooker, DefaultTaskEncoder
 
     class Encoder(DefaultTaskEncoder):
-        decoder = None  # bytes as they are: `cook` decodes
+        decoder = None  # keep bytes: `cook` decodes
         cookers = [Cooker(cook)]
 
         def batch(self, samples: list):

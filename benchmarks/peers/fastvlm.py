@@ -1,4 +1,4 @@
-"""Our own pipeline, as a stage reads it: plan, PlannedDataset, collate, MixtureDataModule's loader. No cache."""
+"""Our pipeline as in a training stage: plan, PlannedDataset, collate, MixtureDataModule's loader; without cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(folder: Path, *, pixels, workers: int, batch_size: int):
         tokens_per_image=TOKENS_PER_IMAGE,
         batch_size=batch_size,
         max_tokens=MAX_TOKENS,
-        packing=False,  # one image a row, so that a batch has as many as a peer's
+        packing=False,  # one image per row, so that a batch has as many images as a peer's
         num_workers=workers,
         val_samples=0,
         cache_bytes=0,

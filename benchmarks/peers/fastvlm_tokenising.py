@@ -1,4 +1,4 @@
-"""Our own pipeline over an index that keeps no token ids: JSON is parsed and text tokenised as samples are read."""
+"""Our pipeline with an index without token ids: JSON is parsed and text tokenised as samples are read."""
 
 from __future__ import annotations
 

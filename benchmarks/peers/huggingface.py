@@ -40,7 +40,7 @@ def stack(rows: list[dict]):
 def mix(folder: Path, *, weights: list[float], count: int, seed: int) -> list[int]:
     from datasets import Dataset, interleave_datasets
 
-    # It stops when one source does: none may.
+    # Mixing stops when a source is exhausted, so each is large enough never to be.
     sources = [Dataset.from_dict({"source": [i] * count}) for i in range(len(weights))]
     mixed = interleave_datasets(sources, probabilities=weights, seed=seed, stopping_strategy="first_exhausted")
     return mixed[:count]["source"]

@@ -31,7 +31,7 @@ def batches(folder: Path, *, pixels, workers: int, batch_size: int):
 
 
 def sample(fields, *, pixels):
-    return pixels(fields[0]), bytes(fields[1])  # a view of the chunk, which cannot go through a queue
+    return pixels(fields[0]), bytes(fields[1])  # copies a view of the chunk, which cannot go through a queue
 
 
 def mix(folder: Path, *, weights: list[float], count: int, seed: int) -> list[int]:
@@ -41,7 +41,7 @@ def mix(folder: Path, *, weights: list[float], count: int, seed: int) -> list[in
     for i in range(len(weights)):
         to = folder / f"source{i}"
         if not to.exists():
-            # It ends when one source does: none may.
+            # Mixing stops when a source is exhausted, so each is large enough never to be.
             ld.optimize(
                 fn=unchanged, inputs=[i] * count, output_dir=str(to), chunk_size=20000, num_workers=1, verbose=False
             )

@@ -1,4 +1,4 @@
-"""mosaicml-streaming with `batching_method="stratified"`: every batch of 200 holds each source in its proportion."""
+"""mosaicml-streaming with `batching_method="stratified"`: every batch of 200 has each source in proportion."""
 
 from __future__ import annotations
 

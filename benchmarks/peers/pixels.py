@@ -1,4 +1,4 @@
-"""From an encoded image to the tensor a peer is given: three ways. All fit it into a square of 336 pixels and pad."""
+"""Ways to decode an image to a peer's tensor; "best", "usual" and "ours" fit it into a 336-pixel square and pad."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def decode_only(data: bytes) -> Tensor:
-    """The yardstick: torchvision's libjpeg-turbo at full scale and nothing else; uint8 (3, h, w)."""
+    """Decode with torchvision's libjpeg-turbo at full scale, the baseline; returns uint8 (3, h, w)."""
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
 
 
-def decode_reused(data: bytes, memory: list = []) -> Tensor:  # noqa: B006  one for the process
-    """The fastest pure decode known here: simplejpeg's libjpeg-turbo into the same memory again; uint8 (3, h, w)."""
+def decode_reused(data: bytes, memory: list = []) -> Tensor:  # noqa: B006  shared by all calls in the process
+    """Decode with simplejpeg's libjpeg-turbo into a reused buffer, the fastest way we know; returns uint8 (3, h, w)."""
     import numpy as np
     import simplejpeg
 
@@ -39,7 +39,7 @@ def fit(width: int, height: int) -> tuple[int, int]:
 
 
 def best(data: bytes) -> Tensor:
-    """torchvision's libjpeg-turbo and antialiased bilinear resize on uint8: uint8 (3, 336, 336)."""
+    """Decode with torchvision's libjpeg-turbo, resize (bilinear, antialiased) on uint8; returns uint8 (3, 336, 336)."""
     image = decode_only(data)
     width, height = fit(image.shape[2], image.shape[1])
     image = F.resize_image(image, [height, width], antialias=True)
@@ -54,7 +54,7 @@ _normalise = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2
 
 
 def usual(data: bytes) -> Tensor:
-    """PIL, bilinear resize, float32, normalised: float32 (3, 336, 336)."""
+    """Decode and resize (bilinear) with PIL, normalise; returns float32 (3, 336, 336)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = fit(*image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -66,14 +66,14 @@ def usual(data: bytes) -> Tensor:
 
 
 def ours(data: bytes) -> Tensor:
-    """fastvlm's own transform, to tell the decoder's part from the loader's: uint8 (3, 336, 336)."""
+    """Apply fastvlm's transform, to separate decoder from loader speed; returns uint8 (3, 336, 336)."""
     from fastvlm.data.transforms import decode_image
 
     return decode_image(data, SIZE)
 
 
 def collate(samples: list[tuple[Tensor, bytes]]) -> tuple[Tensor, list[bytes]]:
-    """As torch does by default: in a worker the batch is stacked in shared memory at once."""
+    """Collate with torch's default, which stacks a worker's batch directly in shared memory; texts stay a list."""
     tensors, texts = zip(*samples)
     return default_collate(list(tensors)), list(texts)
 

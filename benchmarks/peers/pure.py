@@ -1,4 +1,4 @@
-"""The yardstick: every image decoded once in one process by libjpeg-turbo, from memory, and nothing else."""
+"""The baseline: only decodes every image once by libjpeg-turbo, from memory, in one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def batches(folder: Path, *, pixels, workers: int, batch_size: int):
     files = [image for _, _, image in made.samples(folder)]
     for start in range(0, len(files), batch_size):
         for data in files[start : start + batch_size]:
-            pixels(data)  # and gone: keeping a batch of whole images would cost fresh memory for each
+            pixels(data)  # dropped at once: keeping a batch of full-size images would allocate new memory for each
         yield len(files[start : start + batch_size])
 
 

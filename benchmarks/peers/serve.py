@@ -1,4 +1,4 @@
-"""One peer in a process of its own: reads one JSON request a line, answers with one JSON line.
+"""Run one peer in its own process: reads one JSON request per line and answers each with one JSON line.
 
     PYTHONPATH=<root> <peer's python> -m benchmarks.peers.serve webdataset
 
@@ -6,9 +6,9 @@ Requests: {"do": "convert", "shards", "to"}, {"do": "speed", "folder", "pixels",
 "count"}, {"do": "mix", "folder", "weights", "count", "seed", "out"}. Every peer is a module beside this one with
 
     PACKAGE: str                                            # its name on PyPI, or "" for none
-    def convert(shards: Path, to: Path) -> None             # the same images and records in its own format
+    def convert(shards: Path, to: Path) -> None             # writes the same images and records in its own format
     def batches(folder, *, pixels, workers, batch_size)     # iterable of batches; `pixels(jpeg bytes)` makes the tensor
-    def images(batch) -> Tensor                             # (images, 3, 336, 336); unless told, batch[0]
+    def images(batch) -> Tensor                             # (images, 3, 336, 336); optional, default: batch[0]
     def mix(folder, *, weights, count, seed) -> list[int]   # source numbers of the first `count` samples
 """
 
@@ -29,13 +29,13 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds() -> float:
-    """Of this process and its threads, and of all its descendants, living and reaped."""
+    """Return the CPU seconds of this process, its threads and all its descendants, running or reaped."""
     parents: dict[int, tuple[int, float]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{entry.name}/stat") as file:
                 columns = file.read().rpartition(")")[2].split()
-                # utime, stime and, of children that were waited for, cutime, cstime (man 5 proc)
+                # utime, stime, and cutime, cstime of reaped children (man 5 proc)
                 parents[int(entry.name)] = (int(columns[1]), sum(map(int, columns[11:15])) / TICKS)
     me = os.getpid()
     total = time.process_time() + sum(os.times()[2:4])
@@ -48,7 +48,7 @@ def cpu_seconds() -> float:
 
 
 def speed(peer, request: dict) -> dict:
-    """CPU and wall seconds between two batches, both with the workers in full swing."""
+    """Measure CPU and wall seconds between two batches while the workers are running."""
     from benchmarks.peers import pixels
 
     options = {"workers": request["workers"], "batch_size": request["batch_size"]}
@@ -93,7 +93,7 @@ def answer(peer, request: dict) -> dict:
 
 
 def main() -> None:
-    # What peers print must not come between the answers.
+    # Redirect what peers print to stderr, so that it cannot mix with the answers.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch

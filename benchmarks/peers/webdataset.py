@@ -1,4 +1,4 @@
-"""webdataset reads our shards as they are."""
+"""webdataset: reads our shards unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def mix(folder: Path, *, weights: list[float], count: int, seed: int) -> list[in
     import webdataset as wds
 
     random.seed(seed)
-    # RandomMix draws from the global generator and takes any iterable: reading adds nothing to the order.
+    # RandomMix draws from the global generator and takes any iterable, so reading does not affect the order.
     mixed = wds.RandomMix([Constant(i) for i in range(len(weights))], probs=weights)
     return list(islice(mixed, count))
 

@@ -1,1 +1,1 @@
-"""One module a data set family; each has `prepare(path, ...)` with plain keyword arguments."""
+"""One module per data set family, plus shared modules; `record.py` describes a recipe's form."""

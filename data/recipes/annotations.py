@@ -1,4 +1,4 @@
-"""Annotation files of VQA data sets: JSON lists, the two files of the VQA format, and the images they name."""
+"""Read the annotation files of VQA data sets: JSON lists, the VQA format's two files, and the images they name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from data.recipes.record import BAD_ROW, ODD_ROW, Dropped
 
 
 def read_json(path: str | Path):
-    """Raises:
-    ValueError: the file is missing or is not JSON.
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
     """
     try:
         return json.loads(Path(path).read_bytes())
@@ -27,10 +29,10 @@ def read_json(path: str | Path):
 
 
 def list_rows(path: str | Path, key: str | None = None) -> list[dict]:
-    """The list of rows of a JSON file, which stands under `key` where one is given.
+    """Return the list of rows of a JSON file: the value under `key` if the file holds an object, else the whole file.
 
     Raises:
-        ValueError: there is no such list.
+        ValueError: there is no such list, or a row is not an object.
     """
     content = read_json(path)
     rows = content.get(key) if key and isinstance(content, dict) else content
@@ -47,10 +49,10 @@ def list_rows(path: str | Path, key: str | None = None) -> list[dict]:
 
 
 def find_file(folder: str | Path, *names: str) -> Path:
-    """The first of these files in a folder or in a folder of that one.
+    """Return the first of these files that exists in a folder or in one of its subfolders.
 
     Raises:
-        ValueError: none of them is there.
+        ValueError: none of them exists.
     """
     if (found := look_for(folder, *names)) is None:
         raise ValueError(f"path={folder}: no {names[0]} there or one folder down; unpack the annotations into it")
@@ -67,7 +69,7 @@ def look_for(folder: str | Path, *names: str) -> Path | None:
 
 
 def first_there(folder: str | Path, *names: str) -> str:
-    """Path of the first of these images that exists; of the first of all where none does."""
+    """Return the path of the first of these images that exists, or of the first name if none does."""
     paths = [Path(folder).expanduser() / name for name in names]
     return str(next((path for path in paths if path.is_file()), paths[0]))
 
@@ -86,23 +88,24 @@ def read_vqa(
 
     Args:
         image: row of a question -> path of its image.
-        type_key: what of an annotation is the question's type.
-        answer_key: which form of an annotator's answer is learned; `answer` is the one that is scored.
-        describe: annotation -> what `meta` keeps of it.
+        answer_key: the form of an annotator's answer to learn; `answer` is the one that is scored.
+        type_key: the key of an annotation that holds the question's type.
+        describe: annotation -> `meta` of the question.
+        prompt: see `Question.prompt`.
     """
     found: dict[str, list[dict]] = {}
     for annotation in list_rows(annotations, "annotations"):
         found.setdefault(plain_id(annotation.get("question_id")), []).append(annotation)
     out: list[Question | Dropped] = []
     asked: Counter[str] = Counter()
-    one = functools.lru_cache(None)(str)  # the same few thousand words ten times a question: one object each
+    one = functools.lru_cache(None)(str)  # interns answers: a few thousand words, repeated ten times per question
     for row in list_rows(questions, "questions"):
         if any(row.get(key) is None for key in ("question_id", "image_id", "question")):
             out.append(Dropped(plain_id(row.get("question_id")), BAD_ROW))
             continue
         try:
             file = image(row)
-        except (TypeError, ValueError):  # COCO's ids are numbers, VizWiz's and TextVQA's are not
+        except (TypeError, ValueError):  # an id that cannot be part of COCO's file names, which need a number
             out.append(Dropped(plain_id(row["question_id"]), BAD_ROW))
             continue
         word = plain_id(row["question_id"])
@@ -110,7 +113,7 @@ def read_vqa(
         if not theirs:
             out.append(Dropped(word, NO_ANNOTATION))
             continue
-        # An id that stands twice: the k-th question goes with the k-th annotation.
+        # For a repeated id, the k-th question goes with the k-th annotation.
         annotation = theirs[min(asked[word], len(theirs) - 1)]
         asked[word] += 1
         try:
@@ -134,10 +137,10 @@ def read_vqa(
 def read_vqa_row(
     row: dict, number: int, *, answers: str = "answers", type_key: str = "answer_type", prompt: str = SHORT
 ) -> Question | Dropped:
-    """A question of a copy in parquet or on the hub, its image in the row; without an id its number stands for one.
+    """Read a question from a row of parquet or of the hub that holds its image; without an id, `number` is the id.
 
     Args:
-        answers: the column of the references, a list or its Python text.
+        answers: the column of the reference answers, a list or a list literal as a string.
     """
     name, image = row.get("question_id", number), image_bytes(row.get("image"))
     if name is None or image is None or row.get("question") is None:
@@ -147,7 +150,7 @@ def read_vqa_row(
 
 
 def as_list(value: object) -> list:
-    """Lists stand as their Python text in some copies; a word is a list of itself, and nothing an empty one."""
+    """Return a value as a list: some copies hold list literals as strings; None is [], any other value is wrapped."""
     if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]":
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
@@ -157,6 +160,6 @@ def as_list(value: object) -> list:
 
 
 def image_bytes(value: object) -> bytes | None:
-    """The file in an image cell of parquet, `{"bytes", "path"}` or the bytes alone."""
+    """Return the encoded image of a parquet cell (`{"bytes", "path"}` or plain bytes), or None."""
     data = value.get("bytes") if isinstance(value, dict) else value
     return data if isinstance(data, bytes) and data else None

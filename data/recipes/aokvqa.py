@@ -1,4 +1,4 @@
-"""A-OKVQA: questions about COCO photographs with four choices and ten direct answers; one JSON list a split."""
+"""A-OKVQA: questions about COCO photographs with four choices and ten direct answers; one JSON list per split."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `aokvqa_v1p0_<split>.json`; or of parquet, or a hub id, with the same columns and the photograph
-            in `image` (HuggingFaceM4/A-OKVQA).
-        images: folder of COCO's `train2017/` and `val2017/`, or of their files; `path` unless told.
-        form: direct asks for a short answer; choice shows the choices and asks for a letter. The references of both
-            are in `meta` either way.
-        Others as in vqav2.
+        path: folder with `aokvqa_v1p0_<split>.json`; or a folder of parquet, or a hub id, with the same columns and the
+            photograph in `image` (HuggingFaceM4/A-OKVQA).
+        images: folder of COCO's `train2017/` and `val2017/`, or of their files; default: `path`.
+        form: "direct" asks for a short answer; "choice" shows the choices and asks for a letter. `meta` holds the
+            references of both forms.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS, refused=REFUSED)
     check_choice("form", form, "direct", "choice")

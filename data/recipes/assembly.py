@@ -1,7 +1,7 @@
-"""From a recipe's parts to a finished folder: cut, do the parts in a pool, check, name, report.
+"""Build a finished folder from a recipe's parts: split, convert the parts in a pool, check, name, report.
 
-Work in progress stands in `.<name>.work` beside the folder, survives a kill, and is taken up by the next run of the
-same command; with other options, other code or changed files it is thrown away.
+Work in progress is kept in `.<name>.work` beside the folder. It survives a kill, and the next run of the same command
+continues from it; if options, code or input files have changed, it is discarded.
 """
 
 from __future__ import annotations
@@ -46,23 +46,26 @@ def assemble(
     val: float,
     rows: int,
 ) -> dict:
-    """Write every split of a data set into `folder`, an empty one.
+    """Write every split of a data set into `folder`, which is empty.
 
     Args:
-        work: where parts are kept until all are done.
-        options: the recipe's own.
-        tokenizer: path and template of the index.
-        val: share to hold out of train where the data set has no val; 0 for none. It is written, and its images are
-            left out of train, even where train alone is asked for.
-        rows: rows a shard.
+        work: folder that keeps finished parts until all are finished.
+        source: the recipe's name.
+        path: the data set, as given on the command line.
+        options: the recipe's own arguments.
+        workers: number of processes.
+        tokenizer: path and template of the tokenizer that the index counts with.
+        val: share of train to hold out if the data set has no val; 0 for none. The held-out records are converted and
+            their images left out of train even if only train was requested.
+        rows: rows per shard.
 
     Returns:
-        counts, dropped and notes by split, what was held out, and what they were made of (inputs, code), for DONE.json.
+        For DONE.json: counts, dropped, notes and shards by split, what was held out, and inputs and code.
 
     Raises:
-        ValueError: the user's mistakes, in one line.
+        ValueError: an argument or the data set is unusable, the disk is full, or a worker was killed.
     """
-    load_tokenizer(*tokenizer)  # before the fork: each worker would import it for itself
+    load_tokenizer(*tokenizer)  # before the fork, or each worker would import the library itself
     jobs = cut(recipe, work, source, path, splits, options, tokenizer, val, rows)
     made_of = {"inputs": describe_inputs(path, [job.part for job in jobs]), "code": hash_code(source)}
     stamp = make_stamp(jobs, made_of)
@@ -71,7 +74,7 @@ def assemble(
         print(f"{work}: of other options, files or code; starting anew", file=sys.stderr)
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    for left in work.glob(".*"):  # of a run that was killed
+    for left in work.glob(".*"):  # temporary files of a killed run
         left.unlink()
     if not mark.exists():
         write_text(mark, stamp)
@@ -99,7 +102,7 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
     where = find_rows(recipe, path, options)
     for split in dict.fromkeys([*splits, *(["val"] if val and "train" in splits else [])]):
         held_out = bool(val) and split == "val"
-        # A held-out shard reads as many rows as fill it.
+        # Read enough rows of train to fill a held-out shard.
         extra = {"rows": max(1, round(rows / val)) if held_out else rows} if takes_rows else {}
         try:
             parts: list[Part] = recipe.parts(where, split="train" if held_out else split, **options, **extra)
@@ -116,13 +119,15 @@ def cut(recipe, work, source, path, splits, options, tokenizer, val, rows) -> li
 
 
 def check_apart(jobs: list[Job]) -> None:
-    """Raises:
-    ValueError: the rows of one file would stand in two splits.
+    """Check that no file is read for two splits.
+
+    Raises:
+        ValueError: the rows of one file would be in two splits.
     """
     of: dict[str, str] = {}
     for job in jobs:
         options = job.part.options
-        # Not where the recipe parts the rows of a file by itself, nor where the hub does.
+        # Recipes may split the rows of a file themselves, and so does the hub.
         if options.get("kind", "hub") == "hub" or "holdout" in options or job.is_held_out:
             continue
         if (other := of.setdefault(job.part.path, job.split)) != job.split:
@@ -133,10 +138,10 @@ def check_apart(jobs: list[Job]) -> None:
 
 
 def find_rows(recipe, path: str, options: dict) -> Path:
-    """The file or folder of the rows, fetched where it lies on the hub; or the hub id.
+    """Return the file or folder of the rows, downloaded if a single file of the hub holds them; else the hub id.
 
     Raises:
-        ValueError: it cannot be fetched, or its images would be missing.
+        ValueError: the file cannot be downloaded, or its images would be missing.
     """
     if os.path.exists(path):
         return Path(os.path.abspath(path))
@@ -149,7 +154,7 @@ def find_rows(recipe, path: str, options: dict) -> Path:
 
 
 def make_stamp(jobs: list[Job], made_of: dict) -> str:
-    """Changes with everything the shards' bytes depend on: parts, options, input files and the recipes' code."""
+    """Hash everything that the shards' bytes depend on: parts, options, input files and the recipes' code."""
     state = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for job in jobs:
         part = job.part
@@ -159,9 +164,9 @@ def make_stamp(jobs: list[Job], made_of: dict) -> str:
 
 
 def run(jobs: list[Job], reports: list[dict | None], workers: int) -> None:
-    """Do the parts, in processes where workers > 1; fills `reports` in the jobs' order.
+    """Convert the parts, in processes if workers > 1, and fill `reports` in the jobs' order.
 
-    What is held out comes first: train must not hold its images.
+    Held-out parts come first, because train must not contain their images.
     """
     again = 0
     first = [i for i, job in enumerate(jobs) if job.is_held_out]
@@ -192,7 +197,7 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
     queue = iter(enumerate(jobs))
     try:
         while True:
-            # A few at a time: after a fault nothing more is begun.
+            # Submit only a few at a time, so that little is started after a fault.
             while len(waiting) < 2 * workers and (job := next(queue, None)) is not None:
                 waiting[pool.submit(do_part, job[1])] = job[0]
             if not waiting:
@@ -208,7 +213,7 @@ def finished(jobs: list[Job], workers: int) -> Iterator[tuple[int, dict]]:
 
 
 class show_progress:  # noqa: N801  used as a function
-    """A Rich bar on a terminal, a line every few seconds anywhere else; both on standard error."""
+    """Progress on standard error: a Rich bar on a terminal, else a line at most every LINE_SECONDS."""
 
     def __init__(self, total: int):
         self.total, self.done, self.kept, self.dropped, self.shown = total, 0, 0, 0, time.monotonic()
@@ -240,7 +245,11 @@ class show_progress:  # noqa: N801  used as a function
 
 
 def publish(jobs, reports, folder: Path, *, splits, source, path, tokenizer, val) -> dict:
-    """Give the shards their final names in `folder`, check the whole, write the lists; returns what DONE.json holds."""
+    """Give the shards their final names in `folder`, check them and write the lists; return the report for DONE.json.
+
+    Raises:
+        ValueError: a split has no usable sample, or its index does not match what was written.
+    """
     from fastvlm.data.index import load_index
     from fastvlm.data.sidecar import sidecar
 
@@ -252,7 +261,7 @@ def publish(jobs, reports, folder: Path, *, splits, source, path, tokenizer, val
         if job.split not in splits:
             continue
         if report["kept"]:
-            # Numbered without gaps, so that `train-{00000..00012}.tar` names them all.
+            # Numbered without gaps, so that `train-{00000..00012}.tar` matches all of them.
             name = f"{job.split}-{len(shards[job.split]):05d}.tar"
             place(job.shard, folder / name)
             place(sidecar(job.shard), sidecar(folder / name))
@@ -293,7 +302,7 @@ def publish(jobs, reports, folder: Path, *, splits, source, path, tokenizer, val
 
 
 def count_repeated(ids: list[str]) -> int:
-    """Samples whose original id an earlier one has too; ids stand as 16 hex digits each."""
+    """Count samples whose original id repeats an earlier one; each string joins ids of 16 hex digits."""
     import numpy as np
 
     values = np.frombuffer(bytes.fromhex("".join(ids)), dtype=">u8")
@@ -301,7 +310,7 @@ def count_repeated(ids: list[str]) -> int:
 
 
 def place(old: Path, new: Path) -> None:
-    """Link, so that a kill before the end loses nothing; move where the file system has no links."""
+    """Create `new` as a hard link to `old`, so that a killed run loses nothing; move `old` if links do not work."""
     try:
         os.link(old, new)
     except OSError as error:
@@ -311,7 +320,7 @@ def place(old: Path, new: Path) -> None:
 
 
 def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
-    """Build the indexes of finished shards for another tokenizer."""
+    """Rebuild the indexes of finished shards for another tokenizer."""
     from fastvlm.data.sidecar import build_index, open_sidecar
 
     loaded = load_tokenizer(*tokenizer)
@@ -321,7 +330,7 @@ def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
 
 
 def format_table(done: dict) -> str:
-    """What was kept, dropped and mended, by split, as text."""
+    """Format what was kept, dropped and noted for each split as a text table."""
     counts = next(iter(done["counts"].values()))
     lines = [f"{'split':<8}{'kept':>10}{'dropped':>10}{'shards':>8}"]
     for split, kept in counts.items():

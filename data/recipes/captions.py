@@ -1,4 +1,4 @@
-"""Documents of images with several captions each; the two COCO recipes share it."""
+"""Documents of images with several captions each; shared by the two COCO recipes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def check_choice(captions: str) -> None:
 
 
 def load_json(path: str) -> dict:
-    """A JSON object with `images`, parsed once a process unless it changes.
+    """Load a JSON object with `images`; parsed once per process unless the file changes.
 
     Raises:
-        ValueError: no such file, no JSON, another layout.
+        ValueError: the file is missing, is not JSON, or has another layout.
     """
     try:
         stat = os.stat(path)
@@ -51,12 +51,12 @@ def parse_json(path: str, size: int, time: int) -> dict:
 
 
 def find_repeats(rows: Sequence[dict], key: str) -> set[int]:
-    """Numbers of the rows whose id an earlier one has, as far as a sample's key tells ids apart."""
+    """Return the numbers of rows whose id repeats an earlier one; ids are equal if their sample keys are."""
     seen: set[str] = set()
     repeats = set()
     for number, row in enumerate(rows):
         id = row.get(key)
-        word = str(id) if isinstance(id, int) and id >= 0 else make_key(id)  # there are a hundred thousand
+        word = str(id) if isinstance(id, int) and id >= 0 else make_key(id)  # fast path: there are 100,000 rows
         if word in seen:
             repeats.add(number)
         seen.add(word)
@@ -73,13 +73,14 @@ def make_records(
     choice: str,
     row: Sequence[int] = (),
 ) -> Iterator[Record | Dropped]:
-    """Documents of one image.
+    """Yield the documents of one image.
 
     Args:
         captions: (id, text) pairs in the data set's order.
-        choice: for train: a document a caption (each), the first alone, or one with all of them, a line each. val and
-            test have one document an image, of the first caption, and all captions in `meta.answers`.
-        row: the row's numbers, where its id may be another row's too.
+        choice: for train: "each" yields a document per caption, "first" one with the first caption, "all" one with all
+            captions, one per line. val and test always have one document per image, with the first caption as text
+            and all captions in `meta.answers`.
+        row: the row's numbers, to make keys unique if another row may have the same id.
     """
     good = []
     for caption_id, text in captions:

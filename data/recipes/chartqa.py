@@ -35,14 +35,15 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `<split>/<split>_human.json`, `<split>/<split>_augmented.json` and `<split>/png/`; or a folder
+        path: folder with `<split>/<split>_human.json`, `<split>/<split>_augmented.json` and `<split>/png/`; or a folder
             of parquet or a hub id with `query`, `label`, `human_or_machine` (HuggingFaceM4/ChartQA) or with
             `question`, `answer`, `type` (lmms-lab/ChartQA).
-        images: folder of the charts where it is not `png/` beside the annotations.
-        grouped: training asks all questions of a chart in one conversation; of parquet, those in one shard.
-        Others as in vqav2.
+        images: folder of the charts; default: the folder of the annotations, with `png/`.
+        grouped: training asks all questions about a chart in one conversation; with parquet, only those in one shard.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS)
     options = {"split": split, "images": images, "answers": answers, "grouped": grouped, "prompt": prompt}
@@ -57,7 +58,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
     for kind in KINDS:
         file = find_file(path, f"{split}_{kind}.json")
         for number, row in enumerate(list_rows(file)):
-            # The data set has no ids of its own.
+            # The data set has no ids.
             name, chart = f"{kind}-{number}", str(row.get("imgname") or "")
             if not chart:
                 out.append(Dropped(name, BAD_ROW))

@@ -1,4 +1,4 @@
-"""COCO captions, 2017 or 2014: about five captions an image, train and val."""
+"""COCO captions, 2017 or 2014: about five captions per image, train and val."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def parts(
     streaming: bool = True,
     rows: int = 1000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `annotations/captions_<split><year>.json`; or of parquet, or a hub id, with the photograph in
-            `image` and its captions in `answer` (lmms-lab/COCO-Caption2017, lmms-lab/COCO-Caption for 2014: val alone).
-        images: folder of `<split><year>/`, or of its files; `path` unless told.
-        captions: each, first or all; rows are images.
+        path: folder with `annotations/captions_<split><year>.json`; or a folder of parquet, or a hub id, with the
+            photograph in `image` and its captions in `answer` (lmms-lab/COCO-Caption2017, lmms-lab/COCO-Caption for
+            2014: only val).
+        images: folder of `<split><year>/`, or of its files; default: `path`.
+        captions: "each", "first" or "all"; see `make_records`.
+        rows: images per part.
     """
     check_choice(captions)
     name = f"captions_{split}{year}.json"
@@ -57,7 +60,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
     data = load_json(part.path)
     images = data["images"][part.start : part.stop]
     captions: dict[object, list] = {image["id"]: [] for image in images if isinstance(image.get("id"), ID)}
-    # What is wrong with an annotation is counted with the first part, though all read them.
+    # Every part reads all annotations; only the first part reports the faulty ones.
     known = {image["id"] for image in data["images"] if isinstance(image.get("id"), ID)} if part.start == 0 else None
     for number, row in enumerate(data["annotations"]):
         try:
@@ -79,7 +82,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 def convert_image(image: dict, captions: dict, row: tuple[int, ...], options: dict) -> Iterator[Record | Dropped]:
     file = Path(options["images"], image["file_name"])
-    # Sorted: the file's own order is not by image, and other copies of it differ.
+    # Sorted, because the order within an image differs between copies of the file.
     texts = sorted(captions[image["id"]], key=lambda pair: (str(type(pair[0])), pair[0]))
     settings = {"split": options["split"], "choice": options["captions"], "row": row}
     yield from make_records(image["id"], file, texts, source="coco_captions", **settings)
@@ -89,7 +92,7 @@ def convert_table(part: Part) -> Iterator[Record | Dropped]:
     settings = {"source": "coco_captions", "split": part.options["becomes"], "choice": part.options["captions"]}
     for numbers, row in read_rows(part):
         number = "-".join(map(str, numbers))
-        # The photograph's number stands in its file's name alone: COCO_val2014_000000000042.jpg.
+        # The image id is only in the file name: COCO_val2014_000000000042.jpg.
         digits = Path(str(row.get("file_name") or row.get("question_id") or "")).stem.split("_")[-1]
         name = int(digits) if digits.isdecimal() else f"row {number}"
         if (image := image_bytes(row.get("image"))) is None:

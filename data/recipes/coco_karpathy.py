@@ -26,14 +26,15 @@ def parts(
     streaming: bool = True,
     rows: int = 1000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: `dataset_coco.json`, or its folder; or a folder of parquet, or a hub id, with its columns
-            (yerevann/coco-karpathy), which hold no photographs: `images` is needed then.
-        images: folder of `train2014/` and `val2014/`; that of the JSON unless told. Rows are images, counted within
-            the split.
-        captions: each, first or all.
-        restval: false leaves those 30,504 images out of train.
+        path: `dataset_coco.json`, or its folder; or a folder of parquet, or a hub id, with the columns of
+            yerevann/coco-karpathy. These hold no photographs, so `images` is required with them.
+        images: folder of `train2014/` and `val2014/`; default: the folder of the JSON.
+        captions: "each", "first" or "all"; see `make_records`.
+        restval: false leaves the 30,504 restval images out of train.
+        rows: images per part.
     """
     check_choice(captions)
     file = path / "dataset_coco.json" if path.is_dir() else path
@@ -70,7 +71,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 def convert_row(row: dict, numbers: tuple[int, ...], options: dict) -> Iterator[Record | Dropped]:
-    """Records of a row of parquet; its numbers are in their keys, for a row of another file may have its id."""
+    """Yield the records of a parquet row; keys include the row's numbers, since another file may repeat the id."""
     pairs = zip_longest(as_list(row.get("sentids")), as_list(row.get("sentences")))
     captions = [(name, text.get("raw") if isinstance(text, dict) else text) for name, text in pairs]
     file = Path(options["images"], row.get("filepath") or "", row["filename"])

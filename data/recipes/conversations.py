@@ -1,4 +1,4 @@
-"""Rows of `conversations` with `from` and `value` (LLaVA, ShareGPT4V, ShareGPT); several recipes share it."""
+"""Rows of `conversations` with `from` and `value` (LLaVA, ShareGPT4V, ShareGPT); shared by several recipes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ def cut_conversations(
     form: str = "messages",
     text: bool = False,
 ) -> list[Part]:
-    """Parts of a JSON list (or JSONL, or parquet) of rows with `conversations`.
+    """Split a JSON list (or JSONL, or parquet) of rows with `conversations` into parts.
 
     Args:
-        files: names looked for where `path` is a folder.
-        form: messages, or document: an image and its caption without the question.
-        text: a data set of text, in which `<image>` is a word wherever the row has no image.
+        rows: rows per part.
+        images: see `find_roots`.
+        files: file names to look for if `path` is a folder.
+        form: "messages", or "document" for an image and its caption without the question.
+        text: the data set is text, so `<image>` in a row without images is an ordinary word.
     """
     if form not in ("messages", "document"):
         raise ValueError(f"form={form} is not messages or document")
@@ -63,12 +65,12 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 def make_document(messages: list[dict]) -> list[dict]:
-    """The images of a question and the text of its answer."""
+    """Return document parts: the images of the question and the text of its answer."""
     asked, told = messages[-2]["content"], messages[-1]["content"]
     images = [part for part in asked if part["type"] == "image"] if isinstance(asked, list) else []
     return images + (told if isinstance(told, list) else [{"type": "text", "text": told}])
 
 
 def name_row(id: object, numbers: Sequence[int]) -> str:
-    """How a dropped row is called in the report."""
+    """Return the name of a dropped row in the report."""
     return str(id) if id not in (None, "") else f"row {'-'.join(map(str, numbers))}"

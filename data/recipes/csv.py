@@ -1,4 +1,4 @@
-"""A CSV or TSV table: image, question, answer - or image, caption; the columns' names are keys."""
+"""A CSV or TSV table of image, question, answer or of image, caption; column names can be set by keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents of text and images in reading order, and long texts cut into several: what the recipes of them share."""
+"""Documents of text and images in reading order, and splitting of long texts; shared by the recipes for documents."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ LEFT_OUT = ": left out of its document"
 IMAGE_LEFT_OUT = f"image missing{LEFT_OUT}"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", "")
 
-# Where a text is cut, in this order: after the line breaks that end a paragraph, after a space, anywhere.
+# Where a text is split, in order of preference: after a paragraph's line breaks, after white space, anywhere.
 BORDERS = (re.compile(r"(?<=\n)(?=[^\n])"), re.compile(r"(?<=\s)(?=\S)"))
 
 
 def join_texts(parts: Iterable[dict], *, separator: str) -> list[dict]:
-    """The parts with neighbouring texts made one and blank ones left out."""
+    """Merge neighbouring text parts and drop blank ones."""
     joined: list[dict] = []
     for part in parts:
         if part["type"] == "text" and not part["text"].strip():
@@ -31,14 +31,14 @@ def join_texts(parts: Iterable[dict], *, separator: str) -> list[dict]:
 
 
 def url_name(url: str) -> str:
-    """The file name, without suffix, under which an image fetched from a URL is looked for: SHA-256 of the URL."""
+    """Return the file name, without suffix, of an image fetched from a URL: the SHA-256 of the URL."""
     return hashlib.sha256(url.encode()).hexdigest()
 
 
 def check_image(image: bytes | Path | None) -> tuple[bytes | None, str]:
-    """A file that opens as an image, or nothing and the note that says why: of a page, a bad image leaves alone.
+    """Return (encoded image, ""), or (None, a note with the reason) if it does not open as an image.
 
-    What was fetched from the web holds error pages under the names of images.
+    The page keeps its other parts. Files fetched from the web may be error pages under the names of images.
     """
     from data.recipes.writing import Fault, check_images
 
@@ -52,7 +52,7 @@ def check_image(image: bytes | Path | None) -> tuple[bytes | None, str]:
 
 
 def find_image(folder: str, name: str) -> Path | None:
-    """An image by its name, with a suffix or without, in a folder or in its folder of the name's first two letters."""
+    """Find an image by name, with or without suffix, in a folder or its subfolder of the name's first two letters."""
     if not name or "/" in name or name.startswith("."):
         return None
     root = Path(folder).expanduser()
@@ -64,18 +64,18 @@ def find_image(folder: str, name: str) -> Path | None:
 
 
 def cut_text(text: str, limit: int, measure: Callable[[str], int] = len) -> list[str]:
-    """Pieces of at most `limit`: whole paragraphs where they fit, else words, else characters.
+    """Split a text into pieces of at most `limit`: at paragraphs where possible, else at words, else at characters.
 
-    Nothing is lost but the white space at the pieces' ends. Line breaks within a piece stay as they are.
+    Only white space at the ends of pieces is lost; line breaks within a piece are kept.
 
     Args:
-        measure: length of a text, in characters or tokens.
+        measure: returns the length of a text, in characters or tokens.
     """
     pieces: list[str] = []
 
     def add(units: list[str]) -> None:
         piece = "".join(units).strip()
-        # The tokens of a whole may be more than those of its parts together.
+        # A text can have more tokens than its units have in total.
         if len(units) > 1 and measure(piece) > limit:
             add(units[: len(units) // 2])
             add(units[len(units) // 2 :])

@@ -1,4 +1,4 @@
-"""DocVQA: questions about pages of scanned documents; one JSON file a split, or parquet with the pages in it."""
+"""DocVQA: questions about pages of scanned documents; one JSON file per split, or parquet that holds the pages."""
 
 from __future__ import annotations
 
@@ -40,14 +40,16 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `<split>_v1.0_withQT.json` or `<split>_v1.0.json`; or a folder of parquet, or a hub id, with
+        path: folder with `<split>_v1.0_withQT.json` or `<split>_v1.0.json`; or a folder of parquet, or a hub id, with
             the same columns and the page in `image`.
-        images: folder of the pages, by `image` or by its last part, also under `spdocvqa_images/`; `path` unless told.
+        images: folder in which pages are found by `image` or its file name, also in `spdocvqa_images/`; default:
+            `path`.
         config: the configuration's name on the hub.
-        grouped: training asks all questions of a page in one conversation; of parquet, those in one shard.
-        Others as in vqav2.
+        grouped: training asks all questions about a page in one conversation; with parquet, only those in one shard.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
@@ -77,7 +79,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
 
 def make_question(row: dict, image: str | bytes, image_id: object) -> Question:
     types = [str(kind) for kind in row.get("question_types") or []]
-    # Several at a time are joined as the index joins types, so that a filter finds each.
+    # Several types are joined by commas, as in the index, so that a filter finds each of them.
     question = Question(
         row["questionId"], image, image_id, row.get("question"), to_answers(row.get("answers") or []), ",".join(types)
     )

@@ -1,4 +1,4 @@
-"""FineVision: instruction sets as parquet with four ratings a turn, kept in meta.ratings; some rows have no image."""
+"""FineVision: instruction sets as parquet with four ratings per turn (meta.ratings); some rows have no image."""
 
 from __future__ import annotations
 

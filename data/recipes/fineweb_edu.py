@@ -1,4 +1,4 @@
-"""FineWeb-Edu: educational web text from parquet, a document a row; long ones may be cut at paragraph borders."""
+"""FineWeb-Edu: educational web text from parquet, one document per row; long ones can be split at paragraphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data.recipes.documents import NO_TEXT, cut_text
 from data.recipes.record import Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train"}  # val=0.001 holds some out
+SPLITS = {"train": "train"}  # val=0.001 holds out a share
 HUB = True
 LOW_SCORE = "score below min_score"
 META = ("url", "dump", "date", "language", "language_score", "score", "int_score")
@@ -28,14 +28,15 @@ def parts(
     streaming: bool = True,
     rows: int = 10000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
         path: folder of parquet with `text` and `id`, or a hub id.
         name: the configuration on the hub.
-        max_chars, max_tokens: cut longer documents into several of at most this length; 0 leaves them whole. Tokens
-            are those of the text and two for what a template puts around it.
-        cut_tokenizer: folder or hub id of the tokenizer that counts them.
-        min_score: documents of a lower educational score are dropped.
+        max_chars, max_tokens: split longer documents into several of at most this length; 0 keeps them whole. The token
+            count includes two tokens for what a template adds around the text.
+        cut_tokenizer: folder or hub id of the tokenizer for `max_tokens`.
+        min_score: documents with a lower educational score are dropped.
     """
     if max_chars and max_tokens:
         raise ValueError(f"max_chars={max_chars} and max_tokens={max_tokens}: give one of them")
@@ -68,7 +69,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
         for i, piece in enumerate(pieces):
             record = {"document": [{"type": "text", "text": piece}], "id": row.get("id"), "source": "fineweb_edu"}
             record["meta"] = meta | ({"piece": i, "pieces": len(pieces)} if len(pieces) > 1 else {})
-            # A document is whole or in pieces: its first piece has the number that the whole would have.
+            # The key always ends in a piece number, so a whole document and a first piece have the same key.
             yield Record(make_key("text", *numbers, i), record)
 
 

@@ -1,4 +1,4 @@
-"""GQA: questions about Visual Genome photographs made from scene graphs, one answer each; a JSON object a split."""
+"""GQA: questions about Visual Genome photographs made from scene graphs, one answer each; a JSON object per split."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def parts(
     prompt: str = "first",
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `train_balanced_questions.json`, `val_balanced_questions.json` and, as test, of
+        path: folder with `train_balanced_questions.json`, `val_balanced_questions.json` and, as test,
             `testdev_balanced_questions.json`, on which results are reported.
-        images: folder of `<image id>.jpg`; `images/` in `path` unless told.
-        Others as in vqav2.
+        images: folder of `<image id>.jpg`, or of an `images/` folder with them; default: `path`.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS)
     options = {"split": split, "images": images or str(path), "answers": "majority", "grouped": grouped}

@@ -1,7 +1,7 @@
-"""Which records `val=` holds out of train, and which images are then val's alone.
+"""Choose the records that `val=` holds out of train, and keep their images out of train.
 
-A record goes to one side as a whole, by one hash. Its other images may stand in records of the other side: those of
-val are written first, and train leaves out what shares an image with them.
+A hash assigns each record as a whole to train or val. Since records may share images across the two sides, val is
+written first, and train drops every record that shares an image with it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from pathlib import Path
 from data.recipes.record import Record
 
 SHARED = "shares an image with val"
-WIDTH = 8  # bytes by which an image is known
+WIDTH = 8  # leading bytes of an image's hash that identify it
 
 
 def hash_images(item: Record) -> list[bytes]:
-    """SHA-256 of each image's name; a file counts as the same image by its last two names, bytes by their content."""
+    """Return one SHA-256 per image: of the last two path components for a file, of the content for bytes."""
     names = ["/".join(i.parts[-2:]) if isinstance(i, Path) else hashlib.sha256(i).hexdigest() for i in item.images]
     return [hashlib.sha256(name.encode(errors="surrogatepass")).digest() for name in names]
 
 
 def choose_side(item: Record, images: Sequence[bytes], val: float) -> str:
-    """train or val, by one image of the record (by the id, for text): a share of `val`, however many images it has.
+    """Return "train" or "val" from the hash of one image of the record (of its id, if it has no image).
 
-    Which image speaks for a record and what it says are read from different bytes of the hash, so that more images
-    make neither side likelier; records of the same images go to the same side.
+    The probability of val is `val` for any number of images, because different bytes of the hashes choose the image and
+    the side. Records with the same images go to the same side.
     """
     if images:
         word = min(images, key=lambda image: image[WIDTH:])
@@ -38,7 +38,7 @@ def choose_side(item: Record, images: Sequence[bytes], val: float) -> str:
 
 
 def write_held_out(path: Path, images: Iterable[str]) -> tuple[str, str]:
-    """Write the images of val, given in hexadecimal as reports hold them; returns the file and its digest."""
+    """Write the hashes of val's images, given in hexadecimal as in the reports; return the file and its digest."""
     import numpy as np
 
     values = np.unique(np.frombuffer(bytes.fromhex("".join(images)), dtype=">u8").astype("<u8"))
@@ -53,14 +53,14 @@ def write_held_out(path: Path, images: Iterable[str]) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def load_held_out(path: str, digest: str):
-    """The images of val, sorted; `digest` tells files of one name apart."""
+    """Load the sorted hashes (uint64) of val's images; `digest` keeps the cache from serving an older file."""
     import numpy as np
 
     return np.fromfile(path, dtype="<u8")
 
 
 def shares_image(images: Sequence[bytes], held_out: tuple[str, str]) -> bool:
-    """Whether one of these images is val's."""
+    """Return whether one of these images is in val."""
     import numpy as np
 
     known = load_held_out(*held_out)

@@ -1,4 +1,4 @@
-"""Files of a data set's repository on the hub: what is there as JSON beside archives of images, not as rows."""
+"""Download single files of a data set's repository on the hub: JSON annotations that `datasets` cannot read as rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch(path: str, files: Sequence[str] = ()) -> Path | None:
-    """The local copy of `hf://datasets/org/name/file`, or of the first of `files` that the data set org/name has.
+    """Return the local copy of `hf://datasets/org/name/file`, or of the first of `files` that the data set has.
 
-    Downloaded once, into huggingface_hub's cache; None where `path` is neither.
+    Downloads once, into huggingface_hub's cache. Returns None if `path` has neither form.
 
     Raises:
-        ValueError: it is not there, or the hub cannot be asked.
+        ValueError: the file does not exist, or the hub cannot be reached.
     """
     if found := ADDRESS.fullmatch(path):
         name, revision, file = found.groups()
@@ -39,7 +39,7 @@ def download(path: str, name: str, files: Sequence[str], revision: str | None) -
             try:
                 return Path(hf_hub_download(name, file, repo_type="dataset", revision=revision))
             except EntryNotFoundError as error:
-                # Without a network it is this one too, of a file that is not in the cache.
+                # A subclass of the error above: no network, and the file is not cached.
                 if isinstance(error, LocalEntryNotFoundError):
                     raise
     raise ValueError(f"path={path}: none of {', '.join(files)} there; name a file as path=hf://datasets/{name}/<file>")

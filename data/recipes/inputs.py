@@ -1,6 +1,6 @@
-"""What a finished folder was made of: the input files and the recipe's code, so that a change of either is seen.
+"""Record a finished folder's input files and its recipe's code, so that a change of either is noticed.
 
-Only names, sizes and times are compared: to look costs no reading. Images that rows name are not followed.
+Only names, sizes and times of input files are compared, so a check reads no data. Images named by rows are not checked.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from data.recipes.record import Part
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 IMPORTED = re.compile(r"^ *from data\.recipes\.(\w+) import", re.MULTILINE)
-PARTS_OF_MANY = {".parquet", ".tar", ".zip", ".jsonl"}  # of such files a folder takes all: another one is more rows
+PARTS_OF_MANY = {".parquet", ".tar", ".zip", ".jsonl"}  # a folder's files are all read, so a new one means more rows
 INDEX = ".idx.parquet"
 DEPTH = 3
 
 
 def describe_inputs(path: str, parts: Iterable[Part]) -> dict[str, list[int]]:
-    """Size and time of every file that the rows come from, by its path; nothing for a hub id."""
+    """Return path -> [size in bytes, mtime in ns] of every file that the rows come from; empty for a hub id."""
     files = {part.path for part in parts}
     for part in parts:
         files |= {file for file, *_ in part.options.get("state") or ()}
@@ -35,12 +35,13 @@ def describe_inputs(path: str, parts: Iterable[Part]) -> dict[str, list[int]]:
 
 
 def list_files(path: str | Path, suffixes: Sequence[str], *, depth: int | None = None) -> list[Path]:
-    """Files below a folder whose names end so, sorted; not hidden ones, and not what was written here.
+    """Return the files below a folder that have one of the suffixes, sorted.
 
-    That is finished folders (DONE.json), work in progress (`.<name>.work`) and indexes of shards.
+    Skips hidden files and what `prepare.py` wrote: finished folders (DONE.json), work in progress (`.<name>.work`) and
+    shard indexes.
 
     Args:
-        depth: how many folders to go down; all unless told.
+        depth: how many folder levels to search; None for all.
     """
     found = []
     for folder, inner, names in os.walk(path):
@@ -56,13 +57,13 @@ def list_files(path: str | Path, suffixes: Sequence[str], *, depth: int | None =
 
 
 def list_more(path: str, files: Iterable[str]) -> list[str]:
-    """Files of the kinds of `files` that a part of the rows may lie in too; not what was written here."""
+    """Return all files below `path` of the types of `files`, for types of which every file is read."""
     suffixes = {Path(file).suffix for file in files} & PARTS_OF_MANY
     return [str(file) for file in list_files(path, tuple(suffixes), depth=DEPTH)] if suffixes else []
 
 
 def find_change(path: str, inputs: dict[str, list[int]]) -> str:
-    """What is not as it was, in words; "" where all is, or where the data set has been cleared away."""
+    """Describe what has changed; "" if nothing has, or if the data set has been removed altogether."""
     if not inputs or not os.path.exists(path):
         return ""
     for file, (size, time) in inputs.items():
@@ -79,7 +80,7 @@ def find_change(path: str, inputs: dict[str, list[int]]) -> str:
 
 
 def hash_code(source: str) -> str:
-    """Changes with the code of a recipe and of all that it is run by."""
+    """Hash the source files of a recipe and of every module it is run by."""
     names, waiting = set(), {source, "assembly"}
     while waiting:
         name = waiting.pop()

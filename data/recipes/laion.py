@@ -1,4 +1,4 @@
-"""LAION, or any list of URLs, as img2dataset fetched it (webdataset output): indexed where it lies, not rewritten."""
+"""LAION, or any list of URLs, as downloaded by img2dataset (webdataset output): indexed in place, not rewritten."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ EXAMPLES = 3
 
 
 def find_shards(path: str, shards: str) -> list[Path]:
-    """Raises:
-    ValueError: no such folder, no shards in it.
+    """List the shards of a folder.
+
+    Raises:
+        ValueError: the folder does not exist or has no shards.
     """
     from fastvlm.data.index import list_shards
 
@@ -31,7 +33,7 @@ def find_shards(path: str, shards: str) -> list[Path]:
 
 
 def recipe_hash(*, path: str, shards: str = "*.tar", tokenizer: str = "", template: str = "") -> str:
-    """Changes with the shards' names, sizes and times, and with the tokenizer."""
+    """Hash the shards' names, sizes and times, their folder and the tokenizer."""
     stats = [[s.name, s.stat().st_size, s.stat().st_mtime_ns] for s in find_shards(path, shards)]
     state = json.dumps([stats, os.path.abspath(os.path.expanduser(path)), tokenizer, template])
     return hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -40,15 +42,16 @@ def recipe_hash(*, path: str, shards: str = "*.tar", tokenizer: str = "", templa
 def prepare(
     out: Path, *, path: str, shards: str = "*.tar", workers: int = 2, tokenizer: str = "", template: str = ""
 ) -> dict:
-    """Write an index beside every shard and, into `out`, what failed and why.
+    """Write an index beside every shard, and the errors of failed downloads to `out/failed.json`.
 
     Args:
         path: img2dataset's output folder: `00000.tar`, `00000.parquet`, `00000_stats.json` and so on.
-        shards: the shards' names, a pattern or a range ("{00000..00127}.tar"); the source's key `shards`.
-        tokenizer, template: what the index counts tokens with; the embedded one unless told.
+        shards: names of the shards, as a pattern or a range ("{00000..00127}.tar"); same as the source's key `shards`.
+        workers: number of processes.
+        tokenizer, template: what the index counts tokens with; default: the embedded tokenizer.
 
     Returns:
-        counts, dropped (failed downloads by status, unreadable samples) and notes; `out/failed.json` has the errors.
+        counts, dropped (failed downloads by status, unreadable samples), notes, shards, tokenizer and folder.
     """
     from data.prepare import embedded_tokenizer
     from data.recipes.assembly import show_progress
@@ -80,10 +83,10 @@ def prepare(
 
 
 def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
-    """Index a shard unless that is done; returns kept, dropped (reason -> count, keys), notes and errors.
+    """Index a shard unless it is indexed; return kept, dropped (reason -> count, keys), notes and errors.
 
     Raises:
-        ValueError: the shard is not whole.
+        ValueError: the shard is incomplete.
     """
     import pyarrow.parquet as pq
 
@@ -108,7 +111,7 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
         dropped[reason] = (len(keys), keys[:EXAMPLES])
     bare = dropped.get(NO_IMAGE, (0, []))[0]
     if failed:
-        dropped.pop(NO_IMAGE, None)  # the same rows once more
+        dropped.pop(NO_IMAGE, None)  # `failed` already counts these rows
     notes = []
     if successes is None:
         notes.append(NO_RECORD)
@@ -118,7 +121,7 @@ def index_shard(shard: Path, tokenizer: tuple[str, str]) -> dict:
 
 
 def name_fault(fault: str) -> str:
-    """The words under which an unreadable sample is counted."""
+    """Return the reason under which an unreadable sample is counted."""
     signs = {"no caption": "no caption", "has no image": NO_IMAGE, "cannot be opened": "image unreadable"}
     for sign, reason in signs.items():
         if sign in fault:
@@ -127,10 +130,13 @@ def name_fault(fault: str) -> str:
 
 
 def read_failures(shard: Path) -> tuple[dict[str, tuple[int, list[str]]], Counter, int | None]:
-    """What img2dataset could not fetch of a shard: it is in no tar, only in the parquet and the statistics.
+    """Read what img2dataset could not download for a shard, which only its parquet and statistics record.
 
     Returns:
-        status -> (count, keys); error message -> count; the number of successes, None where nothing says it.
+        status -> (count, keys); error message -> count; the number of successes, None if neither file exists.
+
+    Raises:
+        ValueError: the file is not in img2dataset's format.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""LLaVA-Instruct (mix665k, 150k) and its kin: a JSON list of conversations about no, one or several images."""
+"""LLaVA-Instruct (mix665k, 150k) and the like: a JSON list of conversations about zero, one or several images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data.recipes.record import Part
 
 __all__ = ["SPLITS", "convert", "parts"]
 SPLITS = {"train": "train"}
-HUB_FILES = ("llava_v1_5_mix665k.json", "llava_instruct_150k.json")  # of liuhaotian/LLaVA-Instruct-150K
+HUB_FILES = ("llava_v1_5_mix665k.json", "llava_instruct_150k.json")  # in liuhaotian/LLaVA-Instruct-150K
 
 
 def parts(path: Path, *, split: str, images: tuple = (), rows: int = 2000) -> list[Part]:

@@ -1,4 +1,4 @@
-"""LMSYS-Chat-1M: conversations people had with language models, from parquet or JSON lines; gated."""
+"""LMSYS-Chat-1M: conversations between people and language models, from parquet or JSON lines; gated on the hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data.recipes.record import (
 )
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train"}  # val=0.001 holds some out
+SPLITS = {"train": "train"}  # val=0.001 holds out a share
 HUB = True
 OTHER_LANGUAGE = "another language"
 FLAGGED = "flagged by moderation"
@@ -37,12 +37,13 @@ def parts(
     streaming: bool = True,
     rows: int = 5000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of parquet, a JSON or JSON-lines file, or the hub id once its licence is accepted there.
-        languages: those to keep, as the data set spells them, with commas between; all keeps every one.
-        flagged: drop or keep conversations in which the moderation flagged a turn.
-        redacted: drop or keep conversations in which names were replaced by NAME_1 and so on.
+        path: folder of parquet, a JSON or JSON-lines file, or the hub id once you have accepted its licence there.
+        languages: languages to keep, separated by commas and spelled as in the data set; "all" keeps all of them.
+        flagged: "drop" or "keep" conversations in which moderation flagged a turn.
+        redacted: "drop" or "keep" conversations in which names were replaced by NAME_1 and so on.
     """
     check_choice("flagged", flagged, "drop", "keep")
     check_choice("redacted", redacted, "keep", "drop")
@@ -65,8 +66,10 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 def convert_chat(row: dict, numbers: tuple[int, ...], name: str, options: dict) -> Record:
-    """Raises:
-    Unusable: what the options leave out, and broken turns.
+    """Convert one conversation.
+
+    Raises:
+        Unusable: the options exclude the row, or its turns are broken.
     """
     language = row.get("language")
     if options["languages"] != ["all"] and language not in options["languages"]:

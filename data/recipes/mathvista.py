@@ -1,4 +1,4 @@
-"""MathVista: mathematics in pictures, the form of the answer stated; parquet, or the JSON beside its images."""
+"""MathVista: mathematics in pictures, with the form of the answer stated; parquet, or JSON with an image folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ KEPT = ("task", "category", "context", "grade", "skills", "language", "source")
 
 
 def parts(path: Path, *, split: str, images: str = "", streaming: bool = True, rows: int = 500) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `testmini.json` and `images/`; or of parquet (`testmini-*.parquet`), or the hub id
+        path: folder with `testmini.json` and `images/`; or a folder of parquet (`testmini-*.parquet`), or the hub id
             AI4Math/MathVista, with the picture in `decoded_image`.
-        images: folder of the pictures where it is not beside the JSON.
+        images: folder of the pictures; default: the folder of the JSON.
     """
     check_split(split, SPLITS, refused=REFUSED)
     if is_table(path):
@@ -79,7 +80,7 @@ def make_record(row: dict, image: bytes | Path | None, *numbers: int) -> Iterato
 
 
 def put(row: dict, choices: list[str] | None) -> str:
-    """The query of a row that brings none: what form the answer has, the question, the options."""
+    """Build the query of a row that has none: a hint on the form of the answer, the question, the options."""
     if choices:
         hint = "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
         listed = [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(choices)]

@@ -54,12 +54,12 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 def place_images(turns: list[tuple], listed: list) -> tuple[list[tuple], list]:
-    """Turns with lists of parts, and the images in the order in which they stand there.
+    """Return turns with lists of parts, and the images in the order of these parts.
 
-    A marker and a part without an image of its own take the next of `listed`.
+    An `<image>` marker, or an image part without its own image, takes the next image of `listed`.
 
     Raises:
-        Unusable: a part of an unknown type, or another number of markers than of listed images.
+        Unusable: a part has an unknown type, or the markers do not use up exactly the listed images.
     """
     rest = iter(listed)
     images, placed = [], []
@@ -91,7 +91,7 @@ def place_images(turns: list[tuple], listed: list) -> tuple[list[tuple], list]:
 
 
 def own_image(part: dict) -> object:
-    """The image a part names: `image_url` (a string or `{"url"}`), `image`, `path`, `url` or `base64`."""
+    """Return the image a part names: `image_url` (a string or `{"url"}`), `image`, `path`, `url` or `base64`."""
     for key in ("image_url", "image", "path", "url"):
         value = part.get(key)
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""MMC4: web pages as sentences and the images that belong before some of them; zipped JSON lines or tars of JSON."""
+"""MMC4: web pages as sentences with images before some of them; zipped JSON lines or tars of JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.recipes.inputs import list_files
 from data.recipes.questions import check_choice
 from data.recipes.record import BAD_ROW, ODD_ROW, Dropped, Part, Record, make_key
 
-SPLITS = {"train": "train"}  # val=0.001 holds some out
+SPLITS = {"train": "train"}  # val=0.001 holds out a share
 NOT_ON_HUB = "get its shards by https://github.com/allenai/mmc4, or one of a copy as path=hf://datasets/org/name/file"
 SUFFIXES = (".jsonl", ".jsonl.zip", ".tar")
 BAD_LINE = "line is not a JSON object with text_list and image_info"
@@ -33,16 +33,17 @@ def parts(
     min_similarity: float = 0.0,
     min_images: int = 1,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `*.jsonl.zip`, `*.jsonl` or, as OpenFlamingo writes them, tars of one JSON a page whose images
-            carry `image_base64`; or one such file. A file becomes a shard.
-        images: folder of the fetched images, where they are not in the tars; one that is not there is left out of its
+        path: folder of `*.jsonl.zip`, of `*.jsonl` or of OpenFlamingo's tars, which hold one JSON per page with images
+            in `image_base64`; or one such file. Each file becomes a shard.
+        images: folder of the downloaded images, if they are not in the tars; a missing image is left out of its
             document.
-        names: how they are named: filename, the `image_name`, or sha256, of the `raw_url`; with any suffix, all in one
-            folder or each in a folder of its name's first two letters.
-        min_similarity: images whose `matched_sim` is lower are left out (OpenFlamingo takes 0.24).
-        min_images: documents with fewer images left are dropped.
+        names: how these are named: "filename", the `image_name`, or "sha256" of the `raw_url`; with any suffix, in one
+            folder or in subfolders of the name's first two letters.
+        min_similarity: images with a lower `matched_sim` are left out (OpenFlamingo uses 0.24).
+        min_images: documents with fewer remaining images are dropped.
     """
     check_choice("names", names, "filename", "sha256")
     path = Path(path)
@@ -55,10 +56,10 @@ def parts(
 
 
 def read_pages(file: str) -> Iterator[object]:
-    """The pages of a shard; None where one is not JSON.
+    """Yield the pages of a shard; None for a page that is not JSON.
 
     Raises:
-        ValueError: the shard is no zip or tar.
+        ValueError: the shard is not a readable zip or tar.
     """
     try:
         if file.endswith(".tar"):
@@ -134,7 +135,7 @@ def convert_page(page: object, numbers: tuple[int, int], name: str, options: dic
     likenesses = [value for i in sorted(similarity) for value in similarity[i]]
     meta = {"missing_images": len(notes), "similarities": likenesses}
     if known := [value for value in likenesses if value is not None]:
-        meta["similarity"] = min(known)  # filters compare numbers
+        meta["similarity"] = min(known)  # a number, because filters cannot compare lists
     record = {"document": parts, "id": name, "source": "mmc4", "meta": meta}
     return Record(make_key("page", *numbers), record, files, notes)
 

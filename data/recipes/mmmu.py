@@ -1,4 +1,4 @@
-"""MMMU: college questions with one to seven images among the words and options; parquet, one folder a subject."""
+"""MMMU: college questions with one to seven images in the question and options; parquet, one folder per subject."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SUBJECTS = tuple(SUBJECT_WORDS.split())
 
 
 def parts(path: Path, *, split: str, name: tuple = (), streaming: bool = True, rows: int = 500) -> list[Part]:
-    """The five dev questions of a subject become train: they are there to be shown as examples.
+    """Return the parts of a split, one per shard; train is dev, five questions per subject meant as examples.
 
     Args:
-        path: the hub id MMMU/MMMU, or a folder of its files, `<Subject>/<split>-*.parquet`.
-        name: subjects; all unless told.
+        path: the hub id MMMU/MMMU, or a folder with its files, `<Subject>/<split>-*.parquet`.
+        name: subjects; default: all.
     """
     check_split(split, SPLITS, refused=REFUSED)
     if unknown := [word for word in name if word not in SUBJECTS]:
@@ -76,16 +76,16 @@ def make_record(row: dict, *numbers: int) -> Iterator[Record | Dropped]:
 
 
 def as_list(value: object) -> list:
-    """Lists stand as their Python text in the files; a word is a list of itself."""
+    """Return a value as a list: the files hold list literals as strings; any other value is wrapped."""
     if isinstance(value, str):
         value = ast.literal_eval(value) if value[:1] == "[" and value[-1:] == "]" else [value]
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def place_images(text: str, pictures: dict[int, bytes | None]) -> tuple[list[dict], list[bytes]]:
-    """Cut a text at `<image 2>`, each an image part; pictures it never names stand before it.
+    """Replace markers such as `<image 2>` by image parts; pictures that no marker names come first.
 
-    A marker without a picture stays text. A line break beside an image goes with it, as everywhere.
+    A marker without a picture stays text. A line break directly after an image is removed.
     """
     named = {int(number) for number in MARKER.findall(text)}
     content: list[dict] = []

@@ -1,4 +1,4 @@
-"""OBELICS: web pages as texts and images in turn, from parquet; images fetched beforehand or in the parquet."""
+"""OBELICS: web pages as interleaved texts and images, from parquet; images downloaded beforehand or in the parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data.recipes.questions import check_choice
 from data.recipes.record import BAD_ROW, ODD_ROW, Dropped, Part, Record, make_key
 from data.recipes.rows import cut_rows, read_rows
 
-SPLITS = {"train": "train"}  # val=0.001 holds some out
+SPLITS = {"train": "train"}  # val=0.001 holds out a share
 HUB = True
 UNEQUAL = "another number of images than of texts"
 BOTH = "a place holds both an image and a text"
@@ -27,13 +27,14 @@ def parts(
     streaming: bool = True,
     rows: int = 1000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of parquet, or a hub id. `images` holds URLs, or the files where the data set was built with them.
-        images: folder of the images fetched for the URLs; an image that is not there is left out of its document.
-        names: how they are named: sha256, of the URL, or filename, the metadata's `formatted_filename`; with any
-            suffix, all in one folder or each in a folder of its name's first two letters.
-        min_images: documents with fewer images left are dropped.
+        path: folder of parquet, or a hub id. Its column `images` holds URLs, or encoded images if built with them.
+        images: folder of the images downloaded from the URLs; a missing image is left out of its document.
+        names: how these are named: "sha256" of the URL, or "filename", the metadata's `formatted_filename`; with any
+            suffix, in one folder or in subfolders of the name's first two letters.
+        min_images: documents with fewer remaining images are dropped.
     """
     check_choice("names", names, "sha256", "filename")
     options = {"images": images, "names": names, "min_images": min_images}
@@ -78,12 +79,12 @@ def convert_page(row: dict, numbers: tuple[int, ...], name: str, options: dict) 
         return Dropped(name, NO_IMAGE_LEFT if left_out else "fewer images than min_images")
     record = {"document": parts, "id": name, "source": "obelics"}
     record["meta"] = {"missing_images": len(left_out)}
-    # URLs make poor keys, and two pages may share one: the row's number alone is the key.
+    # The key has only the row's numbers: URLs make poor keys, and two pages may have the same one.
     return Record(make_key("page", *numbers), record, files, left_out)
 
 
 def find_file(cell: object, note: dict, options: dict) -> bytes | Path | None:
-    """The image of a place: the bytes in the parquet, or the file fetched for its URL."""
+    """Return the image of a cell: its bytes, or the file downloaded from its URL; None if there is none."""
     if isinstance(cell, dict):
         return cell.get("bytes") or None
     if isinstance(cell, bytes):
@@ -95,7 +96,7 @@ def find_file(cell: object, note: dict, options: dict) -> bytes | Path | None:
 
 
 def read_json_text(text: object) -> object:
-    """A column that holds JSON as a string."""
+    """Parse a column that holds JSON as a string; None if it is not JSON."""
     try:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError:

@@ -35,14 +35,15 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `OpenEnded_mscoco_<split>_questions.json` and `mscoco_<split>_annotations.json`; or of parquet,
-            or a hub id, with the photograph in `image` (lmms-lab/OK-VQA: val alone, with one form of each answer).
-        images: folder of `train2014/` and `val2014/`, or of their files; `path` unless told.
-        field: the form that is learned, raw_answer as it was given or answer, its stem. `meta.answers` always holds
-            the stems, which the official score compares, and `meta.raw_answers` the others.
-        Others as in vqav2.
+        path: folder with `OpenEnded_mscoco_<split>_questions.json` and `mscoco_<split>_annotations.json`; or a folder
+            of parquet, or a hub id, with the photograph in `image` (lmms-lab/OK-VQA: only val, one form per answer).
+        images: folder of `train2014/` and `val2014/`, or of their files; default: `path`.
+        field: the form of the answers to learn, "raw_answer" or "answer" (its stem). `meta.answers` always holds the
+            stems, which the official score compares, and `meta.raw_answers` the raw answers.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS)
     check_choice("field", field, "raw_answer", "answer")
@@ -62,7 +63,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
 
     def describe(annotation: dict) -> dict:
         raw = [str(a.get("raw_answer", a.get("answer"))) for a in annotation.get("answers") or []]
-        # The type stays the code, one to eight or other: the subjects' names hold commas, which part types.
+        # The type is the code (one to eight, other): subject names contain commas, and commas separate types.
         kind = annotation.get("question_type")
         return {"subject": subjects.get(kind), "raw_answers": raw, "confidence": annotation.get("confidence")}
 
@@ -71,7 +72,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
         annotations,
         image=lambda row: coco_2014(options["images"], name, row["image_id"]),
         answer_key=options["field"],
-        type_key="question_type",  # `answer_type` is "other" throughout
+        type_key="question_type",  # `answer_type` is always "other"
         describe=describe,
     )
 

@@ -1,6 +1,6 @@
-"""Questions with any number of images, or with options to choose from: what the recipes of exams share.
+"""Questions with any number of images or with answer options, shared by the recipes for exams.
 
-Unlike `questions.py` a record is one question in every split, and its images stand where the question names them.
+Unlike in `questions.py`, a record is one question in every split, with its images where the question names them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from data.recipes.record import EMPTY, IMAGE_MISSING, NO_ANSWER, Dropped, Record
 
 
 def list_options(options: Sequence[str]) -> str:
-    """`A. wood`, `B. metal`, ... on a line each."""
+    """Return `A. wood`, `B. metal`, ..., one per line."""
     return "\n".join(f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options))
 
 
@@ -29,11 +29,12 @@ def make_question(
     kind: str = "",
     meta: dict,
 ) -> Iterator[Record | Dropped]:
-    """One question as a record; an empty one, one without an answer or without its image file is dropped.
+    """Yield one question as a record, or `Dropped` if it is empty or its answer or image file is missing.
 
     Args:
-        content: image and text parts; a text alone may stand by itself.
-        answers: all references; the first is learned unless `said` is.
+        content: image and text parts; without images, only their text is kept.
+        answers: all reference answers; the first is learned unless `said` is given.
+        said: the answer to learn.
         kind: the question's type.
     """
     text = "".join(part["text"] for part in content if part["type"] == "text")

@@ -1,4 +1,4 @@
-"""Where a row's images are: file names below one or several folders, bytes of a parquet column, data: URLs."""
+"""Find a row's images: file names below one or several folders, bytes of a parquet column, data: URLs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BAD_DATA_URL = "data: URL cannot be read"
 
 
 def find_roots(path: Path, images: Sequence[str]) -> list[list[str]]:
-    """[prefix, folder] pairs that image names are looked up in, in this order.
+    """Return the [prefix, folder] pairs in which image names are looked up, in this order.
 
     Args:
-        path: file or folder of the rows. Unless told, images lie in its folder or in `images/` there.
-        images: folders, or `prefix=folder`, where names that begin with `prefix/` lie (`coco=/data/coco`).
+        path: file or folder of the rows. Without `images`, its folder and `images/` in it are searched.
+        images: folders, or `prefix=folder` for names that begin with `prefix/` (`coco=/data/coco`).
 
     Raises:
-        ValueError: a folder that is not there.
+        ValueError: a folder does not exist.
     """
     if not images:
         folder = path if path.is_dir() else path.parent
@@ -40,7 +40,7 @@ def find_roots(path: Path, images: Sequence[str]) -> list[list[str]]:
 
 
 def list_images(row: dict) -> list:
-    """What stands under `image` or `images`: one, a list, or nothing."""
+    """Return the images under the key `images` or `image` of a row, as a list that may be empty."""
     value = row.get("images") if row.get("images") is not None else row.get("image")
     if value is None or value == "":
         return []
@@ -48,12 +48,12 @@ def list_images(row: dict) -> list:
 
 
 def find_image(value: object, roots: Sequence[Sequence[str]]) -> bytes | Path:
-    """The file or the bytes of an image; a path need not exist (the framework drops the record by name then).
+    """Return the path or the bytes of an image; the path may not exist (writing the shard then drops the record).
 
     Raises:
-        Unusable: nothing, a web address, a name that leaves its folder.
+        Unusable: the value is empty, a web address, a broken data: URL, or a name that leaves its folder.
     """
-    if isinstance(value, dict):  # as `datasets` and parquet hold it
+    if isinstance(value, dict):  # as in `datasets` and parquet
         value = value.get("bytes") or value.get("path") or value.get("url")
     if isinstance(value, (bytes, bytearray)) and value:
         return bytes(value)
@@ -90,7 +90,7 @@ def find_image(value: object, roots: Sequence[Sequence[str]]) -> bytes | Path:
 
 
 def name_images(values: Sequence[object]) -> dict:
-    """`image_id` of the meta: the names the data set gives its images; nothing for bytes without one."""
+    """Return `image_id` for `meta`: the data set's names of its images; {} if an image has no name."""
     names = [v.get("path") if isinstance(v, dict) else v for v in values]
     names = [name if isinstance(name, str) and not name.startswith("data:") else None for name in names]
     if not names or None in names:

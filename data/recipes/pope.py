@@ -1,4 +1,4 @@
-"""POPE: is there this object in the photograph? Yes or no, in three categories of absent objects; evaluation only."""
+"""POPE: yes/no questions on whether an object is in a photograph, in three categories of absent objects; test only."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `<dataset>_pope_<category>.json`, JSON lines; all three categories are read. Or a folder of
+        path: folder with `<dataset>_pope_<category>.json` (JSON lines) for all three categories; or a folder of
             parquet, or a hub id, with `question`, `answer`, `category` and the photograph in `image` (lmms-lab/POPE).
-        images: folder of COCO's `val2014/`, or of its files; `path` unless told.
-        dataset: first word of the files' names.
+        images: folder of COCO's `val2014/`, or of its files; default: `path`.
+        dataset: first word of the file names.
         prompt: as in vqav2.
     """
     check_split(split, SPLITS)
@@ -97,7 +98,7 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
     if "kind" in part.options:
         yield from convert_rows(read_row, part, source="pope")
         return
-    # Each file counts its questions from 1: the category keeps their keys apart.
+    # Each file numbers its questions from 1, so the category makes keys unique.
     for made in convert_part(read, part, source="pope"):
         if isinstance(made, Record):
             made.key = f"{part.options['category']}-{made.key}"

@@ -1,7 +1,7 @@
-"""Questions about images with one or many reference answers: what the recipes of VQA data sets share.
+"""Questions about images with one or many reference answers; shared by the recipes for VQA data sets.
 
-A recipe reads its layout into a list of `Question` (or `Dropped`); here they become conversations. Training asks all
-questions of an image in one conversation; evaluation splits hold one question a record, with all its references.
+A recipe reads its layout into a list of `Question` (or `Dropped`); this module turns them into conversations. Training
+asks all questions about an image in one conversation; evaluation has one question per record, with all its references.
 """
 
 from __future__ import annotations
@@ -31,40 +31,42 @@ CHOICES = {"answers": ("majority", "all_distinct"), "prompt": ("first", "every",
 
 @dataclass(slots=True)
 class Question:
-    """One question as its annotation has it."""
+    """One question with its annotation."""
 
-    id: object  # as in the original: int, float or str, 0 included
+    id: object  # the original id: int, float or str; may be 0
     image: str | bytes  # the image's path, or the file itself
     image_id: object
     text: str
-    answers: list[str]  # all references, as evaluation scores them
+    answers: list[str]  # all reference answers, as evaluation scores them
     type: str = ""
-    said: list[str] | None = None  # answers to learn, where they are not `answers`
+    said: list[str] | None = None  # answers to learn; None: those in `answers`
     prompt: str = SHORT  # the line under the question that says how to answer
     meta: dict = field(default_factory=dict)
     repeats: bool = False  # an earlier row of the file has the same id
 
 
 def plain_id(value: object) -> str:
-    """An id as a word, the same whether a tool kept it as 42, 42.0 or "42"."""
+    """Return an id as a string; 42, 42.0 and "42" give the same."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def to_answers(value: object) -> list[str]:
-    """Reference answers of the forms that occur: a text, a number, a list of them or of `{"answer": ...}`."""
+    """Return reference answers as strings; accepts a string, a number, or a list of them or of `{"answer": ...}`."""
     values = value if isinstance(value, (list, tuple)) else [value]
     values = [v.get("answer") if isinstance(v, dict) else v for v in values]
     return [plain_id(v) if isinstance(v, float) else str(v) for v in values if v is not None]
 
 
 def count_answers(answers: list[str]) -> list[str]:
-    """Distinct answers that are not empty, the most frequent first, of equally frequent ones the first given."""
+    """Return the distinct non-empty answers, most frequent first; ties keep the given order."""
     return [answer for answer, _ in Counter(a.strip() for a in answers if a.strip()).most_common()]
 
 
 def check_choice(key: str, value: str, *allowed: str) -> None:
-    """Raises:
-    ValueError: the value is not one of those allowed.
+    """Check an option that takes one of a few words.
+
+    Raises:
+        ValueError: the value is not allowed.
     """
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1)
@@ -73,8 +75,10 @@ def check_choice(key: str, value: str, *allowed: str) -> None:
 
 
 def check_split(split: str, splits: dict, *, refused: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Raises:
-    ValueError: the data set has no such split, or one without answers.
+    """Check that a split can be prepared.
+
+    Raises:
+        ValueError: the data set has no such split, or its answers are not public.
     """
     if split not in splits:
         raise ValueError(
@@ -83,7 +87,10 @@ def check_split(split: str, splits: dict, *, refused: Mapping[str, str] = Mappin
 
 
 def group_questions(questions: list[Question | Dropped], *, grouped: bool) -> list[list[Question] | Dropped]:
-    """Questions of one image together, in the order in which the images first occur; else each alone."""
+    """Group questions by image, in the order in which images first occur; without `grouped`, each question alone.
+
+    Sets `Question.repeats`.
+    """
     groups: dict[object, list[Question] | Dropped] = {}
     seen: set[str] = set()
     for number, question in enumerate(questions):
@@ -99,7 +106,7 @@ def group_questions(questions: list[Question | Dropped], *, grouped: bool) -> li
     return list(groups.values())
 
 
-# The groups of the file read last: parts of one file follow each other, and forked workers inherit what `parts` read.
+# Groups of the file read last: parts of one file are converted in sequence, and forked workers inherit this cache.
 _last: dict[tuple, list] = {}
 
 
@@ -113,7 +120,7 @@ def load_groups(read: Callable, path: str, options: dict) -> list[list[Question]
 
 
 def cut_parts(read: Callable, path: Path | str, *, rows: int, options: dict) -> list[Part]:
-    """Parts of `rows` conversations. `read(path, options)` gives the questions of a file, all at once."""
+    """Split a data set into parts of `rows` conversations; `read(path, options)` returns all questions of a file."""
     for key, allowed in CHOICES.items():
         check_choice(key, options[key], *allowed)
     options = options | {"state": describe_files(Path(path))}
@@ -122,20 +129,20 @@ def cut_parts(read: Callable, path: Path | str, *, rows: int, options: dict) -> 
 
 
 def describe_files(path: Path) -> list[list]:
-    """Sizes and times of the annotations: a part of other annotations is another part."""
+    """Return [file, size, mtime] of each annotation file, so that a part changes when its annotations do."""
     files = [path] if path.is_file() else list_files(path, (".json",), depth=1)
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def convert_part(read: Callable, part: Part, *, source: str) -> Iterator[Record | Dropped]:
-    """The conversations of a part made by `cut_parts`."""
+    """Yield the conversations of a part made by `cut_parts`."""
     groups = load_groups(read, part.path, part.options)
     for number in range(part.start, part.stop):
         yield from converse(groups[number], number, source=source, options=part.options)
 
 
 def is_table(path: Path | str) -> bool:
-    """Whether the rows lie in parquet files, or on the hub, rather than in JSON beside a folder of images."""
+    """Return whether the rows are in parquet files or on the hub, not in JSON beside a folder of images."""
     path = Path(path)
     return path.suffix == ".parquet" or not path.exists() or bool(list_files(path, (".parquet",)))
 
@@ -149,10 +156,10 @@ def cut_table(
     hub: str = "",
     streaming: bool = True,
 ) -> list[Part]:
-    """Parts of parquet files, or of a hub data set, whose rows hold one question and its image."""
+    """Split parquet files, or a hub data set, into parts; each row holds one question and its image."""
     for key, allowed in CHOICES.items():
         check_choice(key, options[key], *allowed)
-    # `split` says where the rows come from; ours says what becomes of them.
+    # `read_rows` uses the key `split` for the split that rows come from; `becomes` is the split they are written to.
     options = {key: value for key, value in options.items() if key != "split"} | {"becomes": options["split"]}
     settings = {"needs": needs, "options": options, "hub": hub, "streaming": streaming}
     return cut_rows(Path(path), split=SPLIT_NAMES[options["becomes"]], rows=rows, **settings)
@@ -161,7 +168,7 @@ def cut_table(
 def convert_rows(
     read_row: Callable[[dict, int, dict], Question | Dropped], part: Part, *, source: str
 ) -> Iterator[Record | Dropped]:
-    """The conversations of a part made by `cut_table`. Questions of one image are grouped within the part."""
+    """Yield the conversations of a part made by `cut_table`; an image's questions are grouped within the part only."""
     options = part.options | {"split": part.options["becomes"]}
     rows = ((numbers, try_row(read_row, row, numbers[-1], options)) for numbers, row in read_rows(part))
     if not options["grouped"] or options["split"] != "train":
@@ -173,7 +180,7 @@ def convert_rows(
     read, first = [], {}
     for numbers, question in rows:
         if isinstance(question, Question):
-            # Every question of a page brings the page: one copy of it is kept.
+            # Every row repeats its page's image: keep one copy in memory.
             question.image = images.setdefault(hashlib.sha256(question.image).digest(), question.image)
         read.append(question)
         first[id(question)] = numbers
@@ -183,7 +190,7 @@ def convert_rows(
 
 
 def try_row(make: Callable[..., Question | Dropped], row: dict, name: object, *more: object) -> Question | Dropped:
-    """`make(row, name, *more)`; a row whose values are of other types than it can use is dropped under its name."""
+    """Call `make(row, name, *more)`; if the row's values have unexpected types, return it as dropped."""
     try:
         return make(row, name, *more)
     except ODD_ROW:
@@ -191,10 +198,10 @@ def try_row(make: Callable[..., Question | Dropped], row: dict, name: object, *m
 
 
 def converse(group: list[Question] | Dropped, *numbers: int, source: str, options: dict) -> Iterator[Record | Dropped]:
-    """The record, or records, of the questions of one image.
+    """Yield the record or records of the questions about one image.
 
-    In training the answer is the most frequent one; with `answers=all_distinct` the k-th record of a group asks those
-    questions again that have a k-th answer, so that no conversation contradicts itself.
+    Training learns the most frequent answer. With `answers=all_distinct`, the k-th record of a group repeats the
+    questions that have a k-th answer, so that no conversation contradicts itself.
     """
     if isinstance(group, Dropped):
         yield group
@@ -233,7 +240,7 @@ def converse(group: list[Question] | Dropped, *numbers: int, source: str, option
             meta |= {"image_id": name, "turns": len(turns)}
         else:
             name, meta = questions[0].id, describe_question(questions[0])
-        # Ids of whole records are compared by the framework; those of questions within one only we see.
+        # The assembly counts repeated ids of records; only we see repeated ids of questions within a record.
         notes = [REPEATED for q in questions if q.repeats] if options["grouped"] and not k else []
         record = {"messages": make_dialogue(turns, prompt=options["prompt"]), "id": name, "source": source}
         key = make_key(plain_id(name), *numbers, *([k] if options["answers"] == "all_distinct" else []))
@@ -246,10 +253,10 @@ def describe_question(question: Question) -> dict:
 
 
 def make_dialogue(turns: list[tuple[Question, str]], *, prompt: str) -> list[dict]:
-    """Messages of an image, its questions and their answers.
+    """Return the messages of an image, its questions and their answers.
 
-    The line that asks for a short answer stands under the first question only, as in LLaVA-1.5's mix, under each with
-    `every`, and nowhere with `none`.
+    `prompt` says which questions are followed by the line that asks for a short answer: "first" as in LLaVA-1.5's mix,
+    "every" or "none".
     """
     messages: list[dict] = []
     for i, (question, answer) in enumerate(turns):

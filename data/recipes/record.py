@@ -1,19 +1,19 @@
-"""What a recipe yields, and the few steps every recipe of conversations shares.
+"""Data classes that recipes yield, and the steps that all recipes for conversations share.
 
 A recipe is a module `data/recipes/<name>.py` with
 
     SPLITS = {"train": ..., "val": ...}                    # the splits the data set has
-    def parts(path, *, split, <options>) -> list[Part]     # how the work is cut: one part, one shard
+    def parts(path, *, split, <options>) -> list[Part]     # how the work is divided: each part becomes one shard
     def convert(part) -> Iterator[Record | Dropped]        # a pure function of the part, run in a worker process
 
 and one of
 
     HUB = True                                             # `path` may be a hub id whose rows `datasets` reads
-    HUB_FILES = ("rows.json", ...)                         # it may be one whose first of these files holds the rows
-    NOT_ON_HUB = "get it from ..."                         # what to do instead
+    HUB_FILES = ("rows.json", ...)                         # `path` may be a hub id; its first such file has the rows
+    NOT_ON_HUB = "get it from ..."                         # `path` cannot be a hub id; says what to do instead
 
-`parts` may take `rows`, the rows of a shard; its other keyword arguments are keys of the command line, and their
-defaults give the types. Modules are imported for `--help`: import pyarrow, PIL and the like inside the functions.
+`parts` may take `rows`, the number of rows per shard. Its other keyword arguments are keys of the command line; their
+defaults give the types. `--help` imports every recipe, so import pyarrow, PIL and the like inside functions.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ BAD_ROW = "row lacks a key or holds another type"
 IMAGE_MISSING = "image missing"
 FIRST_LEFT_OUT = "first turn is an answer: left out"
 LAST_LEFT_OUT = "last question without an answer: left out"
-# What a row raises whose values are of other types than the layout's.
+# Raised while converting a row whose values have unexpected types.
 ODD_ROW = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError)
 
 
 @dataclass
 class Part:
-    """The rows of one shard; small and picklable."""
+    """The rows that one shard is made from; small and picklable."""
 
     path: str  # the file (or folder, or hub id) the rows come from
-    start: int = 0  # rows start .. stop
-    stop: int = 0
-    options: dict = field(default_factory=dict)  # what `convert` needs: image root, split, ...
+    start: int = 0  # first row
+    stop: int = 0  # one past the last row
+    options: dict = field(default_factory=dict)  # what `convert` needs: image folders, split, ...
 
 
 @dataclass
@@ -66,11 +66,11 @@ class Record:
     """A sample to write.
 
     Args:
-        key: unique over the split, `[a-z0-9_-]+`; see `make_key`.
-        record: `messages` or `document`, with `id` (the original one, as it was), `source` and `meta`.
-        images: encoded files in the order of the image parts; a Path is read by the framework, and a missing file
-            drops the record as "image missing".
-        notes: what was mended or left out inside the record, in the same words each time: they are counted.
+        key: unique within the split, `[a-z0-9_-]+`; see `make_key`.
+        record: `messages` or `document`, with `id` (the original id, unchanged), `source` and `meta`.
+        images: encoded files in the order of the image parts. A Path is read when the shard is written; if the file is
+            missing, the record is dropped as "image missing".
+        notes: what was repaired or left out inside the record. Notes are counted, so use the same words each time.
     """
 
     key: str
@@ -81,18 +81,18 @@ class Record:
 
 @dataclass
 class Dropped:
-    """A row that gives no sample. The reason is short and the same for the same fault: reasons are counted."""
+    """A row that yields no sample. Reasons are counted, so each fault has one short, fixed wording."""
 
     id: str
     reason: str
 
 
 class Unusable(ValueError):
-    """A row's fault, in the words that are counted; a recipe turns it into `Dropped`."""
+    """Raised with the reason why a row is unusable; a recipe turns it into `Dropped`."""
 
 
 def guard_row(made: Iterable[Record | Dropped], id: object) -> Iterator[Record | Dropped]:
-    """What is made of one row; where that fails for its types, the row is dropped and no other one with it."""
+    """Yield the records made from one row; if its values have unexpected types, drop this row only."""
     try:
         yield from made
     except ODD_ROW:
@@ -100,22 +100,21 @@ def guard_row(made: Iterable[Record | Dropped], id: object) -> Iterator[Record |
 
 
 def make_key(id: object, *row: int) -> str:
-    """A sample's key: the original id, as far as a key may hold it, and the row's number, which makes it unique.
+    """Return a sample's key: the original id, restricted to valid characters, and the row number, which is unique.
 
-    `make_key("GCC_train_000017", 4)` is "gcc_train_000017-4". Where rows are counted per file or several samples come
-    from one row, give every number, always as many: `make_key(id, file, row)`.
+    `make_key("GCC_train_000017", 4)` is "gcc_train_000017-4". If rows are numbered per file, or a row yields several
+    samples, pass every number, and the same count of them each time: `make_key(id, file, row)`.
     """
-    # Tar names of more than 100 characters take a second header; the images' suffixes need some of them too.
+    # Tar names of more than 100 characters need a second header, and image suffixes take some of the 100.
     word = re.sub(r"[^a-z0-9_-]+", "-", str(id if id is not None else "").lower())[:60].strip("-") or "row"
     return "-".join([word, *map(str, row)])
 
 
 def split_markers(text: str, *, marker: str = MARKER) -> list[dict]:
-    """Cut a text at every `<image>` into image and text parts, in their order.
+    """Split a text at every `<image>` into image and text parts, in order.
 
-    A line break directly beside a marker only sets the picture on a line of its own and goes with it ("<image>\\nQ" is
-    an image and "Q"), so that a question reads the same whichever layout it came in. Nothing else is changed; pieces
-    without a character are left out.
+    A line break directly beside a marker is removed with it ("<image>\\nQ" is an image and "Q"), so a question reads
+    the same in every layout. Nothing else changes; empty pieces are left out.
     """
     pieces = text.split(marker)
     parts: list[dict] = []
@@ -138,20 +137,20 @@ def count_image_parts(messages: Iterable[dict]) -> int:
 def make_messages(
     turns: Sequence[tuple[object, object]], *, num_images: int, images_first: bool = False
 ) -> tuple[list[dict], list[str]]:
-    """Turn `(role, content)` pairs into messages that alternate, with the images at their places.
+    """Convert `(role, content)` pairs to alternating messages with image parts at the images' positions.
 
     Args:
-        turns: roles as in any of the layouts (human, gpt, user, function_call, ...); content is a text, with `<image>`
-            at the images' places, or a list of parts.
-        num_images: how many images the row has; as many image parts must come out.
-        images_first: where no turn holds a marker, all images precede the first question (layouts without markers).
+        turns: roles are any key of ROLES (human, gpt, user, function_call, ...); content is a string with `<image>`
+            markers or a list of parts.
+        num_images: number of images of the row, which must equal the number of image parts.
+        images_first: for layouts without markers: if no turn has a marker, put all images before the first question.
 
     Returns:
-        The messages and the notes on what was left out (a first turn that is an answer, a last one that has none).
+        The messages, and notes on what was left out (a first turn that is an answer, a last one without an answer).
 
     Raises:
-        Unusable: an unknown role, an empty turn, turns that do not alternate, no answer, or another number of image
-            parts than of images.
+        Unusable: a role is unknown, a turn is empty, turns do not alternate, there is no answer, or the numbers of
+            image parts and images differ.
     """
     messages: list[dict] = []
     notes: list[str] = []
@@ -173,7 +172,7 @@ def make_messages(
         raise Unusable(EMPTY)
     head = messages[:1] if messages[0]["role"] == "system" else []
     body = messages[len(head) :]
-    # As LLaVA's and Vicuna's own loaders do; an image in a turn left out is a mismatch below.
+    # As LLaVA's and Vicuna's own loaders do. If the removed turn held an image, the count below does not match.
     if body and body[0]["role"] == "assistant":
         body = body[1:]
         notes.append(FIRST_LEFT_OUT)
@@ -204,15 +203,15 @@ def is_empty(message: dict) -> bool:
 
 
 def keep_texts(turns: Iterable[tuple[object, object]]) -> list[tuple[object, object]]:
-    """Turns whose texts stay as they are: `<image>` in what somebody typed is no image."""
+    """Wrap strings as text parts, so that `<image>` in text that somebody typed is not taken for an image."""
     return [(role, [{"type": "text", "text": text}] if isinstance(text, str) else text) for role, text in turns]
 
 
 def make_turns(rows: object, *, role: str = "from", text: str = "value") -> list[tuple[object, object]]:
-    """(role, content) pairs of a list of objects such as `{"from": "human", "value": "Q"}`.
+    """Return the (role, content) pairs of a list of objects such as `{"from": "human", "value": "Q"}`.
 
     Raises:
-        Unusable: not a list of objects with these keys.
+        Unusable: `rows` is not a non-empty list of objects with these keys.
     """
     if not isinstance(rows, list) or not rows:
         raise Unusable(NO_TURNS)

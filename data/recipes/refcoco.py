@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: where is what this sentence says? The original pickles and JSON, or parquet."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box of the region a sentence describes; original pickles and JSON, or parquet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_REGION = "expression without its region"
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, numbers and words; a pickle that names anything else could run it."""
+    """Unpickler for lists, dicts, numbers and strings only, because a pickle that names other objects can run code."""
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it names {module}.{name}, and only lists, dicts, numbers and words are read")
@@ -30,13 +30,14 @@ class PlainUnpickler(pickle.Unpickler):
 def parts(
     path: Path, *, split: str, images: str = "", by: str = "unc", streaming: bool = True, rows: int = 2000
 ) -> list[Part]:
-    """A record is one sentence; a region has several.
+    """Return the parts of a split, one per shard; a record is one sentence, and a region has several.
 
     Args:
-        path: folder of one of the three sets with `refs(unc).p` and `instances.json` (as https://github.com/lichengunc/refer
-            downloads them); or of parquet, or a hub id, of lmms-lab's copies with `bbox` and `answer`.
-        images: folder of COCO's `train2014/`, or of its files; `path` unless told.
-        by: which division, unc, google or (RefCOCOg) umd. unc has val, testA and testB, the others val and test.
+        path: folder of one of the three sets with `refs(unc).p` and `instances.json`, as downloaded from
+            https://github.com/lichengunc/refer; or lmms-lab's copies with `bbox` and `answer`, as a folder of parquet
+            or a hub id.
+        images: folder of COCO's `train2014/`, or of its files; default: `path`.
+        by: who made the splits: unc, google or (RefCOCOg) umd. unc has val, testA and testB, the others val and test.
     """
     check_split(split, SPLITS)
     if is_table(path):
@@ -49,8 +50,10 @@ def parts(
 
 
 def read_refs(file: str | Path) -> list[dict]:
-    """Raises:
-    ValueError: no such file, no pickle, or one that holds more than plain values.
+    """Read the list of references.
+
+    Raises:
+        ValueError: the file is missing, is not a pickle, or holds anything but plain values.
     """
     try:
         refs = PlainUnpickler(io.BytesIO(Path(file).read_bytes()), encoding="latin1").load()
@@ -107,7 +110,7 @@ def convert_row(row: dict, *numbers: int) -> Iterator[Record | Dropped]:
 def locate(
     name: object, words: object, box: list, size: tuple[int, int], image: bytes | Path, *numbers: int, image_id: object
 ) -> Iterator[Record | Dropped]:
-    """COCO's boxes are left, top, width, height in pixels; here they are edges as shares of the sides."""
+    """Yield one sentence as a record; a COCO box (left, top, width, height in px) becomes relative edges in 0..1."""
     if not isinstance(words, str) or not words.strip() or len(box) != 4:
         yield Dropped(plain_id(name), BAD_ROW)
         return

@@ -1,7 +1,7 @@
-"""Rows of JSON, JSONL, CSV and parquet files and of hub data sets, cut into parts and read back part by part.
+"""Split JSON, JSONL, CSV and parquet files and hub data sets into parts, and read the rows of a part.
 
-A file is scanned once when it is cut; a worker then reads the bytes or row groups of its part alone. A JSON list of a
-gigabyte never stands in memory as a whole.
+Splitting scans a file once; a worker then reads only the bytes or row groups of its part. A large JSON list is never
+held in memory as a whole.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from data.recipes.record import Part
 
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 CHUNK = 1 << 22  # characters
-FIRST = 20  # rows that are looked at for a layout's keys: one odd row is not another layout
+FIRST = 20  # rows checked for a layout's keys: one malformed row does not mean the wrong layout
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-# What copies call them.
+# Names that published copies give the splits.
 SPLIT_NAMES = {"train": ("train", "train2014"), "val": ("validation", "val", "val2014", "val2017"), "test": ("test",)}
 KNOWN_SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 
@@ -40,21 +40,22 @@ def cut_rows(
     hub: str | None = None,
     streaming: bool = True,
 ) -> list[Part]:
-    """Cut the rows of a file, of the files of a folder or of a hub data set.
+    """Split the rows of a file, of a folder's files or of a hub data set into parts.
 
     Args:
-        path: a file, a folder, or a hub id ("org/name") where there is no such file.
-        split: picks the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split; of several
-            names under which copies have it the first that is there.
-        rows: rows a part.
-        needs: keys that a row of this layout has; looked for in the first rows.
-        files: names looked for in a folder, the first that is there is taken.
-        options: go into every part.
-        hub: the configuration's name on the hub; None where the recipe cannot take a hub id.
-        streaming: read a hub data set as it is downloaded, one part an original file; else it is downloaded first.
+        path: a file, a folder, or a hub id ("org/name") if no such path exists.
+        split: selects the files of a folder of parquet (`train-*.parquet`, `train/`) and the hub's split. Several names
+            are alternatives that copies use; the first that exists is taken.
+        rows: rows per part.
+        needs: keys that a row of this layout has; checked in the first rows.
+        files: file names to look for in a folder; the first that exists is taken.
+        suffixes: file types to accept.
+        options: stored in every part.
+        hub: the configuration's name on the hub; None if the recipe cannot take a hub id.
+        streaming: read a hub data set while it downloads, one part per original file; else download it first.
 
     Raises:
-        ValueError: nothing there, another kind of file, another layout; the file and the row are named.
+        ValueError: nothing was found, or the file type or layout is wrong; names the file and, if known, the row.
     """
     options = dict(options or {})
     if not path.exists():
@@ -74,8 +75,10 @@ def cut_rows(
 
 
 def check_layout(part: Part, needs: Sequence[str]) -> None:
-    """Raises:
-    ValueError: none of the first rows has what a row of this layout has.
+    """Check that one of the first rows has all keys of the layout.
+
+    Raises:
+        ValueError: none of them has.
     """
     first: dict | None = None
     for _, row in islice(read_rows(part), FIRST):
@@ -94,7 +97,11 @@ def find_files(
     files: Sequence[str] = (),
     suffixes: Sequence[str] = SUFFIXES,
 ) -> list[Path]:
-    """The files of a data set: the file itself, the first of `files` in a folder, its one text file, or its parquet."""
+    """Return a data set's files: the file itself, or of a folder the first of `files`, its parquet, or its only file.
+
+    Raises:
+        ValueError: no file of an accepted type or of this split, or several and no parquet.
+    """
     if path.is_file():
         if path.suffix.lower() not in suffixes:
             raise ValueError(f"{path}: a file of another kind; known: {', '.join(suffixes)}")
@@ -121,13 +128,13 @@ def find_files(
 
 
 def find_split(file: Path, path: Path, known: Collection[str]) -> str:
-    """The split a file below `path` is of: its name begins with it, or else its folder is called so; "" for neither."""
+    """Return the known split that a file's name begins with, else the one its folder is named after, else ""."""
     folder = "" if file.parent == path else file.parent.name
     return next((word for word in (re.split(r"[-_.]", file.name)[0], folder) if word in known), "")
 
 
 def cut_file(path: Path, rows: int, options: dict) -> tuple[list[Part], int]:
-    """Parts of one file and its number of rows."""
+    """Return the parts of one file and its number of rows."""
     if path.suffix.lower() == ".parquet":
         return cut_parquet(path, rows, options)
     kind = path.suffix.lower()[1:]
@@ -159,16 +166,16 @@ def first_character(path: Path) -> str:
 
 
 def scan_json(path: Path) -> tuple[array, list[str]]:
-    """Byte offsets of the rows of a JSON list, and of its end.
+    """Return the byte offset of each row of a JSON list and of the list's end, and an empty header.
 
     Raises:
-        ValueError: not a list, a row that is not an object, or broken JSON, with the row's number.
+        ValueError: the file is not a list, a row is not an object, or the JSON is broken; names the row's number.
     """
     decoder = json.JSONDecoder()
     offsets = array("q")
     with open(path, encoding="utf-8", newline="") as file:
         text, pos = "", 0
-        counted, at = 0, 0  # characters of `text` whose bytes are counted, and the byte that follows them
+        counted, at = 0, 0  # characters of `text` already converted to bytes, and the byte offset after them
         size = CHUNK
 
         def read_more() -> bool:
@@ -182,7 +189,7 @@ def scan_json(path: Path) -> tuple[array, list[str]]:
             return bool(more)
 
         def peek() -> str:
-            """The next character that is not a space; "" at the end."""
+            """Return the next character that is not white space; "" at the end."""
             nonlocal pos
             while True:
                 pos = SPACE.match(text, pos).end()
@@ -204,7 +211,7 @@ def scan_json(path: Path) -> tuple[array, list[str]]:
             while True:
                 try:
                     value, end = decoder.raw_decode(text, pos)
-                    # A number may go on in the next chunk; an object ends with its brace.
+                    # A number may continue in the next chunk; an object ends with its brace.
                     if end < len(text) or isinstance(value, dict) or not read_more():
                         break
                 except ValueError as error:
@@ -227,7 +234,7 @@ def scan_json(path: Path) -> tuple[array, list[str]]:
 
 
 def scan_lines(path: Path) -> tuple[array, list[str]]:
-    """Byte offsets of the lines that are not blank, and of the end."""
+    """Return the byte offset of each non-blank line and of the file's end, and an empty header."""
     offsets = array("q")
     at = 0
     with open(path, "rb") as file:
@@ -240,7 +247,10 @@ def scan_lines(path: Path) -> tuple[array, list[str]]:
 
 
 def scan_csv(path: Path) -> tuple[array, list[str]]:
-    """Byte offsets of the records (a quoted field may hold line breaks) and of the end, and the header's names."""
+    """Return the byte offset of each record and of the file's end, and the header.
+
+    A quoted field may hold line breaks.
+    """
     import csv
 
     csv.field_size_limit(1 << 30)
@@ -280,7 +290,7 @@ def cut_parquet(path: Path, rows: int, options: dict) -> tuple[list[Part], int]:
         meta = pq.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from None
-    # Cut where row groups end if that is near: a group is decompressed as a whole.
+    # Prefer to split between row groups, because a group is decompressed as a whole.
     starts, start, end = [0], 0, 0
     for group in range(meta.num_row_groups):
         size = meta.row_group(group).num_rows
@@ -312,8 +322,10 @@ def cut_hub(
 
 
 def choose_split(path: str, name: str, wanted: Sequence[str]) -> str:
-    """Raises:
-    ValueError: the hub's data set has none of these splits.
+    """Return the first of the wanted splits that the hub's data set has.
+
+    Raises:
+        ValueError: it has none of them.
     """
     import datasets
 
@@ -327,8 +339,10 @@ def choose_split(path: str, name: str, wanted: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def asking_hub(path: str) -> Iterator[None]:
-    """Raises:
-    ValueError: whatever went wrong, in a line.
+    """Turn any error of the hub libraries into one line.
+
+    Raises:
+        ValueError: whatever went wrong.
     """
     try:
         yield
@@ -338,10 +352,10 @@ def asking_hub(path: str) -> Iterator[None]:
 
 
 def load_hub(path: str, name: str, split: str, streaming: bool):
-    """`datasets.load_dataset` with images left as the bytes they are.
+    """Call `datasets.load_dataset` with images left as encoded bytes.
 
     Raises:
-        ValueError: no such data set, configuration or split, or no network.
+        ValueError: there is no such data set, configuration or split, or no network.
     """
     import datasets
 
@@ -358,10 +372,10 @@ def load_hub(path: str, name: str, split: str, streaming: bool):
 
 
 def read_rows(part: Part) -> Iterator[tuple[tuple[int, ...], dict]]:
-    """The rows of a part, with the numbers that are theirs alone in the source (for `make_key`).
+    """Yield (numbers, row) for each row of a part; the numbers identify the row in the source (for `make_key`).
 
     Raises:
-        ValueError: a row that is not JSON or not an object, with file and row.
+        ValueError: a row is not JSON or not an object; names file and row.
     """
     options = part.options
     kind = options["kind"]
@@ -412,7 +426,7 @@ def read_text(part: Part, kind: str) -> Iterator[dict]:
         data = file.read(stop - start)
     if kind == "json":
         try:
-            # Up to the next row's start or the list's end; a comma may stand before that.
+            # The bytes reach to the next row's start or the list's end, so they may end with a comma.
             yield from json.loads(b"[" + data.rstrip(b", \t\r\n") + b"]")
         except ValueError as error:
             raise ValueError(f"{part.path}: rows {part.start}..{part.stop}: {error}; did the file change?") from None
@@ -431,7 +445,7 @@ def read_text(part: Part, kind: str) -> Iterator[dict]:
 
         csv.field_size_limit(1 << 30)
         header = part.options["header"]
-        lines = (line.decode("utf-8") for line in io.BytesIO(data))  # split at \n alone, as the scan did
+        lines = (line.decode("utf-8") for line in io.BytesIO(data))  # split only at \n, as in `scan_csv`
         for row in csv.reader(lines, delimiter=delimiter(Path(part.path))):
             if row:
                 extra = {None: row[len(header) :]} if len(row) > len(header) else {}

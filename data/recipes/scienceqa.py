@@ -1,4 +1,4 @@
-"""ScienceQA: school questions of two to five options, half of them with an image; the original JSON or parquet."""
+"""ScienceQA: school questions with two to five options, half of them with an image; the original JSON or parquet."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ KEPT = ("hint", "grade", "subject", "topic", "category", "skill")
 
 
 def parts(path: Path, *, split: str, images: str = "", streaming: bool = True, rows: int = 2000) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `problems.json`, with `<split>/<id>/image.png` beside it; or of parquet, or a hub id, of the
-            copy derek-thomas/ScienceQA.
-        images: folder of `train/`, `val/` and `test/`; that of `problems.json` unless told.
+        path: folder with `problems.json` and `<split>/<id>/image.png` beside it; or the copy derek-thomas/ScienceQA, as
+            a folder of parquet or as a hub id.
+        images: folder with `train/`, `val/` and `test/`; default: the folder of `problems.json`.
     """
     check_split(split, SPLITS)
     if is_table(path):

@@ -1,4 +1,4 @@
-"""ShareGPT text: a JSON list of conversations of human, gpt and system, with function_call and observation."""
+"""ShareGPT text: a JSON list of conversations with the roles human, gpt, system, function_call and observation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data.recipes.record import Part
 
 __all__ = ["SPLITS", "convert", "parts"]
 SPLITS = {"train": "train"}
-HUB_FILES = ("ShareGPT_V3_unfiltered_cleaned_split.json",)  # of anon8231489123/ShareGPT_Vicuna_unfiltered
+HUB_FILES = ("ShareGPT_V3_unfiltered_cleaned_split.json",)  # in anon8231489123/ShareGPT_Vicuna_unfiltered
 
 
 def parts(path: Path, *, split: str, rows: int = 5000) -> list[Part]:

@@ -1,4 +1,4 @@
-"""SmolTalk and smol-smoltalk: parquet rows of `messages` without images, a configuration a subset."""
+"""SmolTalk and smol-smoltalk: parquet rows of `messages` without images, one configuration per subset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HUB = True
 
 
 def parts(path: Path, *, split: str, name: str = "all", streaming: bool = True, rows: int = 5000) -> list[Part]:
-    """`name` is the configuration: all, smol-magpie-ultra, ...; in a folder, its sub-folder if there is one."""
+    """Return the parts of a split; `name` is the configuration (all, smol-magpie-ultra, ...) or subfolder, if any."""
     for folder in (path / name, path / "data" / name):
         if folder.is_dir():
             path = folder

@@ -41,14 +41,15 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `train_task_3.json`; or of parquet, or a hub id, of photographs in `image` with their questions
-            in `qas` (vikhyatk/st-vqa).
-        images: folder of the images, by `file_path`, by `train_imgs/<dataset>/<file_name>` or without the first
-            folder; `path` unless told.
+        path: folder with `train_task_3.json`; or a folder of parquet, or a hub id, with photographs in `image` and
+            their questions in `qas` (vikhyatk/st-vqa).
+        images: folder in which images are found by `file_path` or `<dataset>/<file_name>`, also in `train_imgs/`;
+            default: `path`.
         holdout: share of the images kept for val; the data set has no validation split of its own.
-        Others as in vqav2.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS, refused=REFUSED)
     if not 0 <= holdout < 1:
@@ -60,7 +61,7 @@ def parts(
     if look_for(path, "train_task_3.json") is None and is_table(path):
         for key, allowed in CHOICES.items():
             check_choice(key, options[key], *allowed)
-        # The hub's split is train for both; ours says what becomes of a photograph.
+        # `read_rows` reads the hub's train split for both; `becomes` is the split a photograph is written to.
         options["becomes"] = options.pop("split")
         settings = {"needs": ("image", "qas"), "options": options, "hub": "", "streaming": streaming}
         return cut_rows(Path(path), split="train", rows=rows, **settings)
@@ -70,7 +71,7 @@ def parts(
 def read(path: str, options: dict) -> list[Question | Dropped]:
     out: list[Question | Dropped] = []
     for number, row in enumerate(list_rows(find_file(path, "train_task_3.json"), "data")):
-        # Not every copy numbers its questions.
+        # Some copies have no question ids.
         name = row.get("question_id", number)
         file, folder = row.get("file_name"), row.get("dataset")
         place = row.get("file_path") or (f"{folder}/{file}" if file and folder else None)
@@ -98,7 +99,7 @@ def read(path: str, options: dict) -> list[Question | Dropped]:
 
 
 def read_photograph(row: dict, number: str, options: dict) -> list[Question] | Dropped | None:
-    """The questions of a row; None where the photograph is of the other side."""
+    """Return the questions of a row, or None if its photograph belongs to the other split."""
     image, asked = image_bytes(row.get("image")), row.get("qas")
     if image is None or not isinstance(asked, list) or not all(isinstance(qa, dict) for qa in asked):
         return Dropped(number, BAD_ROW) if options["split"] == "train" else None
@@ -120,7 +121,7 @@ def convert_photographs(part: Part) -> Iterator[Record | Dropped]:
 
 
 def held_out(image: str, share: float) -> bool:
-    """Whether an image is validation's: by a hash of its name, so that no other row changes it."""
+    """Return whether an image is in val; a hash of its name decides, independently of other rows."""
     digest = hashlib.sha256(image.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

@@ -1,4 +1,4 @@
-"""Parquet rows of `images` and `texts` in one folder a subset (the_cauldron, FineVision); both recipes share it."""
+"""Parquet rows of `images` and `texts`, one folder per subset; shared by the recipes cauldron and finevision."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RATINGS = ("relevance", "image_correspondence", "formatting", "visual_dependency
 
 
 def cut_subsets(path: Path, *, source: str, split: str, name: Sequence[str], streaming: bool, rows: int) -> list[Part]:
-    """Parts of the named subsets, or of all.
+    """Split the named subsets, or all subsets of a folder, into parts.
 
     Raises:
-        ValueError: a subset that is not there; `name` is left out for a hub id.
+        ValueError: a subset does not exist, or `path` is a hub id and `name` is empty.
     """
     settings = {"split": split, "rows": rows, "needs": ("texts",), "streaming": streaming}
     if not path.exists() and not name:
@@ -72,8 +72,9 @@ def convert(part: Part) -> Iterator[Record | Dropped]:
 
 
 def place_images(turns: list[tuple[object, object]], num_images: int) -> tuple[list[dict], list[str]]:
-    """Messages and notes: the images before the first question, as these layouts mean it, or where as many markers
-    stand. Another number of them is words.
+    """Return messages and notes, with all images before the first question or at an equal number of markers.
+
+    If there are markers but not as many as images, they are kept as text.
 
     Raises:
         Unusable: see `make_messages`.

@@ -1,4 +1,4 @@
-"""TextVQA 0.5.1: questions about text in OpenImages photographs, ten answers each; one JSON file a split."""
+"""TextVQA 0.5.1: questions about text in OpenImages photographs, ten answers each; one JSON file per split."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `TextVQA_0.5.1_<split>.json`, with `TextVQA_Rosetta_OCR_v0.2_<split>.json` beside it where the
-            recognised text is wanted; or of OpenFlamingo's copy in VQA format, `<split>_questions_vqa_format.json` and
-            `<split>_annotations_vqa_format.json`; or of parquet, or a hub id, with the original's columns and the
-            photograph in `image` (lmms-lab/textvqa).
-        images: folder of `train_images/`, which holds val's too, or of its files; `path` unless told.
-        ocr: say the recognised text under the question, as LLaVA does. A score with it is another score: say so.
-            `meta.ocr_tokens` of evaluation splits holds it where the files do.
-        Others as in vqav2.
+        path: folder with `TextVQA_0.5.1_<split>.json` and, for the recognised text, with
+            `TextVQA_Rosetta_OCR_v0.2_<split>.json`; or with OpenFlamingo's copy in VQA format,
+            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`; or a folder of parquet, or a
+            hub id, with the original's columns and the photograph in `image` (lmms-lab/textvqa).
+        images: folder of `train_images/`, which also holds val's images, or of its files; default: `path`.
+        ocr: put the recognised text under the question, as LLaVA does. Scores with and without it are not comparable.
+            In evaluation splits, `meta.ocr_tokens` holds it if the files do.
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
@@ -97,7 +98,7 @@ def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
 
 
 def make_question(row: dict, image: str | bytes, seen: list | None, options: dict) -> Question:
-    """`seen` is the recognised text."""
+    """Convert one row; `seen` is the list of recognised words."""
     meta = {"image_classes": row.get("image_classes"), "ocr_tokens": seen}
     return Question(
         row["question_id"],

@@ -1,4 +1,4 @@
-"""VizWiz-VQA: questions blind people asked about their photographs, ten answers each, some "unanswerable"."""
+"""VizWiz-VQA: questions that blind people asked about their photographs, ten answers each, some "unanswerable"."""
 
 from __future__ import annotations
 
@@ -42,15 +42,17 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of VizWiz's own `<split>.json`, or of OpenFlamingo's copy in VQA format,
-            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`; or of parquet, or a hub id,
-            with `question`, `answers`, `category` and the photograph in `image` (lmms-lab/VizWiz-VQA: val alone).
-        images: folder of `train/` and `val/`, or of their files; `path` unless told.
-        unanswerable: what becomes of questions most annotators called unanswerable: keep, drop (training only), or
-            prompt, which keeps them and says under every question what to answer then.
-        Others as in vqav2.
+        path: folder with VizWiz's own `<split>.json`, or with OpenFlamingo's copy in VQA format,
+            `<split>_questions_vqa_format.json` and `<split>_annotations_vqa_format.json`; or a folder of parquet, or a
+            hub id, with `question`, `answers`, `category` and the photograph in `image` (lmms-lab/VizWiz-VQA: only
+            val).
+        images: folder of `train/` and `val/`, or of their files; default: `path`.
+        unanswerable: what to do with questions whose most frequent answer is "unanswerable": "keep", "drop" (training
+            only), or "prompt", which keeps them and adds to the prompt line when to answer "Unanswerable".
+        The other arguments are as in vqav2.
     """
     check_split(split, SPLITS, refused=REFUSED)
     check_choice("unanswerable", unanswerable, "keep", "drop", "prompt")
@@ -80,7 +82,7 @@ def say_how(options: dict) -> str:
 
 
 def drop_silent(question: Question | Dropped, options: dict) -> Question | Dropped:
-    """Without an answer in training, where that is asked for."""
+    """Drop an unanswerable training question if `unanswerable=drop`."""
     if options["unanswerable"] != "drop" or options["split"] != "train" or isinstance(question, Dropped):
         return question
     silent = count_answers(question.answers)[:1] == ["unanswerable"]
@@ -101,7 +103,7 @@ def read_own(file: Path, image, line: str) -> list[Question | Dropped]:
             continue
         kind, answerable = row.get("answer_type"), row.get("answerable")
         answers = to_answers(row.get("answers") or [])
-        # One question an image, without an id of its own: the file's name is what VizWiz's result files carry.
+        # One question per image and no question id: use the file name, as VizWiz's result files do.
         question = Question(name, image(name), name, row["question"], answers, str(kind or ""), prompt=line)
         if answerable is not None:
             question.meta["answerable"] = answerable

@@ -35,14 +35,16 @@ def parts(
     streaming: bool = True,
     rows: int = 2000,
 ) -> list[Part]:
-    """
+    """Return the parts of a split, one per shard.
+
     Args:
-        path: folder of `v2_OpenEnded_mscoco_<split>_questions.json` and `v2_mscoco_<split>_annotations.json`; or of
-            parquet, or a hub id, with the same columns and the photograph in `image` (lmms-lab/VQAv2: val alone).
-        images: folder of `train2014/` and `val2014/`, or of their files; `path` unless told.
-        answers: majority, or all_distinct for a training record a distinct answer.
-        grouped: training asks all questions of an image in one conversation.
-        prompt: which questions carry the line that asks for a short answer: first, every or none.
+        path: folder with `v2_OpenEnded_mscoco_<split>_questions.json` and `v2_mscoco_<split>_annotations.json`; or a
+            folder of parquet, or a hub id, with the same columns and the photograph in `image` (lmms-lab/VQAv2: only
+            val).
+        images: folder of `train2014/` and `val2014/`, or of their files; default: `path`.
+        answers: "majority", or "all_distinct" for one training record per distinct answer.
+        grouped: training asks all questions about an image in one conversation.
+        prompt: which questions carry the line that asks for a short answer: "first", "every" or "none".
     """
     check_split(split, SPLITS, refused=REFUSED)
     options = {"split": split, "images": images or str(path), "answers": answers, "grouped": grouped, "prompt": prompt}
@@ -70,7 +72,7 @@ def read_row(row: dict, number: int, options: dict) -> Question | Dropped:
 
 
 def coco_2014(folder: str, split: str, image_id: object) -> str:
-    """COCO's 2014 names carry the split: `val2014/COCO_val2014_000000000042.jpg`."""
+    """Return the path of a COCO 2014 image, whose name has the split: `val2014/COCO_val2014_000000000042.jpg`."""
     name = f"COCO_{split}_{int(plain_id(image_id)):012d}.jpg"
     return first_there(folder, f"{split}/{name}", name)
 

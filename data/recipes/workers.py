@@ -1,4 +1,4 @@
-"""The pool of processes that the recipes work in."""
+"""Process pool for the recipes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def open_pool(workers: int, *, fork: bool = True) -> ProcessPoolExecutor:
-    """Processes that end with this one, however that ends.
+    """Open a pool whose processes exit when this process ends, however it ends.
 
     Args:
-        fork: start them so where there is fork: a fresh interpreter imports for longer than a small part takes. Not
-            behind the hub's clients, whose connections and threads do not survive a fork.
+        fork: start workers by fork if the platform has it: in a fresh interpreter, imports take longer than a small
+            part. Must be false once the hub's clients are in use, whose connections and threads do not survive a fork.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     method = "fork" if fork and "fork" in multiprocessing.get_all_start_methods() else "spawn"
@@ -28,7 +28,7 @@ def open_pool(workers: int, *, fork: bool = True) -> ProcessPoolExecutor:
 
 
 def start_worker(parent: int) -> None:
-    """A worker ends with its parent; the parent alone answers Ctrl-C."""
+    """Make a worker exit with its parent and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

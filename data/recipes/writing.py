@@ -1,7 +1,7 @@
-"""One part becomes one shard, its index and a report of what was kept and dropped; what a worker process does.
+"""Convert one part to a shard, its index and a report of what was kept and dropped; runs in a worker process.
 
-A shard appears under its name when it is whole, and its report after it; a part whose report names the bytes that are
-there is done and is not done again.
+A shard gets its name once it is complete, and its report is written after it. A part whose report matches the bytes of
+its shard is finished and is not converted again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass
 class Job:
-    """What a worker is told: picklable, and all that the shard's bytes depend on."""
+    """A worker's task: picklable, and everything that the shard's bytes depend on."""
 
     source: str
     split: str
@@ -41,7 +41,7 @@ class Job:
     tokenizer: tuple[str, str]  # path, template
     val: float = 0.0  # share of the train split's records that are held out as val
     counts_faults: bool = True  # train and a held-out val read the same rows: one of them counts their faults
-    held_out: tuple[str, str] | None = None  # val's images, which train must not hold: file and digest
+    held_out: tuple[str, str] | None = None  # val's images, which train must not contain: file and digest
 
     @property
     def is_held_out(self) -> bool:
@@ -64,7 +64,7 @@ def load_tokenizer(path: str, template: str):
 
 
 def read_report(job: Job) -> dict | None:
-    """The report of a part that is done, its shard verified; None where it must be done."""
+    """Return the report of a finished part after verifying its shard; None if the part must be converted."""
     try:
         report = json.loads(job.report.read_text())
         if report["kept"] and digest(job.shard) != report["sha256"]:
@@ -82,22 +82,22 @@ def digest(path: Path) -> str:
 
 
 def do_part(job: Job) -> dict:
-    """Write, index and check the shard of a part, unless it is there.
+    """Write the shard of a part unless it exists, then index and check it.
 
     Returns:
         The report: kept, bytes, sha256, dropped (list of [id, reason]), notes (note -> count), ids (16 hex digits
-        of each original id's hash), again (was there); where some are held out also seen (records of both sides),
+        of each original id's hash), again (the shard existed); with val > 0 also seen (records of both sides),
         images (of val, 16 hex digits of each one's hash) and without (digest of the images that train left out).
 
     Raises:
-        ValueError: the rows cannot be read, or what was written is not what was meant.
-        OSError: no space, no permission; nothing of this part is left behind.
+        ValueError: the rows cannot be read, or the shard on disk differs from what was written.
+        OSError: no space or no permission; no unfinished file of this part is left behind.
     """
     report = read_report(job)
     again = report is not None
     if report is None:
         report = write_part(job)
-        # The report last: it says that all before it is there.
+        # The report comes last: its existence means that the shard is complete.
         write_text(job.report, json.dumps(report, ensure_ascii=True) + "\n")
     if report["kept"]:
         index_part(job, report)
@@ -168,7 +168,11 @@ def write_part(job: Job) -> dict:
 
 
 def convert(job: Job) -> Iterator[Record | Dropped]:
-    """The recipe's records; a fault it did not foresee names the file and the rows."""
+    """Yield the recipe's records.
+
+    Raises:
+        ValueError: the recipe failed on an unexpected type; names the file and the rows.
+    """
     recipe = importlib.import_module(f"data.recipes.{job.source}")
     try:
         yield from recipe.convert(job.part)
@@ -178,14 +182,14 @@ def convert(job: Job) -> Iterator[Record | Dropped]:
 
 
 class Fault(Exception):
-    """Why a record is dropped."""
+    """Raised with the reason why a record is dropped."""
 
 
 def check_images(images: list[bytes | Path]) -> tuple[list[bytes], list[str], list[str]]:
-    """Encoded files, their extensions and notes; every header is read, by the limits that the index goes by.
+    """Return encoded files, their extensions and notes; reads every header and applies the index's size limits.
 
     Raises:
-        Fault: a missing, unreadable or enormous image.
+        Fault: an image is missing, unreadable or too large.
     """
     from PIL import Image
 
@@ -214,8 +218,10 @@ def check_images(images: list[bytes | Path]) -> tuple[list[bytes], list[str], li
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """Raises:
-    Fault: no such file, or one of more bytes than `limit`.
+    """Read an image file.
+
+    Raises:
+        Fault: the file does not exist or has more than `limit` bytes.
     """
     try:
         if path.stat().st_size > limit:
@@ -230,10 +236,10 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def to_png(opened, data: bytes) -> bytes:
-    """The pixels that training would see of an image of another format.
+    """Re-encode an image of another format as PNG, with the pixels that training would decode.
 
     Raises:
-        ValueError: it is broken.
+        ValueError: the image is broken.
     """
     from einops import rearrange
     from PIL import Image
@@ -246,10 +252,11 @@ def to_png(opened, data: bytes) -> bytes:
 
 
 def index_part(job: Job, report: dict) -> None:
-    """Index the shard unless that is done, and compare what lies on the disk with what was written.
+    """Index the shard unless it is indexed, and compare the file on disk with what was written.
 
     Raises:
-        ValueError: the disk holds something else, or a record that no reader takes.
+        ValueError: the file differs from what was written, or holds a record that cannot be read.
+        OSError: there is no room for the index.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -269,7 +276,7 @@ def index_part(job: Job, report: dict) -> None:
     table, header = read()
     if [header.get(k) for k in ("format", "tokenizer", "shard_size", "shard_mtime_ns")] != wanted:
         made = build_index(job.shard, tokenizer)
-        if made != sidecar(job.shard):  # it was put elsewhere, for here is no room: the shard did fit
+        if made != sidecar(job.shard):  # written elsewhere, because the shard fitted here but its index did not
             raise OSError(errno.ENOSPC, "no room for its index", str(job.shard))
         table, header = read()
         if table is None:
@@ -278,13 +285,13 @@ def index_part(job: Job, report: dict) -> None:
     if header["broken"] or faults or len(table) != report["kept"]:
         what = header["broken"] or (faults or [f"{len(table)} samples where {report['kept']} were written"])[0]
         job.report.unlink(missing_ok=True)
-        if digest(job.shard) == report["sha256"]:  # to run it again would end here again
+        if digest(job.shard) == report["sha256"]:  # the bytes are as written, so another run would fail the same way
             raise ValueError(f"{job.part.path}: a row makes a sample that cannot be read ({what}); take that row out")
         raise ValueError(f"{job.shard} is not as it was written: {what}; run the same command again")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         part.write_text(text)

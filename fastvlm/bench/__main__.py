@@ -1,11 +1,11 @@
-"""How fast a trained model answers.
+"""Measure how fast a trained model answers.
 
     python -m fastvlm.bench run=runs/latest                    # seconds for the embedded run
     python -m fastvlm.bench run=runs/latest levers=fast threads=2 requests=50 tokens=64 out=speed.json
 
-prints time to first token and its parts, latency percentiles, tokens/s beside `transformers`' own `generate` on the
-same model, the cost of a second question about an image, and memory. time=cpu counts the thread's own seconds
-(threads=1).
+Prints time to first token and its parts, latency percentiles, tokens/s compared with `transformers`' own `generate` on
+the same model, the cost of a second question about an image, and memory. time=cpu measures CPU time of the thread
+(needs threads=1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULTS = {
     "run": "",
     "levers": "",
     "device": "cpu",
-    "threads": "0",  # 0: as many as torch takes
+    "threads": "0",  # 0: torch's default
     "time": "wall",
     "requests": "20",
     "tokens": "32",

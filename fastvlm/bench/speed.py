@@ -1,4 +1,4 @@
-"""How fast a model answers: time to first token in parts, decoding, latencies, a second question, memory."""
+"""Measure inference speed: time to first token and its parts, decoding, latency, a second question, memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ QUESTION = "what is in the image, and how many are there?"
 
 @dataclass
 class Speed:
-    """Seconds are medians over the requests unless they are named otherwise."""
+    """The measurements of one model. Seconds are medians over the requests unless stated otherwise."""
 
     parts: dict[str, float]  # preprocessing, encoding, projection, prefill, first decode
     ttft: dict[str, float]  # of a request: p50, p90, p95, p99, max
-    latency: dict[str, float]  # the same of whole answers
-    tokens_per_second: float  # of one answer
-    batch_tokens_per_second: float  # of a batch, all rows together
-    reference_tokens_per_second: float | None  # transformers' generate, same model, before the levers
-    second_question: float  # TTFT of a second question about an image over that of the first
+    latency: dict[str, float]  # of whole answers, likewise
+    tokens_per_second: float  # of a single answer
+    batch_tokens_per_second: float  # of a batch, summed over its rows
+    reference_tokens_per_second: float | None  # transformers' generate on the same model without levers
+    second_question: float  # TTFT of a second question about an image, divided by that of the first
     image_tokens: int
     prompt_tokens: int
     answer_tokens: int
@@ -56,7 +56,7 @@ class Speed:
         return [*lines, f"memory: {weights:.1f} MB of weights, {peak:.0f} MB at the peak of the process"]
 
     def metrics(self) -> dict[str, float]:
-        """As a run logs them."""
+        """Return the metrics that a run logs."""
         return {
             "speed/ttft_ms": 1000 * self.ttft["p50"],
             "speed/ttft_p95_ms": 1000 * self.ttft["p95"],
@@ -69,7 +69,7 @@ class Speed:
 
 
 def draw_image(seed: int, side: int) -> bytes:
-    """A JPEG of coarse noise, 3:2."""
+    """Return a JPEG of coarse noise, `side` pixels high with aspect ratio 3:2."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((side * 3 // 2, side), Image.BICUBIC).save(file, "jpeg", quality=90)
@@ -81,7 +81,7 @@ def ask(question: str) -> dict:
 
 
 def reference_speed(engine: Engine, *, tokens: int, repeats: int, clock: Clock) -> float:
-    """Tokens a second of `transformers`' own greedy `generate` on the same prompt, its first token not counted."""
+    """Measure tokens per second of `transformers`' greedy `generate` on the same prompt, without the first token."""
     llm = engine.model.llm
     with torch.inference_mode():
         image = engine.transform(draw_image(0, 2 * engine.image_size))
@@ -104,13 +104,14 @@ def measure_speed(
     clock: Clock | None = None,
     reference: float | None = None,
 ) -> Speed:
-    """Ask an engine, one request after the other and in a batch; see `Engine.measured`.
+    """Measure an engine with single requests and with a batch; see `Engine.measured`.
 
     Args:
-        requests: each about an image of its own.
+        requests: number of single requests, each with a different image.
         tokens: length of every answer.
-        batch: answers of the batch.
-        reference: what `reference_speed` measured.
+        batch: number of rows in the batch.
+        clock: None measures wall time.
+        reference: result of `reference_speed`; None if not measured.
     """
     clock = clock or Clock(engine.device)
     with engine.measured(clock):
@@ -122,7 +123,7 @@ def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Cloc
     record, options = ask(QUESTION), {"max_new_tokens": tokens}
     files = [draw_image(seed, side) for seed in range(max(requests, batch) + 1)]
     images = [engine.transform(file) for file in files]
-    engine.generate([record], [[images[-1]]], **options)  # caches of kernels, thread pools
+    engine.generate([record], [[images[-1]]], **options)  # warm up kernel caches and thread pools
     ttft, latency, speeds, parts = [], [], [], []
     for file in files[:requests]:
         start = clock.now()
@@ -164,7 +165,7 @@ def _measure(engine: Engine, requests: int, tokens: int, batch: int, clock: Cloc
 
 
 def _second_question(engine: Engine, files: Sequence[bytes], clock: Clock) -> float:
-    """With stores: another question about the same image over the first about it, both from the bytes of the file."""
+    """TTFT ratio of a second to a first question about an image, with stores; both start from the file's bytes."""
     seconds: dict[str, list[float]] = {"which word is this": [], "how many digits do you see": []}
     with engine.measured(clock, store_bytes=1 << 30):
         for file in files:

@@ -1,4 +1,4 @@
-"""Measure inference speed during training: time to first token and tokens per second, beside the losses."""
+"""Measure inference speed (time to first token, tokens per second) during training."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastvlm.callbacks.metrics import Metrics
 
 
 class AnswerSpeed(Callback):
-    """Ask the model as a user would after each validation, and hand the figures to the `Metrics` callback.
+    """Measures the model as a user would query it after each validation, and records the figures with `Metrics`.
 
-    The first rank asks, the others wait for it at their next step; the time is that of validation, no step's. The
-    model answers in eval mode and in the precision its weights are held in (under `bf16-mixed` that is float32).
-    Nothing of the training is different afterwards: weights, statistics, gradients, modes and random state.
+    Rank 0 measures while the others wait for it at their next step; the time counts as validation, not as a training
+    step. The model answers in eval mode and in the dtype of its weights (float32 under `bf16-mixed`). Weights, norm
+    statistics, gradients, modes and random state are unchanged afterwards.
 
     Args:
-        measure: the model -> figures by name, such as `Speed.metrics` of `fastvlm.bench`.
+        measure: maps the model to figures by name, such as `Speed.metrics` of `fastvlm.bench`.
 
     Raises:
-        ValueError: there is no `Metrics` callback.
+        ValueError: (setup) there is no `Metrics` callback.
     """
 
     def __init__(self, measure: Callable[[Any], dict[str, float]]):
@@ -44,6 +44,6 @@ class AnswerSpeed(Callback):
         finally:
             for module, training in modes:
                 module.training = training
-                if hasattr(module, "take_auxiliary"):  # an encoder's report of these images is for no step
+                if hasattr(module, "take_auxiliary"):  # discard what the encoder recorded about these images
                     module.take_auxiliary()
         self._metrics.write(trainer, trainer.global_step, figures)

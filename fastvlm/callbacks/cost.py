@@ -1,5 +1,4 @@
-"""What a stage costs: floating-point operations, counted on one forward pass of each part and multiplied out; the
-bytes it holds; the time of a step."""
+"""Cost of a stage: FLOPs (extrapolated from one forward pass of each part), memory held, and time per step."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ from fastvlm.models.quantised import quantised_layers
 
 @dataclass
 class ForwardFlops:
-    """FLOPs (two for a multiply-add) of one forward pass, as torch's FlopCounterMode counts them: products and
-    convolutions, no norms or activations.
+    """FLOPs of a forward pass, counted by torch's FlopCounterMode.
 
-    `view[part]` is for one view; a row of S positions costs `linear * S + square * S**2`, a logit row `head`.
+    A multiply-add is two FLOPs; matrix products and convolutions count, norms and activations do not. `view[part]` is
+    per view; a row of S positions costs `linear * S + square * S**2`, and the logits of one position cost `head`.
     """
 
     view: dict[str, float]
@@ -31,24 +30,24 @@ class ForwardFlops:
     head: float
 
     def rows(self, lengths: np.ndarray, rows: int) -> float:
-        """Of `rows` rows at each of the padded `lengths`."""
+        """Return the FLOPs of `rows` rows at each of the padded `lengths`, without logits."""
         lengths = lengths.astype(np.float64)
         return float(rows * (self.linear * lengths + self.square * lengths**2).sum())
 
 
 @torch.no_grad()
 def count_forward(model: nn.Module, *, parts: list[str], image_size: int, length: int) -> ForwardFlops:
-    """Count a VLM's forward pass; the model is left as it was.
+    """Count the FLOPs of a VLM's forward pass; the model is unchanged afterwards.
 
     Args:
-        parts: what the stage computes with.
-        image_size: side of a view (pixels).
-        length: positions of a row, about; the costs at two lengths give the linear and the quadratic term.
+        parts: names of the parts the stage runs.
+        image_size: side of a view in pixels.
+        length: typical number of positions per row; counts at two lengths give the linear and the quadratic term.
     """
     modes = [(module, module.training) for module in model.modules()]
     learning = [p for p in model.parameters() if p.requires_grad]
     model.eval()
-    # The counter's hooks take what requires a gradient for part of a graph, which a view made without one is not.
+    # FlopCounterMode's hooks expect a graph behind tensors that require gradients; views made under no_grad have none.
     model.requires_grad_(False)
     try:
         view: dict[str, float] = {}
@@ -89,7 +88,7 @@ def _count_row(llm: nn.Module, length: int) -> float:
 
 
 def learned_shares(model: nn.Module) -> dict[str, float]:
-    """Share of each part's parameters that learn, by their present `requires_grad`."""
+    """Return the share of each part's parameters that currently require gradients."""
     shares = {}
     for name, part in model.parts.items():
         counts = [(p.numel(), p.requires_grad) for p in part.parameters()]
@@ -100,18 +99,18 @@ def learned_shares(model: nn.Module) -> dict[str, float]:
 def training_flops(
     forward: ForwardFlops, learned: dict[str, float], *, lengths: np.ndarray, rows: int, views: int, logits: int
 ) -> float:
-    """Operations of a stage: forward, gradients of activations, gradients of weights.
+    """Return a stage's FLOPs: forward pass, activation gradients and weight gradients.
 
-    A part's weight gradients cost its forward pass times the share of it that learns; its activation gradients cost
-    the forward pass where something before it learns, else that share again. A frozen encoder is counted in every step,
-    also where its outputs are cached.
+    A part's weight gradients cost its forward pass times its trainable share. Its activation gradients cost the forward
+    pass if an earlier part is trained, otherwise that share again. A frozen encoder is counted in every step, even if
+    its outputs are cached.
 
     Args:
-        learned: share of each part that learns.
+        learned: trainable share of each part.
         lengths: padded row length of every step.
-        rows: rows of a step.
-        views: views of all steps.
-        logits: positions at which the head is asked.
+        rows: rows per step.
+        views: views in all steps.
+        logits: positions in all steps whose logits are computed.
     """
     total, before = 0.0, False
     costs = {name: flops * views for name, flops in forward.view.items()}
@@ -125,7 +124,7 @@ def training_flops(
 
 
 def stage_cost(forward: ForwardFlops, learned: dict[str, float], plan) -> dict[str, float]:
-    """`cost/...` of a stage whose plan is `plan`: tokens (padding not counted), views, steps, operations."""
+    """Return the `cost/...` metrics of a stage with this plan: steps, tokens (without padding), views, FLOPs."""
     tokens, images = plan.row_sizes()  # (steps, rows of a step)
     num_tokens, num_views = int(tokens.sum()), int(images.sum())
     flops = training_flops(
@@ -145,35 +144,35 @@ def stage_cost(forward: ForwardFlops, learned: dict[str, float], plan) -> dict[s
 
 
 def num_learned(plan) -> int:
-    """Learned tokens of all steps."""
+    """Return the number of learned tokens in all steps."""
     return int(plan.costs(plan.num_samples, "answer_tokens")[1].sum()) if plan.num_samples else 0
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> int:
-    """Bytes a stage holds from one step to the next: weights and buffers as they are held (of quantised ones the codes
-    and scales), the optimisers' states, and a gradient for every number that learns.
+    """Return the bytes a stage holds between steps: weights, buffers, optimiser state and gradients.
 
-    Activations and what an allocator keeps are not in it, so it is the same on every machine.
+    Quantised weights count as codes and scales. Activations and allocator overhead are not included, so the number is
+    the same on every machine.
     """
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [t for _, layer in quantised_layers(model) if layer.state is not None for t in scales(layer.state)]
     for optimizer in optimizers:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    inner = {t.data_ptr(): t for tensor in tensors for t in plain(tensor)}  # a code book is shared by layers
+    inner = {t.data_ptr(): t for tensor in tensors for t in plain(tensor)}  # layers share a code book
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return sum(t.numel() * t.element_size() for t in inner.values()) + gradients
 
 
 def scales(state) -> Iterator[Tensor]:
-    """The tensors of bitsandbytes' state of a 4-bit matrix, whose scales are quantised again."""
+    """Yield the tensors of bitsandbytes' 4-bit quantisation state, whose scales are themselves quantised."""
     yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor))
     if state.state2 is not None:
         yield from scales(state.state2)
 
 
 def plain(tensor: Tensor) -> list[Tensor]:
-    """What a tensor subclass is made of (torchao's codes and scales, a rank's shard), or the tensor itself."""
+    """Return the inner tensors of a tensor subclass (torchao's codes and scales, a rank's shard), or the tensor."""
     tensor = tensor.detach()
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
@@ -182,8 +181,11 @@ def plain(tensor: Tensor) -> list[Tensor]:
 
 
 class StepClock(L.Callback):
-    """Median milliseconds of an optimiser step from the batch's arrival on, in `step_ms`: on a CPU what this process
-    computed, so that others on the machine are mostly left out, else on the clock. The first step is not counted."""
+    """Measures the median milliseconds of an optimiser step, without waiting for data, as `step_ms`.
+
+    On a CPU this is process time, which mostly excludes other processes' load; elsewhere it is wall-clock time. The
+    first step is not counted.
+    """
 
     def __init__(self) -> None:
         self.steps: list[float] = []

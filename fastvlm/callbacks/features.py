@@ -1,4 +1,4 @@
-"""Run a frozen encoder once over a stage's images, before the first step; training then reads its cached outputs."""
+"""Run a frozen encoder once over a stage's images before the first step, so that training reads cached features."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import write_json
 from fastvlm.foundation import rests_on
 
-# Half precision is stored as such: its first reader rounds to it anyway.
+# Under half precision features are stored in it, because the next layer would round to it anyway.
 STORED = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-# From a file to the views an encoder sees, and the pass that writes what it says of them.
+# Code that turns a file into views, and code that computes and writes features.
 IMAGES = ("fastvlm.data.transforms", "fastvlm.data.collate")
 PASS = (Path(__file__), Path(__file__).parents[1] / "data" / "feature_pass.py")
-PIXELS = 4 << 20  # of all images of one forward pass on a CPU; eight times as many on a GPU
+PIXELS = 4 << 20  # pixels per forward pass on a CPU; eight times as many on a GPU
 
 
 def weights_hash(part: nn.Module) -> str:
-    """Hash of names, shapes, types and very bytes of all parameters and buffers, and of the modules that hold them."""
+    """Hash a module's structure and the names, shapes, dtypes and bytes of all its parameters and buffers."""
     hashed = hashlib.sha256(repr(part).encode())
     for name, tensor in sorted(tensors(part), key=lambda item: item[0]):
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {digest(tensor)}\n".encode())
@@ -32,29 +32,28 @@ def weights_hash(part: nn.Module) -> str:
 
 
 def code_of(model: nn.Module) -> dict[str, dict]:
-    """The code that a VLM's patches depend on: `source` and `versions` of `rests_on`.
+    """Return the code that a VLM's patches depend on, as `source` and `versions` of `rests_on`.
 
-    It begins with the modules that define the layers there are, so that a layer of the user's own, an adapter's or one
-    of few bits counts too.
+    It starts from the Python modules that define the encoder's actual layers, so that user-defined, adapter and
+    quantised layers are included.
     """
     layers = {type(module).__module__ for module in (model, *model.encoder.modules())}
     return rests_on({*layers, *IMAGES}, files=PASS)
 
 
 class CachedFeatures(L.Callback):
-    """Let the data module write the encoder's features where they are missing, and read them in place of images.
+    """Makes the data module write missing encoder features and read them in place of images.
 
-    Must stand after `StageFreezing`.
+    It must come after `StageFreezing` in the list of callbacks.
 
     Args:
-        name: of the stage.
-        description: the encoder's configuration; weights, precision, device, code and versions of libraries are added
-            here.
-        path: where the record is written (features.json).
-        say: where messages go.
+        name: name of the stage.
+        description: the encoder's configuration; weights, precision, device, code and library versions are added to it.
+        path: file of the record (features.json).
+        say: called with messages.
 
     Raises:
-        ValueError: the stage's encoder learns, or the strategy shards it.
+        ValueError: (setup) the stage trains the encoder, a module of it is in training mode, or the strategy shards it.
     """
 
     def __init__(self, *, name: str, description: dict, path: Path, say: Callable[[str], None] = print):
@@ -120,7 +119,7 @@ class CachedFeatures(L.Callback):
 
 
 def gather(trainer: L.Trainer) -> Callable[[object], list]:
-    """The values of all ranks, as a list on every rank."""
+    """Return a function that gathers a value from all ranks into a list on every rank."""
     if trainer.world_size == 1:
         return lambda value: [value]
 

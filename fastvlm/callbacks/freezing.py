@@ -1,4 +1,4 @@
-"""Apply a stage's freezing and prove it: every frozen tensor must keep its exact bytes."""
+"""Apply a stage's freezing and verify it: every frozen tensor must keep its exact bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvlm.models.trainable import Rate, add_lora, apply_trainable, last_layer
 
 
 def digest(tensor: Tensor) -> str:
-    """Hash of a tensor's very bytes; of a sharded one, of this rank's shard."""
+    """Hash a tensor's bytes, or those of this rank's shard."""
     tensor = held_of(tensor).detach()
     if hasattr(tensor, "__tensor_flatten__"):  # codes and scales of torchao
         return "".join(digest(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -27,21 +27,21 @@ def digest(tensor: Tensor) -> str:
 
 
 class StageFreezing(L.Callback):
-    """Apply a stage's `trainable` patterns and check their effect.
+    """Applies a stage's `trainable` patterns and checks their effect.
 
-    Before the first step every tensor of the model, parameters and buffers, is hashed. After the first optimiser step
-    and again at the end the hashes are compared; a table says, per part and learning rate, how many tensors there are
-    and how many changed. A frozen tensor that changed stops the run.
+    Before the first step every tensor of the model, parameters and buffers, is hashed. The hashes are compared after
+    the first optimiser step and at the end. A table reports how many tensors of each part, trainable and frozen,
+    changed; a changed frozen tensor stops the run.
 
     Args:
-        trainable: pattern over parameter names -> learning rate, or `{lr, weight_decay, warmup_steps}`; null excludes.
+        trainable: pattern over parameter names -> learning rate, or `{lr, weight_decay, warmup_steps}`; None freezes.
             The longest matching pattern decides.
+        path: file of the result (freezing.json).
         last_layers: `{"num": N, "lr": rate}` trains the last N decoder layers of the language model.
-        lora: `{"r", "alpha", "dropout", "targets", "lr"}` puts LoRA into the language model and trains that.
+        lora: `{"r", "alpha", "dropout", "targets", "lr"}` adds LoRA to the language model and trains it.
         adapt: part -> `{"method", "lr", ...}` as in `fastvlm.config.Adapt`.
-        quantise: what the frozen linear layers of a language model with adapters are held in, where `adapt` does not
-            say.
-        path: where the proof is written (freezing.json).
+        quantise: format for the linear layers of a language model whose own weights are frozen, unless `adapt` sets it.
+        name: name of the stage.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StageFreezing(L.Callback):
 
     def apply(self, stage: L.LightningModule) -> None:
         with torch.random.fork_rng(devices=[]):
-            # Adapters begin at random: alike on every rank, whatever it drew before.
+            # Adapters are initialised randomly, but equally on every rank, whatever its random state.
             torch.manual_seed(int.from_bytes(f"{getattr(stage, 'seed', 0)} {self.name}".encode()) % 2**63)
             settings = self.adapted(stage.model)
         rates = {name: one["lr"] for name, one in settings.items()}
@@ -80,7 +80,7 @@ class StageFreezing(L.Callback):
         stage.train()
 
     def adapted(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Put adapters in and say what learns: parameter name -> `lr`, `weight_decay`, `warmup_steps`."""
+        """Add adapters; return the trainable parameters' names -> `lr`, `weight_decay`, `warmup_steps`."""
         where, patterns = f"stages.{self.name}", dict(self.trainable)
         if self.last_layers:
             for layer in last_layers(model.llm, self.last_layers["num"], where=f"{where}.last_layers"):
@@ -103,7 +103,7 @@ class StageFreezing(L.Callback):
         return select_settings(model, patterns, where=f"{where}.trainable")
 
     def add_adapters(self, part: str, model: nn.Module, options: dict, rate: Rate, *, where: str) -> dict[str, Rate]:
-        """Put adapters into a part; returns their full names as patterns, which win over every shorter pattern."""
+        """Add adapters to a part; return their full names as patterns, which override every shorter pattern."""
         module = getattr(model, part)
         before = {name for name, _ in module.named_parameters()}
         self.tuners.append(add_lora(getattr(module, "hf", module), **options, where=where))
@@ -111,7 +111,7 @@ class StageFreezing(L.Callback):
         return {f"{part}.{name}": rate for name in added if ".lora_" in name}
 
     def quantised(self, model: nn.Module, rates: dict[str, float]) -> dict[str, str]:
-        """Part -> the quantised format of its frozen linear layers."""
+        """Map each part to quantise to the format of its frozen linear layers."""
         kinds = {part: one["quantise"] for part, one in self.adapt.items() if one.get("quantise")}
         learns_whole = any(name.startswith("llm.") and ".lora_" not in name for name in rates)
         if self.quantise and "llm" not in kinds and not learns_whole and hasattr(model, "llm"):
@@ -121,12 +121,12 @@ class StageFreezing(L.Callback):
     def hold_in_few_bits(self, stage: L.LightningModule, part: str, kind: str) -> None:
         module = getattr(stage.model, part)
         if not any(p.requires_grad for p in module.parameters()):
-            # Nothing of this part is handed on, so it must come out of the stage as it went in, to the bit.
+            # The part is not in the handoff, so it must leave the stage bit-identical; keep its weights on disk.
             self.stashed[part] = self.path.parent / f".{part}.{os.getpid()}.safetensors"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_model(module, str(self.stashed[part]))
         quantise(module, kind, keep=heads_of(module), where=f"stages.{self.name}.adapt.{part}.quantise")
-        # They never learn and are equal on every rank: DDP need not know of them, nor could it send all their kinds.
+        # Codes are frozen and equal on every rank, and DDP cannot broadcast all of their formats.
         names = [f"model.{part}.{name}.{p}" for name, _ in quantised_layers(module) for p in ("codes", "scale")]
         ignored = getattr(stage, "_ddp_params_and_buffers_to_ignore", [])
         stage._ddp_params_and_buffers_to_ignore = [*ignored, *names]
@@ -138,7 +138,7 @@ class StageFreezing(L.Callback):
         self.before = {name: digest(t) for name, t in tensors(stage.model)}
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        # Only the first optimiser step of this process: a resumed run proves itself anew.
+        # Only after the first optimiser step of this process, so a resumed run is checked again.
         if self.rows or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self.prove(stage)
@@ -152,10 +152,10 @@ class StageFreezing(L.Callback):
                 self.write()
 
     def merge(self, model: nn.Module) -> None:
-        """Plain weights again, for the handoff: quantised ones restored, adapters merged.
+        """Restore plain weights for the handoff: dequantise layers and merge adapters.
 
-        A part with adapters is handed on as the function that was trained: the weights that the quantised layers
-        computed with, plus what was learned. A part that was only read gets its own weights back.
+        A part with adapters becomes the function that was trained: the dequantised weights plus what was learned. A
+        part without trainable parameters gets its original weights back.
         """
         for part, module in model.named_children():
             if quantised_layers(module):
@@ -172,7 +172,7 @@ class StageFreezing(L.Callback):
             file.unlink(missing_ok=True)
 
     def prove(self, stage: L.LightningModule) -> None:
-        """Compare all bytes with those before the first step.
+        """Compare all tensors' hashes with those before the first step.
 
         Raises:
             RuntimeError: a frozen tensor changed.
@@ -183,9 +183,9 @@ class StageFreezing(L.Callback):
         live = {name for name, module in stage.model.named_modules() if name and module.training}
         moved = self.moved(stage.model)
         for name, tensor in tensors(stage.model):
-            # The model's own buffers (the encoder's mean and deviation) belong to no part.
+            # The model's own buffers (pixel mean and standard deviation) belong to no part.
             part, is_parameter = name.split(".")[0] if "." in name else "vlm", isinstance(tensor, nn.Parameter)
-            # A buffer (BatchNorm statistics) may move only in a module that trains.
+            # A buffer (BatchNorm statistics) may change only in a module in train mode.
             learns = name in rates if is_parameter else name.rpartition(".")[0] in live
             row = rows.setdefault(
                 (part, learns),
@@ -208,7 +208,7 @@ class StageFreezing(L.Callback):
             )
 
     def moved(self, model: nn.Module) -> set[str]:
-        """Names of tensors whose bytes have changed since before the first step; of a sharded one, on any rank."""
+        """Return the names of tensors whose bytes changed since before the first step, on any rank if sharded."""
         here = {name: digest(tensor) != self.before[name] for name, tensor in tensors(model)}
         if any(is_shard(p) for p in model.parameters()):
             flags = torch.tensor(list(here.values()), dtype=torch.int32, device=next(model.buffers()).device)
@@ -221,7 +221,7 @@ class StageFreezing(L.Callback):
         self.path.write_text(json.dumps({"stage": self.name, "rows": self.rows}, indent=1))
 
     def table(self) -> str:
-        """The proof as lines of text."""
+        """Return the result of the last check as a text table."""
         lines = [f"{'part':<10} {'parameters':>11} {'learns':>6} {'rate':>8} {'moved':>11} {'buffers':>7}"]
         for row in self.rows:
             learns = "yes" if row["trainable"] else "no"
@@ -233,6 +233,6 @@ class StageFreezing(L.Callback):
 
 
 def tensors(model: nn.Module):
-    """All parameters and buffers by name; a tied tensor stands once."""
+    """Yield (name, tensor) of all parameters and buffers; tied tensors appear once."""
     yield from model.named_parameters()
     yield from model.named_buffers()

@@ -1,4 +1,4 @@
-"""What a finished stage hands on: the components it trained, and a manifest that says where they come from."""
+"""The handoff of a finished stage: the components it trained, and a manifest of their origin."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def file_hash(path: Path) -> str:
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON so that a reader sees the old file or the new one."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     write_whole(path, json.dumps(value, indent=1, default=str))
 
 
 def write_handoff(folder: Path, parts: dict[str, nn.Module], manifest: dict) -> dict:
-    """Save `parts` as safetensors and, last and by atomic rename, the manifest that makes the stage finished."""
+    """Save `parts` as safetensors, then by atomic rename the manifest, which marks the stage as finished."""
     folder.mkdir(parents=True, exist_ok=True)
     components = {}
     for name, part in parts.items():
@@ -47,10 +47,10 @@ def write_handoff(folder: Path, parts: dict[str, nn.Module], manifest: dict) -> 
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a finished stage, or None where the stage has not finished.
+    """Return the manifest of a finished stage, or None if the stage has not finished.
 
     Raises:
-        ValueError: the manifest is there but cannot be read.
+        ValueError: the manifest exists but cannot be read.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -66,10 +66,10 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, tokenizer: str | None = None) -> None:
-    """Load one component strictly: same file, same tokenizer, same names, same shapes.
+    """Load one component strictly: file hash, tokenizer (of the llm), names and shapes must match.
 
     Raises:
-        ValueError: any of these differs; the message lists what and how to mend it.
+        ValueError: any of these differs; the message says which.
     """
     entry = manifest["components"][name]
     path = folder / entry["file"]
@@ -103,12 +103,12 @@ def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, 
 
 
 class StageHandoff(L.Callback):
-    """Writes the handoff when a stage has run all its steps; an interrupted stage writes none.
+    """Writes the handoff after a stage has run all its steps; an interrupted stage writes none.
 
     Args:
-        folder: where to.
-        manifest: everything the manifest says but the components and the metrics.
-        finish: called first, merges adapters and returns the metrics that the manifest states.
+        folder: folder of the handoff.
+        manifest: the manifest without components and metrics.
+        finish: called before writing; merges adapters and returns the metrics for the manifest.
     """
 
     def __init__(self, folder: Path, *, manifest: dict, finish: Callable[[], dict[str, float]]):

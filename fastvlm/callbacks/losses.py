@@ -1,4 +1,4 @@
-"""Losses of many steps, summed on the device and read once."""
+"""Sum the losses of many steps on the device, so that they are copied to the host only once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-# What a step returns of its loss; whatever else it returns as a scalar is averaged.
+# Loss entries of a step's output; every other scalar in it is averaged.
 OUTPUT_KEYS = {"loss", "loss_sum", "source_loss", "source_tokens"}
 
 
 class Losses:
-    """Sums of loss and learned tokens per source, plus means of whatever else a step returns, on the device."""
+    """Sums of loss and learned tokens per source, and means of the other scalars of a step's output, on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -25,7 +25,7 @@ class Losses:
                 continue
             value = value.detach()
             if key not in OUTPUT_KEYS:
-                # The mean of an empty selection is NaN and says nothing: it counts neither above nor below the line.
+                # The mean of an empty selection is NaN: leave it out of both sum and count.
                 self._add(key + "/n", torch.isfinite(value).float())
                 value = torch.nan_to_num(value.float(), 0.0, 0.0, 0.0)
             self._add(key, value)
@@ -35,7 +35,7 @@ class Losses:
         self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def read(self, split: str, sources: tuple[str, ...], trainer: Trainer) -> dict[str, float]:
-        """Metrics of everything added, over all ranks."""
+        """Return the metrics of everything added so far, over all ranks."""
         sums = {k: trainer.strategy.reduce(v, reduce_op="sum").cpu() for k, v in sorted(self.sums.items())}
         out: dict[str, float] = {}
         if "source_loss" in sums and sums["source_loss"].numel():

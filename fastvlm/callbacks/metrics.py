@@ -1,6 +1,6 @@
-"""Metrics of a stage: one line of metrics.jsonl and one call to every logger each N optimiser steps.
+"""Record a stage's metrics: every N optimiser steps, one line of metrics.jsonl and one call to every logger.
 
-Between two lines nothing is copied from the device: counts and losses are summed there.
+Between records counts and losses are summed on the device, so nothing is copied from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def gradient_norms(module: LightningModule) -> dict[str, Tensor]:
-    """L2 norm of the gradients, whole (`""`) and per part: encoder, resampler, projector, llm, head."""
+    """Return the L2 norm of the gradients in total (`""`) and per part: encoder, resampler, projector, llm, head."""
     grads: dict[str, list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
@@ -40,7 +40,7 @@ def gradient_norms(module: LightningModule) -> dict[str, Tensor]:
 
 
 def peak_rates(trainer: Trainer) -> dict[str, float]:
-    """The largest learning rate of every name among the optimisers' groups."""
+    """Return the largest current learning rate among the optimisers' groups of each name."""
     rates: dict[str, float] = {}
     for optimizer in trainer.optimizers:
         for i, group in enumerate(optimizer.param_groups):
@@ -50,35 +50,36 @@ def peak_rates(trainer: Trainer) -> dict[str, float]:
 
 
 class Metrics(Callback):
-    """Writes what happened in the last `every` optimiser steps, and shares since the stage began.
+    """Records what happened in the last `every` optimiser steps, and shares since the stage began.
 
-    Per record: `train/loss` (mean over learned tokens) and `train/loss/<source>`; `train/share/<source>` in the unit of
-    the mixture, with `share_samples`, `share_tokens`, `share_answer_tokens` and `share_target` beside it; speed in real
-    tokens (padding excluded), padding, waiting for data, memory, gradient norms before clipping, learning rates,
-    samples that could not be read. After a validation: `val/loss`, `val/loss/<source>` and whatever scalars
-    `validation_step` returns. A resumed stage drops the lines after the step it resumes from and goes on counting.
+    Each record has `train/loss` (mean over learned tokens) and `train/loss/<source>`; `train/share/<source>` in the
+    mixture's unit, and `share_samples`, `share_tokens`, `share_answer_tokens` and `share_target`; speed in tokens
+    without padding, share of padding, share of time waiting for data, memory, gradient norms before clipping, learning
+    rates, and the number of samples that could not be read. After a validation it has `val/loss`, `val/loss/<source>`
+    and the scalars that `validation_step` returns. A resumed stage drops the lines after the step it resumes from and
+    continues counting.
 
     Args:
         every: optimiser steps between two records; the first and the last step are always recorded.
-        path: metrics.jsonl; None is `<trainer.default_root_dir>/metrics.jsonl`.
+        path: metrics.jsonl; None: `<trainer.default_root_dir>/metrics.jsonl`.
     """
 
     def __init__(self, every: int = 20, *, path: str | Path | None = None):
         if every < 1:
             raise ValueError(f"callbacks.metrics.every={every} must be at least 1")
         self.every, self.path = every, Path(path) if path else None
-        self.last: dict[str, Any] = {}  # the latest value of every metric, for whoever shows them
+        self.last: dict[str, Any] = {}  # the latest value of every metric, for other callbacks
         self._losses, self._val = Losses(), Losses()
         self._sources: tuple[str, ...] = ()
         self._val_sources: tuple[str, ...] = ()
         self._window: Tensor | None = None  # position codes since the last record, on the device
-        self._total: Tensor | None = None  # the same since the stage began, over all ranks, on the CPU
+        self._total: Tensor | None = None  # position codes since the stage began, over all ranks, on the CPU
         self._seconds = {"step": 0.0, "wait": 0.0, "total": 0.0}
         self._skipped: list[str] = []
         self._num_skipped = 0
         self._norms: dict[str, Tensor] = {}
         self._mark = 0.0  # when this batch started
-        self._idle_since: float | None = None  # when the last batch ended; None after something that is not waiting
+        self._idle_since: float | None = None  # when the last batch ended; None if the gap is not waiting for data
         self._logged_step = 0
         self._warm = False
         self._restored: dict[str, Any] | None = None
@@ -105,12 +106,12 @@ class Metrics(Callback):
         state, self._restored = self._restored, None
         before = tuple(state["sources"])
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
-        now = self._sources = tuple(getattr(plan, "names", before))  # others, where data were planned anew
+        now = self._sources = tuple(getattr(plan, "names", before))  # the sources differ if the data were replanned
         if state["total"] is not None:
             self._total = of_sources(torch.tensor(state["total"], dtype=torch.int64), before, now, beside=1)
         self._seconds = dict(state["seconds"])
         self._num_skipped, self._logged_step = state["num_skipped"], state["logged_step"]
-        # The checkpoint holds the first rank's window: only that rank may add it again.
+        # The checkpoint holds only rank 0's window, so only that rank may add it again.
         if trainer.is_global_zero:
             self._losses.load_state_dict(state["losses"], device)
             for key in {"source_loss", "source_tokens"} & self._losses.sums.keys():
@@ -135,7 +136,7 @@ class Metrics(Callback):
         self._idle_since = None
 
     def _log_left_out(self, trainer: Trainer) -> None:
-        """Log what the plan leaves out: counts per source as metrics, the keys in a file."""
+        """Log what the plan leaves out: counts per source as metrics, keys in a file."""
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
         counts, names = {}, {}
         for source in getattr(plan, "sources", ()):
@@ -189,7 +190,7 @@ class Metrics(Callback):
             self._record_training(trainer, step)
         else:
             self._seconds["step"] += time.perf_counter() - self._mark
-        # After the first batch others look at the whole model (the freezing proof); that is not waiting for data.
+        # After the first batch other callbacks work (freezing hashes the model); that is not waiting for data.
         self._idle_since = time.perf_counter() if self._warm else None
         self._warm = True
 
@@ -199,7 +200,7 @@ class Metrics(Callback):
     # -- records --------------------------------------------------------------------------------------------------
 
     def _record_training(self, trainer: Trainer, step: int) -> None:
-        metrics = self._losses.read("train", self._sources, trainer)  # waits for the device
+        metrics = self._losses.read("train", self._sources, trainer)  # synchronises with the device
         window = trainer.strategy.reduce(self._window, reduce_op="sum").cpu()
         self._seconds["step"] += time.perf_counter() - self._mark
         self._total = window if self._total is None else self._total + window
@@ -226,7 +227,7 @@ class Metrics(Callback):
         self._logged_step = step
 
     def _speed(self, counts: dict[str, Tensor], window: Tensor, seconds: float) -> dict[str, float]:
-        """Rates, from the counts of a number of seconds; and the memory in use."""
+        """Return rates from the counts of the last `seconds`, and the memory in use."""
         tokens, image_tokens = int(counts["tokens"].sum()), int(counts["image_tokens"].sum())
         metrics = {
             "train/tokens_per_second": tokens / seconds,
@@ -268,14 +269,14 @@ class Metrics(Callback):
         return [key for keys in gathered for key in keys]
 
     def write(self, trainer: Trainer, step: int, metrics: dict[str, float], **extra: Any) -> None:
-        """Write a line of metrics.jsonl, pass it to every logger and keep it in `last`. Every rank may call it."""
+        """Write a line of metrics.jsonl, pass it to every logger and keep it in `last`. Every rank may call this."""
         self.last |= metrics
-        # What a checkpoint may monitor and a handoff's manifest records.
+        # For checkpoints that monitor a metric, and for the handoff's manifest.
         chosen = {k: torch.tensor(v) for k, v in metrics.items() if k.startswith(("val/", "train/loss"))}
         trainer.callback_metrics.update(chosen)
         if not trainer.is_global_zero:
             return
-        # Seven digits are more than a float32 has.
+        # Seven digits are about float32's precision.
         short = {key: float(f"{value:.7g}") for key, value in metrics.items()}
         record = {"step": step, "time": round(time.time(), 3), "stage": self._stage, **short, **extra}
         with self.path.open("a") as file:
@@ -301,7 +302,7 @@ class Metrics(Callback):
         self.write(trainer, trainer.global_step, self._val.read("val", self._val_sources, trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning saves between two batches, and writing gigabytes is not waiting for data.
+        # Lightning saves between two batches; that time is not waiting for data.
         self._idle_since = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -309,10 +310,10 @@ class Metrics(Callback):
 
 
 def of_sources(rows: Tensor, before: tuple[str, ...], now: tuple[str, ...], *, beside: int = 0) -> Tensor:
-    """Rows per source, rearranged from an earlier list of sources to the present one; 0 where a source is new.
+    """Reorder rows, one per source, from an earlier list of sources to the current one; new sources get 0.
 
     Args:
-        beside: this many rows at the front belong to no source.
+        beside: number of leading rows that belong to no source.
     """
     if before == now:
         return rows
@@ -325,7 +326,7 @@ def of_sources(rows: Tensor, before: tuple[str, ...], now: tuple[str, ...], *, b
 
 
 def keep_lines(path: Path, *, step: int) -> None:
-    """Drop the records after `step`, and a last line that was cut off by a crash; atomic."""
+    """Drop atomically the records after `step`, and lines cut off by a crash."""
     if not path.exists():
         return
     kept = []

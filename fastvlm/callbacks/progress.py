@@ -1,4 +1,4 @@
-"""Progress of a stage: a Rich bar on a terminal, a line every few seconds elsewhere."""
+"""Show a stage's progress: a Rich bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastvlm.callbacks.metrics import Metrics
 
 
 def shorten(value: float | int) -> str:
-    """12345 -> '12.3k'."""
+    """Format a number with a unit prefix: 12345 -> '12.3k'."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -24,23 +24,22 @@ def shorten(value: float | int) -> str:
 
 
 def clock(seconds: float | int) -> str:
-    """75 -> '1:15'; 3675 -> '1:01:15'."""
+    """Format seconds: 75 -> '1:15', 3675 -> '1:01:15'."""
     seconds = int(max(0, seconds) + 0.5)
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
 class Progress(Callback):
-    """Stage, step, smoothed loss, tokens per second, time to first token where it is measured, learning rate, waiting
-    for data, memory, time left.
+    """Shows stage, step, smoothed loss, speed, learning rate, waiting for data, memory and time left.
 
-    The figures are those of the `Metrics` callback, which must stand before this one; without it only steps and time
-    are shown. Lightning's own bar is switched off.
+    Time to first token is shown where it is measured. The figures come from the `Metrics` callback, which must precede
+    this one; without it only steps and time are shown. Lightning's own bar is disabled.
 
     Args:
-        interval: seconds between two lines where there is no terminal.
+        interval: seconds between two lines without a terminal.
         smoothing: weight of the past in the running mean of the loss.
-        console: where to write; None is standard output.
+        console: where to write; None: standard output.
     """
 
     def __init__(self, *, interval: float | int = 10, smoothing: float = 0.8, console: Console | None = None):
@@ -111,7 +110,7 @@ class Progress(Callback):
             self._print(f"{self._name}  {step:>{len(str(self._total))}}/{self._total}  {text}")
 
     def _fields(self, step: int, now: float) -> list[tuple[str, str]]:
-        """(label, figure) in order of importance; the time left is last."""
+        """Return (label, figure) pairs in order of importance, except the time left, which is last."""
         fields = []
         last = self._metrics.last if self._metrics is not None else {}
         if self._loss is not None:
@@ -134,7 +133,7 @@ class Progress(Callback):
         return fields
 
     def _fit(self, fields: list[tuple[str, str]]) -> str:
-        """As many figures as fit beside the bar; the time left is always shown."""
+        """Join as many figures as fit next to the bar; the last one (the time left) always stays."""
         room = self.console.width - len(self._name) - 2 * len(str(self._total)) - 16
         while len(fields) > 1 and sum(len(k) + len(v) + 3 for k, v in fields) > room:
             fields.pop(-2)
@@ -158,7 +157,7 @@ class Progress(Callback):
         self._close(trainer, "[yellow]■[/]" if isinstance(exception, KeyboardInterrupt) else "[red]✗[/]")
 
     def _close(self, trainer: Trainer, sign: str) -> None:
-        """Replace the bar by one line that stays."""
+        """Replace the bar by one final line."""
         if not trainer.is_global_zero or not hasattr(self, "_started"):
             return
         seconds = time.perf_counter() - self._started

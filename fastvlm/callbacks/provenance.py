@@ -1,4 +1,4 @@
-"""How a run was made: commit, configuration, command, versions, machine, seeds."""
+"""Record how a run was produced: commit, configuration, command, versions, machine, seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def read_git(folder: Path | None = None) -> dict[str, Any]:
-    """Commit and whether tracked files differ from it; `commit` is None outside of a repository."""
+    """Return the commit and whether tracked files differ from it; `commit` is None outside a repository."""
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -50,7 +50,7 @@ def read_versions() -> dict[str, str]:
 
 
 def read_hardware() -> dict[str, Any]:
-    """CPU, cores this process may use, memory, accelerators. No names of machines or users."""
+    """Return CPU, cores available to this process, memory and accelerators, without machine or user names."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -76,7 +76,7 @@ def read_hardware() -> dict[str, Any]:
 def read_provenance(
     *, config: Mapping[str, Any] | None = None, seeds: Mapping[str, int] | None = None, root: Path | None = None
 ) -> dict[str, Any]:
-    """Everything one needs to run this again, as plain JSON."""
+    """Return everything needed to run this again, as a dict for JSON."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -89,17 +89,17 @@ def read_provenance(
 
 
 class Provenance(Callback):
-    """Writes `<stage>/provenance.json` when training starts, and tags the runs of the loggers with it.
+    """Writes `<stage>/provenance.json` when training starts, and tags the loggers' runs with it.
 
-    A resumed stage keeps what earlier attempts wrote under `earlier`, without their configurations.
+    A resumed stage keeps the records of earlier attempts under `earlier`, without their configurations.
 
     Args:
-        path: where to; None is `<trainer.default_root_dir>/provenance.json`.
-        config: resolved configuration as plain dicts; it becomes the parameters of the MLflow run. Where a resumed run
-            differs from what the store has, the logger records the difference and does not raise.
+        path: file to write; None: `<trainer.default_root_dir>/provenance.json`.
+        config: resolved configuration as plain dicts, logged as the MLflow run's parameters. If a resumed run differs
+            from what is stored, the logger records the difference and does not raise.
         seeds: name -> seed.
-        tags: further tags of the MLflow run.
-        root: folder whose git commit counts; None is this package's.
+        tags: additional tags of the MLflow run.
+        root: folder whose git commit is recorded; None: that of this package.
     """
 
     def __init__(

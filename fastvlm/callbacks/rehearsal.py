@@ -1,4 +1,4 @@
-"""Try the largest batches early: memory runs out in the first minute or never."""
+"""Try the largest batches first, so that a run that would run out of memory does so at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxtyping import Int
 from fastvlm.batch import Batch
 from fastvlm.tokens import IGNORE_INDEX
 
-MOST = 8  # batches that are tried
+MOST = 8  # largest number of batches tried
 PADDING = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0, "segment_ids": 0, "source_ids": -1}
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank holds at a time: the rows of a micro-batch, padded to `width` positions, and their images."""
+    """One rank's share of a micro-batch: rows padded to `width` positions, and their number of views."""
 
     step: int
     micro: int
@@ -30,14 +30,15 @@ class Slice:
 
 
 class LongestFirst(L.Callback):
-    """After the first optimiser step, when its state is in memory too, the largest batches of the plan go forward and
-    backward once. No weight, statistic or gradient is different afterwards, and every step draws its own randomness.
+    """Runs the plan's largest batches forward and backward once, after the first optimiser step.
 
-    No batch of the plan has both more positions and more images than one that is tried.
+    The optimiser state is then in memory, too. Weights, norm statistics and gradients are unchanged afterwards, and
+    randomness is not affected, because every step seeds its own. Every batch of the plan has at most as many positions
+    and at most as many views as one of those tried.
 
     Args:
         plan: the stage's order, a `fastvlm.data.plan.Plan`.
-        say: is told what was tried.
+        say: called with a message about each batch tried.
 
     Raises:
         ValueError: a batch does not fit into memory; the message names it and the keys that make it smaller.
@@ -55,7 +56,7 @@ class LongestFirst(L.Callback):
         tokens, images = self.plan.row_sizes()
         for one in largest_slices(tokens, images, ranks=trainer.world_size, accumulate=trainer.accumulate_grad_batches):
             batch = dataset[one.step * trainer.accumulate_grad_batches + one.micro]
-            if trainer.global_rank == one.rank:  # the others go along with what they hold in the same step
+            if trainer.global_rank == one.rank:  # the other ranks run their own rows of that step
                 batch = widened(batch, one.width)
             self.rehearse(trainer, stage, batch)
             size = f"{len(batch.input_ids)} rows of {one.width} positions, {one.images} images"
@@ -65,7 +66,7 @@ class LongestFirst(L.Callback):
             buffer.data.copy_(buffers[name])
 
     def rehearse(self, trainer, stage, batch) -> None:
-        """Forward and backward of one batch.
+        """Run one batch forward and backward.
 
         Raises:
             ValueError: it does not fit into memory.
@@ -85,7 +86,7 @@ class LongestFirst(L.Callback):
 
 
 def widened(batch: Batch, width: int) -> Batch:
-    """The batch with padding up to so many positions."""
+    """Pad the batch to `width` positions."""
     more = (0, max(0, width - batch.input_ids.shape[1]))
     pad = torch.nn.functional.pad
     return replace(batch, **{name: pad(getattr(batch, name), more, value=value) for name, value in PADDING.items()})
@@ -94,13 +95,16 @@ def widened(batch: Batch, width: int) -> Batch:
 def largest_slices(
     tokens: Int[np.ndarray, "steps rows"], images: Int[np.ndarray, "steps rows"], *, ranks: int, accumulate: int
 ) -> list[Slice]:
-    """Slices of which one is at least as large, in positions and in images, as any slice of the plan; widest first.
+    """Return slices such that any slice of the plan is covered by one of them, widest first.
 
-    They are the plan's own where at most MOST of them are larger than all others. Else neighbours are put together as
-    one of the greater width with the images of the other, where that adds the least.
+    A slice covers another that has no more positions and no more views. The plan's own slices are returned if at most
+    MOST of them cover all others. Otherwise neighbours are merged into one with the greater width and the greater
+    number of views, where that adds the least.
 
     Args:
-        tokens, images: of every row, without padding: `Plan.row_sizes`.
+        tokens, images: positions without padding and views of every row, from `Plan.row_sizes`.
+        ranks: number of ranks.
+        accumulate: micro-batches per optimiser step.
     """
     cut = {"pattern": "steps (k micro rank) -> steps micro rank k", "micro": accumulate, "rank": ranks}
     widths, images = (rearrange(column, **cut) for column in (tokens, images))
@@ -114,10 +118,10 @@ def largest_slices(
 
 
 def merged(front: Sequence[Slice], *, most: int) -> list[Slice]:
-    """At most `most` slices, each with the width of the first and the images of the last of some neighbours.
+    """Merge neighbours until at most `most` remain, each as wide as its first and with the views of its last.
 
     Args:
-        front: narrower and with more images from one to the next.
+        front: slices ordered by decreasing width and increasing number of views.
     """
     front = list(front)
     while len(front) > most:

@@ -1,4 +1,4 @@
-"""The same held-out samples at every validation: image, prompt, reference, and the model's present answer."""
+"""Show the same held-out samples at every validation: image, prompt, reference, and the model's current answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = {"right": "#1a7f37", "wrong": "#b35900", "text": "#1f2328", "label": "
 
 
 def split_reference(record: Record) -> tuple[Record, str]:
-    """Split a record into the prompt and the reference: the last assistant turn, or a document's last text.
+    """Split a record into the prompt and the reference, which is the last assistant turn or a document's last text.
 
     Raises:
         ValueError: the record has no such text.
@@ -33,7 +33,7 @@ def split_reference(record: Record) -> tuple[Record, str]:
     at = max((i for i, p in enumerate(parts) if p["type"] == "text"), default=None)
     if at is None:
         raise ValueError(f"a sample to show needs a text: {str(parts)[:80]}")
-    if at == 0:  # nothing stands before it: its first words ask for the next
+    if at == 0:  # there is nothing before it, so its first words become the prompt
         words = parts[0]["text"].split(" ")
         cut = max(1, min(20, len(words) // 2))
         start = {"type": "text", "text": " ".join(words[:cut])}
@@ -42,14 +42,14 @@ def split_reference(record: Record) -> tuple[Record, str]:
 
 
 def plain_text(content: str | list[dict]) -> str:
-    """A turn's words; an image shows as `[image]`."""
+    """Return a turn's text, with `[image]` for each image."""
     if isinstance(content, str):
         return content
     return " ".join("[image]" if part["type"] == "image" else part["text"] for part in content).strip()
 
 
 def prompt_text(prompt: Record) -> str:
-    """The prompt as readable text."""
+    """Return the prompt as readable text."""
     if "document" in prompt:
         return plain_text(prompt["document"])
     return "\n".join(plain_text(message["content"]) for message in prompt["messages"])
@@ -60,7 +60,7 @@ def same_answer(prediction: str, reference: str) -> bool:
 
 
 def to_picture(image: Any) -> Image.Image:
-    """A uint8 (3, H, W) tensor, the first view of a (v, 3, H, W) one, or a PIL image, as PIL."""
+    """Convert a uint8 (3, H, W) tensor, the first view of a (v, 3, H, W) tensor, or a PIL image to an RGB PIL image."""
     if isinstance(image, Tensor):
         image = image[0] if image.ndim == 4 else image
         return Image.fromarray(image.detach().cpu().permute(1, 2, 0).contiguous().numpy())
@@ -68,11 +68,11 @@ def to_picture(image: Any) -> Image.Image:
 
 
 def draw_grid(rows: Sequence[dict[str, Any]], pictures: Sequence[Sequence[Any]], *, title: str = "") -> Image.Image:
-    """One picture of all samples, two a line: image left; prompt, reference and prediction right.
+    """Draw all samples in one picture, two per line: image left; prompt, reference and prediction right.
 
     Args:
-        rows: `{"prompt", "reference", "prediction", "correct"}` each.
-        pictures: the images of each row (tensors or PIL), possibly none.
+        rows: a dict with `prompt`, `reference`, `prediction` and `correct` for each sample.
+        pictures: the images (tensors or PIL) of each sample, possibly none.
     """
     side, width, pad, line = 176, 620, 14, 19
     font, bold = _font(14), _font(14, bold=True)
@@ -99,11 +99,11 @@ def draw_grid(rows: Sequence[dict[str, Any]], pictures: Sequence[Sequence[Any]],
             x = j * width
             draw.rectangle((x, y, x + width - 1, y + height - 1), outline=COLOURS["rule"])
             shown = [to_picture(image) for image in images][:4]
-            # Several images of one sample share the place of one.
+            # Several images of one sample share the space of one.
             per_line = 1 if len(shown) <= 1 else 2
             small = side // per_line
             for k, picture in enumerate(shown):
-                # Pixels stay pixels when a small picture is enlarged.
+                # Nearest-neighbour keeps the pixels of a small picture visible when it is enlarged.
                 how = Image.Resampling.NEAREST if picture.width < small else Image.Resampling.LANCZOS
                 scale = small / max(picture.size)
                 size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
@@ -119,7 +119,7 @@ def draw_grid(rows: Sequence[dict[str, Any]], pictures: Sequence[Sequence[Any]],
 
 
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # Pillow's own font knows Latin letters only; matplotlib carries DejaVu.
+    # Pillow's built-in font has only Latin letters; matplotlib ships DejaVu.
     from matplotlib import get_data_path
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -127,19 +127,18 @@ def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 class Samples(Callback):
-    """Writes `<stage>/samples/step-XXXXXX.{png,json}` after every validation, and hands both to the loggers.
+    """Writes `<stage>/samples/step-XXXXXX.{png,json}` after every validation, and passes both to the loggers.
 
     Args:
-        num: how many samples.
-        generate: `(model, prompts, images) -> answers`, where a prompt is a record without its reference and images
-            are, per record, its list of images as given.
-        records: function of `num` that returns pairs (record, its images), called once at the first validation; None
-            is the data module's `held_out`. An image is a uint8 (3, H, W) or (v, 3, H, W) tensor or a
-            PIL image.
-        folder: of the stage; None is `trainer.default_root_dir`.
+        num: number of samples.
+        generate: `(model, prompts, images) -> answers`; a prompt is a record without its reference, and `images` has
+            one list of images per record.
+        records: function of `num` that returns pairs (record, its images), called once at the first validation; None:
+            the data module's `held_out`. An image is a uint8 (3, H, W) or (v, 3, H, W) tensor or a PIL image.
+        folder: folder of the stage; None: `trainer.default_root_dir`.
 
     Raises:
-        ValueError: neither `records` nor a data module with `held_out`.
+        ValueError: (setup) there is neither `records` nor a data module with `held_out`.
     """
 
     def __init__(
@@ -175,7 +174,7 @@ class Samples(Callback):
         cuda = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.inference_mode(), torch.random.fork_rng(devices=cuda):
             answers = self.generate(model, prompts, images)
-        # A generator puts the model in eval mode; training must go on as it was.
+        # Generation puts the model in eval mode; restore every module's mode.
         for module, training in modes:
             module.training = training
         if not trainer.is_global_zero:

@@ -1,5 +1,7 @@
-"""From conf/ and a command line to one checked configuration; a user's mistake is one line. With `build.py` the only
-code that knows Hydra."""
+"""Compose conf/ and a command line into one checked configuration; a user's mistake is reported in one line.
+
+Only this package and `build.py` know Hydra.
+"""
 
 from fastvlm.config.command_line import command
 from fastvlm.config.composition import CONF, ROOT, compose, compose_each, take_list, typed_overrides

@@ -1,4 +1,4 @@
-"""The command line of train.py, eval.py and their like."""
+"""The command line of train.py, eval.py and similar scripts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     register()
     typed = shlex.join(["python", *sys.argv])
     if {"--help", "-h", "--cfg", "-c", "--info", "-i"}.intersection(sys.argv):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends a list that is only read
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the listing quietly
     try:
         sys.argv[1:] = relax(expand(sys.argv[1:]))
     except ValueError as error:
         refuse(str(error))
-    # Exceptions reach us whole, and we say what they mean; cells and ranks inherit both variables.
+    # Hydra then raises its exceptions, which we explain; cells and ranks inherit both variables.
     show_traceback = "HYDRA_FULL_ERROR" in os.environ and "FASTVLM_ONE_LINE" not in os.environ
     if not show_traceback:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "FASTVLM_ONE_LINE": "1"}
@@ -48,12 +48,12 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     try:
         hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(checked)()
-    except KeyboardInterrupt:  # a sweep: its cells have said nothing of it
+    except KeyboardInterrupt:  # a sweep, whose cells print nothing about it
         interrupted(f"finished cells are kept, the same command goes on: {typed}")
     except Exception as error:
         if show_traceback:
             raise
-        of_hydra = "Config group override must be" in str(error)  # which says it by a plain ValueError
+        of_hydra = "Config group override must be" in str(error)  # Hydra raises a plain ValueError here
         if of_hydra or type(error).__module__.startswith(("hydra", "omegaconf")):
             refuse(explain(error, config_name))
         if isinstance(error, ValueError):  # a sweep whose cells failed
@@ -64,7 +64,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 def run_task(
     task: Callable[[DictConfig], Any], config: DictConfig, *, name: str, typed: str, show_traceback: bool
 ) -> Any:
-    """What `task` makes of a configuration, checked before; its mistakes are said and the process ends."""
+    """Check a configuration and run `task` on it; print a user's mistake in one line and exit."""
     try:
         config = with_arm(config)
         check(config)

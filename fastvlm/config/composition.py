@@ -1,4 +1,4 @@
-"""Composing conf/ into one configuration, on a command line or without."""
+"""Compose conf/ into one configuration, with or without a command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONF = ROOT / "conf"
 
 
 def register() -> None:
-    """Make schemas and resolvers known to Hydra. Safe to call twice."""
+    """Register schemas and resolvers with Hydra. Safe to call twice."""
     from hydra.core.config_store import ConfigStore
 
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
@@ -35,7 +35,7 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
     from fastvlm.study.arms import expand
 
     register()
-    around = GlobalHydra.instance().hydra  # of the command that runs, or None
+    around = GlobalHydra.instance().hydra  # of the running command, or None
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -47,7 +47,7 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
         GlobalHydra.instance().hydra = around
 
 
-# Overrides that leave a run's name as it is, such as the `data.on_change=replan` with which a refused run continues.
+# Overrides that do not change a run's name, such as `data.on_change=replan`, with which a refused run continues.
 SILENT = (
     r"\+*(name|hardware|logger|overwrite|pipeline|paths|data|log_every|checkpoint_every|num_samples|speed_images|"
     r"stages\.\w+\.cache_features)\b"
@@ -55,9 +55,9 @@ SILENT = (
 
 
 def run_name() -> str:
-    """The run directory's default name: the pipeline, and what was changed on the command line.
+    """Return a run directory's default name: the pipeline, and what was changed on the command line.
 
-    The same command has the same name, so that it finds its own run again.
+    The same command gives the same name, and so finds its own run again.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -70,27 +70,28 @@ def run_name() -> str:
     return f"{label[:70]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
 
 
-# These hold a constructor call: any of its arguments can be set, whether or not the YAML has it.
+# Keys that hold a constructor call: any of its arguments can be set, whether or not the YAML file has it.
 PARTS = "encoder|resampler|projector|llm|vlm|tokenizer|task|hardware|logger|mixture"
 
 CALLS = rf"({PARTS}|stages\.\w+\.(objective|mixture|optimizer|trainable|adapt))\."
 
 
 def relax(overrides: list[str]) -> list[str]:
-    """`hardware.num_workers=0` works without a plus; `build.instantiate` refuses what the constructor does not take."""
+    """Let `hardware.num_workers=0` work without a plus; `build.instantiate` refuses unknown constructor arguments."""
     return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.(trainable|adapt)=", o) else o for o in overrides]
 
 
 def typed_overrides() -> list[str]:
-    """The overrides of the command that runs, without Hydra's own; none outside one."""
+    """Return the overrides of the running command, without Hydra's own; empty if no command is running."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def with_arm(config: DictConfig) -> DictConfig:
-    """The configuration with its study's arm applied: a launcher that runs cells in processes of its own (joblib,
-    submitit) hands them on as they were composed, without it.
+    """Apply a study's arm to a configuration that was composed without it.
+
+    Launchers that run cells in their own processes (joblib, submitit) pass on such configurations.
 
     Raises:
         ValueError: a study without an arm.
@@ -107,9 +108,9 @@ def with_arm(config: DictConfig) -> DictConfig:
 
 
 def take_list(group: str) -> list[str]:
-    """The choices of a group given as a list, `task=[vqav2,textvqa]`, with the command line left at the first of them.
+    """Return the choices of a group given as a list, `task=[vqav2,textvqa]`; leave the first one on the command line.
 
-    Hydra itself would merge them into one; `compose_each` makes one configuration of each.
+    Hydra itself would merge them into one configuration; `compose_each` makes one of each.
     """
     for i, argument in enumerate(sys.argv):
         if match := re.fullmatch(rf"{group}=\[([\w\s,/-]*)\]", argument):
@@ -121,7 +122,7 @@ def take_list(group: str) -> list[str]:
 
 
 def compose_each(config: DictConfig, group: str, names: list[str]) -> dict[str, DictConfig]:
-    """The configuration once for every choice of a group, by choice; all other overrides hold for each."""
+    """Compose the configuration once for every choice of a group, with the same other overrides; choice -> config."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()

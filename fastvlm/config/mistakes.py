@@ -1,4 +1,4 @@
-"""A user's mistake as one line: which file or key, and the nearest right name."""
+"""Report a user's mistake in one line: which file or key, and the nearest correct name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def interrupted(message: str) -> NoReturn:
 
 
 def explain(error: BaseException, config_name: str) -> str:
-    """A composition error of Hydra or OmegaConf as one line with the nearest right name."""
+    """Explain a composition error of Hydra or OmegaConf in one line with the nearest correct name."""
     text, cause = str(error), error.__cause__
     full = text if cause is None else f"{text}\n{cause}"
     full_key = re.search(r"full_key: (\S+)", full)
@@ -58,7 +58,7 @@ def explain(error: BaseException, config_name: str) -> str:
 
 
 def no_option(path: str, config_name: str) -> str:
-    """That a group has no such file, with the nearest that it has, and all."""
+    """Say that a group has no such option, with the nearest one and all of them."""
     group, _, choice = path.rpartition("/")
     folder = CONF / group
     options = sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
@@ -72,9 +72,9 @@ def no_option(path: str, config_name: str) -> str:
 
 
 def nearest(key: str, config_name: str) -> str:
-    """What follows "unknown key ...": the key or group that was meant, or where all keys are listed."""
+    """Return what follows "unknown key ...": the key or group that was meant, or where all keys are listed."""
     try:
-        chosen = [o for o in sys.argv[1:] if o.startswith("pipeline=")]  # its stages are the keys
+        chosen = [o for o in sys.argv[1:] if o.startswith("pipeline=")]  # which decides the keys of `stages`
         plain = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     except Exception:  # noqa: BLE001  the configuration itself is broken: no hint to give
         return ""
@@ -96,7 +96,7 @@ def nearest(key: str, config_name: str) -> str:
 
 
 def dotted(node: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of nested dictionaries, written with dots."""
+    """Yield every key of nested dictionaries, written with dots."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield f"{prefix}{key}"
@@ -104,7 +104,7 @@ def dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def loader_died(error: BaseException) -> bool:
-    """Whether a DataLoader process was killed: torch says so, or the data it was sending end in the middle."""
+    """Return whether a DataLoader process was killed: torch says so, or the data it was sending ends in the middle."""
     if isinstance(error, RuntimeError):
         return re.match(r"DataLoader worker \(pid.* (killed|exited)", str(error)) is not None
     frames = [frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__)]

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fastvlm.config.schema import Adapt, LastLayers, Lora
 
 PARTS = ("encoder", "resampler", "projector", "llm")
-METHODS = {  # how a part learns -> what must be given with it
+METHODS = {  # how a part learns -> keys it requires
     "full": ("lr",),
     "frozen": (),
     "partial": ("lr", "num"),
@@ -24,13 +24,13 @@ ON_CHANGE = ("refuse", "replan", "restart")
 
 
 def check(config: DictConfig, *, images: bool = True) -> None:
-    """Report all broken rules at once; expand `max_steps` and the short forms of a stage.
+    """Report all broken rules at once; expand `max_steps` and the short forms of a stage in place.
 
     Args:
-        images: check the stages' `image`, too, which imports torch.
+        images: also check the stages' `image`, which imports torch.
 
     Raises:
-        ValueError: with one broken rule a line.
+        ValueError: one line per broken rule.
     """
     wrong = []
     if OmegaConf.is_missing(config, "checkpoint"):
@@ -54,7 +54,7 @@ def check(config: DictConfig, *, images: bool = True) -> None:
 
 
 def wrong_calls(stage: DictConfig, *, where: str) -> Iterator[str]:
-    """What is wrong with the constructor calls of a stage: one is missing, or a name where its mapping belongs."""
+    """Yield what is wrong with the constructor calls of a stage: missing, or a name in place of a mapping."""
     for key in ("objective", "mixture", "optimizer"):
         if OmegaConf.is_missing(stage, key):
             yield f"{where}.{key} must be given; conf/stage/ has stages in full"
@@ -66,7 +66,7 @@ def wrong_calls(stage: DictConfig, *, where: str) -> Iterator[str]:
 
 
 def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[str]:
-    """What is wrong with a stage; `pretrained`: of a model that brings its own image size."""
+    """Yield what is wrong with a stage; `pretrained`: its model brings its own image size."""
     if (stage.steps is None) == (stage.epochs is None):
         yield f"{where}: give exactly one of steps and epochs"
     for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
@@ -88,8 +88,7 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
 
 
 def wrong_patterns(stage: DictConfig, *, where: str) -> Iterator[str]:
-    """Patterns of `trainable` that belong to no part, and rates that are no numbers: the stage may begin hours from
-    now."""
+    """Yield patterns of `trainable` that match no part and rates that are not numbers, before any stage has run."""
     for pattern, rate in stage.trainable.items():
         if isinstance(rate, str | bool):
             yield f"{where}.trainable.{pattern}={rate} is no learning rate; give a number, or null to freeze"
@@ -110,7 +109,7 @@ def wrong_image(stage: DictConfig, *, where: str) -> Iterator[str]:
 
 
 def wrong_short_forms(stage: DictConfig, *, where: str) -> Iterator[str]:
-    """What is wrong with `lora` and `last_layers`, which OmegaConf cannot merge into a dataclass that may be null."""
+    """Yield what is wrong with `lora` and `last_layers`: OmegaConf cannot merge into a dataclass that may be null."""
     for key, schema in (("lora", Lora), ("last_layers", LastLayers)):
         if stage.get(key) is None:
             continue
@@ -124,7 +123,7 @@ def wrong_short_forms(stage: DictConfig, *, where: str) -> Iterator[str]:
 
 
 def wrong_adapt(stage: DictConfig, *, where: str) -> Iterator[str]:
-    """What is wrong with `adapt`, whose entries are brought into full form on the way."""
+    """Yield what is wrong with `adapt`, and expand its entries to their full form."""
     for part, value in list((stage.get("adapt") or {}).items()):
         here = f"{where}.adapt.{part}"
         if value is None:
@@ -143,7 +142,7 @@ def wrong_adapt(stage: DictConfig, *, where: str) -> Iterator[str]:
 
 
 def wrong_method(stage: DictConfig, part: str, *, where: str) -> Iterator[str]:
-    """What is wrong with how one part learns; `adapt` is in full form."""
+    """Yield what is wrong with how one part learns; its entry in `adapt` is in full form."""
     here, adapt = f"{where}.adapt.{part}", stage.adapt[part]
     given = "missing" if OmegaConf.is_missing(adapt, "method") else adapt.method
     if given not in METHODS:

@@ -1,8 +1,9 @@
-"""Augmentation of training images: what is drawn depends on a seed alone, so a resumed run draws the same.
+"""Augmentation of training images, drawn from a seed alone, so that a resumed run draws the same.
 
-A stage says how strong (`image.augment`), a source what its questions allow (`Source(augment=...)`): a mirror swaps
-left and right and spoils text, a crop loses what is counted or read. Only brightness, contrast and saturation change no
-word of most answers, so that is what a source allows unless it says more. Hue is never changed: colours are asked for.
+A stage sets the strength (`image.augment`), a source the kinds that its questions allow (`Source(augment=...)`): a
+mirror swaps left and right and spoils text, a crop loses what is counted or read. Changing brightness, contrast and
+saturation keeps most answers true, so a source allows only that (`jitter`) by default. Hue is never changed, because
+questions ask for colours.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 KINDS = ("crop", "jitter", "mirror")
-STRETCH = 4 / 3  # of a crop's aspect, at most, as in Inception's random resized crop
-ONE = 1 << 16  # fixed point: integers give the same pixels on every machine
+STRETCH = 4 / 3  # maximum change of a crop's aspect ratio, as in Inception's random resized crop
+ONE = 1 << 16  # 1.0 in fixed point: integers give the same pixels on every machine
 
 
 def check_kinds(kinds: Iterable[str], *, key: str) -> tuple[str, ...]:
-    """Names of KINDS, in their order.
+    """Return names of KINDS, in the order of KINDS.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name; the message begins with `key`.
     """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     for kind in kinds:
@@ -39,17 +40,17 @@ def check_kinds(kinds: Iterable[str], *, key: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Draw:
-    """What happens to one image."""
+    """The random changes to one image."""
 
-    area: float  # of the crop, share of the image
-    stretch: float  # of the crop's aspect: width over height against the image's
-    x: float  # where the crop lies, 0 left to 1 right
-    y: float
-    gains: tuple[float, float, float] | None  # brightness, contrast, saturation; 1 leaves as it is
+    area: float  # of the crop, as a share of the image
+    stretch: float  # aspect ratio (width over height) of the crop, relative to the image's
+    x: float  # position of the crop, 0 left to 1 right
+    y: float  # 0 top to 1 bottom
+    gains: tuple[float, float, float] | None  # brightness, contrast, saturation; 1: unchanged
     mirrored: bool
 
     def crop(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in an image of this size, pixels."""
+        """Return the crop (left, top, right, bottom) of an image of this size, in pixels."""
         w = min(width, max(1, round(width * math.sqrt(self.area * self.stretch))))
         h = min(height, max(1, round(height * math.sqrt(self.area / self.stretch))))
         left, top = int(self.x * (width - w)), int(self.y * (height - h))
@@ -60,10 +61,10 @@ class Augmentation:
     """Random resized crop, colour jitter and mirror.
 
     Args:
-        crop: smallest and largest share of the image's area that is kept, such as (0.8, 1.0); its aspect is stretched
-            by up to 4/3. None for no crop.
-        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter.
-        mirror: every other image is mirrored left to right.
+        crop: smallest and largest share of the image's area to keep, such as (0.8, 1.0); the aspect ratio changes by up
+            to 4/3. None: no crop.
+        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter; 0: no jitter.
+        mirror: mirror an image left to right with probability 1/2.
 
     Raises:
         ValueError: a value out of range.
@@ -85,7 +86,7 @@ class Augmentation:
         return tuple(k for k, on in zip(KINDS, (self.crop is not None, self.jitter > 0, self.mirror)) if on)
 
     def restricted(self, kinds: Iterable[str]) -> Augmentation:
-        """The same, without what is not among `kinds`."""
+        """Return the same augmentation with only these kinds."""
         kinds = set(kinds)
         return Augmentation(
             crop=self.crop if "crop" in kinds else None,
@@ -94,7 +95,10 @@ class Augmentation:
         )
 
     def draw(self, seed: str | int) -> Draw:
-        """Every number has its own place in the seed's digest: without one kind the others stay as they were."""
+        """Draw the changes to one image.
+
+        Every number has a fixed place in the seed's digest: switching off one kind does not change the others.
+        """
         digest = hashlib.sha256(str(seed).encode()).digest()
         u = [int.from_bytes(digest[i : i + 4], "little") / 2**32 for i in range(0, 32, 4)]
         area, stretch = 1.0, 1.0
@@ -107,7 +111,7 @@ class Augmentation:
 
 
 def grey_of(pixels: Tensor) -> Tensor:
-    """Luma (ITU-R 601) of int32 (3, h, w): (h, w)."""
+    """Return the luma (ITU-R 601) of int32 (3, h, w) as (h, w)."""
     return (77 * pixels[0] + 150 * pixels[1] + 29 * pixels[2] + 128) >> 8
 
 
@@ -119,7 +123,7 @@ def mean_grey(pixels: UInt8[Tensor, "3 h w"]) -> int:
 def jitter_colours(
     pixels: UInt8[Tensor, "3 h w"], gains: tuple[float, float, float], *, mean: int
 ) -> UInt8[Tensor, "3 h w"]:
-    """Saturation about each pixel's grey, contrast about the image's mean grey, then brightness, in one step."""
+    """Scale saturation around each pixel's grey, contrast around the image's mean grey, and brightness, in one step."""
     brightness, contrast, saturation = gains
     own = round(ONE * brightness * contrast * saturation)
     grey = round(ONE * brightness * contrast * (1 - saturation))

@@ -1,4 +1,4 @@
-"""Rows of samples -> Batch."""
+"""Collation: rows of samples -> Batch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def collate(
     pixel_values: torch.Tensor | None = None,
     features: torch.Tensor | None = None,
 ) -> Batch:
-    """Lay samples one behind the other in their rows and pad rows to the longest.
+    """Concatenate the samples of each row and pad the rows to the longest.
 
-    A row may be empty (all its samples could not be read): it is padding from end to end. Images without a label map
-    in a batch that has some get one of NO_LABEL.
+    A row may be empty (none of its samples could be read): it is all padding. If some images of a batch have label
+    maps, the others get one filled with NO_LABEL.
 
     Args:
-        pixel_values: the samples' views in order, where they have been written into one tensor already.
+        rows: the samples of each row.
+        sources: names of the sources, which `source_ids` number.
+        image_size: side of a view, pixels.
+        pixel_values: the samples' views in order, if they are in one tensor already.
         features: cached features of the views in order; the batch then holds no pixels.
 
     Raises:
@@ -82,14 +85,14 @@ def collate(
 
 
 def tiles_among(views: Sequence[int]) -> torch.Tensor | None:
-    """bool (I,): which of the images' views are tiles: all but each image's first. None where none is."""
+    """Return which of the images' views are tiles (all but the first of each image): bool (I,), None if none is."""
     if all(count == 1 for count in views):
         return None
     return torch.tensor([number > 0 for count in views for number in range(count)])
 
 
 def stack_label_maps(samples: Sequence[Sample]) -> torch.Tensor | None:
-    """uint8 (I, C, h, w), in line with the images; None when no sample has any."""
+    """Stack the label maps, aligned with the images: uint8 (I, C, h, w); None if no sample has any."""
     shapes = {tuple(m.shape): sample.key for sample in samples for m in sample.label_maps}
     if not shapes:
         return None

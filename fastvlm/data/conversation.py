@@ -1,5 +1,7 @@
-"""From a record (`messages` or `document`) to token ids and labels; in a conversation exactly the assistant's tokens
-are learned."""
+"""Encoding of records (`messages` or `document`) as token ids and labels.
+
+In a conversation, exactly the assistant's tokens are learned.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,20 @@ from fastvlm.tokens import IGNORE_INDEX, ROLES, Tokenizer
 
 @dataclass
 class Text:
-    """A record's text as ids. It depends on record and tokenizer alone, so it can be stored; nothing of an image is in
-    it, not even what the template puts around one.
+    """The token ids of a record's text, without those of images and what the template puts around them.
+
+    They depend only on the record and the tokenizer, so they can be stored.
     """
 
     ids: np.ndarray  # int (T,)
-    turns: np.ndarray  # int: where learned tokens begin, end, begin again, ...; the first are not learned
-    image_at: np.ndarray  # int, ascending: ids that stand before each image
+    turns: np.ndarray  # int: where learned tokens begin, end, begin again, ...
+    image_at: np.ndarray  # int, ascending: number of ids before each image
     document: bool = False
 
 
 @dataclass
 class Encoded:
-    """Ids and labels with every image as wide as its slots."""
+    """Ids and labels, with the slots of every image."""
 
     input_ids: list[int]
     labels: list[int]
@@ -34,7 +37,7 @@ class Encoded:
 
 
 def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Text:
-    """The text of a record's `messages` or `document`; see `encode_record`.
+    """Tokenise the text of a record's `messages` or `document`; see `encode_record`.
 
     Raises:
         ValueError: neither or both keys, or an unknown role or part.
@@ -85,7 +88,9 @@ def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Tex
 def lay_out(
     text: Text, tokenizer: Tokenizer, *, tokens_per_image: int | Sequence[int], max_tokens: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Put the images into a text: (ids, labels, whole images, tokens cut off); int32. See `encode_record`.
+    """Insert the image slots into a text; return int32 ids and labels, whole images, and tokens cut off.
+
+    See `encode_record`.
 
     Raises:
         ValueError: slots for another number of images.
@@ -97,9 +102,9 @@ def lay_out(
     before, after = (tokenizer.encode_template(piece) for piece in tokenizer.template.image)
     length = len(ids) + sum(slots) + len(places) * (len(before) + len(after))
     wide, labels = np.empty(length, dtype=np.int32), np.full(length, IGNORE_INDEX, dtype=np.int32)
-    turns.append(len(ids))  # ends the last learned tokens, or follows their end
-    ends: list[tuple[int, int]] = []  # first slot of every image, and the place behind its last
-    done, moved = 0, 0  # ids that are laid, and how far the next ones are moved by images
+    turns.append(len(ids))  # closes the last learned span if it is still open
+    ends: list[tuple[int, int]] = []  # (first slot, position after the last slot) of every image
+    done, moved = 0, 0  # ids already placed, and how far images shift the next ones
     for at, count in [*zip(places, slots), (len(ids), None)]:
         wide[done + moved : at + moved] = ids[done:at]
         for first, end in zip(turns[::2], turns[1::2]):
@@ -117,14 +122,14 @@ def lay_out(
             moved = end + len(after) - at
     num_images, truncated = len(places), 0
     if max_tokens is not None and len(wide) > max_tokens:
-        # Never half an image: if the cut falls inside its slots, go back to where they start.
+        # Never keep half an image: if the cut falls inside its slots, cut before them.
         cut = next((first for first, end in ends if first < max_tokens < end), max_tokens)
         truncated = len(wide) - cut
         wide, labels = wide[:cut], labels[:cut]
         num_images = sum(end <= cut for _, end in ends)
     if len(labels):
-        # Nothing comes before the first token, so nothing predicts it; learned, it would be predicted by the last
-        # token of the neighbour in the pack.
+        # Nothing precedes the first token, so nothing predicts it. If it were learned, the last token of the
+        # previous sample in the pack would predict it.
         labels[0] = IGNORE_INDEX
     return wide, labels, num_images, truncated
 
@@ -137,13 +142,13 @@ def encode_record(
     max_tokens: int | None = None,
     prompt: bool = False,
 ) -> Encoded:
-    """Encode a record's `messages` or `document`.
+    """Encode a record's `messages` or `document` as ids and labels.
 
     Args:
         record: `{"messages": [{"role", "content"}]}` or `{"document": parts}`; content is a string or a list of
             `{"type": "image"}` and `{"type": "text", "text": ...}`.
-        tokens_per_image: slots an image takes; a sequence says it of each image in order (views times M).
-        max_tokens: cut the end off beyond this length; an image is never cut in the middle (it goes whole).
+        tokens_per_image: slots per image; a sequence gives them for each image in order (views times M).
+        max_tokens: cut off the end beyond this length, an image only as a whole; None: do not cut.
         prompt: end with the template's opening of an assistant turn (for generation).
 
     Raises:
@@ -157,7 +162,7 @@ def encode_record(
 
 
 def without_images(record: dict) -> dict:
-    """The same conversation or document without its images, for blind baselines."""
+    """Return the record without its images, for blind baselines."""
 
     def words(content):
         return content if isinstance(content, str) else [part for part in content if part["type"] != "image"]
@@ -168,7 +173,7 @@ def without_images(record: dict) -> dict:
 
 
 def with_system(record: dict, text: str) -> dict:
-    """The same conversation with a system prompt in front; its own system prompt, if any, follows.
+    """Return the conversation with a system prompt in front; its own system prompt, if any, follows.
 
     Raises:
         ValueError: a document, which has no roles.
@@ -179,7 +184,7 @@ def with_system(record: dict, text: str) -> dict:
 
 
 def with_system_text(text: Text, system: str, tokenizer: Tokenizer) -> Text:
-    """`tokenise(with_system(record, system))` from the text of the record.
+    """Return `tokenise(with_system(record, system))`, given the text of the record.
 
     Raises:
         ValueError: a document, which has no roles.
@@ -196,11 +201,11 @@ def with_system_text(text: Text, system: str, tokenizer: Tokenizer) -> Text:
 
 
 def without_images_text(text: Text) -> Text:
-    """`tokenise(without_images(record))` from the text of the record."""
+    """Return `tokenise(without_images(record))`, given the text of the record."""
     return replace(text, image_at=text.image_at[:0])
 
 
 def system_ids(system: str, tokenizer: Tokenizer) -> np.ndarray:
-    """What a system prompt adds to any conversation, behind the template's opening; int32."""
+    """Return the ids that a system prompt adds to any conversation, after the template's opening: int32."""
     start = len(tokenizer.encode_template(tokenizer.template.start))
     return tokenise(with_system({"messages": []}, system), tokenizer).ids[start:]

@@ -1,4 +1,4 @@
-"""Lightning data module over a plan."""
+"""LightningDataModule that reads the batches of a plan."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.validation import ValidationPlan
 from fastvlm.tokens import Tokenizer
 
-AHEAD = 4  # batches that a worker reads before they are asked for
+AHEAD = 4  # batches that each worker prefetches
 
 
 class StepSampler(Sampler[int]):
     """Micro-batches `start .. count`, in order.
 
-    Its length is that of the whole epoch, not of what is left: after a resume Lightning's fetcher adds the batches of
-    before to those it has fetched and ends the epoch when the sum reaches the length.
+    Its length is that of the whole epoch, not of the remainder: after a resume, Lightning's fetcher adds the batches
+    from before to those it has fetched, and ends the epoch when the sum reaches the length.
     """
 
     def __init__(self, count: int, *, start: int = 0):
@@ -41,8 +41,10 @@ class StepSampler(Sampler[int]):
 
 
 class PlanLoader(DataLoader):
-    """A loader whose position is the Trainer's step counter. Its empty state tells Lightning that it can resume in
-    mid-epoch; the data module's state holds the rest."""
+    """A DataLoader whose position is the Trainer's step counter.
+
+    Its empty state tells Lightning that it can resume mid-epoch; the data module's state holds the rest.
+    """
 
     def state_dict(self) -> dict:
         return {}
@@ -52,30 +54,31 @@ class PlanLoader(DataLoader):
 
 
 class MixtureDataModule(L.LightningDataModule):
-    """One stage's data. The stage is one epoch of the Trainer (`max_epochs=1` or -1), `plan.num_steps` steps long.
+    """The data of one stage. The stage is one Trainer epoch (`max_epochs=1` or -1) of `plan.num_steps` steps.
 
     Args:
         mixture: sources and shares.
         tokenizer: shared with the model.
-        image_size: side of the square images, pixels.
-        tokens_per_image: slots a view takes: `VLM.num_visual_tokens(image_size)`.
-        batch_size: rows of an optimiser step, over all ranks and micro-batches.
-        max_tokens, max_images: budget of a row; an image without tiles is one of max_images, else each of its views.
-        transform: from files to views of `image_size`; None pads images to squares. Augmentation is for training only.
-        packing: several samples a row.
-        num_steps, epochs: length of the stage, one of them; neither for one epoch.
-        accumulate: micro-batches a step; the Trainer's `accumulate_grad_batches`.
-        seed: of the order.
-        num_workers: loader processes a rank; the batches are the same for any number.
-        val_samples: of all sources together, balanced; 0 for no validation.
+        image_size: side of the square views, pixels.
+        tokens_per_image: slots per view: `VLM.num_visual_tokens(image_size)`.
+        batch_size: rows per optimiser step, over all ranks and micro-batches.
+        max_tokens, max_images: budget of a row; an image counts as one towards max_images, or with tiles as its number
+            of views.
+        transform: image file -> views of `image_size`; None: pad images to squares. Only training images are augmented.
+        packing: put several samples into a row.
+        num_steps, epochs: length of the stage, at most one of them; neither: one epoch.
+        accumulate: micro-batches per step; must equal the Trainer's `accumulate_grad_batches`.
+        seed: seed of the order and of augmentation.
+        num_workers: loader processes per rank; the batches are the same for any number.
+        val_samples: validation samples of all sources together, balanced; 0: no validation.
         pack_window, sort_window, plan_cache: see `Plan` (`cache`).
         max_skipped_share, cache_bytes: see `PlannedDataset`.
-        where: what stands before the stage's keys in messages, such as `stages.align.`.
+        where: prefix of the stage's keys in error messages, such as `stages.align.`.
 
     Raises:
-        ValueError: from the plan, at `setup`; from the loaders, when rows do not divide among ranks and micro-batches
-            or a checkpoint stands inside an optimiser step. One written at a step's end may have had other ranks and
-            micro-batches.
+        ValueError: from the plan, in `setup`; from the loaders, if rows do not divide among ranks and micro-batches or
+            the checkpoint was written inside an optimiser step. One written at the end of a step may come from other
+            numbers of ranks and micro-batches.
     """
 
     def __init__(
@@ -128,13 +131,13 @@ class MixtureDataModule(L.LightningDataModule):
         }
 
     def replan(self, after: Seen) -> None:
-        """Plan the rest of a stage from the samples it has seen; training resumes from the checkpoint of that step."""
+        """Plan the rest of a stage from what it has seen; training resumes from the checkpoint of that step."""
         self._order["after"] = after
         self.plan = None
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the indexes (building what is missing) and make the plan."""
+        """Open the indexes (building those that are missing) and make the plan."""
         if self.plan is None:
             self.plan = Plan(self.mixture, self.tokenizer, **self._budget, **self._length, **self._order)
         if (
@@ -145,16 +148,18 @@ class MixtureDataModule(L.LightningDataModule):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
 
     def state_dict(self) -> dict[str, int | str]:
-        """What a resumed run needs of the data: (epoch, step in it) of the next batch, and the plan's fingerprint."""
+        """Return what a resumed run needs: (epoch, step in it) of the next batch, and the plan's fingerprint."""
         done = 0 if self.trainer is None else min(self.trainer.global_step, self.plan.num_steps)
         epoch, step = self.plan.position(done)
         return {"epoch": epoch, "step": step, "plan": self.plan.fingerprint}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Check that the checkpoint's plan is this one, or the one that this plan continues.
+        """Check that the checkpoint was written under this plan.
+
+        After `replan`, one of any plan is accepted, and the loader checks its step.
 
         Raises:
-            ValueError: training would go on in another order, over samples seen already.
+            ValueError: training would continue in another order, over samples it has already seen.
         """
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         if fitting and self.plan.after is None and state["plan"] != self.plan.fingerprint:
@@ -168,15 +173,17 @@ class MixtureDataModule(L.LightningDataModule):
     def write_features(
         self, encode: Encode, *, description: dict, shape: tuple[int, int], dtype: torch.dtype, **options
     ) -> dict:
-        """Fill the feature store of an encoder and let the loaders read it in place of images.
+        """Fill the feature store of an encoder and let the loaders read features instead of images.
 
         Args:
             encode: uint8 (I, 3, H, W) and which of them are tiles -> features (I, N, D), on the CPU in `dtype`.
-            description: what the features depend on, beside the image and how this module transforms it.
+            description: what the features depend on, besides the image and this module's transform.
+            shape: (N, D) of one view.
+            dtype: of the features.
             options: of `feature_pass.fill`.
 
         Returns:
-            The pass's record.
+            The record of the pass, see `fill`.
 
         Raises:
             ValueError: training images are augmented; from `fill`.
@@ -196,19 +203,21 @@ class MixtureDataModule(L.LightningDataModule):
         return about
 
     def train_dataloader(self) -> PlanLoader:
+        """Return the loader of this rank's micro-batches, from where a resumed run continues."""
         options = {"accumulate": self.accumulate, "augment_seed": self._order["seed"]}
         dataset = PlannedDataset(self.plan, **options, **self._ranks(), **self._reading)
-        self.plan.extend()  # before the workers fork: they share the arrays and plan nothing
+        self.plan.extend()  # before the workers fork, so that they share the arrays and need not plan
         return self._loader(dataset, start=self._start())
 
     def val_dataloader(self) -> PlanLoader | list:
+        """Return the loader of the validation set, or [] if there is none."""
         if self.val_plan is None:
             return []
         options = {"accumulate": self.accumulate, **self._ranks(), **self._reading}
         return self._loader(PlannedDataset(self.val_plan, **options), start=0)
 
     def _loader(self, dataset: PlannedDataset, *, start: int) -> PlanLoader:
-        # A worker's batches that wait, the one it reads, and two that the model still has.
+        # Per worker: the prefetched batches, the one being read, and two that the model may still hold.
         dataset.furnish(workers=self.num_workers, each=AHEAD + 3 if self.num_workers else 3)
         return PlanLoader(
             dataset,
@@ -229,7 +238,7 @@ class MixtureDataModule(L.LightningDataModule):
         return {"rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _start(self) -> int:
-        """The first micro-batch: the Trainer's step counter says where a resumed run begins."""
+        """Return the first micro-batch: the Trainer's step counter says where a resumed run begins."""
         trainer = self.trainer
         if trainer is None:
             return 0
@@ -250,8 +259,9 @@ class MixtureDataModule(L.LightningDataModule):
 
 
 def go_on_at(start: int, trainer: L.Trainer) -> None:
-    """Let a Trainer that resumes count its micro-batches from `start`, where its step begins. The checkpoint may have
-    been written with another number of them a step.
+    """Make a resuming Trainer count its micro-batches from `start`, where its step begins.
+
+    The checkpoint may have been written with another number of micro-batches per step.
 
     Raises:
         ValueError: it was written inside a step, whose gradients are lost.
@@ -259,7 +269,7 @@ def go_on_at(start: int, trainer: L.Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     counts, optimizer = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer
     done = counts.current.processed
-    # A step begins with zero_grad: one more of these than of steps is a step that has begun.
+    # A step begins with zero_grad: one more zero_grad than steps means that a step has begun.
     begun, steps = optimizer.zero_grad.total.completed, optimizer.step.total.completed
     inside = begun > steps and counts.current.ready == done
     ended = begun == steps == trainer.global_step and counts.total.processed == done

@@ -36,30 +36,30 @@ class _Opened:
     raw: RawSample
     ids: np.ndarray  # int32 (T,), slots included
     labels: np.ndarray
-    views: list[int]  # of each image that is not cut off
-    images: list[Opened]  # likewise, their headers read
-    layouts: list[tuple[int, int, int, int]]  # likewise
+    views: list[int]  # number of views of each image that truncation leaves
+    images: list[Opened]  # the same images, with only their headers read
+    layouts: list[tuple[int, int, int, int]]  # of the same images: see Batch.layouts
 
 
 class PlannedDataset(Dataset):
-    """Map-style: item `step * accumulate + micro` is this rank's micro-batch of that optimiser step.
+    """Map-style dataset: item `step * accumulate + micro` is this rank's micro-batch of that optimiser step.
 
-    A sample that cannot be read leaves its row shorter; its key goes into `Batch.skipped` and into the log, and nothing
-    else moves. Encoded samples and decoded images are kept until `cache_bytes` are full, then kept no more: the order
-    comes round in passes, so a cache that evicts would evict what comes next.
+    A sample that cannot be read is left out of its row, its key is logged and added to `Batch.skipped`, and all other
+    samples stay in place. Encoded samples and decoded images are cached in memory until `cache_bytes` are used; nothing
+    is evicted, because in repeated passes the oldest entry is the one needed next.
 
     Args:
-        plan: the order; also says `tokens_per_image` and `max_tokens`.
+        plan: the order; also provides `tokens_per_image` and `max_tokens`.
         tokenizer: the one the plan was made with.
         image_size: side of a view, pixels.
-        transform: from a file to its views, of that size and with the tiles that the plan counts; None: padded squares.
-        augment_seed: what augmentation is drawn from, together with step, key and image; None for none. What a source
-            does not allow is left out, and a source whose images are augmented is not kept in memory.
+        transform: image file -> views, of `image_size` and with the tiles that the plan counts; None: padded squares.
+        augment_seed: seed of augmentation, together with step, key and image; None: no augmentation. Kinds that a
+            source does not allow are not applied to it, and sources with augmented images are not cached in memory.
         rank, world_size: this process takes rows `rank, rank + world_size, ...` of a step.
-        accumulate: micro-batches a step; micro-batch a takes rows `a, a + accumulate, ...` of the rank's.
-        max_skipped_share: of the samples this worker has read (at least 100) so many may be unreadable.
-        cache_bytes: for encoded samples, in each worker.
-        features: read these in place of images; the sample cache then holds their keys, not the features themselves.
+        accumulate: micro-batches per step; micro-batch a takes rows `a, a + accumulate, ...` of this rank's rows.
+        max_skipped_share: maximum share of unreadable samples among those this worker has read (at least 100).
+        cache_bytes: memory for cached samples, per worker.
+        features: read features from this store instead of images; the sample cache then holds their keys only.
 
     Raises:
         ValueError: rows do not divide among ranks and micro-batches; tiles, crops or mirrors of images with dense label
@@ -99,7 +99,7 @@ class PlannedDataset(Dataset):
         self._reader = ShardReader()
         self._text_key = text_key(tokenizer)
         self._rooms: Rooms | None = None
-        self._prefetcher: tuple[int, Prefetcher] | None = None  # and the process it works in
+        self._prefetcher: tuple[int, Prefetcher] | None = None  # (its process id, prefetcher)
         self._cache: dict[tuple[int, int], tuple[str, np.ndarray, np.ndarray, list, list[Tensor], list]] = {}
         self._cached_bytes, self._num_read = 0, 0
         self._skipped: list[str] = []
@@ -108,12 +108,13 @@ class PlannedDataset(Dataset):
         return self.plan.num_steps * self.accumulate
 
     def furnish(self, *, workers: int = 0, each: int = 4) -> None:
-        """Read into rooms that are used again (see `Rooms`), before the processes that read are forked: as large as the
-        first steps ask for and a quarter more. A batch that needs more gets fresh memory.
+        """Read batches into reused memory (see `Rooms`); call this before the reading processes are forked.
+
+        A room has space for a quarter more views than the first steps need. A batch that needs more gets fresh memory.
 
         Args:
-            workers: processes that read, beside this one.
-            each: rooms of a process.
+            workers: processes that read, besides this one.
+            each: rooms per process.
         """
         if self.features is None:
             first = [self.plan.step(i).rows for i in range(min(8, self.plan.num_steps))]
@@ -121,7 +122,7 @@ class PlannedDataset(Dataset):
             rows = self.plan.batch_size // (self.world_size * self.accumulate)
             pixels = 3 * self.image_size**2 * math.ceil(1.25 * views / self.accumulate)
             tokens = 5 * 8 * rows * self.plan.max_tokens
-            with suppress(OSError):  # a system that promises no more memory than it has: batches get fresh memory
+            with suppress(OSError):  # a system that does not overcommit memory: batches get fresh memory
                 self._rooms = Rooms(num_bytes=pixels + tokens, processes=1 + workers, each=each)
 
     def __getitem__(self, index: int) -> Batch | Handed:
@@ -133,7 +134,7 @@ class PlannedDataset(Dataset):
         count, worker, place = sum(self._views(mine)), get_worker_info(), None
         if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
             place = self._rooms.take(worker.id + 1 if worker else 0)
-        # Decoded where they stay: a worker hands this very memory over.
+        # Images are decoded into their final place: a worker hands over this very memory.
         if place is None:
             return self._read_rows(mine, self._room(count, shared=worker is not None), **of_step)
         room = lay_views(self._rooms.open(place, lent=worker is None), count, self.image_size)
@@ -147,14 +148,14 @@ class PlannedDataset(Dataset):
             raise
 
     def _views(self, rows: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
-        """Planned views of every sample of some rows."""
+        """Return the planned number of views of every sample in some rows."""
         return [int(self.plan.sources[source].images[row]) for planned in rows for source, row in planned]
 
     def _read_rows(
         self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int, num_answer_tokens: int
     ) -> Batch:
-        # All that is small before any pixel: decoding an image sweeps the processor's caches, and reading and encoding
-        # the next sample from cold ones takes three times as long.
+        # Read and encode all samples before decoding any image: decoding flushes the CPU caches, and reading and
+        # encoding the next sample with cold caches takes three times as long.
         opened = iter([self._try_open(source, row) for planned in planned_rows for source, row in planned])
         counts = iter(self._views(planned_rows))
         rows, skipped, filled = [], [], 0
@@ -183,17 +184,17 @@ class PlannedDataset(Dataset):
     def _look_ahead(self, step: int) -> None:
         if not any(has_remote(source.index) for source in self.plan.sources):
             return
-        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not follow a fork
+        if self._prefetcher is None or self._prefetcher[0] != os.getpid():  # threads do not survive a fork
             ranks = {"rank": self.rank, "world_size": self.world_size}
             self._prefetcher = (os.getpid(), Prefetcher(self.plan, cache=self._reader.cache, **ranks))
         self._prefetcher[1].move_to(step)
 
     def __getstate__(self) -> dict:
-        # Rooms do not follow where memory is not inherited (spawn).
+        # A spawned process does not inherit the memory of rooms.
         return self.__dict__ | {"_prefetcher": None, "_rooms": None}
 
     def _room(self, count: int, *, shared: bool = False) -> Tensor:
-        """Where that many views, or their features, are written."""
+        """Return uninitialised memory for `count` views, or for their features."""
         if self.features is None:
             return empty_views(count, self.image_size, shared=shared)
         return self.features.empty(count, shared=shared)
@@ -207,15 +208,17 @@ class PlannedDataset(Dataset):
         out: Tensor | None = None,
         opened: _Opened | Exception | None = None,
     ) -> Sample:
-        """A sample as the model takes it.
+        """Read a sample as the model takes it.
 
         Args:
-            step: for which it is read: augmentation differs from step to step.
-            out: where its views go; as many as the plan counts.
-            opened: what `_try_open` made of it, where that has been called.
+            source, row: source number and row of its index.
+            step: step for which it is read: augmentation differs from step to step.
+            out: where to write its views, as many as the plan counts; None: fresh memory.
+            opened: result of `_try_open`, if it has been called.
 
         Raises:
-            OSError, ValueError: it cannot be read.
+            OSError, ValueError: the sample cannot be read.
+            RuntimeError: its cached features are lost.
         """
         self._num_read += 1
         name = self._names[source]
@@ -254,14 +257,14 @@ class PlannedDataset(Dataset):
             kept_images = images if self.features is None else []
             size = 8 * len(opened.ids) + sum(t.numel() for t in (*kept_images, *maps)) + 1000
             if self._cached_bytes + size <= self.cache_bytes:
-                if self.features is None:  # else the whole batch that they lie in would stay
+                if self.features is None:  # a view would keep its whole batch alive
                     own = [(place.clone(), count) for place, count in own]
                 self._cache[source, row] = (raw.key, opened.ids, opened.labels, own, maps, opened.layouts)
                 self._cached_bytes += size
         return Sample(raw.key, name, opened.ids, opened.labels, images, maps, opened.layouts)
 
     def _try_open(self, source: int, row: int) -> _Opened | Exception | None:
-        """Everything of a sample but its pixels, or the error; None if it is cached in memory."""
+        """Read and encode a sample except for its pixels; return the error if that fails, None if it is cached."""
         if (source, row) in self._cache:
             return None
         measured = self.plan.sources[source]
@@ -283,11 +286,14 @@ class PlannedDataset(Dataset):
             return error
 
     def _read_features(self, key: bytes, out: Tensor, *, sound: Callable[[], object] = lambda: None) -> None:
-        """Write an image's features into `out`; `sound` raises where the image itself is broken, and so has none.
+        """Write an image's features into `out`.
+
+        Args:
+            sound: raises if the image itself is broken, and so has no features.
 
         Raises:
             ValueError: from `sound`.
-            RuntimeError: they were not written. No sample may be left out for it: all were there before the first step.
+            RuntimeError: the features are lost. The sample must not be skipped: all were there before the first step.
         """
         try:
             self.features.read(key, out=out)
@@ -310,7 +316,7 @@ class PlannedDataset(Dataset):
 
 
 def transforms_of(plan: Plan | ValidationPlan, transform: ImageTransform, *, training: bool) -> list[ImageTransform]:
-    """The transform of every source: with the kinds of augmentation it allows, and without any outside training.
+    """Return the transform of every source: with the kinds of augmentation it allows, and with none outside training.
 
     Raises:
         ValueError: tiles, crops or mirrors of images with dense label maps; an augmentation that no source allows.

@@ -1,9 +1,9 @@
 """From an encoded image to upright RGB bytes: limits first, then the fastest decoder that gives the same picture.
 
-The header is read before any pixel, so an image that would unpack to gigabytes costs nothing. A JPEG goes through
-simplejpeg's libjpeg-turbo, which writes into memory that is there, and what that refuses through torchvision's, which
-gives the same pixels. Where less than the full size is wanted Pillow leaves out the upper frequencies (a factor of 2, 4
-or 8). All other formats go through Pillow.
+The header is read before any pixel, so an image that would unpack to gigabytes costs nothing. JPEGs are decoded by
+simplejpeg's libjpeg-turbo, which can write into existing memory; those it refuses, by torchvision's, which gives the
+same pixels. If a smaller size suffices, Pillow decodes a JPEG at 1/2, 1/4 or 1/8 of its size, leaving out high
+frequencies. Pillow decodes all other formats.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from fastvlm.data.encoded import EncodedImage
 
-MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is taken for a decompression bomb
+MAX_PIXELS = 64_000_000  # an image that unpacks to more than 192 MB is treated as a decompression bomb
 MAX_BYTES = 64 << 20  # of the file
-# Not all that Pillow knows: EPS would start Ghostscript.
+# Not all formats that Pillow supports: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 ORIENTATION = 0x0112  # EXIF tag
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, MemoryError)
 
 
 class TooLarge(ValueError):
-    """More than MAX_PIXELS or MAX_BYTES."""
+    """An image of more than MAX_PIXELS or MAX_BYTES."""
 
 
 @dataclass
 class PlainJpeg:
-    """What Pillow would say of a JPEG without EXIF, for a tenth of the time."""
+    """The header of a JPEG without EXIF, with Pillow's attributes, read in a tenth of Pillow's time."""
 
     size: tuple[int, int]
     mode: str
@@ -48,7 +48,7 @@ Opened = Image.Image | PlainJpeg
 
 
 def look_at(data: EncodedImage) -> Opened:
-    """As `open_image`, quicker for most photographs.
+    """Read the header of an image: like `open_image`, but faster for most photographs.
 
     Raises:
         ValueError: see `open_image`.
@@ -60,11 +60,11 @@ def look_at(data: EncodedImage) -> Opened:
 
 
 SOF, SOS, APP1, APP2 = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1, 0xE2
-WITHOUT_PIXELS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restarts, a comment, applications' own
+WITHOUT_PIXELS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, restart interval, comment, application data
 
 
 def read_jpeg_header(data: EncodedImage) -> PlainJpeg | None:
-    """Size and mode from the frame header (ITU-T T.81, B.2); None for all that needs a closer look."""
+    """Return size and mode from the frame header (ITU-T T.81, B.2); None if Pillow must take a closer look."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     at, found = 2, None
@@ -78,7 +78,7 @@ def read_jpeg_header(data: EncodedImage) -> PlainJpeg | None:
                 return None
             found = PlainJpeg((width, height), "L" if channels == 1 else "RGB")
         elif marker not in WITHOUT_PIXELS or marker == APP1 or (marker == APP2 and data[at + 4 : at + 8] == b"MPF\0"):
-            return None  # EXIF and XMP say how the camera was held; MPF that there are more pictures
+            return None  # EXIF and XMP may hold an orientation; MPF means several images
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return None
 
@@ -96,7 +96,7 @@ def open_image(data: EncodedImage) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise TooLarge(str(error)) from None
-    except UnidentifiedImageError:  # its own words say where in memory the file lies
+    except UnidentifiedImageError:  # Pillow's message contains a memory address
         raise ValueError(f"not an image that can be read: none of {', '.join(FORMATS)}") from None
     except BROKEN as error:
         raise ValueError(f"not an image: {error}") from None
@@ -106,8 +106,8 @@ def open_image(data: EncodedImage) -> Image.Image:
 
 
 def read_orientation(image: Opened) -> int:
-    """EXIF orientation, 1 to 8; 1 where the file says nothing that can be read."""
-    # Pillow turns a TIFF itself; and asked for what a PNG does not have in front, it would decode all of it.
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
+    # Pillow rotates a TIFF itself. Asked for metadata that a PNG does not have in front, it would decode all of it.
     if image.format == "TIFF" or not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"}:
         return 1
     try:
@@ -118,13 +118,13 @@ def read_orientation(image: Opened) -> int:
 
 
 def upright_size(image: Opened, orientation: int | None = None) -> tuple[int, int]:
-    """(width, height) as one sees it, EXIF orientation applied; `orientation` where it has been read."""
+    """Return (width, height) with the EXIF orientation applied; pass `orientation` if it has been read."""
     orientation = read_orientation(image) if orientation is None else orientation
     return image.size[::-1] if orientation >= 5 else image.size
 
 
 def measure_image(data: EncodedImage) -> tuple[int, int]:
-    """(width, height) of an encoded image as one sees it; only the header is read.
+    """Return the upright (width, height) of an encoded image, EXIF orientation applied; only the header is read.
 
     Raises:
         ValueError: see `open_image`.
@@ -133,7 +133,8 @@ def measure_image(data: EncodedImage) -> tuple[int, int]:
 
 
 def is_jpeg(image: Opened) -> bool:
-    return image.format in ("JPEG", "MPO")  # MPO: what some telephones write, several JPEGs in one file
+    """Return whether an opened image is a JPEG."""
+    return image.format in ("JPEG", "MPO")  # MPO: several JPEGs in one file, as some phones write
 
 
 def decode_pixels(
@@ -145,15 +146,16 @@ def decode_pixels(
     repeat_colour: bool = False,
     room: np.ndarray | None = None,
 ) -> UInt8[Tensor, "3 h w"]:
-    """Pixels of an image that `look_at` opened: on white where transparent, upright, the first frame of several.
+    """Decode an image that `look_at` opened: upright, on white where transparent, the first frame of several.
 
     Args:
+        image: from `look_at`.
         data: its file.
-        orientation: as `read_orientation` says, where that has been called.
+        orientation: from `read_orientation`, if that has been called.
         reduce: 1, or for a JPEG 2, 4 or 8: its size is divided by this, rounded up.
-        repeat_colour: of a JPEG that keeps colour at half the size each value goes to four pixels as it is, where it is
-            usually interpolated; that takes 6 % less.
-        room: bytes that may hold the result, if there are enough of them.
+        repeat_colour: if a JPEG stores chroma at half the size, repeat each value for four pixels instead of
+            interpolating; takes 6 % less time.
+        room: bytes that may hold the result, if they suffice.
 
     Raises:
         ValueError: the file is broken.
@@ -179,23 +181,24 @@ def decode_pixels(
 
 
 def decode_jpeg(data: EncodedImage, room: np.ndarray | None, *, repeat_colour: bool) -> UInt8[Tensor, "3 h w"]:
-    """All of a JPEG as RGB, in `room` where one is given: fresh memory for it can cost half as much as the decoding.
+    """Decode a whole JPEG as RGB, into `room` if given: allocating memory can cost half as much as decoding.
 
     Raises:
         RuntimeError: the file is broken.
     """
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, buffer=room, fastupsample=repeat_colour)).permute(2, 0, 1)
-    except ValueError:  # any doubt is an error there; torchvision lets pass what other programs would show
-        from torchvision.io import ImageReadMode  # seconds to import: not for who reads headers
+    except ValueError:  # simplejpeg is strict; torchvision accepts what other programs would show
+        from torchvision.io import ImageReadMode  # takes seconds to import, which reading headers does not need
         from torchvision.io import decode_jpeg as decode
 
-        # A bytearray, because torch warns of memory that it cannot write to.
+        # A bytearray, because torch warns about read-only memory.
         return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them to 8, and the picture would be white
+    """Convert an image to RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8 bits: the image would be white
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -204,7 +207,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn(pixels: UInt8[Tensor, "3 a b"], orientation: int) -> UInt8[Tensor, "3 c d"]:
-    """Undo how the camera was held (EXIF 2.32, tag 0x0112)."""
+    """Apply an EXIF orientation, which makes the image upright (EXIF 2.32, tag 0x0112)."""
     if orientation >= 5:
         pixels = pixels.mT
     flips = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}.get(orientation)

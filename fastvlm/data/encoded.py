@@ -1,5 +1,5 @@
-"""An image file as it lies in a shard."""
+"""The type of an encoded image file."""
 
 from __future__ import annotations
 
-EncodedImage = bytes | memoryview  # a view spares a copy of it out of what was read
+EncodedImage = bytes | memoryview  # a memoryview saves copying it out of what was read

@@ -1,4 +1,4 @@
-"""The pass over a plan's images that fills a feature store, before the first step."""
+"""The pass over a plan's images that fills a feature store before the first step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Encode = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> list[Sample]:
-    """Every sample of a plan that shows images, with the images that truncation leaves, in the shards' order."""
+    """Return every sample of a plan that has images left after truncation, in shard order."""
     shift = 40  # rows of one source stay far below 2**40
     steps = (
         np.fromiter((source << shift | row for pairs in plan.step(i).rows for source, row in pairs), np.int64)
@@ -55,7 +55,7 @@ def planned_samples(plan: Plan | ValidationPlan, transform: ImageTransform) -> l
 
 
 def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[Sample]]) -> str:
-    """Name of a set of images: the indexes' checksums and the rows."""
+    """Return the name of a set of images: a hash of the indexes' checksums and the rows."""
     digest = hashlib.sha256()
     for plan, chosen in zip(plans, samples):
         digest.update(json.dumps([s.index.checksum for s in plan.sources]).encode())
@@ -64,8 +64,10 @@ def plan_key(plans: Sequence[Plan | ValidationPlan], samples: Sequence[Sequence[
 
 
 class _Keys(Dataset):
-    """Item i: [(sample number, image number, key), ...] of some samples. What cannot be read is left to training, which
-    skips it, counts it and says why."""
+    """Item i: [(sample number, image number, key), ...] of ROWS samples.
+
+    What cannot be read is left to training, which skips, counts and reports it.
+    """
 
     def __init__(self, plans: list, samples: list[tuple[int, int, int, list[int]]]):
         self.plans, self.samples, self.reader = plans, samples, ShardReader()
@@ -84,7 +86,7 @@ class _Keys(Dataset):
 
 
 class _Views(Dataset):
-    """Item i: keys, numbers of views and views (V, 3, H, W) of a batch of images; and how many could not be decoded."""
+    """Item i: keys, view counts and views (V, 3, H, W) of a batch of images, and how many could not be decoded."""
 
     def __init__(self, plans: list, jobs: list[tuple[int, int, int, int]], transform: ImageTransform, batch_size: int):
         self.plans, self.jobs, self.transform, self.batch_size = plans, jobs, transform, batch_size
@@ -100,7 +102,7 @@ class _Views(Dataset):
             with contextlib.suppress(OSError, ValueError):
                 data = self.plans[plan].sources[source].index.read(row, self.reader).images[k]
                 seen = self.transform(data)
-                # The key of these very bytes, and not of what an earlier pass has read here.
+                # The key of these very bytes, not of those that an earlier pass read here.
                 keys.append(image_key(data))
                 counts.append(len(seen))
                 views.append(seen)
@@ -121,23 +123,24 @@ def fill(
     num_workers: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Write what the store lacks of the plans' images; every rank writes a share.
+    """Write the features that the store lacks for the plans' images; every rank writes a share.
 
     Safe to kill at any time and to run twice at once: the second run waits, and finds what the first has written.
 
     Args:
-        encode: the features of views, in the store's dtype.
-        transform: encoded image -> its views; without augmentation.
-        batch_size: images `encode` takes at once.
+        encode: views -> features in the store's dtype.
+        transform: encoded image -> its views, without augmentation.
+        batch_size: images per call of `encode`.
         where: the configuration's key, for messages.
-        gather: what every rank passes, as all ranks see it; a barrier too.
+        gather: all-gather of an object over the ranks; also used as a barrier.
         num_workers: loader processes of this rank.
+        say: prints a line.
 
     Returns:
         What was found and written, for the stage's record.
 
     Raises:
-        ValueError: the disk has not enough room, or writing fails.
+        ValueError: the disk has too little space, writing fails, or the ranks do not share the store.
     """
     begun = time.monotonic()
     plans, ranks = list(plans), Ranks(rank, world_size, gather)
@@ -175,14 +178,15 @@ def fill(
 
 
 def loader_options(num_workers: int) -> dict:
-    # A generator of its own: the pass leaves the run's random numbers as they are.
+    """Return the DataLoader options of both passes."""
+    # Its own generator, so that the pass does not advance the run's random state.
     options = {"batch_size": None, "collate_fn": as_it_is, "generator": torch.Generator()}
     return options | {"num_workers": num_workers, "prefetch_factor": 4 if num_workers else None}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank, and how all of them speak with each other."""
+    """This rank, and how the ranks communicate."""
 
     rank: int
     world_size: int
@@ -191,10 +195,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def alone(store: FeatureStore, ranks: Ranks, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run writes the store, and keep others from it meanwhile."""
+    """Wait until no other run writes to the store, and lock others out meanwhile."""
     begun, lock = time.monotonic(), None
     try:
-        while True:  # and not a wait in the kernel: the other ranks' collectives must not time out
+        while True:  # polls instead of blocking: the other ranks' collectives must not time out
             lock = store.try_lock() if ranks.rank == 0 else None
             if ranks.gather(ranks.rank != 0 or lock is not None)[0]:
                 break
@@ -208,10 +212,10 @@ def alone(store: FeatureStore, ranks: Ranks, *, say: Callable[[str], None]) -> I
 
 
 def distinct_images(found: Iterable[list[tuple[int, int, bytes]]], ranks: Ranks) -> dict[bytes, tuple[int, int]]:
-    """Every image of all ranks by its key: (sample, image of the sample) where it comes first.
+    """Return the distinct images of all ranks: key -> (sample, image of the sample) of its first occurrence.
 
     Args:
-        found: what `_Keys` gives of this rank's samples.
+        found: the items of `_Keys` for this rank's samples.
     """
     keys = [(number * ranks.world_size + ranks.rank, k, key) for part in found for number, k, key in part]
     first: dict[bytes, tuple[int, int]] = {}
@@ -229,14 +233,14 @@ def missing_images(
     where: str,
     say: Callable[[str], None],
 ) -> list[tuple[int, int, int, int]]:
-    """What `_Views` is to decode: images that the store lacks, once each, as (plan, source, row, image of the sample).
+    """Return what `_Views` must decode: each image the store lacks, as (plan, source, row, image of the sample).
 
     Args:
         samples: (plan, source, row, views of each image) of every planned sample.
-        first: of `distinct_images`.
+        first: from `distinct_images`.
 
     Raises:
-        ValueError: the disk has no room for them.
+        ValueError: the disk has too little space for them.
     """
     known = store.keys()
     missing = [at for key, at in first.items() if key not in known]
@@ -252,7 +256,7 @@ def missing_images(
 
 
 def check_room(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> None:
-    """Raise ValueError where the disk has not room for that many bytes and a little more."""
+    """Raise ValueError unless the disk has space for that many bytes and a little more."""
     free = ranks.gather(shutil.disk_usage(store.folder).free)[0]
     if size * 1.01 + (64 << 20) > free:
         raise ValueError(
@@ -262,7 +266,7 @@ def check_room(store: FeatureStore, size: int, ranks: Ranks, *, where: str) -> N
 
 
 def check_written(store: FeatureStore, keys: Iterable[bytes], unreadable: int, ranks: Ranks, *, where: str) -> None:
-    """Raise ValueError where a rank does not see in the store what all ranks wrote."""
+    """Raise ValueError if a rank does not see in the store what all ranks wrote."""
     store.refresh()
     lost = sum(key not in store for key in keys)
     if any(ranks.gather(lost != unreadable)):
@@ -273,7 +277,7 @@ def check_written(store: FeatureStore, keys: Iterable[bytes], unreadable: int, r
 
 
 def write_features(store: FeatureStore, views: Iterable, *, encode: Encode, line: ProgressLine) -> tuple[int, int, int]:
-    """Encode and write what `_Views` gives: (bytes, images that could not be decoded, images written)."""
+    """Encode and write the items of `_Views`; return (bytes, images that could not be decoded, images written)."""
     writer, unreadable, written = FeatureWriter(store), 0, 0
     for keys, counts, pixels, failed in views:
         unreadable, written = unreadable + failed, written + len(keys)
@@ -285,17 +289,19 @@ def write_features(store: FeatureStore, views: Iterable, *, encode: Encode, line
 
 
 def as_it_is(item):
+    """Return the item: a collate function that leaves it as it is."""
     return item
 
 
 class ProgressLine:
-    """How far a rank is, on one line of a terminal or every half minute anywhere else."""
+    """Progress of a rank, on one line of a terminal, or in a new line every half minute anywhere else."""
 
     def __init__(self, total: int, *, share: int, say: Callable[[str], None]):
         self.total, self.share, self.say = total, share, say
         self.begun = self.shown = time.monotonic()
 
     def show(self, done: int) -> None:
+        """Show that `done` images are done, if it is time for a new line."""
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if now - self.shown < (0.5 if terminal else 30) and not (terminal and done == self.total):
             return

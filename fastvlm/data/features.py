@@ -1,17 +1,17 @@
-"""Outputs of a frozen encoder, written once and read in place of images.
+"""Outputs of a frozen encoder, written once and then read instead of images.
 
-`<cache>/features/<key>/` is one store. Its key is the hash of everything the outputs depend on but the image: encoder
-weights and configuration, image size and transform, precision, code and library versions. An entry's key is the SHA-256
-of the encoded image file as it was read, so nothing stale can be found. A store holds
+`<cache>/features/<key>/` is one store. Its key is the hash of everything the outputs depend on except the image:
+encoder weights and configuration, image size and transform, precision, code and library versions. An entry's key is the
+SHA-256 of the encoded image file as it was read, so stale entries are never found. A store holds
 
     store.json             what the key was made of, for people
     <hash>.safetensors     chunks: features (V, N, D), keys uint8 (n, 32), views int32 (n): image i has views[i] rows
     plans/<hash>.json      chunks that hold every image of a plan, so that it is not read again to find out
 
-Chunks appear by rename and never change, so readers need no lock, ranks write side by side and a network disk will do.
-LMDB lets one process write at a time, must be told its largest size, refuses to be opened twice in a process, and
-takes 1 to 12 % more room. It reads small entries from a disk faster (2.8 times at 18 kB, as fast at 400 kB), which no
-training step notices; these chunks are written at 0.7 to 1.1 times its speed (`benchmarks/features.py stores`).
+Chunks appear by rename and never change, so readers need no lock, ranks write in parallel and network disks work. LMDB
+allows one writer at a time, needs to know its largest size, cannot be opened twice in a process, and takes 1 to 12 %
+more space. It reads small entries from disk faster (2.8 times at 18 kB, equally fast at 400 kB), which makes no
+difference to a training step; these chunks are written at 0.7 to 1.1 times its speed (`benchmarks/features.py stores`).
 
     python -m fastvlm.data.features                  # what is there
     python -m fastvlm.data.features delete=<key>     # first letters of a key, or all
@@ -45,19 +45,19 @@ from fastvlm.data.shard_cache import cache_folder
 from fastvlm.files import replacing, write_whole
 
 FORMAT = 1
-CHUNK_BYTES = 128 << 20  # a killed writer loses at most so much,
-CHUNK_SECONDS = 60  # or so long
+CHUNK_BYTES = 128 << 20  # a killed writer loses at most this much,
+CHUNK_SECONDS = 60  # or this many seconds of work
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_OPEN = 64  # files
+MAX_OPEN = 64  # open chunk files per store
 
 
 def features_folder() -> Path:
-    """`$FASTVLM_CACHE/features`. Beside the cached shards and not in a run: runs share it, and it can be made again."""
+    """Return `$FASTVLM_CACHE/features`: not in a run's folder, because runs share it and it can be made again."""
     return cache_folder() / "features"
 
 
 def image_key(data: EncodedImage) -> bytes:
-    """An image's name in a store: SHA-256 of its encoded file."""
+    """Return the key of an image in a store: the SHA-256 of its encoded file."""
     return hashlib.sha256(data).digest()
 
 
@@ -65,10 +65,10 @@ class FeatureStore:
     """The features of one encoder under one transform.
 
     Args:
-        description: everything the features depend on but the image, as JSON; its hash names the store.
+        description: everything the features depend on except the image, as JSON; its hash names the store.
         shape: (N, D) of one view.
         dtype: of the features.
-        root: folder of all stores; None for `features_folder()`.
+        root: folder of all stores; None: `features_folder()`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class FeatureStore:
         return len(self._keys)
 
     def refresh(self) -> None:
-        """Read the keys of chunks that are new. A chunk that is not whole is deleted: it is no chunk of ours."""
+        """Read the keys of new chunks. A file that is not a complete chunk of this store is deleted."""
         known = set(self._chunks)
         found = sorted(set(self.folder.glob("*.safetensors")) - known)
         keys, chunk, start, views = [self._keys], [self._chunk], [self._start], [self._views]
@@ -116,10 +116,10 @@ class FeatureStore:
         self._start, self._views = self._start[order], self._views[order]
 
     def _open(self, path: Path) -> tuple[int, np.ndarray, np.ndarray]:
-        """Where a chunk's features begin, its keys and its numbers of views.
+        """Return the offset of a chunk's features, its keys and its view counts.
 
         Raises:
-            OSError, ValueError, LookupError, TypeError: not a whole chunk of this store.
+            OSError, ValueError, LookupError, TypeError: not a complete chunk of this store.
         """
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -141,6 +141,7 @@ class FeatureStore:
         return base + features["data_offsets"][0], arrays["keys"], arrays["views"]
 
     def keys(self) -> set[bytes]:
+        """Return the keys of all images in the store."""
         return {key.tobytes() for key in self._keys}
 
     def _find(self, key: bytes) -> int | None:
@@ -156,20 +157,24 @@ class FeatureStore:
         return self._find(key) is not None
 
     def empty(self, count: int, *, shared: bool = False) -> Shaped[Tensor, "v N D"]:
-        """Room for the features of so many views; in shared memory, a loader process need not copy them there."""
+        """Return uninitialised memory for the features of `count` views.
+
+        Args:
+            shared: in shared memory, so that a loader process need not copy them there.
+        """
         if not shared:
             return torch.empty(count, *self.shape, dtype=self.dtype)
         storage = torch.UntypedStorage._new_shared(max(1, count) * self.view_bytes)
         return torch.empty(0, dtype=self.dtype).set_(storage)[: count * math.prod(self.shape)].view(count, *self.shape)
 
     def read(self, key: bytes, *, out: Tensor | None = None) -> Shaped[Tensor, "v N D"]:
-        """All views of an image.
+        """Read the features of all views of an image.
 
         Args:
-            out: where to write them; as many views as the image has.
+            out: where to write them, as many views as the image has; None: fresh memory.
 
         Raises:
-            KeyError: it is not here.
+            KeyError: the image is not in the store.
             OSError: its chunk cannot be read.
         """
         at = self._find(key)
@@ -179,7 +184,7 @@ class FeatureStore:
         if out is None:
             out = self.empty(views)
         assert out.shape == (views, *self.shape) and out.dtype == self.dtype, f"{views} views into {tuple(out.shape)}"
-        # pread and not a memory map: a disk's error is then an exception and not the end of the process.
+        # preadv, not a memory map: a disk error then raises an exception instead of killing the process.
         view = memoryview(out.view(torch.uint8).numpy()).cast("B")
         read = os.preadv(self._descriptor(int(self._chunk[at])), [view], int(self._start[at]))
         if read != len(view):
@@ -210,7 +215,7 @@ class FeatureStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Make the folder and clear what killed writers left; only under `try_lock`."""
+        """Create the folder and delete what killed writers left; call this only under `try_lock`."""
         (self.folder / "plans").mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob(".*.part"):
             part.unlink(missing_ok=True)
@@ -219,7 +224,7 @@ class FeatureStore:
             write_whole(about, json.dumps(self.description, indent=1, sort_keys=True, default=str))
 
     def try_lock(self) -> int | None:
-        """A descriptor that holds the right to write until it is closed; None while another run has it."""
+        """Return a descriptor that holds the write lock until it is closed; None while another run has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -230,7 +235,7 @@ class FeatureStore:
         return fd
 
     def has_plan(self, plan: str) -> bool:
-        """Whether every image of a plan is known to be here."""
+        """Return whether every image of a plan is known to be in the store."""
         try:
             chunks = json.loads((self.folder / "plans" / f"{plan}.json").read_text())["chunks"]
         except (OSError, ValueError, KeyError):
@@ -238,13 +243,13 @@ class FeatureStore:
         return set(chunks) <= {path.name for path in self._chunks}
 
     def note_plan(self, plan: str, *, keys: set[bytes], about: dict) -> None:
-        """Note that the store holds all these images."""
+        """Note that the store holds all images of a plan."""
         chunks = sorted({self._chunks[self._chunk[at]].name for key in keys if (at := self._find(key)) is not None})
         write_whole(self.folder / "plans" / f"{plan}.json", json.dumps(about | {"chunks": chunks}, default=str))
 
 
 class FeatureWriter:
-    """Appends to a store in chunks; `close` writes the last. A chunk is on the disk before its name appears.
+    """Appends to a store in chunks; `close` writes the last. A chunk is on disk before its name appears.
 
     Raises:
         ValueError: the disk is full or cannot be written.
@@ -259,7 +264,7 @@ class FeatureWriter:
         self._held, self._begun = 0, time.monotonic()
 
     def write(self, keys: Sequence[bytes], views: Sequence[int], features: Shaped[Tensor, "V N D"]) -> None:
-        """Append images: `features` holds the views of all of them, one behind the other."""
+        """Append images; `features` holds the views of all of them, one after another."""
         assert len(keys) == len(views) and sum(views) == len(features)
         assert features.dtype == self.store.dtype and tuple(features.shape[1:]) == self.store.shape
         if not self._keys:
@@ -272,6 +277,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
+        """Write the images appended so far as a chunk."""
         if not self._keys:
             return
         keys = np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, 32)
@@ -299,11 +305,12 @@ class FeatureWriter:
 
 
 def prefixes(keys: np.ndarray) -> np.ndarray:
+    """Return the first eight bytes of every key as a uint64."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8").reshape(-1).astype(np.uint64)
 
 
 def stores(root: Path | None = None) -> Iterator[tuple[Path, dict, int]]:
-    """(folder, description, bytes) of every store."""
+    """Yield (folder, description, bytes) of every store."""
     for folder in sorted((root or features_folder()).glob("*/")):
         about = {}
         with contextlib.suppress(OSError, ValueError):

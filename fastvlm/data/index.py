@@ -1,8 +1,9 @@
-"""The index of a source: the sidecars of its shards as one table, so that order, shares and packs are known before
-data is read. A sidecar that does not fit is rebuilt, or refused with the command that does.
+"""The index of a source: the sidecars of its shards as one table, from which plans are made before data is read.
+
+A sidecar that does not fit is rebuilt, or refused with the command that rebuilds it.
 
     python -m fastvlm.data.index data/embedded/captions --tokenizer data/embedded/tokenizer --template roles
-    python -m fastvlm.data.index data/embedded/captions --list    # no more than the list of the shards, shards.json
+    python -m fastvlm.data.index data/embedded/captions --list    # only writes the list of the shards, shards.json
 """
 
 from __future__ import annotations
@@ -42,13 +43,17 @@ def load_index(
     rebuild: bool = True,
     names: str | None = None,
 ) -> SourceIndex:
-    """Open the index of `<folder>/<split>-*.tar`, of those that `names` names, or of shards that lie elsewhere.
+    """Open the index of `<folder>/<split>-*.tar`, of the shards that `names` selects, or of shards stored elsewhere.
 
-    What is missing, stale or damaged is built.
+    Missing, stale and damaged sidecars are built.
+
+    Args:
+        rebuild: False: raise an error instead of building them.
+        names: see `list_shards`.
 
     Raises:
-        ValueError: no shards, two samples with one key, a shard that cannot be read or an index that cannot be written,
-            or, with `rebuild=False`, a sidecar that does not fit.
+        ValueError: no shards, two samples with the same key, a shard that cannot be read, an index that cannot be
+            written or, with `rebuild=False`, a sidecar that does not fit.
     """
     shards = list_shards(folder, split, names)
     folder = folder if isinstance(folder, (list, tuple)) or is_remote(folder) else Path(folder)
@@ -93,13 +98,14 @@ def open_sidecars(
     label: str,
     refuse: Callable[[str, str], None] | None,
 ) -> list[Sidecar]:
-    """The sidecars of shards; those that do not fit are built.
+    """Open the sidecars of shards, building those that do not fit.
 
     Args:
-        refuse: is called with a shard's name and what is wrong with its sidecar where that is not to be built.
+        label: begins the lines about progress.
+        refuse: called with a shard's name and what is wrong with its sidecar, instead of building it; None: build.
 
     Raises:
-        ValueError: from `refuse`; one does not fit right after it was built.
+        ValueError: from `refuse`; a sidecar does not fit right after it was built.
         OSError: a shard cannot be read, or a sidecar not written.
     """
     look = functools.partial(open_sidecar, fingerprint=tokenizer.fingerprint)
@@ -119,7 +125,7 @@ def open_sidecars(
 def remove_damaged(
     shards: Sequence[Path | RemoteShard], opened: Sequence[Sidecar], *, refuse: Callable[[str, str], None] | None
 ) -> bool:
-    """Whether there were sidecars whose header is sound and whose columns are not; they are gone then.
+    """Remove sidecars with a sound header but damaged columns; return whether there were any.
 
     Raises:
         ValueError: from `refuse`, see `open_sidecars`.
@@ -134,6 +140,7 @@ def remove_damaged(
 
 
 def no_shards(folder: str | Path | Sequence[str], split: str, names: str | None) -> str:
+    """Return the message for a split without shards."""
     return (
         f"{folder}: no shards {(names if split == 'train' else None) or f'{split}-*.tar'}; write them with "
         "`python data/prepare.py` (a file of conf/source/ begins with its command), or point the source's path at them"
@@ -141,6 +148,7 @@ def no_shards(folder: str | Path | Sequence[str], split: str, names: str | None)
 
 
 def place_of(shard: Path | RemoteShard) -> str:
+    """Return the path or URL of a shard."""
     return shard.url if isinstance(shard, RemoteShard) else str(shard)
 
 
@@ -151,10 +159,10 @@ def build_missing(
     *,
     label: str,
 ) -> None:
-    """Build the sidecars that `found` lacks, and put them there.
+    """Build the sidecars that are None in `found`, and put them there.
 
     Raises:
-        ValueError: one still does not fit right after it was built.
+        ValueError: one does not fit right after it was built.
     """
     missing = [i for i, (opened, _) in enumerate(found) if opened is None]
     with one_builder(place_of(shards[0])):
@@ -171,6 +179,7 @@ def build_missing(
 
 
 def warn_of_breaks(where: Sequence[str], opened: Sequence[Sidecar]) -> None:
+    """Warn of every broken shard, saying how much of it is used."""
     for place, one in zip(where, opened):
         if one.header["broken"]:
             warnings.warn(
@@ -188,7 +197,7 @@ def join_sidecars(
     shards: Sequence[Path | RemoteShard],
     fingerprint: str,
 ) -> SourceIndex:
-    """The indexes of a source's shards as one. `fingerprint`: of the tokenizer that counted."""
+    """Join the indexes of a source's shards into one. `fingerprint`: of the tokenizer that counted the tokens."""
     headers, counts, where = [o.header for o in opened], [o.num_samples for o in opened], [place_of(s) for s in shards]
     state = json.dumps([[h["checksum"] for h in headers], fingerprint, counts])
     start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -208,12 +217,12 @@ def join_sidecars(
 
 
 def list_shards(folder: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
-    """The shards `<split>-*.tar` of a folder; for train, those of the pattern or range `names` where one is given.
-    Of shards that are named or lie elsewhere, see `locate_shards`.
+    """List the shards `<split>-*.tar` of a folder, or for train those of the pattern or range `names`, if given.
+
+    If `folder` names shards itself or is remote, see `locate_shards`.
 
     Raises:
-        ValueError: a shard of a range, or one that `shards.json` names, is missing; a folder elsewhere cannot be
-            listed.
+        ValueError: a shard of a range, or one that `shards.json` names, is missing; a remote folder cannot be listed.
     """
     plain = isinstance(folder, Path) or not (isinstance(folder, (list, tuple)) or is_remote(folder) or "{" in folder)
     if not plain or str(folder).endswith(".tar"):
@@ -232,6 +241,7 @@ def list_shards(folder: str | Path | Sequence[str], split: str, names: str | Non
 
 
 def suffixes_of(opened: Sidecar) -> list[str]:
+    """Return the suffixes of a shard's members, from the header of its index if it names them."""
     if "suffixes" in opened.header:
         return opened.header["suffixes"]
     return ShardRows(opened.path, checksum=opened.header["checksum"]).suffixes
@@ -239,9 +249,9 @@ def suffixes_of(opened: Sidecar) -> list[str]:
 
 @contextlib.contextmanager
 def one_builder(name: str) -> Iterator[None]:
-    """Ranks that start together build an index once."""
+    """Let one process at a time build an index, so that ranks that start together build it once."""
     lock = None
-    with contextlib.suppress(OSError):  # without a cache folder each builds its own, and the last one stays
+    with contextlib.suppress(OSError):  # without a cache folder every process builds it, and the last one stays
         folder = cache_folder() / "index"
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / f".{hashlib.sha256(name.encode()).hexdigest()[:20]}.lock", "w")  # noqa: SIM115

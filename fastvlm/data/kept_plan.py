@@ -1,4 +1,4 @@
-"""What is kept of a plan in its stage's folder: order, shares, and the stage's identity."""
+"""What a stage's folder holds of its plan: order, shares, and the stage's identity."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def write_plan(plan: Plan, folder: Path, *, identity: dict) -> None:
     with suppress(OSError, ValueError, KeyError):
         said = json.loads(shares.read_text())
         if (said["fingerprint"], said["num_steps"]) == (plan.fingerprint, plan.num_steps):
-            return  # by the run that this one goes on from
+            return  # written by the run that this one continues
     write_whole(shares, json.dumps(report(plan), indent=1))
 
 
 def order_is_kept(folder: Path, plan: Plan) -> bool:
-    """Whether the order of this very plan is kept there already."""
+    """Return whether the folder already holds the order of this plan."""
     before, after = read_description(folder), plan.after and plan.after.digest
     if before is None or not (folder / "order.npz").exists():
         return False

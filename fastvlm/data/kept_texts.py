@@ -1,10 +1,11 @@
-"""Token ids beside the index, so that reading a sample of images and words needs neither JSON nor a tokenizer.
+"""Token ids stored with the index, so that reading a sample of images and text needs neither JSON nor a tokenizer.
 
-They are columns of the sidecar, written with it, and what they rest on is in its metadata: with another tokenizer,
-template or end token they are not used, and the text is tokenised as it is read. Ids are those of the text alone
-(`conversation.Text`); image slots, a system prompt and the cut are the plan's and are put in when a sample is read.
+They are columns of the sidecar and written with it. Its metadata names what they depend on: with another tokenizer,
+template or end token they are ignored, and texts are tokenised when they are read. The ids are those of the text alone
+(`conversation.Text`); image slots, system prompt and truncation belong to the plan and are applied when a sample is
+read.
 
-Where words are a large part of a shard they are not kept: the sidecars of a remote source are fetched before the first
+If text is a large part of a shard, no ids are stored: the sidecars of a remote source are fetched before the first
 step, and would be as large as the shards.
 """
 
@@ -20,19 +21,19 @@ import pyarrow.parquet as pq
 from fastvlm.data.conversation import Text
 from fastvlm.tokens import Tokenizer
 
-VERSION = 1  # of what `tokenise` makes of a record
-KEPT_SHARE = 0.1  # of a shard's bytes that the ids may take, in memory
+VERSION = 1  # of the output of `tokenise`
+KEPT_SHARE = 0.1  # maximum size of the ids in memory, as a share of the shard's bytes
 COLUMNS = ("token_ids", "turns", "image_at")
 NOTHING = np.zeros(0, dtype=np.int32)
 
 
 def text_key(tokenizer: Tokenizer) -> str:
-    """Changes whenever the same record could become another `Text`."""
+    """Return a key that changes whenever the same record could become another `Text`."""
     return f"{VERSION}-{tokenizer.fingerprint}-{tokenizer.end_id}-{tokenizer.document_end_id}"
 
 
 class KeptTexts:
-    """The texts of a shard that is being indexed."""
+    """The texts of a shard, collected while it is indexed."""
 
     def __init__(self, tokenizer: Tokenizer, *, shard_size: int):
         self._room, self._key = KEPT_SHARE * shard_size, text_key(tokenizer)
@@ -41,11 +42,11 @@ class KeptTexts:
 
     @property
     def key(self) -> str:
-        """See `text_key`; empty where no texts are kept."""
+        """See `text_key`; empty if no texts are stored."""
         return "" if self._texts is None else self._key
 
     def add(self, text: Text | None) -> None:
-        """The next sample's; None for one that cannot be read."""
+        """Add the text of the next sample; None if it cannot be read."""
         if self._texts is None:
             return
         text = text or Text(NOTHING, NOTHING, NOTHING)
@@ -55,7 +56,7 @@ class KeptTexts:
             self._texts = None
 
     def columns(self) -> dict[str, pa.Array]:
-        """Lists of unsigned integers, one a sample, and whether it is a document."""
+        """Return lists of unsigned integers per sample, and whether it is a document; {} if no texts are stored."""
         if self._texts is None:
             return {}
         parts = {"token_ids": [t.ids for t in self._texts], "turns": [t.turns for t in self._texts]}
@@ -70,11 +71,11 @@ class KeptTexts:
 
 
 class ShardTexts:
-    """The texts of a shard's samples, from its sidecar.
+    """The stored texts of a shard's samples, from its sidecar.
 
     Raises:
         OSError: the sidecar is broken.
-        KeyError: it has none for this key.
+        KeyError: it has no texts for this key.
     """
 
     def __init__(self, path: Path, *, key: str, checksum: str):

@@ -1,4 +1,4 @@
-"""Exact length of every sample of a source under a plan's limits, and which are left out and why."""
+"""The exact length of every sample of a source under a plan's limits, and which samples are left out and why."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
 UNREADABLE, MUTE, CUT, CROWDED = range(1, 5)
-NOTED_ROWS = 1000  # fewer are read in less than a second
+NOTED_ROWS = 1000  # fewer are read in less than a second and not cached
 
 
 @dataclass
 class Measured:
-    """A source as a plan sees it; columns are int32, one entry a row of the index."""
+    """A source as a plan sees it; columns are int32 with one entry per row of the index."""
 
     name: str  # its key in the mixture
     source: Source
     index: SourceIndex
-    rows: np.ndarray  # int64: rows that are planned, ascending
+    rows: np.ndarray  # int64: planned rows of the index, ascending
     length: np.ndarray  # positions a sample takes, image slots and truncation included
-    answer: np.ndarray  # learned tokens left
-    images: np.ndarray  # views: an image that is cut into tiles counts each of them
+    answer: np.ndarray  # learned tokens, after truncation
+    images: np.ndarray  # number of views; an image with tiles has several
     num_truncated: int = 0
     excluded: dict[str, np.ndarray] = field(default_factory=dict)  # reason -> rows
     repeat: Fraction = Fraction(1)
@@ -46,11 +46,11 @@ class Measured:
 
     @property
     def num_served(self) -> int | None:
-        """Samples that `max_epochs` allows; None for no bound."""
+        """Number of samples that `max_epochs` allows; None: unlimited."""
         return None if self.max_epochs is None else max(1, int(self.max_epochs * len(self.rows)))
 
     def costs(self, unit: str) -> np.ndarray:
-        """Cost of every row in a mixture's unit."""
+        """Return the cost of every row in `unit`."""
         one = np.broadcast_to(np.int32(1), self.length.shape)  # takes no memory
         return {"samples": one, "tokens": self.length, "answer_tokens": self.answer}[unit]
 
@@ -67,16 +67,21 @@ def measure_source(
     transform: ImageTransform | None = None,
     where: str = "",
 ) -> Measured:
-    """Lengths under a token budget. Only samples that exceed it are read, to know exactly what truncation leaves.
+    """Measure the samples of a source under a token budget.
+
+    Samples that exceed the budget are read, to know exactly what truncation leaves.
 
     Args:
-        tokens_per_image: slots a view takes.
-        max_images: most views of a row.
-        transform: says how many views an image has; None: one.
-        where: what stands before the keys in messages, such as `stages.align.`.
+        name: the source's key in the mixture.
+        split: train, val or test.
+        tokens_per_image: slots per view.
+        max_tokens: maximum length of a row; longer samples are truncated.
+        max_images: maximum number of views per row; samples with more are left out.
+        transform: determines the number of views of an image; None: one view.
+        where: prefix of the keys in error messages, such as `stages.align.`.
 
     Raises:
-        ValueError: no shards.
+        ValueError: no shards, or a system prompt for documents.
         NothingLeft: no sample is left.
     """
     index = source.load(split, tokenizer)
@@ -129,9 +134,10 @@ def cut(
     tokens_per_image: int,
     max_tokens: int,
 ) -> np.ndarray:
-    """What truncation leaves of samples, which are read for it: of (length, answer, images, reason), int32 (4, rows).
+    """Return what truncation leaves of samples: (length, answer, images, reason), int32 (4, rows).
 
-    Where there are many, the result is noted in the cache folder: a resumed run need not read them again.
+    The samples are read for it. If there are many, the result is cached, so that a resumed run need not read them
+    again.
     """
     views = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
     state = [FORMAT, index.checksum, source.system, source.images, tokens_per_image, max_tokens, views]
@@ -154,7 +160,7 @@ def cut(
         learned = int((labels != IGNORE_INDEX).sum())
         left[:, i] = len(ids), learned, sum(counts[:num_images]), 0 if learned else CUT
     reader.close()
-    if len(rows) > NOTED_ROWS and not (left[3] == UNREADABLE).any():  # what cannot be had now may be there tomorrow
+    if len(rows) > NOTED_ROWS and not (left[3] == UNREADABLE).any():  # unreadable samples may be back later
         with suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             with replacing(note) as part, open(part, "wb") as file:
@@ -163,7 +169,7 @@ def cut(
 
 
 def holds_documents(index: SourceIndex) -> bool:
-    """Whether the first sample that can be read is a document."""
+    """Return whether the first readable sample is a document."""
     reader = ShardReader()
     for row in range(min(100, index.num_samples)):
         with suppress(OSError, ValueError):
@@ -172,13 +178,12 @@ def holds_documents(index: SourceIndex) -> bool:
 
 
 def count_text(source: Source, index: SourceIndex, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Text and learned tokens of every sample as the source gives it, with its system prompt and with its images or
-    without: int32.
+    """Return the text and learned tokens of every sample with the source's system prompt, with or without its images.
 
-    The tokens that the template puts around an image go with it. The first token of all is never learned, for nothing
-    predicts it. Which one that is changes where a text is learned from its first token on: of a document under a
-    template without `start`, and of a conversation that begins with an answer where roles have no marks either. Of the
-    latter the texts are looked at.
+    Both are int32 (rows,). The tokens that the template puts around an image are removed with it. The first token of a
+    sample is never learned, because nothing predicts it. Which token is first matters if a text is learned from its
+    first token on: a document under a template without `start` and, if the template does not mark roles either, a
+    conversation that begins with an answer. The latter are checked text by text.
     """
     template, text = tokenizer.template, index.text_tokens.copy()
     learned, system = index.answer_tokens.copy(), source.system is not None
@@ -191,11 +196,11 @@ def count_text(source: Source, index: SourceIndex, tokenizer: Tokenizer) -> tupl
     if not system:
         learned = np.minimum(learned, np.maximum(text - 1, 0))
     if not tokenizer.encode_template(template.before["assistant"]):
-        # Learned throughout is a document, or an answer alone: what stands above is exact.
+        # A text learned throughout is a document, or an answer alone: for these, `learned` is exact already.
         rows = system | ((index.num_images > 0) & (learned > 0) & (index.answer_tokens < text))
         reader, key = ShardReader(), text_key(tokenizer)
         for row in np.flatnonzero(np.broadcast_to(rows, len(text))).tolist():
-            with suppress(OSError, ValueError):  # skipped when it is read, whatever its length
+            with suppress(OSError, ValueError):  # will be skipped when it is read, whatever its length
                 one = index.text(row, key=key) or tokenise(index.read(row, reader).record, tokenizer)
                 answered, shown = one.turns[:1].tolist() == [0], one.image_at[:1].tolist() == [0]
                 learned[row] += (answered and not shown) if system else -(answered and shown)
@@ -204,7 +209,7 @@ def count_text(source: Source, index: SourceIndex, tokenizer: Tokenizer) -> tupl
 
 
 def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> list[int]:
-    """Views of every image of a sample."""
+    """Return the number of views of every image of a sample."""
     if transform is None or transform.tiles is None:
         return [1] * int(index.num_images[row])
     sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
@@ -212,7 +217,7 @@ def views_of(index: SourceIndex, row: int, transform: ImageTransform | None) -> 
 
 
 def layouts_of(index: SourceIndex, row: int, transform: ImageTransform) -> list[tuple[int, int, int, int]]:
-    """`ImageTransform.layout` of every image of a sample; empty without tiles, where every view is an image."""
+    """Return `ImageTransform.layout` of every image of a sample; empty without tiles, where every image is one view."""
     if transform.tiles is None:
         return []
     sizes = zip(index.image_width[int(row)].as_py(), index.image_height[int(row)].as_py())
@@ -220,7 +225,7 @@ def layouts_of(index: SourceIndex, row: int, transform: ImageTransform) -> list[
 
 
 def count_views(index: SourceIndex, transform: ImageTransform | None) -> np.ndarray:
-    """Views of all images of every sample together: int32."""
+    """Return the number of views of every sample, over all its images: int32 (rows,)."""
     if transform is None or transform.tiles is None:
         return index.num_images.copy()
     widths, heights = (column.flatten().to_numpy() for column in (index.image_width, index.image_height))

@@ -1,7 +1,8 @@
-"""`shards.json`, the list of the shards beside it: {split: [{name, size}]}.
+"""`shards.json`, the list of the shards in its folder: {split: [{name, size}]}.
 
-`prepare.py` writes it, and `python -m fastvlm.data.index` anew. Behind HTTP a folder is known by it alone. Where the
-folder itself can be seen it says what is missing there: a folder that has lost a shard looks like a smaller source.
+`prepare.py` writes it, and `python -m fastvlm.data.index` rewrites it. Behind HTTP, it is the only way to list a
+folder. If the folder itself can be listed, it tells which shards are missing; without it, a folder that has lost a
+shard looks like a smaller source.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from pathlib import Path
 from fastvlm.files import write_whole
 
 LISTING = "shards.json"
-SPLIT = re.compile(r"(train|val|test[AB]?)-")  # test, or RefCOCO's two of people and of things
+SPLIT = re.compile(r"(train|val|test[AB]?)-")  # testA and testB: RefCOCO's people and objects
 
 
 def listed(text: str | bytes, split: str, patterns: Sequence[str], *, where: str) -> list[str]:
-    """Names of the split's shards in a listing that match one of the patterns, in order.
+    """Return the names of the split's shards in a listing that match one of the patterns, sorted.
 
     Args:
-        where: the listing's own path or URL, for messages.
+        text: content of the listing.
+        where: its path or URL, for messages.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is not such a list.
     """
     try:
         names = [entry["name"] for entry in json.loads(text).get(split, ())]
@@ -39,10 +41,10 @@ def listed(text: str | bytes, split: str, patterns: Sequence[str], *, where: str
 
 
 def check_listed(names: Iterable[str], there: Iterable[str], *, where: str) -> None:
-    """Compare what a listing names with what is there. A shard that it does not name is a new one, and welcome.
+    """Check that the shards named in a listing exist. Shards that it does not name are new and allowed.
 
     Raises:
-        ValueError: a shard that it names is not there.
+        ValueError: a named shard does not exist.
     """
     names, there = set(names), set(there)
     if not (gone := sorted(names - there)):
@@ -58,10 +60,10 @@ def check_listed(names: Iterable[str], there: Iterable[str], *, where: str) -> N
 
 
 def check_folder(folder: Path, split: str, patterns: Sequence[str], found: Iterable[Path]) -> None:
-    """`check_listed` for the shards found in a folder of this machine, where it has a listing.
+    """Apply `check_listed` to the shards found in a local folder, if it has a listing.
 
     Raises:
-        ValueError: one is missing, or the listing is none.
+        ValueError: a shard is missing, or the listing is malformed.
     """
     path = folder / LISTING
     try:
@@ -72,11 +74,10 @@ def check_folder(folder: Path, split: str, patterns: Sequence[str], found: Itera
 
 
 def write_listing(folder: str | Path) -> Path:
-    """Write the list of the shards `<split>-*.tar` that are in a folder; what it said of those that stay, it says
-    still."""
+    """List the shards `<split>-*.tar` of a folder in `shards.json`, keeping entries whose size has not changed."""
     folder = Path(folder)
     known = {}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # none, or none of ours
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # no listing, or another format
         known = {e["name"]: e for entries in json.loads((folder / LISTING).read_text()).values() for e in entries}
     listing: dict[str, list[dict]] = {}
     for shard in sorted(folder.glob("*.tar")):

@@ -1,4 +1,4 @@
-"""The order so far: which sample comes when and stands in which row, as columns that grow window by window."""
+"""The order planned so far: when each sample comes and in which row, as columns that grow window by window."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fastvlm.data.windows import Window
 
 @dataclass(frozen=True)
 class Columns:
-    """The order in one piece: row r holds the samples `place[end[r] : end[r + 1]]`."""
+    """The order as single arrays: row r holds the samples `place[end[r] : end[r + 1]]`."""
 
-    source: np.ndarray  # int16, in order of arrival (as scheduled)
-    row: np.ndarray  # int32, of the source's index, likewise
-    place: np.ndarray  # int32: arrival numbers in the order in which rows hold them
+    source: np.ndarray  # int16 (samples,), in order of arrival (as scheduled)
+    row: np.ndarray  # int32 (samples,): row of the source's index, in the same order
+    place: np.ndarray  # int32 (samples,): arrival numbers in the order in which rows hold them
     end: np.ndarray  # int64 (rows + 1)
 
 
 class Order:
-    """Columns of whole windows, one after the other.
+    """The columns of complete windows, one after another.
 
     Args:
-        num_empty: rows that come first and hold nothing: of steps that are over.
+        num_empty: empty rows at the beginning, for steps that are already over.
     """
 
     def __init__(self, num_empty: int = 0):
         self.num_samples, self.num_rows = 0, num_empty
         self.segments: list[tuple[int, list[Fraction]]] = []  # (first sample, weights of the sources not used up)
-        self.used_up = False  # every source is: there is no further sample
-        # Each in pieces of one window, which `columns` makes one piece of.
+        self.used_up = False  # every source is used up: no sample follows
+        # Lists of one array per window, which `join` concatenates.
         self._source: list[np.ndarray] = []
         self._row: list[np.ndarray] = []
         self._place: list[np.ndarray] = []
@@ -43,7 +43,7 @@ class Order:
         self._joined: Columns | None = None
 
     def append(self, window: Window, *, batch_size: int) -> None:
-        """Add a window; after the last one empty rows fill the last step of `batch_size` rows."""
+        """Add a window; after the last one, empty rows complete the last step of `batch_size` rows."""
         size = window.size
         if window.is_last:
             size = np.pad(size, (0, -(self.num_rows + len(size)) % batch_size))
@@ -58,11 +58,12 @@ class Order:
 
     @property
     def columns(self) -> Columns:
+        """The columns of all windows, concatenated."""
         self.join()
         return self._joined
 
     def join(self) -> None:
-        """Make one piece of what the windows brought."""
+        """Concatenate the arrays of the windows."""
         if self._joined is None:
             for pieces in (self._source, self._row, self._place, self._size):
                 pieces[:] = [np.concatenate(pieces)] if pieces else [np.empty(0, dtype=np.int32)]
@@ -70,7 +71,7 @@ class Order:
             self._joined = Columns(self._source[0], self._row[0], self._place[0], end)
 
     def save(self, folder: Path) -> None:
-        """Write the order so that the next start needs no planning; the folder appears whole, by rename."""
+        """Write the order so that the next start need not plan; the folder appears complete, by rename."""
         columns, beside = self.columns, folder.with_name(f".{folder.name}.{os.getpid()}")
         try:
             beside.mkdir(parents=True, exist_ok=True)
@@ -81,12 +82,12 @@ class Order:
             (beside / "segments.json").write_text(json.dumps({"segments": segments, "used_up": self.used_up}))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(beside, folder)
-        except OSError:  # a full disk, or another run that was first: the order is in memory all the same
+        except OSError:  # a full disk, or another run was faster: the order is still in memory
             shutil.rmtree(beside, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> Order | None:
-        """An order that was kept, memory-mapped; None where there is none or it is broken."""
+        """Load a saved order, memory-mapped; None if there is none or it is broken."""
         try:
             kept = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("source", "row", "place", "size")]
             state = json.loads((folder / "segments.json").read_text())

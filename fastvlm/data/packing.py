@@ -1,4 +1,4 @@
-"""Packing: samples of a window into rows under a token and an image budget."""
+"""Packing: put the samples of a window into rows, under a token and an image budget."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import numpy as np
 
 
 def pack_window(lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int) -> list[list[int]]:
-    """Rows under both budgets, as few as three methods find between them.
+    """Pack samples into rows under both budgets, with the best of up to three methods.
 
-    First rows are closed by pairs that meet the budget exactly (`close_rows`). Where more than one row in a hundred
-    could still be saved comes best-fit-decreasing, and where lengths repeat, subset sum (`fill_rows`). Lengths of
-    114-864 fill rows of 2,048 to 98.5 % best-fit-decreasing and to 99.7 % by pairs; those of the embedded instructions
-    (40-61, rows of 256) to 93.6 % and 97.7 %, and to 99.4 % by subset sum.
+    First, rows are closed by pairs that meet the budget exactly (`close_rows`). If more than one row in a hundred could
+    still be saved, best-fit-decreasing is tried; if lengths repeat, subset sum, too (`fill_rows`). Lengths of 114-864
+    fill rows of 2,048 to 98.5 % with best-fit-decreasing and to 99.7 % with pairs; those of the embedded instructions
+    (40-61, rows of 256) to 93.6 % and 97.7 %, and to 99.4 % with subset sum.
 
     Args:
         lengths: tokens of every sample, each at most `max_tokens`.
         images: images of every sample, each at most `max_images`.
 
     Returns:
-        packs of positions in the window, in the order in which their samples arrived on average; within a pack the
-        positions ascend.
+        Packs of positions in the window, sorted by the mean position of their samples; within a pack, positions ascend.
     """
     budget = {"max_tokens": max_tokens, "max_images": max_images}
     fewest = max(-(-sum(lengths) // max_tokens), -(-sum(images) // max_images))
@@ -41,10 +40,10 @@ def pack_window(lengths: Sequence[int], images: Sequence[int], *, max_tokens: in
 
 
 def window_of(lengths: float | int, images: float | int, *, max_tokens: int, max_images: int) -> int:
-    """Samples to pack together: a thousand, and more where they would fill fewer than a hundred rows.
+    """Return the number of samples to pack together: a thousand, or more if those would fill fewer than 100 rows.
 
-    The last row of a window is filled in part: 1,000 samples of `sft_minimal` are 25 rows of 4,096, of which it alone
-    leaves 2 %.
+    The last row of a window is only partly filled: 1,000 samples of `sft_minimal` make 25 rows of 4,096, and this row
+    alone wastes 2 %.
 
     Args:
         lengths, images: of a sample, on average.
@@ -56,10 +55,10 @@ def window_of(lengths: float | int, images: float | int, *, max_tokens: int, max
 def best_fit_decreasing(
     lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int
 ) -> list[list[int]]:
-    """The longest sample first, each into the fullest row that still has room for it. Args as `pack_window`."""
+    """Pack the longest sample first, each into the fullest row with room for it. Args as in `pack_window`."""
     packs: list[list[int]] = []
-    room: list[int] = []  # images a row can still take
-    rows: dict[int, list[int]] = {}  # tokens a row can still take -> rows
+    room: list[int] = []  # images that each row can still take
+    rows: dict[int, list[int]] = {}  # tokens that can still be taken -> rows
     free_bits = 0  # bit n: a row has n tokens left
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     shortest = lengths[order[-1]] if order else 0
@@ -93,11 +92,12 @@ def best_fit_decreasing(
 def close_rows(
     lengths: Sequence[int], images: Sequence[int], *, max_tokens: int, max_images: int, tries: int = 48
 ) -> list[list[int]]:
-    """Rows that the last two samples close exactly, where two can be found; what is left is packed best-fit-decreasing.
+    """Close rows exactly by their last two samples where possible; the rest is packed best-fit-decreasing.
 
-    A row begins with the longest sample left and takes samples near the average of what is still missing, so that long
-    and short ones run out together (minimum bin slack, Gupta and Ho, Production Planning & Control 10(6), 1999, with
-    the search cut down to the last pair). Args as `pack_window`; tries: of the longer one of the pair.
+    A row begins with the longest remaining sample and takes samples near the average of what is still missing, so that
+    long and short ones run out together (minimum bin slack, Gupta and Ho, Production Planning & Control 10(6), 1999,
+    with the search limited to the last pair). Args as in `pack_window`; tries: candidates for the longer one of the
+    pair.
     """
     stock = Stock(lengths, images, max_images)
     packs, open_rows = [], []
@@ -124,7 +124,7 @@ def close_rows(
                 if total < free and more > 2:
                     cap = min(free - (more - 1) * shortest, max(shortest, -(-free // more)))
                     length = (have & ((2 << cap) - 1)).bit_length() - 1
-        # A gap of half a percent is as good as none; wider ones are opened again.
+        # A gap of half a percent is accepted; rows with wider ones are packed again.
         (packs if free <= max_tokens // 200 else open_rows).append(pack)
     rest = sorted(i for pack in open_rows for i in pack)
     if rest:
@@ -135,11 +135,11 @@ def close_rows(
 
 
 class Stock:
-    """Samples in no row yet, by image count and length; the lengths of each count are the bits of an integer."""
+    """Samples not yet in a row, by image count and length; the lengths of each count are the bits of an integer."""
 
     def __init__(self, lengths: Sequence[int], images: Sequence[int], max_images: int):
         self.num = len(lengths)
-        self._left: dict[tuple[int, int], list[int]] = {}  # (length, images) -> positions, the first to arrive last
+        self._left: dict[tuple[int, int], list[int]] = {}  # (length, images) -> positions, descending
         self._bits = [0] * (max_images + 1)  # by image count; bit n: a sample of length n is left
         for i in range(self.num - 1, -1, -1):
             self._left.setdefault((lengths[i], images[i]), []).append(i)
@@ -147,7 +147,7 @@ class Stock:
         self._counts = [c for c, bits in enumerate(self._bits) if bits][::-1]
 
     def fitting(self, free: int, room: int) -> int:
-        """Bits of the lengths of samples of at most `free` tokens and `room` images."""
+        """Return the lengths of the samples of at most `free` tokens and `room` images, as bits."""
         have = 0
         for count in self._counts:
             if count <= room:
@@ -155,7 +155,7 @@ class Stock:
         return have & ((2 << free) - 1)
 
     def take(self, length: int, room: int) -> tuple[int, int]:
-        """(position, images) of a sample of this length; of the most images that fit, so that the budget is used."""
+        """Take a sample of this length, with the most images that fit; return (position, images)."""
         for count in self._counts:
             if count <= room and self._bits[count] >> length & 1:
                 break
@@ -167,8 +167,11 @@ class Stock:
         return i, count
 
     def longer_of_best_pair(self, free: int, room: int, have: int, tries: int) -> tuple[int, int]:
-        """(length, sum with its partner) of the longer one of the two samples that come closest to `free` tokens, or of
-        the longest alone."""
+        """Find the two samples whose lengths come closest to `free` tokens, or the longest alone.
+
+        Returns:
+            (length of the longer one, sum of both lengths).
+        """
         partners = [(c, self._bits[c], self.fitting(free, room - c)) for c in self._counts if c <= room]
         best = total = have.bit_length() - 1
         for _ in range(tries):
@@ -188,9 +191,11 @@ class Stock:
 
 
 def fill_rows(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Row by row the longest sample left, and with it those whose lengths come closest to the budget (subset sum over
-    the lengths that are left, as bit sets)."""
-    left: dict[int, list[int]] = {}  # length -> positions, the first to arrive last
+    """Fill row by row: the longest remaining sample, and those that together come closest to the budget.
+
+    Those are found by subset sum over the remaining lengths, as bit sets.
+    """
+    left: dict[int, list[int]] = {}  # length -> positions, descending
     for i in range(len(lengths) - 1, -1, -1):
         left.setdefault(lengths[i], []).append(i)
     packs = []
@@ -217,6 +222,7 @@ def fill_rows(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
 
 
 def take(left: dict[int, list[int]], length: int) -> int:
+    """Take the first sample of this length out of `left`; return its position."""
     position = left[length].pop()
     if not left[length]:
         del left[length]
@@ -224,8 +230,10 @@ def take(left: dict[int, list[int]], length: int) -> int:
 
 
 def group_by_length(lengths: Sequence[int], *, group: int) -> list[list[int]]:
-    """Groups of `group` samples of like length, for rows that hold one sample and are padded; in the order in which
-    their samples arrived on average."""
+    """Group samples of similar length, `group` each, for rows of one padded sample.
+
+    Groups are sorted by the mean position of their samples.
+    """
     order = np.argsort(np.asarray(lengths), kind="stable").tolist()
     groups = [order[i : i + group] for i in range(0, len(order), group)]
     return sorted(groups, key=lambda members: sum(members) / len(members))
@@ -236,15 +244,16 @@ def balance(
 ) -> list[list[int]]:
     """Reorder the packs of a window so that shares stay close to their targets after every pack.
 
-    Packing gathers samples by length, and sources differ in length, so in any other order the shares drift within a
-    window (on the embedded instruction mixture by up to 35 samples' worth, so by 5). Next comes the pack that leaves
-    the smallest sum over sources of |served - share|; the earlier one at a tie.
+    Packing groups samples by length, and sources differ in length, so in any other order the shares drift within a
+    window (on the embedded instruction mixture by up to 35 samples' worth, in this order by 5). The next pack is always
+    the one that leaves the smallest sum over sources of |served - share|; ties go to the earlier pack.
 
     Args:
         sources: source number of every sample of the window.
         costs: its cost in the mixture's unit.
+        weights: target share of every source.
     """
-    # Integers, so that ties are broken alike on every machine.
+    # Integers, so that ties are broken the same way on every machine.
     scale = 1 << 20
     shares = np.array([round(scale * w) for w in weights], dtype=np.int64)
     served = np.zeros((len(packs), len(weights)), dtype=np.int64)
@@ -257,7 +266,7 @@ def balance(
         k = int(np.abs(left + error).sum(axis=1).argmin())
         order.append(int(numbers[k]))
         error = error + left[k]
-        # Close the gap; `np.delete` costs several times this.
+        # Remove entry k; `np.delete` is several times slower.
         left[k:-1], numbers[k:-1] = left[k + 1 :], numbers[k + 1 :]
         left, numbers = left[:-1], numbers[:-1]
     return [packs[i] for i in order]

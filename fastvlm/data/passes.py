@@ -1,4 +1,4 @@
-"""A source's samples, pass after pass."""
+"""Endless passes over the samples of a source."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from fastvlm.data.lengths import Measured
 from fastvlm.data.source import shuffled
 
-PIECE = 65_536  # costs that are looked up at a time
+PIECE = 65_536  # costs looked up at a time
 
 
 def pass_order(source: Measured, *, seed: int, number: int, window_shards: int) -> np.ndarray:
-    """Rows of pass `number` over a source: shards shuffled, then samples within windows of `window_shards` shards."""
+    """Return the rows of pass `number`: shards are shuffled, then samples within windows of `window_shards` shards."""
     shard_of = source.index.shard[source.rows]
     borders = np.searchsorted(shard_of, np.arange(len(source.index.shards) + 1))
     shards = shuffled(len(source.index.shards), seed, source.name, number, "shards")
@@ -27,13 +27,13 @@ def pass_order(source: Measured, *, seed: int, number: int, window_shards: int) 
 
 
 class Passes:
-    """Endless passes over a source's samples, each in its own order.
+    """Endless passes over a source's samples, each in an order of its own.
 
     Args:
-        seed: of the order.
-        window_shards: shards within which samples are shuffled.
-        times: how often each row has come before the plan begins (-1: it was not there), None for a plan that begins at
-            the start. The first pass leaves out what came in the pass that was interrupted.
+        seed: seed of the order.
+        window_shards: samples are shuffled within windows of this many shards.
+        times: how often each row was seen before the plan begins (-1: it did not exist); None: the plan begins at the
+            start. The first pass omits what the interrupted pass has already seen.
     """
 
     def __init__(self, source: Measured, *, seed: int, window_shards: int, times: np.ndarray | None = None):
@@ -41,20 +41,21 @@ class Passes:
         self.options = {"seed": seed, "window_shards": window_shards}
 
     def rows(self) -> Iterator[np.ndarray]:
-        """Rows of the index, a pass at a time."""
+        """Yield the rows of the index, one pass at a time."""
         numbers, source = count(), self.source
         if self.times is not None:
             times = self.times[source.rows]
             known = times[times >= 0]
-            came = self.times > (known.min() if len(known) else 0)  # in the pass that was interrupted
+            came = self.times > (known.min() if len(known) else 0)  # seen in the interrupted pass
             rows = pass_order(source, number=next(numbers), **self.options)
             yield rows[~came[rows]]
         yield from (pass_order(source, number=number, **self.options) for number in numbers)
 
     def costs(self, unit: str) -> Iterator[int]:
-        """Costs of the samples in a mixture's unit, to the end of `max_epochs` where the source has one.
+        """Return an iterator over the samples' costs in `unit`, up to the end of `max_epochs` if the source has one.
 
-        It goes through the passes by itself, so that who schedules costs and who takes rows need no shared cursor.
+        It goes through the passes on its own, so the scheduler (which takes costs) and the planner (which takes rows)
+        share no cursor.
         """
         left = None if self.source.num_served is None else max(0, self.source.num_served - self.num_served)
         if unit == "samples":
@@ -65,5 +66,5 @@ class Passes:
 
     @property
     def num_served(self) -> int:
-        """Samples that came before the plan begins."""
+        """Number of samples seen before the plan begins."""
         return 0 if self.times is None else int(self.times[self.times > 0].sum())

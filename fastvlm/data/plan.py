@@ -1,9 +1,10 @@
-"""The plan: the order of all samples, as a pure function of the indexes, the mixture and the seed. No shard is read.
+"""The plan: the order of all samples, as a pure function of the indexes, the mixture and the seed.
 
-An endless sequence of samples (`passes.py`) is scheduled over the sources (`schedule.py`: shares are exact at every
-prefix), packed window by window into rows (`windows.py`, `packing.py`), kept (`order.py`) and cut into optimiser steps
-of `batch_size` rows. Step i is the same for any number of ranks, workers or restarts; ranks and accumulated
-micro-batches take slices of its rows. What a plan will do, in numbers and words: `plan_report.py`.
+Every source yields an endless sequence of samples (`passes.py`). The sources are interleaved so that shares are exact
+at every prefix (`schedule.py`), packed window by window into rows (`windows.py`, `packing.py`), stored (`order.py`) and
+cut into optimiser steps of `batch_size` rows. Step i is the same for any number of ranks, workers or restarts; ranks
+and accumulated micro-batches take slices of its rows. Shards are read only where the index does not suffice, as for
+samples that must be truncated (`lengths.py`). `plan_report.py` reports what a plan will do.
 """
 
 from __future__ import annotations
@@ -28,45 +29,46 @@ from fastvlm.data.transforms import ImageTransform
 from fastvlm.data.windows import Rows, WindowPlanner
 from fastvlm.tokens import Tokenizer
 
-KEEP_AFTER = 2.0  # seconds of planning that are worth a place in the cache
-PIECE = 1 << 14  # samples, or rows, that are looked up at a time
-VERSION = 2  # of the order: another number, another order for the same data
+KEEP_AFTER = 2.0  # seconds; an order that took longer to plan is cached
+PIECE = 1 << 14  # samples or rows looked up at a time
+VERSION = 2  # of the algorithms; increase it when the same data would be ordered differently
 
 
 @dataclass
 class Step:
-    """One optimiser step: rows of (source number, row of its index)."""
+    """One optimiser step: its rows, each a list of samples as (source number, row of the source's index)."""
 
     rows: list[list[tuple[int, int]]]
     num_answer_tokens: int  # learned tokens of the whole step, over all ranks and micro-batches
 
 
 class Plan:
-    """Which samples are in which row of which optimiser step.
+    """Assigns samples to the rows of all optimiser steps.
 
-    An epoch is as many samples as all sources hold together (each times its `repeat`); sources go through passes of
-    their own at the pace of their weights, and a pass goes on over the end of an epoch, so that every sample of a
+    An epoch is as many samples as all sources hold together (each counted `repeat` times). Sources go through passes of
+    their own at the pace set by their weights, and a pass continues beyond the end of an epoch, so every sample of a
     source is seen once before any is seen again.
 
     Args:
-        mixture: sources, weights, unit.
-        tokenizer: under which lengths are counted.
+        mixture: sources, weights and unit.
+        tokenizer: counts the lengths.
         split: train, val or test.
-        tokens_per_image: slots a view of an image takes.
-        batch_size: rows of an optimiser step, over all ranks and micro-batches.
-        max_tokens: longest row; longer samples are truncated at their end.
-        max_images: most views of a row; an image without tiles is one.
-        packing: several samples a row; else a row is one sample.
-        pack_window: samples that are packed together; None: as many as `window_of` says.
-        sort_window: without packing, group samples of like length within windows of this many samples; 0 for not.
-        seed: of the order.
-        num_steps: length of the stage; None for `epochs`.
-        epochs: length of the stage when `num_steps` is None; the last step is filled from what follows.
-        after: what an interrupted stage had seen of other data (`replan.py`): the plan begins with that step, and the
-            first pass over a source leaves out what came in the pass before.
-        transform: says how many views an image of the index has; None: one.
-        cache: a folder for orders that took seconds to make; a plan of the same fingerprint finds them there.
-        where: what stands before the keys in messages, such as `stages.align.`.
+        tokens_per_image: slots per view of an image.
+        batch_size: rows per optimiser step, over all ranks and micro-batches.
+        max_tokens: maximum length of a row; longer samples are truncated at the end.
+        max_images: maximum number of views per row; an image without tiles is one view.
+        packing: put several samples into a row; False: one sample per row.
+        pack_window: number of samples that are packed together; None: as `window_of` chooses.
+        sort_window: without packing, group samples of similar length within windows of this many samples; 0: do not.
+        seed: seed of the order.
+        num_steps: length of the stage; None: use `epochs`.
+        epochs: length of the stage if `num_steps` is None; None: one epoch. The last step is filled with the samples
+            that follow.
+        after: what an interrupted stage has seen of data that changed since (`replan.py`). The plan begins with its
+            next step, and the first pass over a source omits what the interrupted pass has already seen.
+        transform: determines the number of views of an image; None: one view.
+        cache: folder in which orders that took seconds to plan are cached by fingerprint; None: no cache.
+        where: prefix of the keys in error messages, such as `stages.align.`.
 
     Raises:
         ValueError: a source without usable samples, or a parameter out of range.
@@ -113,7 +115,7 @@ class Plan:
         self.weights = mixture.shares or [h / sum(held) for h in held]
         self.epoch_samples = max(1, sum(int(len(s.rows) * s.repeat) for s in self.sources))
         self._window = self._window_size(pack_window, sort_window)
-        # Without packing, whole steps: else a group of like length would straddle two of them.
+        # A group is one step, so that no group of similar lengths straddles two steps.
         self._group = batch_size if sort_window > 0 and not packing else None
         self.base = self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
         self.after = after
@@ -137,7 +139,7 @@ class Plan:
             self.extend()
 
     def _window_size(self, pack_window: int | None, sort_window: int) -> int:
-        """Samples that are planned together."""
+        """Return the number of samples that are planned together."""
         if not self.packing:
             return -(-(sort_window or 1024) // self.batch_size) * self.batch_size
         if pack_window:
@@ -145,7 +147,7 @@ class Plan:
         return window_of(*self._average(), max_tokens=self.max_tokens, max_images=self.max_images)
 
     def _average(self) -> tuple[float, float]:
-        """Tokens and views of a sample of the mixture, on average."""
+        """Return the average tokens and views per sample of the mixture."""
         sizes = [
             (s.length[s.rows].mean(), s.images[s.rows].mean(), s.costs(self.unit)[s.rows].mean()) for s in self.sources
         ]
@@ -153,7 +155,10 @@ class Plan:
         return tuple(sum(n * size[k] for n, size in zip(often, sizes)) / sum(often) for k in (0, 1))
 
     def _hash(self, split: str, tokenizer: Tokenizer, pack_window: int | None, sort_window: int) -> str:
-        """Everything the order depends on. The number of steps is not in it: a longer plan begins as a shorter one."""
+        """Hash everything the order depends on.
+
+        The number of steps is not included: a longer plan begins like a shorter one.
+        """
         state = {
             "version": VERSION,
             "sources": {
@@ -181,7 +186,7 @@ class Plan:
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
     def _count_steps(self, epochs: float | int | None) -> int:
-        """Steps of so many epochs, less what came before the plan begins."""
+        """Return the step at which `epochs` (None: one) end, counting steps and samples from before the plan begins."""
         served = sum(p.num_served for p in self._passes)
         wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)) - served)
         while (self.order.num_samples < wanted or not self._num_planned) and not self.order.used_up:
@@ -192,7 +197,7 @@ class Plan:
         return min(int(np.searchsorted(ends, wanted)) + 1, len(ends))
 
     def _plan_window(self) -> None:
-        """Schedule and pack one more window; from the first, where an order that was kept is too short."""
+        """Schedule and pack one more window; if a cached order is too short, start over at the first window."""
         begun = time.process_time()
         if self._planner is None:
             rows = Rows(self.max_tokens, self.max_images, packing=self.packing, group=self._group)
@@ -204,14 +209,14 @@ class Plan:
 
     @property
     def _num_planned(self) -> int:
-        """Whole steps planned so far."""
+        """Number of complete steps planned so far."""
         return self.order.num_rows // self.batch_size
 
     def extend(self, num_steps: int | None = None) -> None:
-        """Plan up to this many steps now (all of them unless told), so that forked workers share the result.
+        """Plan the first `num_steps` steps now (None: all steps), so that forked workers share the result.
 
         Raises:
-            ValueError: every source has `max_epochs`, and they are used up before.
+            ValueError: every source has `max_epochs`, and all are used up before that.
         """
         while self._num_planned < (num_steps or self.num_steps):
             if self.order.used_up:
@@ -225,16 +230,16 @@ class Plan:
             self.order.save(self._cache)
 
     def __getstate__(self) -> dict:
-        """For loader processes that are spawned and not forked: the finished order, without what makes more of it."""
+        """Return the state for spawned loader processes: the finished order, without the planner."""
         self.extend()
         self.order.join()
         return self.__dict__ | {"_planner": None, "_cache": None}
 
     def step(self, i: int) -> Step:
-        """Optimiser step i, planning as far as needed.
+        """Return optimiser step i, planning as far as needed.
 
         Raises:
-            IndexError: beyond the end of the plan.
+            IndexError: i is not a step of the plan.
         """
         if not 0 <= i < self.num_steps:
             raise IndexError(f"step {i} of a plan of {self.num_steps} steps")
@@ -249,8 +254,10 @@ class Plan:
         return Step([pairs[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:])], answers)
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epoch, step in the epoch): the epoch to which the step's first sample belongs. Also of the step after the
-        last one, without planning it."""
+        """Return (epoch, step in the epoch) of a step's first sample.
+
+        Also works for the step after the last one, without planning it.
+        """
         self.extend(max(step, 1))
         starts = self.order.columns.end[: step * self.batch_size + 1 : self.batch_size]
         epoch = int(starts[step]) // self.epoch_samples
@@ -258,36 +265,38 @@ class Plan:
 
     @property
     def num_images(self) -> int:
-        """Views of all planned sources together; 0 when there is nothing to look at."""
+        """Number of views in the planned samples of all sources; 0 if there are no images."""
         return sum(int(s.images[s.rows].sum()) for s in self.sources)
 
     @property
     def num_samples(self) -> int:
-        """Samples of all steps."""
+        """Number of samples in all steps."""
         self.extend()
         return int(self.order.columns.end[self.num_steps * self.batch_size])
 
     def segments(self) -> list[tuple[int, list[Fraction]]]:
-        """(first sample, weights) of each stretch of the planned steps, in order of arrival: the weights change where
-        `max_epochs` ends a source."""
+        """Return (first sample, weights) of each segment of the planned steps, in order.
+
+        The weights change where `max_epochs` ends a source.
+        """
         planned = self.num_samples
         return [(first, weights) for first, weights in self.order.segments if first < planned]
 
     def arrivals(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number (int16) and row of its index (int32) of the first n samples, as scheduled."""
+        """Return source numbers (int16) and index rows (int32) of the first n samples, in scheduled order."""
         while self.order.num_samples < n and not self.order.used_up:
             self._plan_window()
         return self.order.columns.source[:n], self.order.columns.row[:n]
 
     def first_samples(self, n: int) -> list[tuple[int, int]]:
-        """(source number, row of its index) of the first n samples, as scheduled."""
+        """Return (source number, index row) of the first n samples, in scheduled order."""
         return list(zip(*(column.tolist() for column in self.arrivals(n))))
 
     def costs(self, n: int, unit: str) -> tuple[np.ndarray, np.ndarray]:
-        """Source number and cost in the unit (int64) of the first n samples, as scheduled.
+        """Return source numbers and costs in `unit` (int64) of the first n samples, in scheduled order.
 
         Raises:
-            ValueError: no such unit.
+            ValueError: unknown unit.
         """
         pieces = list(self.pieces(n, unit))
         return tuple(np.concatenate(column) for column in zip(*pieces)) if pieces else (np.empty(0, np.int16),) * 2
@@ -295,13 +304,13 @@ class Plan:
     def pieces(
         self, n: int, unit: str, *, start: int = 0, in_rows: bool = False
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """`costs` of samples `start .. n`, some at a time: what is computed over all of them needs little memory.
+        """Yield `costs` of samples `start .. n` in pieces, so that reducing over all samples needs little memory.
 
         Args:
-            in_rows: in the order in which rows hold the samples, else as scheduled.
+            in_rows: in the order in which rows hold the samples; False: in scheduled order.
 
         Raises:
-            ValueError: no such unit.
+            ValueError: unknown unit.
         """
         if unit not in UNITS:
             raise ValueError(f"unit={unit} is not one of {', '.join(UNITS)}")
@@ -313,7 +322,7 @@ class Plan:
             yield columns.source[at], costs.at(columns.source[at], columns.row[at])
 
     def row_sizes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and images of every row: two int64 (steps, rows of a step)."""
+        """Return the numbers of positions and views of every row: two int64 (steps, rows per step)."""
         self.extend()
         order, rows = self.order.columns, self.num_steps * self.batch_size
         tokens, images = np.empty(rows, dtype=np.int64), np.empty(rows, dtype=np.int64)
@@ -329,19 +338,21 @@ class Plan:
 
 
 class Joined:
-    """A column of every source, to be looked up by source number and row."""
+    """One column of all sources, looked up by source number and row."""
 
     def __init__(self, columns: Sequence[np.ndarray]):
         self.values, self.starts = np.concatenate(columns), np.cumsum([0, *map(len, columns)])
 
     def at(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """int64, as many as there are pairs of a source's number and a row of its index."""
+        """Return the values at pairs of source number and index row, as int64."""
         return self.values[self.starts[sources] + rows].astype(np.int64)
 
 
 def check_limits(where: str, **numbers: int | None) -> None:
-    """Raises:
-    ValueError: one of them is below 1, with its key.
+    """Check that all limits are at least 1.
+
+    Raises:
+        ValueError: one is below 1; the message names its key.
     """
     for key, value in numbers.items():
         if value is not None and value < 1:

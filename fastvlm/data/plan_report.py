@@ -1,4 +1,4 @@
-"""Report of a plan: shares and their errors, packing, what is left out; as numbers for JSON, and in words."""
+"""Report of a plan: shares and their errors, packing and samples left out, as numbers for JSON and in words."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PREFIXES = (100, 1000, 10000)
 
 
 def report(plan: Plan, prefixes: tuple[int, ...] = PREFIXES) -> dict:
-    """What the plan will do, in plain numbers: ready for JSON.
+    """Return what the plan will do, in plain numbers ready for JSON.
 
-    Per source: target share, realised shares in all units after each prefix of samples, samples it holds, passes
-    over it (`epochs`) in all steps, what is left out and why (with up to ten keys), truncated samples.
+    Per source: target share, realised shares in all units after each prefix of samples, samples it holds, passes over
+    it (`epochs`) in all steps, samples left out by reason (with up to ten keys), truncated samples.
     """
     planned = plan.num_samples
     errors = largest_error(plan, max(planned, 1))
@@ -51,7 +51,7 @@ def report(plan: Plan, prefixes: tuple[int, ...] = PREFIXES) -> dict:
 
 
 def left_out(source: Measured) -> dict[str, dict]:
-    """Reason -> how many samples of a source are not planned, and the keys of the first ten."""
+    """Return reason -> how many samples of a source are left out, and the keys of the first ten."""
     return {
         reason: {"count": len(gone), "keys": [source.index.key(row) for row in gone[:10].tolist()]}
         for reason, gone in source.excluded.items()
@@ -59,8 +59,10 @@ def left_out(source: Measured) -> dict[str, dict]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Remarks for the user before the first step, one line each: what is left out, cut or broken, and the effect of
-    caps, repeats and `max_epochs`."""
+    """Return remarks for the user before the first step, one line each.
+
+    They name what is left out, truncated or broken, and the effect of caps, repeats and `max_epochs`.
+    """
     lines = limits(plan)
     for s in plan.sources:
         for shard, where in s.index.broken.items():
@@ -78,8 +80,10 @@ def notes(plan: Plan) -> list[str]:
 
 
 def limits(plan: Plan) -> list[str]:
-    """A line for every source that is capped, repeated or used up by `max_epochs`: its share of all steps, what that
-    would be without, and how often its samples come."""
+    """Return a line for every source that is capped, repeated or used up by `max_epochs`.
+
+    It gives the source's share of all steps, that share without limits, and the passes over its samples.
+    """
     if all(s.source.max_samples is None and s.repeat == 1 and s.max_epochs is None for s in plan.sources):
         return []
     planned, seen = plan.num_samples, samples_served(plan).tolist()
@@ -97,7 +101,7 @@ def limits(plan: Plan) -> list[str]:
 
 
 def limits_of(source: Measured, served: int) -> list[str]:
-    """Which of a source's caps, repeats and bounds take effect in a plan that serves so many samples of it."""
+    """Return which of a source's caps, repeats and bounds take effect in a plan with `served` samples of it."""
     cap, words = source.source.max_samples, []
     if cap is not None and cap < (there := len(uncapped(source))):
         words.append(f"max_samples={cap} of {there}")
@@ -109,25 +113,25 @@ def limits_of(source: Measured, served: int) -> list[str]:
 
 
 def uncapped(source: Measured) -> np.ndarray:
-    """Rows of a source's index that would be chosen without `max_samples`, and hold something to learn."""
+    """Return the index rows that would be chosen without `max_samples` and have learned tokens."""
     rows, _ = source.source.select(source.index, capped=False)
     return rows[source.index.answer_tokens[rows] > 0]
 
 
 def plain_shares(plan: Plan) -> dict[str, float]:
-    """Shares without caps, repeats and `max_epochs`: the weights, or what each source would hold."""
+    """Return the shares without caps, repeats and `max_epochs`: the weights, or what each source would hold."""
     if plan.mixture.shares is not None:
         return {name: float(weight) for name, weight in zip(plan.names, plan.mixture.shares)}
     held = {}
     for s in plan.sources:
         costs = s.costs(plan.unit)[uncapped(s)]
-        # Rows that were not chosen have not been cut.
+        # Rows that were not chosen have not been truncated.
         held[s.name] = int((np.minimum(costs, plan.max_tokens) if plan.unit == "tokens" else costs).sum())
     return {name: cost / sum(held.values()) for name, cost in held.items()}
 
 
 def shares(plan: Plan, n: int, unit: str | None = None) -> dict[str, float]:
-    """Realised share of every source after n planned samples, in a unit (the mixture's own unless told)."""
+    """Return every source's realised share after n planned samples, in `unit` (None: the mixture's)."""
     served = np.zeros(len(plan.sources))
     for sources, costs in plan.pieces(n, unit or plan.unit):
         served += np.bincount(sources, weights=costs, minlength=len(plan.sources))
@@ -135,13 +139,13 @@ def shares(plan: Plan, n: int, unit: str | None = None) -> dict[str, float]:
 
 
 def samples_served(plan: Plan) -> np.ndarray:
-    """Samples of every source in all steps: int64."""
+    """Return the number of samples of every source in all steps: int64 (sources,)."""
     pieces = plan.pieces(plan.num_samples, "samples", in_rows=True)
     return sum(np.bincount(sources, minlength=len(plan.sources)) for sources, _ in pieces)
 
 
 def largest_error(plan: Plan, n: int) -> dict[str, float]:
-    """Largest distance of every source from its share over all prefixes of n samples, in largest samples' worth."""
+    """Return each source's largest error over all prefixes of n samples, in units of the largest cost."""
     largest = np.zeros(len(plan.sources))
     for _, errors in prefix_errors(plan, n):
         np.maximum(largest, np.abs(errors).max(axis=1), out=largest)
@@ -149,11 +153,12 @@ def largest_error(plan: Plan, n: int) -> dict[str, float]:
 
 
 def largest_step_error(plan: Plan) -> float:
-    """As `largest_error`, but as the optimiser sees it: over the ends of steps, in the order of the rows.
+    """Return the largest error of any source at the ends of steps, in row order, as the optimiser sees it.
 
-    Within a window packing changes the order of samples, so this is some samples' worth; at its end it is one.
+    Units are those of `largest_error`. Packing reorders samples within a window, so this is several samples' worth; at
+    the end of a window it is one.
     """
-    planned = plan.num_samples  # first: it plans all steps, and the order grows by that
+    planned = plan.num_samples  # before using the order: this plans all steps, which extends it
     rows, largest = plan.num_steps * plan.batch_size, 0.0
     ends = plan.order.columns.end[plan.batch_size : rows + 1 : plan.batch_size] - 1
     for first, errors in prefix_errors(plan, planned, in_rows=True):
@@ -163,12 +168,12 @@ def largest_step_error(plan: Plan) -> float:
 
 
 def prefix_errors(plan: Plan, n: int, *, in_rows: bool = False) -> Iterator[tuple[int, np.ndarray]]:
-    """`prefix_error` of every source over n samples, piece by piece: (first sample, float64 (sources, samples)).
+    """Yield `prefix_error` of every source over n samples, in pieces: (first sample, float64 (sources, samples)).
 
-    Sources that are used up begin the count anew. In pieces, because all of ten million samples take a gigabyte.
+    The count restarts when a source is used up. In pieces, because ten million samples at once take a gigabyte.
 
     Args:
-        in_rows: in the order in which rows hold the samples, else as scheduled.
+        in_rows: in the order in which rows hold the samples; False: in scheduled order.
     """
     n = len(plan.arrivals(n)[0])
     segments = [(first, weights) for first, weights in plan.order.segments if first < n]
@@ -184,14 +189,16 @@ def prefix_errors(plan: Plan, n: int, *, in_rows: bool = False) -> Iterator[tupl
 
 
 def largest_cost(plan: Plan) -> int:
-    """Of a sample of the plan, in the mixture's unit."""
+    """Return the largest cost of a planned sample, in the mixture's unit."""
     return max(int(s.costs(plan.unit)[s.rows].max()) for s in plan.sources)
 
 
 def packing_efficiency(plan: Plan) -> dict[str, float]:
-    """Over the planned steps: the share of the token and of the image budget that is used (`filled_tokens`,
-    `filled_images`), samples a row, and `padding`: the share of positions that are padding when every row is as long as
-    the longest of its step."""
+    """Return how full the rows of the planned steps are.
+
+    `filled_tokens` and `filled_images` are the used shares of the budgets, `samples_per_row` an average, `padding` the
+    share of positions that are padding if every row is as long as the longest of its step.
+    """
     tokens, images = plan.row_sizes()
     skipped = 0 if plan.after is None else plan.after.step
     tokens, images = tokens[skipped:], images[skipped:]

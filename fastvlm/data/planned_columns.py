@@ -1,4 +1,4 @@
-"""The columns of a source that a plan needs, read shard by shard: hundreds of tables never stand beside them."""
+"""The columns of a source that a plan needs, read shard by shard so that few tables are in memory at a time."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pyarrow.parquet as pq
 
 NUMBERS = ("num_images", "text_tokens", "answer_tokens")
 WORDS = ("type", "fault")
-AHEAD = 16  # tables read before they are needed
+AHEAD = 16  # tables read ahead
 
 
 def read_planned(
     sidecars: Sequence[Path], headers: Sequence[dict], start: np.ndarray
 ) -> dict[str, np.ndarray | pa.Array]:
-    """`num_images`, `text_tokens` and `answer_tokens` (int32), `types` and `faults` (strings) of every sample.
+    """Read `num_images`, `text_tokens` and `answer_tokens` (int32), `types` and `faults` (strings) of every sample.
 
     Args:
-        headers: of the sidecars, as they were found to fit.
+        headers: of the sidecars, as they were when found to fit.
         start: int64 (shards + 1): shard k has rows start[k] .. start[k + 1].
 
     Raises:
-        ValueError: a sidecar is no longer the one that was found; another tokenizer's has other lengths.
+        ValueError: a sidecar was rewritten since, possibly with another tokenizer's lengths.
         OSError, pyarrow.ArrowException: one is damaged.
     """
     numbers = {name: np.empty(start[-1], dtype=np.int32) for name in NUMBERS}
@@ -40,6 +40,8 @@ def read_planned(
 
 
 def read_tables(sidecars: Sequence[Path], headers: Sequence[dict]) -> Iterator[pa.Table]:
+    """Yield the planned columns of each sidecar."""
+
     def read(path: Path, header: dict) -> pa.Table:
         file = pq.ParquetFile(path, read_dictionary=list(WORDS), page_checksum_verification=True)
         found = json.loads(file.schema_arrow.metadata[b"fastvlm"])
@@ -56,14 +58,14 @@ def read_tables(sidecars: Sequence[Path], headers: Sequence[dict]) -> Iterator[p
 
 
 class WordColumn:
-    """A column of few distinct strings, filled piece by piece: an int32 code a row until it is whole."""
+    """A column of few distinct strings, filled piece by piece; until it is complete, it holds int32 codes."""
 
     def __init__(self, length: int | np.integer):
         self.codes = np.empty(length, dtype=np.int32)
         self.known: dict[str, int] = {}
 
     def fill(self, start: int, column: pa.ChunkedArray) -> None:
-        """Put a dictionary-encoded column at rows `start` and on."""
+        """Put a dictionary-encoded column at rows from `start` on."""
         for chunk in column.chunks:
             words = chunk.dictionary.to_pylist()
             codes = np.array([self.known.setdefault(word, len(self.known)) for word in words], np.int32)
@@ -71,6 +73,6 @@ class WordColumn:
             start += len(chunk)
 
     def array(self) -> pa.DictionaryArray:
-        """With codes as small as they may be."""
+        """Return the column with the smallest type of codes."""
         smallest = np.min_scalar_type(-max(1, len(self.known)))
         return pa.DictionaryArray.from_arrays(self.codes.astype(smallest), pa.array(list(self.known), pa.string()))

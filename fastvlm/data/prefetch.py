@@ -1,4 +1,4 @@
-"""What the plan comes to next is brought into the shard cache while this is read."""
+"""Prefetching: fetch the shards that a plan needs next into the shard cache while the current ones are read."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ THREADS = 2
 
 
 class Prefetcher:
-    """Looks ahead in a plan until it has seen as many new remote shards as its windows hold, and fetches those.
+    """Looks ahead in a plan until it has found as many new remote shards as its windows hold, and fetches those.
 
-    So while the shards of one window are read, those of the next are on their way, and no more: at most half of the
-    cache is filled ahead. What fails here fails again, and is reported, where it is read.
+    So while the shards of one window are read, those of the next are fetched, and no more; at most half of the cache is
+    filled ahead. Errors are ignored here: they recur, and are reported, when the shard is read.
 
     Args:
         plan: the order.
-        rank, world_size: rows `rank, rank + world_size, ...` of a step are read here.
+        rank, world_size: this process reads rows `rank, rank + world_size, ...` of a step.
         cache: where shards go.
     """
 
@@ -35,9 +35,9 @@ class Prefetcher:
         window = getattr(getattr(plan, "mixture", None), "window_shards", 4)
         self.ahead = window * sum(remote)
         self._remote = [i for i, there in enumerate(remote) if there]
-        self._at = self._cursor = 0  # where the reader is; steps looked at
-        self._coming: deque[tuple[int, int]] = deque()  # (step of the first use, bytes) of shards beyond the position
-        self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()  # (source, shard), the latest at the end
+        self._at = self._cursor = 0  # the reader's step; the next step to look at
+        self._coming: deque[tuple[int, int]] = deque()  # (step of first use, bytes) of shards ahead of the reader
+        self._seen: OrderedDict[tuple[int, int], None] = OrderedDict()  # (source, shard), most recent last
         self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         for _ in range(THREADS):
             threading.Thread(target=work, args=(self._queue, plan, cache), daemon=True).start()
@@ -47,7 +47,7 @@ class Prefetcher:
             self._queue.put(None)
 
     def move_to(self, step: int) -> None:
-        """The reader is at this step, which may lie before the last one: a batch is tried out of turn."""
+        """Move the reader to this step, which may lie before the last one (a batch read out of turn)."""
         if step < self._at:
             self._cursor = step
             self._coming.clear()
@@ -67,12 +67,12 @@ class Prefetcher:
                     self._queue.put((source, shard))
                 self._seen[source, shard] = None
                 self._seen.move_to_end((source, shard))
-            while len(self._seen) > 2 * self.ahead:  # a later pass over the source comes to it again
+            while len(self._seen) > 2 * self.ahead:  # forget the oldest: a later pass needs them again
                 self._seen.popitem(last=False)
             self._cursor += 1
 
     def _shards(self, step: int) -> list[tuple[int, int]]:
-        """Remote shards that this rank's rows of a step are in."""
+        """Return the remote shards that hold this rank's rows of a step."""
         rows: dict[int, list[int]] = {source: [] for source in self._remote}
         for planned in self.plan.step(step).rows[self.rank :: self.world_size]:
             for source, row in planned:
@@ -87,7 +87,7 @@ class Prefetcher:
 
 
 def work(wanted: queue.SimpleQueue[tuple[int, int] | None], plan: Plan | ValidationPlan, cache: ShardCache) -> None:
-    """Fetch what is asked for until that is None."""
+    """Fetch the shards in the queue until None comes."""
     while (pair := wanted.get()) is not None:
         source, shard = pair
         with suppress(OSError, ValueError):
@@ -95,4 +95,5 @@ def work(wanted: queue.SimpleQueue[tuple[int, int] | None], plan: Plan | Validat
 
 
 def has_remote(index) -> bool:
+    """Return whether an index has remote shards."""
     return any(not isinstance(file, str) for file in getattr(index, "files", ()))

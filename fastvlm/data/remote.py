@@ -1,8 +1,8 @@
-"""Shards wherever they lie: which shards a source's path names, and their bytes, with retries.
+"""Shards on local disks and remote servers: which shards a source's path names, and reading them with retries.
 
-Everything goes through fsspec (`http(s)://`, `s3://`, `gs://`, `hf://` and whatever else is registered there);
-`pipe:` commands through webdataset's opener. A folder behind HTTP has no listing of its own: `shards.json` beside the
-shards says what is there, or the path is a brace pattern.
+Everything goes through fsspec (`http(s)://`, `s3://`, `gs://`, `hf://` and whatever else is registered there); `pipe:`
+commands go through webdataset's opener. A folder behind HTTP cannot be listed: either `shards.json` beside the shards
+names them, or the path is a brace pattern.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import numpy as np
 
 from fastvlm.data.listing import LISTING, SPLIT, check_listed, listed
 
-ATTEMPTS = 5  # failures in a row, without a byte gained, before a file is given up
+ATTEMPTS = 5  # consecutive failures, without a byte gained, before a file is given up
 BACKOFF = 0.5  # seconds before the second attempt; doubled for each one after
 TIMEOUT = 60  # seconds without a byte
-BLOCK = 8 << 20  # bytes asked for at a time where each request names its range
+BLOCK = 8 << 20  # bytes per read, and per request where requests name a range
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://|pipe:")
-# Names under which filesystems tell a file's content, the surest first, then its time.
+# Keys under which filesystems report a file's content, the most reliable first, then its time.
 VERSIONS = ("versionid", "etag", "md5hash", "crc32c", "xet_hash", "blob_id", "oid")
 VERSIONS += ("last-modified", "lastmodified", "last_modified", "last_commit", "updated", "mtime", "modified", "created")
 
 
 class Unavailable(OSError):
-    """A remote file cannot be had: it is not there, may not be read, or all attempts failed."""
+    """A remote file that cannot be read: it is missing, access is denied, or all attempts failed."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class RemoteShard:
     """A shard behind a URL, as it was when the source was opened."""
 
     url: str
-    size: int | None  # bytes; None where the other side does not say
-    version: str = ""  # ETag, hash or time of the last change, where there is one
+    size: int | None  # bytes; None if the server does not report it
+    version: str = ""  # ETag, hash or time of the last change, if there is one
     # (offset, size, CRC-32) of its samples, once its index is open
     spans: tuple[np.ndarray, np.ndarray, np.ndarray] | None = field(default=None, compare=False, repr=False)
 
@@ -54,11 +54,11 @@ class RemoteShard:
 
     @property
     def digest(self) -> str:
-        """Another content, another digest, as far as the other side tells."""
+        """Hash that differs when the content does, as far as the server reports that."""
         return hashlib.sha256(f"{self.url}\0{self.size}\0{self.version}".encode()).hexdigest()[:20]
 
     def check(self, fd: int) -> str:
-        """Compare a local copy with the index; returns what is wrong with it, "" for nothing."""
+        """Compare a local copy with the index; return what is wrong with it, "" for nothing."""
         if self.spans is None:
             return ""
         spans = zip(*(column.tolist() for column in self.spans))
@@ -67,11 +67,12 @@ class RemoteShard:
 
 
 def is_remote(path: Any) -> bool:
+    """Return whether a path is a URL or a `pipe:` command, not a local path."""
     return isinstance(path, str) and SCHEME.match(path) is not None and not path.startswith(("file://", "local://"))
 
 
 def file_name(location: str) -> str:
-    """Last component of a path or URL; of a `pipe:` command the last word that names a tar."""
+    """Return the last component of a path or URL; of a `pipe:` command, the last word that names a tar."""
     if location.startswith("pipe:"):
         found = re.findall(r"[^/\s'\"]+\.tar\b", location)
         return found[-1] if found else hashlib.sha256(location.encode()).hexdigest()[:12] + ".tar"
@@ -79,21 +80,21 @@ def file_name(location: str) -> str:
 
 
 def beside(url: str, name: str) -> str:
-    """URL of another file in the folder of a file; a query (a signature) belongs to the file alone and goes."""
+    """Return the URL of another file in the same folder, without the query: a signature holds for one file only."""
     return f"{url.split('?')[0].rsplit('/', 1)[0]}/{name}"
 
 
 def locate_shards(path: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
-    """The shards of a split: by name in a folder elsewhere, in the order given in a list or brace pattern.
+    """Return the shards of a split: of a remote folder by name, of a list or brace pattern in the given order.
 
-    In a list or pattern a name that says no split (`00000.tar`, as img2dataset writes them) is of `train`.
+    In a list or pattern, a name without a split (`00000.tar`, as img2dataset writes them) belongs to `train`.
 
     Args:
-        names: of a folder, those that this pattern or range names, in place of `<split>-*.tar`.
+        names: of a folder, take the shards of this pattern or range instead of `<split>-*.tar`.
 
     Raises:
-        ValueError: the path cannot be listed, a shard it names cannot be seen, or `names` beside a path that names
-            shards itself.
+        ValueError: the path cannot be listed, a shard it names cannot be found, or `names` is given with a path that
+            names shards itself.
     """
     given = [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
     given = [re.sub(r"^(file|local)://", "", p) for p in given]
@@ -118,10 +119,10 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
 
 
 def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
-    """Shards `<url>/<pattern>`, by name; behind HTTP those that the listing has of the split.
+    """List the shards `<url>/<pattern>` by name; behind HTTP, those that the listing has of the split.
 
     Raises:
-        ValueError: the folder cannot be listed, or a shard that its listing names is not there.
+        ValueError: the folder cannot be listed, or a shard that its listing names is missing.
     """
     url = url.rstrip("/")
     where = f"{url}/{LISTING}"
@@ -148,10 +149,10 @@ def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
 
 
 def describe(locations: Sequence[str]) -> list[Path | RemoteShard]:
-    """Size and version of every remote one, many at a time.
+    """Return the shards at these locations; the size and version of remote ones are looked up in parallel.
 
     Raises:
-        ValueError: one that is not there, by name.
+        ValueError: a shard does not exist; the message names it.
     """
 
     def look(location: str) -> Path | RemoteShard:
@@ -172,7 +173,7 @@ def describe(locations: Sequence[str]) -> list[Path | RemoteShard]:
 
 
 def version_of(info: dict) -> str:
-    """What a filesystem says about a file's content: a version or hash where it has one, else a time."""
+    """Return what a filesystem reports about a file's content: a version or hash if it has one, else a time."""
     lower = {key.lower(): value for key, value in info.items()}
     for key in VERSIONS:
         if lower.get(key) not in (None, "", "null"):
@@ -181,7 +182,7 @@ def version_of(info: dict) -> str:
 
 
 def retry(action: Callable[[], Any], *, url: str) -> Any:
-    """Do something with a remote file until it works.
+    """Call `action`, which accesses a remote file, until it succeeds.
 
     Raises:
         Unavailable: it never will, or did not in ATTEMPTS attempts.
@@ -195,7 +196,7 @@ def retry(action: Callable[[], Any], *, url: str) -> Any:
 
 
 def give_up(error: Exception, *, url: str, failures: int) -> None:
-    """Raise Unavailable when a failure is for good or one too many; else wait."""
+    """Raise Unavailable if a failure is permanent or one too many; otherwise wait."""
     if isinstance(error, Unavailable):
         raise error
     if is_permanent(error):
@@ -206,11 +207,11 @@ def give_up(error: Exception, *, url: str, failures: int) -> None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """HTTP status in an error of aiohttp, Hugging Face, botocore or gcsfs."""
+    """Return the HTTP status in an error of aiohttp, Hugging Face, botocore or gcsfs; None if there is none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    # aiohttp's `code` is its own and says 400 for a body that was cut.
+    # aiohttp's `code` is not the server's: it is 400 for a truncated body.
     code = getattr(error, "code", None) if type(error).__module__.startswith("gcsfs") else None
     for value in (getattr(error, "status", None), getattr(response, "status_code", response), code):
         if isinstance(value, int) and 100 <= value < 600:
@@ -219,6 +220,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_permanent(error: Exception) -> bool:
+    """Return whether trying again is useless."""
     status = status_of(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 416, 425, 429)
@@ -227,10 +229,12 @@ def is_permanent(error: Exception) -> bool:
 
 
 def is_missing(error: BaseException | None) -> bool:
+    """Return whether an error says that the file does not exist."""
     return isinstance(error, FileNotFoundError) or (error is not None and status_of(error) == 404)
 
 
 def reason(error: Exception) -> str:
+    """Return one line on what went wrong, with the HTTP status if there is one."""
     status, text = status_of(error), (str(error).splitlines() or [""])[0]
     if is_missing(error):
         return "not found"
@@ -238,7 +242,7 @@ def reason(error: Exception) -> str:
 
 
 def _filesystem(url: str):
-    """fsspec's instance; asked for anew each time, since instances do not survive a fork and fsspec keeps them."""
+    """Return fsspec's instance. Ask for it each time: fsspec caches instances, and they do not survive a fork."""
     import fsspec
 
     protocol, options = url.split("://")[0], {}
@@ -247,11 +251,11 @@ def _filesystem(url: str):
 
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
         options["client_kwargs"] = {"timeout": timeout}
-        options["headers"] = {"Accept-Encoding": "identity"}  # else a server may count compressed bytes
+        options["headers"] = {"Accept-Encoding": "identity"}  # otherwise a server may count compressed bytes
     elif protocol in ("s3", "s3a"):
         own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT} | own
-    # What stands in its cache of listings may be older than the files.
+    # Its cache of listings may be older than the files.
     return fsspec.filesystem(protocol, use_listings_cache=False, **options)
 
 
@@ -263,7 +267,7 @@ def _info(url: str) -> dict:
     fs = _filesystem(url)
     if not url.startswith(("http://", "https://")):
         return fs.info(url)
-    # fsspec's own `info` takes every failure for a missing file.
+    # fsspec's own `info` reports every failure as a missing file.
     from fsspec.asyn import sync
 
     async def head() -> dict:
@@ -274,7 +278,7 @@ def _info(url: str) -> dict:
                 return dict(answer.headers) | {"size": int(answer.headers["Content-Length"])}
             if answer.status not in (403, 405, 501) and answer.status >= 400:
                 answer.raise_for_status()
-        # A server that answers no HEAD (a signed URL is good for GET alone).
+        # The server does not answer HEAD (a signed URL is valid for GET alone).
         options["headers"] = {**options["headers"], "Range": "bytes=0-0"}
         async with session.get(url, **options) as answer:
             answer.raise_for_status()
@@ -288,11 +292,11 @@ def _info(url: str) -> dict:
 
 @contextmanager
 def open_at(url: str, start: int, *, stop: int | None = None, version: str = "") -> Iterator[tuple[int, Any]]:
-    """A file from byte `start` on, as (the byte it really begins at, file). A server without ranges begins at 0.
+    """Open a file at byte `start`; yield (the byte it really begins at, file). A server without ranges begins at 0.
 
     Args:
-        stop: no more than up to this byte will be read.
-        version: of the shard; where another is there by now, the file begins at 0.
+        stop: the caller reads up to this byte at most.
+        version: of the shard; if the server has another one by now, the file begins at 0.
     """
     if url.startswith("pipe:"):
         from webdataset.gopen import gopen
@@ -306,7 +310,7 @@ def open_at(url: str, start: int, *, stop: int | None = None, version: str = "")
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
             if version.startswith('"'):
                 headers["If-Range"] = version
-        # A size, else fsspec asks for one; block_size=0 is one request and a stream.
+        # Without `size` fsspec would request it; block_size=0 streams one request.
         with fs.open(url, "rb", block_size=0, size=1, headers=headers) as file:
             yield start if file.r.status == 206 else 0, file
     else:
@@ -316,10 +320,10 @@ def open_at(url: str, start: int, *, stop: int | None = None, version: str = "")
 
 
 def read_range(shard: RemoteShard, offset: int, size: int) -> bytes:
-    """Bytes `offset .. offset + size` straight from the other side.
+    """Read bytes `offset .. offset + size` from the server, without the cache.
 
     Raises:
-        Unavailable: they cannot be had.
+        Unavailable: they cannot be read.
     """
 
     def read() -> bytes:
@@ -337,13 +341,13 @@ def read_range(shard: RemoteShard, offset: int, size: int) -> bytes:
 
 
 def read_small(url: str) -> bytes:
-    """A whole file of some MiB.
+    """Read a whole file of a few MiB.
 
     Raises:
-        Unavailable: it cannot be had.
+        Unavailable: it cannot be read.
     """
 
-    # By itself: of two requests that fail now and then one may always be the one that does.
+    # Retried on its own: if both requests fail now and then, one of the two might fail in every attempt.
     size = retry(lambda: _info(url).get("size"), url=url)
 
     def read() -> bytes:
@@ -357,10 +361,10 @@ def read_small(url: str) -> bytes:
 
 
 def read_if_there(url: str) -> bytes | None:
-    """As `read_small`; None where there is no such file.
+    """Like `read_small`, but return None if the file does not exist.
 
     Raises:
-        Unavailable: it is there, or may be, and cannot be had.
+        Unavailable: it exists, or may exist, and cannot be read.
     """
     try:
         return read_small(url)

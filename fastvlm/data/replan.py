@@ -1,9 +1,9 @@
-"""Data that changed under an interrupted stage: what changed, and what the stage has seen already.
+"""Data that changed under an interrupted stage: what changed, and what the stage has already seen.
 
-A plan is a function of its sources, so another shard or weight makes another plan, whose step 300 has nothing to do
-with the first one's. What an interrupted stage needs to go on with new data is kept in its folder: the order of its
-plan (`order.npz`), the content of every sample by checksum, and in `plan.json` what the plan was made of. Samples are
-recognised by their bytes, wherever they lie now.
+A plan is a function of its sources, so another shard or weight gives another plan, whose step 300 has nothing in common
+with the first plan's. The stage's folder holds what is needed to continue with new data: the order of its plan with a
+checksum of every sample's content (`order.npz`), and a description of what the plan was made of (`plan.json`). Samples
+are recognised by their bytes, wherever they are stored now.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from fastvlm.files import replacing, write_whole
 
 @dataclass
 class Seen:
-    """What a stage has seen in `step` steps: by source, the content of its samples and how often each came."""
+    """What a stage has seen in `step` steps: the content of every source's samples and how often each came."""
 
     step: int
-    sources: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (uint64 content, ascending; int64 times)
+    sources: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (uint64 `content_of`, ascending; int64 times)
 
     @property
     def digest(self) -> str:
+        """Hash of everything seen, part of the plan's fingerprint."""
         digest = hashlib.sha256(str(self.step).encode())
         for name, (content, times) in sorted(self.sources.items()):
             digest.update(name.encode() + content.tobytes() + times.tobytes())
         return digest.hexdigest()[:16]
 
     def times(self, name: str, index: SourceIndex) -> np.ndarray:
-        """How often each row of a source has come: int64, -1 for a sample that was not there before."""
+        """Return how often each row of a source has come: int64 (rows,), -1 for samples that did not exist."""
         times = np.full(index.num_samples, -1, dtype=np.int64)
         content, counts = self.sources.get(name, (np.empty(0, np.uint64), np.empty(0, np.int64)))
         if len(content):
@@ -56,12 +57,12 @@ class Seen:
 
 
 def content_of(index: SourceIndex) -> np.ndarray:
-    """CRC-32 and length of every sample's bytes in one number: uint64."""
+    """Return the CRC-32 and length of every sample's bytes as one number: uint64 (rows,)."""
     return (index.crc32.astype(np.uint64) << np.uint64(32)) | (index.size.astype(np.uint64) & np.uint64(0xFFFFFFFF))
 
 
 def describe(plan) -> dict:
-    """What a plan was made of, for `changes`."""
+    """Describe what a plan is made of, for `changes`."""
     return {
         "base": plan.base,
         "unit": plan.unit,
@@ -79,7 +80,7 @@ def describe(plan) -> dict:
 
 
 def write_order(plan, folder: Path) -> None:
-    """Keep what an interrupted stage would need (rank 0, at its start); `plan.json` comes last."""
+    """Write what an interrupted stage would need (rank 0, when it begins); `plan.json` comes last."""
     plan.extend()
     order = plan.order.columns
     rows = plan.num_steps * plan.batch_size
@@ -94,6 +95,7 @@ def write_order(plan, folder: Path) -> None:
 
 
 def read_description(folder: Path) -> dict | None:
+    """Read `plan.json`; None if it is missing or unreadable."""
     try:
         return json.loads((folder / "plan.json").read_text())
     except (OSError, ValueError):
@@ -101,7 +103,7 @@ def read_description(folder: Path) -> dict | None:
 
 
 def seen_before(folder: Path, step: int) -> Seen:
-    """What the stage in `folder` had seen when it stood before `step`, earlier plans of the same stage included."""
+    """Return what the stage in `folder` had seen before `step`, including under earlier plans of the same stage."""
     earlier = Seen.load(folder) if (folder / "seen.npz").exists() else Seen(0, {})
     sources = dict(earlier.sources)
     with np.load(folder / "order.npz") as file:
@@ -112,7 +114,7 @@ def seen_before(folder: Path, step: int) -> Seen:
         for i, name in enumerate(names):
             content = file[f"content/{name}"]
             times = np.bincount(row[source == i], minlength=len(content))
-            # Samples that have not come yet are in it too, with 0: a pass is not over before they have.
+            # Includes samples not seen yet, with 0: a pass ends only when they have come, too.
             old, counts = sources.get(name, (np.empty(0, np.uint64), np.empty(0, np.int64)))
             both, inverse = np.unique(np.concatenate([content, old]), return_inverse=True)
             total = np.bincount(inverse, weights=np.concatenate([times, counts]), minlength=len(both))
@@ -121,10 +123,11 @@ def seen_before(folder: Path, step: int) -> Seen:
 
 
 def changes(before: dict, plan, *, more: Sequence[str] = ()) -> list[str]:
-    """What differs between a plan's description and a plan, one short line each.
+    """List the differences between a plan's description and a plan, one short line each.
 
     Args:
-        more: what else has changed, which neither of them knows.
+        before: from `read_description`.
+        more: other changes, of which neither of them knows.
     """
     now, lines = describe(plan), []
     if before["unit"] != now["unit"]:
@@ -144,5 +147,5 @@ def changes(before: dict, plan, *, more: Sequence[str] = ()) -> list[str]:
 
 
 def write_arrays(path: Path, **columns: np.ndarray) -> None:
-    with replacing(path) as part, open(part, "wb") as file:  # to a path without .npz numpy would add it
+    with replacing(path) as part, open(part, "wb") as file:  # numpy would append .npz to a path without it
         np.savez(file, **columns)

@@ -1,8 +1,8 @@
-"""Memory that batches are read into, and that is used again as soon as nobody refers to a batch any more.
+"""Memory for batches that is reused as soon as nothing refers to a batch any more.
 
-Every fresh page costs the kernel a fault and a wipe: for the pixels of a batch that takes a tenth as long as decoding
-them, shared between processes a quarter. A room is lent to one batch at a time. It comes back when the last tensor that
-lies in it is gone, wherever the batch went; while all are lent, batches get fresh memory as usual.
+Every fresh page costs the kernel a page fault and zeroing: for the pixels of a batch, a tenth of the time of decoding
+them; in shared memory, a quarter. A room is a block of memory lent to one batch at a time. It is free again when the
+last tensor in it is gone, wherever the batch went; while all are lent, batches get fresh memory as usual.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from torch import Tensor
 from fastvlm.batch import Batch
 
 ALIGNED = 64  # bytes
-# Reserves nothing: rooms are sized for the largest batch, and most are never full. Python names it from 3.13 on.
+# Reserve no swap: rooms fit the largest batch, and most are never full. Python has the constant from 3.13 on.
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _numbers = itertools.count()
 _rooms: weakref.WeakValueDictionary[int, Rooms] = weakref.WeakValueDictionary()
 
 
 def share_memory(num_bytes: int) -> np.ndarray:
-    """Bytes that processes forked afterwards see too."""
+    """Return bytes that are shared with processes forked afterwards."""
     return np.frombuffer(mmap.mmap(-1, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | NORESERVE), np.uint8)
 
 
 class Rooms:
-    """Rooms of one size, shared with the processes that are forked afterwards.
+    """Rooms of one size, shared with processes forked afterwards.
 
     Args:
-        num_bytes: of a room; memory is taken where it is written to, not before.
-        processes: that read batches.
-        each: rooms of a process.
+        num_bytes: size of a room; memory is allocated when it is first written to.
+        processes: number of processes that read batches.
+        each: rooms per process.
     """
 
     def __init__(self, *, num_bytes: int, processes: int = 1, each: int = 4):
@@ -52,7 +52,7 @@ class Rooms:
         _rooms[self.number] = self
 
     def take(self, process: int = 0) -> int | None:
-        """Number of a free room of this process, no longer free; None where there is none."""
+        """Take a free room of this process and return its number; None if there is none."""
         with self._lock:
             for number in range(process * self.each, (process + 1) * self.each):
                 if not self._taken[number]:
@@ -64,22 +64,22 @@ class Rooms:
         self._taken[number] = False
 
     def open(self, number: int, *, lent: bool) -> UInt8[Tensor, " bytes"]:
-        """The room.
+        """Return the memory of a room.
 
         Args:
-            lent: it is free again when the last tensor that lies in it is gone.
+            lent: free the room when the last tensor in it is gone.
         """
         memory = self._memory[number * self.num_bytes : (number + 1) * self.num_bytes]
         if lent:
-            # The tensor's storage holds this very array, so that it dies with the last view of it.
+            # The tensor's storage refers to this very array, which therefore dies with the last view of the tensor.
             weakref.finalize(memory, self.free, number).atexit = False
         return torch.from_numpy(memory)
 
 
 class Handed:
-    """A batch in a room on its way from the process that read it to the one that forked it, where it is a Batch again.
+    """A batch in a room, handed from a worker to its parent process, where it is unpickled as a Batch.
 
-    Of pixels and tokens only their places travel.
+    Pixels and tokens are not copied: only their places in the room are sent.
     """
 
     def __init__(self, batch: Batch, *, rooms: Rooms, number: int):
@@ -102,6 +102,7 @@ class Handed:
 
 
 def take_over(rooms: int, number: int, places: dict[str, tuple[int, torch.Size, torch.dtype]], rest: dict) -> Batch:
+    """Rebuild a handed batch in the process that unpickles it."""
     room = _rooms[rooms].open(number, lent=True)
     tensors = {name: place(room, *where) for name, where in places.items()}
     tensors["pixel_values"] = tensors["pixel_values"].permute(0, 3, 1, 2)
@@ -109,4 +110,5 @@ def take_over(rooms: int, number: int, places: dict[str, tuple[int, torch.Size, 
 
 
 def place(room: UInt8[Tensor, " bytes"], start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the tensor at byte `start` of a room."""
     return room[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)

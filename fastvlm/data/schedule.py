@@ -1,9 +1,9 @@
 """Which source comes next: shares that are exact at every prefix.
 
-Serving the source with the largest deficit does not keep every source within one sample of its share, not even where
-all samples cost the same: with weights 1 : 16 : 934 it is off by 1.46 samples, and counting the deficit one sample
-ahead by 1.16 with eight sources (`tests/data/test_schedule.py`). Worst-case fair weighted fair queueing stays within
-one (WF2Q; Bennett and Zhang, "WF2Q: Worst-case Fair Weighted Fair Queueing", INFOCOM 1996).
+Always serving the source with the largest deficit does not keep every source within one sample of its share, even if
+all samples cost the same: with weights 1 : 16 : 934 the error reaches 1.46 samples; with the deficit counted one sample
+ahead, 1.16 with eight sources (`tests/data/test_schedule.py`). Worst-case fair weighted fair queueing stays within one
+(WF2Q; Bennett and Zhang, "WF2Q: Worst-case Fair Weighted Fair Queueing", INFOCOM 1996).
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ import numpy as np
 
 
 class FairSchedule:
-    """A sequence of source numbers, endless where the sources are.
+    """A sequence of source numbers, endless if the sources are.
 
-    Every source i has a queue of samples with positive integer costs. With V the cost served so far, a source's next
-    sample has the virtual start S = served_i / w_i and finish F = S + cost / w_i. Among the samples with S <= V (a
-    fluid scheduler would have begun them) the smallest F is next, the lower number at a tie. Then, after every sample,
+    Every source i has a queue of samples with positive integer costs. Let V be the total cost served so far. A source's
+    next sample has the virtual start time S = served_i / w_i and finish time F = S + cost / w_i. Among the samples with
+    S <= V (those that a fluid scheduler would have started), the one with the smallest F is next; ties go to the lower
+    source number. Then, after every sample,
 
         -L < served_i - w_i * V <= (1 - w_i) * L_i
 
-    where L_i is the largest cost in queue i and L the largest of all: no source is ever further from its share than one
-    sample. When a queue runs dry the others begin anew in their own proportions, and the bound holds from there on. All
-    numbers are integers, so the order is the same on every machine.
+    where L_i is the largest cost in queue i and L the largest of all: no source is ever further than one sample from
+    its share. When a queue is exhausted, the schedule restarts with the other sources in their own proportions, and the
+    bound holds from there on. All numbers are integers, so the order is the same on every machine.
 
     Args:
         weights: fractions that sum to 1.
-        costs: one iterable of positive integers a source.
+        costs: one iterable of positive integers per source.
     """
 
     def __init__(self, weights: Sequence[Fraction], costs: Sequence[Iterable[int]]):
         assert sum(weights) == 1 and len(weights) == len(costs)
         self._weights = list(weights)
         self._costs = [iter(c) for c in costs]
-        self._next = [next(c, 0) for c in self._costs]  # 0: the queue is dry
+        self._next = [next(c, 0) for c in self._costs]  # 0: the queue is exhausted
         self._served = 0  # samples
-        self.segments: list[tuple[int, list[Fraction]]] = []  # (first sample, weights of the queues that are not dry)
+        self.segments: list[tuple[int, list[Fraction]]] = []  # (first sample, weights; 0 for exhausted queues)
         self._begin()
 
     def _begin(self) -> None:
-        """From here on, over the queues that are not dry."""
+        """Restart the schedule with the queues that are not exhausted."""
         left = [w if cost else Fraction(0) for w, cost in zip(self._weights, self._next)]
         total = sum(left)
         if not total:
             return
         weights = [w / total for w in left]
         self.segments.append((self._served, weights))
-        # Times are scaled by the common multiple of the weights' numerators, so that all of them are integers.
+        # Times are scaled by the least common multiple of the weights' numerators, which makes them integers.
         self._unit = math.lcm(*(w.numerator for w in weights if w))
         self._per_cost = [int(self._unit / w) if w else 0 for w in weights]
         self._now = 0  # V, scaled
@@ -60,14 +61,14 @@ class FairSchedule:
         heapq.heapify(self._eligible)
 
     def take(self, count: int) -> np.ndarray:
-        """The next `count` source numbers: int16; fewer when every queue is dry."""
+        """Return the next `count` source numbers: int16 (count,), or fewer if every queue is exhausted."""
         out: list[int] = []
         while len(out) < count and any(self._next):
             self._take(count, out)
         return np.array(out, dtype=np.int16)
 
     def _take(self, count: int, out: list[int]) -> None:
-        """Append to `out` until it holds `count` or a queue runs dry."""
+        """Append to `out` until it holds `count` or a queue is exhausted."""
         pending, eligible, upcoming, costs = self._pending, self._eligible, self._next, self._costs
         push, pop, unit, per_cost, now = heapq.heappush, heapq.heappop, self._unit, self._per_cost, self._now
         before = len(out)
@@ -75,7 +76,7 @@ class FairSchedule:
             while pending and pending[0][0] <= now:
                 _, finish, source = pop(pending)
                 push(eligible, (finish, source))
-            # Never empty: were every S > V, the sources together would have been served more than V.
+            # Never empty: if every S were above V, the sources together would have been served more than V.
             finish, source = pop(eligible)
             out.append(source)
             now += upcoming[source] * unit
@@ -90,10 +91,12 @@ class FairSchedule:
 
 
 def prefix_error(sources: np.ndarray, costs: np.ndarray, source: int, weight: Fraction) -> np.ndarray:
-    """Cost served to one source less its share of all, after every prefix: float64, in units of cost.
+    """Return the cost served to one source minus its share of all costs, after every prefix: float64 (samples,).
 
     Args:
         sources: source number of every sample, in order.
         costs: cost of every sample.
+        source: number of the source.
+        weight: its share, 0 to 1.
     """
     return np.cumsum(np.where(sources == source, costs, 0)) - float(weight) * np.cumsum(costs)

@@ -1,12 +1,12 @@
-"""A bounded folder of remote shards, shared by all processes of a machine and safe when any of them is killed.
+"""A bounded cache folder of remote shards, shared by all processes of a machine and safe if any of them is killed.
 
     $FASTVLM_CACHE     the folder (~/.cache/fastvlm)
-    $FASTVLM_CACHE_GB  its bound in GB (50)
+    $FASTVLM_CACHE_GB  its maximum size in GB (50)
 
-`shards/<digest>-<name>` is a whole shard, `shards/<digest>-<name>.part-<size>` one that is coming; a lock (flock) on
-the file itself says who writes or reads it, so a killed process leaves nothing locked. What arrives is appended; the
-next to ask goes on where the last one ended. A whole and checked file gets its name by an atomic rename. When room is
-needed the shards not used for longest go, never one that somebody reads or writes.
+`shards/<digest>-<name>` is a complete shard, `shards/<digest>-<name>.part-<size>` one that is being downloaded. A lock
+(flock) on the file itself tells who reads or writes it, so a killed process leaves nothing locked. Downloads are
+appended; the next process continues where the last one stopped. A complete, checked file gets its name by atomic
+rename. When space is needed, the least recently used shards are deleted, but never one that is being read or written.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ UNWRITABLE = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 class NoRoom(OSError):
-    """A shard cannot be kept here: the bound, the disk, or a folder that cannot be written."""
+    """A shard cannot be cached: because of the maximum size, the disk, or a folder that cannot be written."""
 
 
 class Damaged(OSError):
-    """What arrived, twice, is not what was indexed."""
+    """A shard that, downloaded twice, is not what was indexed."""
 
 
 def cache_folder() -> Path:
+    """Return `$FASTVLM_CACHE`, or `~/.cache/fastvlm` if it is not set."""
     return Path(os.environ.get("FASTVLM_CACHE") or Path.home() / ".cache/fastvlm").expanduser()
 
 
 def cache_bytes() -> int:
-    """The bound, in bytes.
+    """Return the maximum size in bytes.
 
     Raises:
-        ValueError: $FASTVLM_CACHE_GB is no positive number.
+        ValueError: $FASTVLM_CACHE_GB is not a positive number.
     """
     text = os.environ.get("FASTVLM_CACHE_GB", "50")
     with suppress(ValueError):
@@ -56,8 +57,8 @@ class ShardCache:
     """The cache folder as one process sees it.
 
     Args:
-        folder: `$FASTVLM_CACHE` unless told.
-        max_bytes: `$FASTVLM_CACHE_GB` unless told.
+        folder: the cache folder; None: `$FASTVLM_CACHE`.
+        max_bytes: maximum size; None: `$FASTVLM_CACHE_GB`.
     """
 
     def __init__(self, folder: str | Path | None = None, *, max_bytes: int | None = None):
@@ -65,20 +66,21 @@ class ShardCache:
         self.max_bytes = cache_bytes() if max_bytes is None else max_bytes
 
     def path(self, shard: RemoteShard) -> Path:
+        """Return where the complete copy of a shard is, or would be."""
         return self.folder / f"{shard.digest}-{shard.name}"
 
     def open(self, shard: RemoteShard) -> int:
-        """File descriptor of a local copy, which stays as long as it is open; fetches what is not there.
+        """Return a file descriptor of the local copy, fetching it if needed; the copy is kept while it is open.
 
         Raises:
-            NoRoom, Damaged: see there.
-            Unavailable: the shard cannot be had.
+            NoRoom, Damaged: see these classes.
+            Unavailable: the shard cannot be fetched.
         """
         while True:
             with suppress(FileNotFoundError, NotADirectoryError):
                 fd = os.open(self.path(shard), os.O_RDONLY)
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                if os.fstat(fd).st_nlink:  # else it was evicted between the two
+                if os.fstat(fd).st_nlink:  # otherwise it was evicted between the two
                     with suppress(OSError):
                         os.utime(fd)
                     return fd
@@ -86,7 +88,7 @@ class ShardCache:
             self.fetch(shard)
 
     def fetch(self, shard: RemoteShard, *, wait: bool = True) -> bool:
-        """Bring a shard here unless it is; returns False when `wait` is and another process is bringing it.
+        """Download a shard if needed; return False if another process is doing so and `wait` is False.
 
         Raises:
             As `open`.
@@ -117,12 +119,12 @@ class ShardCache:
         return True
 
     def remove(self, shard: RemoteShard, fd: int) -> None:
-        """Remove a copy, where it is still the one that is open."""
+        """Remove the copy of a shard if it is still the open file."""
         if is_file(fd, self.path(shard)):
             self.path(shard).unlink(missing_ok=True)
 
     def _fill(self, shard: RemoteShard, part: Path, fd: int) -> None:
-        """Download into a locked part, check it, and once more when it is damaged."""
+        """Download into a locked part and check it; once more if it is damaged."""
         for _ in range(2):
             try:
                 self._make_room(shard.size or 0)
@@ -151,7 +153,7 @@ class ShardCache:
             yield
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(last used, bytes it has or will have, path) of everything here, the longest unused first."""
+        """Return (last used, bytes it has or will have, path) of every file, the least recently used first."""
         found = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
@@ -163,7 +165,7 @@ class ShardCache:
         return sorted(found)
 
     def _make_room(self, size: int) -> None:
-        """Keep to the bound; what is coming is counted as if it were there."""
+        """Keep to the maximum size; a shard that is being downloaded counts as complete."""
         if size > self.max_bytes:
             raise NoRoom(f"a shard of {size} bytes is more than the cache holds ({self.max_bytes}; FASTVLM_CACHE_GB)")
         with self._alone():
@@ -175,7 +177,7 @@ class ShardCache:
                 )
 
     def _evict(self, size: int, *, locked: bool = False) -> int:
-        """Remove at least so many bytes of what nobody uses, if there are; returns how many."""
+        """Delete at least `size` bytes of unused files, if there are as many; return how many."""
         if not locked:
             with self._alone():
                 return self._evict(size, locked=True)
@@ -196,7 +198,7 @@ class ShardCache:
 
 
 def is_file(fd: int, path: Path) -> bool:
-    """Whether a path still names an open file."""
+    """Return whether a path still names an open file."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -207,7 +209,7 @@ def download(shard: RemoteShard, fd: int) -> None:
     """Complete a file that holds the first bytes of a shard, or none.
 
     Raises:
-        Unavailable: it cannot be had; what has arrived stays.
+        Unavailable: it cannot be downloaded; what has arrived stays.
         NoRoom: the disk is full.
     """
     failures, reached = 0, os.fstat(fd).st_size
@@ -241,6 +243,11 @@ def download(shard: RemoteShard, fd: int) -> None:
 
 
 def write(fd: int, data: bytes, position: int) -> None:
+    """Write all of `data` at a position.
+
+    Raises:
+        NoRoom: the disk is full.
+    """
     view = memoryview(data)
     try:
         while view:

@@ -1,9 +1,9 @@
-"""Shards: plain WebDataset tars, written byte for byte the same each time and read at indexed offsets.
+"""Shards: plain WebDataset tars, written reproducibly (byte for byte) and read at indexed offsets.
 
 A sample is `<key>.json` with its images `<key>.<i>.<png|jpg|webp>` in the order of the record's image parts, and
-optionally one dense label map an image, `<key>.<i>.labels.png`. Shards of img2dataset (`jpg` + `txt` + `json`) are read
-as documents of one image and its caption. In shards of others images may be GIF, BMP, TIFF, PPM or AVIF too, and
-suffixes in capitals. Format: https://github.com/webdataset/webdataset.
+optionally one dense label map per image, `<key>.<i>.labels.png`. img2dataset's shards (`jpg` + `txt` + `json`) are read
+as documents of one image and its caption. In shards that others wrote, images may also be GIF, BMP, TIFF, PPM or AVIF,
+and suffixes may be in capitals. Format: https://github.com/webdataset/webdataset.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ log = logging.getLogger(__name__)
 
 KEY = re.compile(r"[a-z0-9_-]+")
 IMAGE = re.compile(r"(?:(\d+)\.)?(?:png|jpe?g|webp|gif|bmp|tiff?|ppm|avif)")
-NOT_READ = re.compile(r"(?:\d+\.)?(?:img|image|heic|heif|jp2|jxl|svg)")  # images, or what may be one
+NOT_READ = re.compile(r"(?:\d+\.)?(?:img|image|heic|heif|jp2|jxl|svg)")  # may be images, but cannot be read
 LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
-# What tarfile raises besides: of numbers in extended headers that are none, or larger than any file.
+# tarfile also raises these, for numbers in extended headers that are invalid or larger than any file.
 BAD_HEADER = (tarfile.TarError, ValueError, KeyError, OverflowError, MemoryError)
-STORES = (".lmdb", ".h5")  # files of the same samples in another container: `stores.py`
-# As webdataset splits names: the key ends at the first dot of the last path component.
+STORES = (".lmdb", ".h5")  # other containers of samples: `stores.py`
+# Names are split as in webdataset: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
 
 @dataclass
 class RawSample:
-    """A sample as it lies in the shard: nothing decoded but the JSON."""
+    """A sample as stored in its shard: nothing is decoded except the JSON."""
 
     key: str
     record: dict
@@ -51,10 +51,10 @@ class RawSample:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in order.
+    """Return the files of a split, sorted by name.
 
     Raises:
-        ValueError: one that `shards.json` names is not there.
+        ValueError: one that `shards.json` names is missing.
     """
     found = sorted(p for p in folder.glob(f"{split}-*") if p.suffix in (".tar", *STORES))
     check_folder(folder, split, [f"{split}-*"], found)
@@ -63,26 +63,26 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 @dataclass
 class Span:
-    """Where a sample lies in its tar: bytes `offset .. offset + size` hold all its members with their headers."""
+    """The location of a sample in its tar: bytes `offset .. offset + size` hold all its members with their headers."""
 
     key: str
     offset: int
     size: int
     members: list[tuple[str, int, int]]  # (suffix, offset of the data, size of the data)
-    fault: str = ""  # why it cannot be read; "" where that shows only in its bytes
+    fault: str = ""  # why it cannot be read; "" if the scan found no fault
 
 
 def count_images(record: dict) -> int:
-    """Image parts of a record's `messages` or `document`."""
+    """Count the image parts of a record's `messages` or `document`."""
     contents = [m.get("content") for m in record["messages"]] if "messages" in record else [record.get("document")]
     return sum(part.get("type") == "image" for parts in contents if isinstance(parts, list) for part in parts)
 
 
 def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
-    """Put a sample together from the bytes of its members, by suffix.
+    """Assemble a sample from its members (suffix -> bytes).
 
     Raises:
-        ValueError: no readable record, or another number of images or label maps than the record has image parts.
+        ValueError: no readable record, or the number of images or label maps differs from that of the image parts.
     """
     try:
         record = json.loads(members["json"]) if "json" in members else {}
@@ -105,7 +105,7 @@ def parse_sample(key: str, members: dict[str, bytes]) -> RawSample:
 
 
 def sort_images(members: Mapping[str, EncodedImage]) -> tuple[list[EncodedImage], list[EncodedImage]]:
-    """Images and label maps among a sample's members, each in the order of the record's image parts."""
+    """Return the images and the label maps of a sample, each in the order of the record's image parts."""
     ranks = sorted(rank for suffix in members if (rank := rank_member(suffix)) is not None)
     images, maps = ([members[s] for kind, _, s in ranks if kind == wanted] for wanted in (0, 1))
     return images, maps
@@ -113,7 +113,7 @@ def sort_images(members: Mapping[str, EncodedImage]) -> tuple[list[EncodedImage]
 
 @functools.cache
 def rank_member(suffix: str) -> tuple[int, int, str] | None:
-    """(0 for an image, 1 for a label map; its number; the suffix); None for all else."""
+    """Return (0 for an image or 1 for a label map, its number, the suffix); None for other members."""
     if match := IMAGE.fullmatch(suffix):
         return 0, int(match[1] or 0), suffix
     if match := LABEL_MAP.fullmatch(suffix):
@@ -121,14 +121,14 @@ def rank_member(suffix: str) -> tuple[int, int, str] | None:
     return None
 
 
-NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's words
+NSFW_LEVELS = {"UNLIKELY": 0, "UNSURE": 1, "NSFW": 2}  # LAION's labels
 
 
 def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: int) -> dict:
-    """The document of img2dataset's `jpg` + `txt` + `json`; the json's other columns become its `meta`.
+    """Build a document from img2dataset's `jpg` + `txt` + `json`; the other columns of the JSON become its `meta`.
 
     Raises:
-        ValueError: neither txt nor json holds a caption, or it is a row of img2dataset's without its image.
+        ValueError: no caption in txt or json, an image that img2dataset failed to download, or one that cannot be read.
     """
     if "status" in fields and not num_images:
         raise ValueError(f"{key} has no image ({fields['status']})")
@@ -146,22 +146,25 @@ def read_caption(key: str, members: dict[str, bytes], fields: dict, num_images: 
 
 
 class Shard:
-    """Write one tar: whole under its name when closed, or not there at all. The same samples give the same bytes.
+    """Writer of one tar, which appears complete under its name when closed, or not at all.
+
+    The same samples give the same bytes.
 
     Args:
-        path: its final name; the folder must be there.
-        keys: those written before, where several shards share them.
+        path: final name; the folder must exist.
+        keys: keys written so far, if several shards share them; None: none.
     """
 
     def __init__(self, path: str | Path, *, keys: set[str] | None = None):
         self.path, self.num_samples = Path(path), 0
         self.part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._keys = set() if keys is None else keys
-        # GNU and not pax: a pax header may hold floats of the clock, and every reader knows both.
+        # GNU, not pax: a pax header may hold timestamps as floats. Every reader supports both.
         self._tar = tarfile.open(self.part, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     @property
     def num_bytes(self) -> int:
+        """Bytes written so far."""
         return self._tar.offset
 
     def write(
@@ -172,11 +175,17 @@ class Shard:
         label_maps: Sequence[bytes] | None = None,
         image_ext: str | Sequence[str] = "png",
     ) -> None:
-        """Append a sample; `images` are encoded files, one for each image part of the record, `image_ext` their kind
-        or the kind of each.
+        """Append a sample.
+
+        Args:
+            key: unique within the source, `[a-z0-9_-]+`.
+            record: object with either `messages` or `document`.
+            images: encoded files, one per image part of the record.
+            label_maps: encoded PNGs, one per image; None: no label maps.
+            image_ext: suffix of all images, or of each.
 
         Raises:
-            ValueError: a key that is not `[a-z0-9_-]+` or was written before, or counts that do not agree.
+            ValueError: an invalid key or one that was written before, an invalid record, or counts that do not agree.
         """
         where = self.path.parent
         if not KEY.fullmatch(key):
@@ -199,7 +208,7 @@ class Shard:
         self.num_samples += 1
 
     def _add(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty, so bytes repeat
+        info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the names empty: same bytes every time
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 
@@ -208,10 +217,12 @@ class Shard:
         self._tar.close()
 
     def publish(self, path: str | Path | None = None) -> None:
+        """Give the finished file its final name."""
         os.replace(self.part, path or self.path)
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the last buffer fails once more
+        """Delete the temporary file."""
+        with contextlib.suppress(OSError):  # on a full disk, writing the last buffer fails again
             self._tar.fileobj.close()
         self.part.unlink(missing_ok=True)
 
@@ -220,7 +231,7 @@ class Shard:
 
     def __exit__(self, kind, *rest) -> None:
         try:
-            if kind is None and self.part.exists():  # not published or discarded by hand
+            if kind is None and self.part.exists():  # the caller has neither published nor discarded it
                 self.finish()
                 self.publish()
         finally:
@@ -229,16 +240,16 @@ class Shard:
 
 
 class ShardWriter:
-    """Write one split of a source as `<folder>/<split>-<00000>.tar`.
+    """Writer of one split of a source, as `<folder>/<split>-<00000>.tar`.
 
-    The writer replaces the split: shards appear together, under their final names, when it closes without an error, and
-    shards an earlier run left under the same split go. The same samples give the same bytes.
+    It replaces the split: when it closes without an error, the shards appear together under their final names, and
+    shards of an earlier run of the same split are deleted. The same samples give the same bytes.
 
     Args:
-        folder: where the shards go; made when missing.
+        folder: where the shards go; created if missing.
         split: train, val or test.
-        max_samples: samples a shard.
-        max_bytes: a shard that has reached this size is closed too.
+        max_samples: maximum number of samples per shard.
+        max_bytes: a shard that has reached this size is closed, too.
     """
 
     def __init__(self, folder: str | Path, split: str, *, max_samples: int = 2000, max_bytes: int = 1 << 30):
@@ -256,7 +267,7 @@ class ShardWriter:
         label_maps: Sequence[bytes] | None = None,
         image_ext: str | Sequence[str] = "png",
     ) -> None:
-        """Append a sample, in a new shard where the last is full; see `Shard.write`."""
+        """Append a sample, in a new shard if the last one is full; see `Shard.write`."""
         shard = self._shards[-1] if self._shards else None
         if shard is None or shard.num_samples >= self.max_samples or shard.num_bytes >= self.max_bytes:
             if shard is not None:
@@ -267,7 +278,7 @@ class ShardWriter:
         self.num_samples += 1
 
     def close(self) -> None:
-        """Publish the shards under their final names."""
+        """Publish the shards under their final names, in place of those of an earlier run."""
         if self._shards:
             self._shards[-1].finish()
         for old in self.folder.glob(f"{self.split}-*.tar*"):
@@ -289,7 +300,7 @@ class ShardWriter:
 
 
 def as_text(name: str) -> str:
-    """A name as any file can hold it: bytes of it that are not UTF-8, and halves of a character, are spelled out."""
+    """Return a name as valid UTF-8, with undecodable bytes and lone surrogates escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -297,8 +308,8 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
     """Find the samples of a tar in one pass over its headers.
 
     Returns:
-        The whole samples in order, and what broke the tar ("" for a sound one). After a break the sample being read is
-        not provably whole and is left out.
+        The complete samples in order, and what broke the tar ("" if it is sound). After a break, the sample that was
+        being read may be incomplete and is left out.
 
     Raises:
         OSError: the file is missing or may not be read.
@@ -338,7 +349,7 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
             spans[-1].members.append((suffix, info.offset_data, info.size))
             spans[-1].size = info.offset_data + info.size - start
         if not broken:
-            # tarfile ends in silence at a bad header; only a block of zeros is the end of an archive.
+            # tarfile stops silently at a bad header; only a block of zeros marks the end of an archive.
             tar.fileobj.seek(tar.offset)
             block = tar.fileobj.read(tarfile.BLOCKSIZE)
             if len(block) < tarfile.BLOCKSIZE:
@@ -351,25 +362,25 @@ def scan_shard(path: str | Path) -> tuple[list[Span], str]:
 
 
 class ShardReader:
-    """Read spans of shards by `pread`, with a bounded number of files open.
+    """Reads spans of shards with `pread`, keeping a bounded number of files open.
 
-    `pread` has no file position, so forked workers may share the descriptors. A remote shard is read from its copy in
-    the shard cache; where that cannot hold it, straight from the other side, span by span.
+    `pread` uses no file position, so forked workers may share the descriptors. A remote shard is read from its copy in
+    the shard cache, or span by span from the server if the cache cannot hold it.
     """
 
     def __init__(self, *, max_open: int = 32, cache: ShardCache | None = None):
         self.max_open = max_open
         self._cache = cache
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._failed: dict[str, tuple[float, str]] = {}  # url -> (until when nothing is tried, why)
-        self._direct: set[str] = set()  # read without the cache, for good
+        self._failed: dict[str, tuple[float, str]] = {}  # url -> (no attempt before this time, reason)
+        self._direct: set[str] = set()  # URLs that are always read without the cache
         self._no_cache_until = 0.0
 
     def read(self, file: str | RemoteShard, offset: int, size: int) -> bytes:
-        """Bytes `offset .. offset + size` of a shard.
+        """Read bytes `offset .. offset + size` of a shard.
 
         Raises:
-            OSError: the file is missing, or cannot be had.
+            OSError: the file is missing or unavailable.
             ValueError: it is shorter than that.
         """
         if isinstance(file, str) and file.endswith(STORES):
@@ -396,8 +407,13 @@ class ShardReader:
         return data
 
     def drop_damaged(self, shard: RemoteShard) -> bool:
-        """Look at the copy in the cache that a shard is read from, and remove it where it is not what was indexed: a
-        disk may lose what it had said was there. Whether that was so, and the shard is fetched anew when it is read."""
+        """Remove the cached copy that a shard is read from if it differs from what was indexed.
+
+        A disk may lose data that it reported as written.
+
+        Returns:
+            Whether it was removed; the next read then fetches the shard anew.
+        """
         fd = self._files.pop(shard.url, None)
         if fd is None:
             return False
@@ -412,12 +428,13 @@ class ShardReader:
 
     @property
     def cache(self) -> ShardCache:
+        """The shard cache, opened when it is first needed."""
         if self._cache is None:
             self._cache = ShardCache()
         return self._cache
 
     def _open_remote(self, shard: RemoteShard) -> int | None:
-        """Descriptor of the cached copy; None where it must be read from the other side."""
+        """Return a descriptor of the cached copy; None if the shard must be read from the server."""
         now = time.monotonic()
         until, why = self._failed.get(shard.url, (0.0, ""))
         if now < until:
@@ -445,7 +462,7 @@ class ShardReader:
             raise
 
     def _remember(self, shard: RemoteShard, error: Unavailable) -> None:
-        # Else each of thousands of samples would wait for the retries.
+        # Otherwise each of thousands of samples would wait for all retries.
         self._failed[shard.url] = (time.monotonic() + 60, str(error))
 
     def close(self) -> None:

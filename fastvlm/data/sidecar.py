@@ -1,10 +1,10 @@
-"""The index of one shard: `<shard>.tar.idx.parquet` beside it, one row a sample.
+"""The index of one shard: `<shard>.tar.idx.parquet` beside it, one row per sample.
 
-Its metadata names the shard's size and checksum, the tokenizer's fingerprint and the format's version, so that one that
-does not fit is known. That of a remote shard, or of one in a folder that cannot be written, is kept in the cache; so is
-a second tokenizer's: runs with either may read the shards at once.
+Its metadata holds the shard's size and checksum, the tokenizer's fingerprint and the format's version, so that an index
+that does not fit is recognised. The index of a remote shard, or of one in a folder that cannot be written, is kept in
+the cache folder; so is a second tokenizer's, so that runs with either may read the shards at the same time.
 
-Where images make up most of the shard the samples' token ids stand in it too (`kept_texts.py`).
+If images make up most of the shard, the index also holds the samples' token ids (`kept_texts.py`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fastvlm.data.shards import RawSample, ShardReader, Span, as_text, parse_sam
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 FORMAT = 4
-PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster without other processes
-SAY_EVERY = 5  # seconds
+PARALLEL_BYTES = 32 << 20  # fewer bytes are indexed faster by one process
+SAY_EVERY = 5  # seconds between progress lines
 MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("members", pa.list_(MEMBER)),
         ("num_images", pa.int32()),
-        ("image_width", pa.list_(pa.int32())),  # as one sees it, EXIF orientation applied
+        ("image_width", pa.list_(pa.int32())),  # pixels, EXIF orientation applied
         ("image_height", pa.list_(pa.int32())),
         ("text_tokens", pa.int32()),  # without image slots
         ("answer_tokens", pa.int32()),  # learned tokens
@@ -58,18 +58,18 @@ SCHEMA = pa.schema(
 
 
 def sidecar(shard: str | Path) -> Path:
-    """Path of a shard's index."""
+    """Return the path of a shard's index."""
     return Path(f"{shard}.idx.parquet")
 
 
 def checksum(offset: Sequence[int], size: Sequence[int], crc32: Sequence[int]) -> str:
-    """SHA-256 over offset, size and CRC-32 of every span: content without the shard's modification time."""
+    """Return a SHA-256 over offset, size and CRC-32 of every span: content without the modification time."""
     columns = [np.array(c, dtype="<i8").tobytes() for c in (offset, size, crc32)]
     return hashlib.sha256(b"".join(columns)).hexdigest()
 
 
 def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> tuple[dict, Text]:
-    """The columns of a sample that depend on what is in it, and its text.
+    """Return the columns that depend on a sample's content, and its text.
 
     Raises:
         ValueError: the record or an image's header cannot be read.
@@ -80,7 +80,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> tuple[dict, Text]:
             sizes.append(measure_image(image))
         except ValueError as error:
             raise ValueError(f"image {i} cannot be opened: {error}") from None
-    # One slot an image, and not none: a text behind an image is then not the first token, which is never learned.
+    # One slot per image, not zero: text after an image is then not the first token, which is never learned.
     text = tokenise(raw.record, tokenizer)
     ids, labels, num_images, _ = lay_out(text, tokenizer, tokens_per_image=1)
     meta = raw.record.get("meta") or {}
@@ -99,7 +99,7 @@ def describe_sample(raw: RawSample, tokenizer: Tokenizer) -> tuple[dict, Text]:
 
 
 def numbers_of(meta: dict) -> dict[str, float]:
-    """What filters can ask for: every number in the meta but ids; of `ratings` (name -> one a turn) the lowest."""
+    """Return what filters can use: numbers in the meta except ids; of `ratings` (name -> one per turn), the lowest."""
     lowest = {name: [r for r in turns or () if r is not None] for name, turns in (meta.get("ratings") or {}).items()}
     numbers = {name: min(turns) for name, turns in lowest.items() if turns}
     numbers |= {name: value for name, value in meta.items() if not name.endswith("id")}
@@ -111,16 +111,16 @@ def numbers_of(meta: dict) -> dict[str, float]:
 
 
 def read_span(shard: str | Path, span: Span, reader: ShardReader) -> bytes:
-    """A sample's bytes; none of one that is known to be unreadable."""
+    """Read a sample's bytes; b"" if it is known to be unreadable."""
     return b"" if span.fault else reader.read(str(shard), span.offset, span.size)
 
 
 def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> Path:
-    """Read a shard once and write its sidecar; returns the sidecar's path.
+    """Read a shard once and write its sidecar; return the sidecar's path.
 
-    A broken tar is indexed up to the break, with a warning that says where it broke. A sample whose record or image
-    cannot be read keeps its row, with the fault named, and no plan uses it. Where the folder cannot be written the
-    sidecar goes into the cache folder.
+    A broken tar is indexed up to the break, which the header describes. A sample whose record or image cannot be read
+    keeps its row, with the fault named, and no plan uses it. If the folder cannot be written, the sidecar goes into the
+    cache folder.
 
     Args:
         out: write it there and nowhere else.
@@ -177,6 +177,7 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, *, out: Path | None = N
 
 
 def write_sidecar(path: Path, table: pa.Table, header: dict) -> Path:
+    """Write a table and its metadata; the file appears complete, by rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -191,7 +192,7 @@ def write_sidecar(path: Path, table: pa.Table, header: dict) -> Path:
 
 
 def cached_sidecar(shard: Path | RemoteShard, fingerprint: str) -> Path:
-    """Where the index of a remote shard, or of one in a folder that cannot be written, is kept."""
+    """Return the path in the cache folder of the index of a shard whose own folder cannot hold it."""
     remote = isinstance(shard, RemoteShard)
     digest = shard.digest if remote else hashlib.sha256(bytes(shard.absolute())).hexdigest()[:20]
     return cache_folder() / "index" / f"{digest}-{fingerprint}-{shard.name}.idx.parquet"
@@ -203,7 +204,7 @@ def unwritable(error: OSError) -> str:
 
 @dataclass
 class Sidecar:
-    """The index of one shard, found to fit; its columns stay in its file until they are asked for."""
+    """The index of one shard, found to fit; its columns stay in the file until they are needed."""
 
     path: Path
     header: dict
@@ -211,11 +212,11 @@ class Sidecar:
 
 
 def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
-    """The sidecar of a shard, beside it or in the cache folder, or why there is none that fits.
+    """Return the sidecar of a shard, from beside it or the cache folder; or None and why none fits.
 
-    Cheap: size and modification time are compared. Only where the time differs (a copy, a checkout) are the spans'
-    checksums read once; when they agree, the new time is noted. A shard that was broken is looked at each time: what
-    broke it may be gone, and a copy put back has the size and time that it had before.
+    This is cheap: size and modification time are compared. Only if the time differs (a copy, a checkout) are the spans'
+    checksums read; if they agree, the new time is recorded. A shard that was broken is checked every time: it may have
+    been repaired, and a restored copy has the size and time that it had before.
     """
     kept = cached_sidecar(shard, fingerprint)
     if isinstance(shard, RemoteShard):
@@ -246,6 +247,7 @@ def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar |
 
 
 def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar | None, str]:
+    """Return the sidecar at `path` if it fits the shard and the tokenizer; otherwise None and why not."""
     if not path.exists():
         return None, "missing"
     try:
@@ -264,7 +266,7 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         return None, f"of a shard of {header['shard_size']} bytes, it has {size}"
     moved = stat is not None and header["shard_mtime_ns"] != stat.st_mtime_ns
     if moved or (stat and header["broken"]):
-        # The headers too: a sample that was appended lies in no span of the old index.
+        # Scan the headers, too: a sample that was appended is in no span of the old index.
         spans, broken = scan_shard(shard)
         if bool(broken) != bool(header["broken"]) or len(spans) != file.metadata.num_rows:
             return None, f"of other content ({header['broken'] or 'samples'})"
@@ -281,7 +283,7 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether some of an index's columns cannot be read; its header alone says nothing of them."""
+    """Return whether some columns of an index cannot be read; a sound header does not exclude that."""
     try:
         pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException):
@@ -290,7 +292,7 @@ def is_damaged(path: Path) -> bool:
 
 
 def holds_another(shard: Path) -> bool:
-    """Whether the index beside a shard fits it, for whatever tokenizer it was made with."""
+    """Return whether the index beside a shard fits it, whatever tokenizer it was made with."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         header = json.loads(pq.read_schema(sidecar(shard)).metadata[b"fastvlm"])
         return read_sidecar(sidecar(shard), shard, header["tokenizer"])[0] is not None
@@ -298,13 +300,13 @@ def holds_another(shard: Path) -> bool:
 
 
 def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer, *, replace: bool = False) -> None:
-    """Build a shard's index; a remote shard is brought into the cache for it.
+    """Build a shard's index; a remote shard is brought into the cache for that.
 
     Args:
-        replace: the index beside the shard, even if it is another tokenizer's and fits.
+        replace: replace the index beside the shard even if it fits another tokenizer.
 
     Raises:
-        ValueError: a remote shard cannot be had.
+        ValueError: a remote shard cannot be fetched, or its index not written.
     """
     if isinstance(shard, Path):
         if not replace and holds_another(shard):
@@ -327,9 +329,10 @@ def build_missing(shard: Path | RemoteShard, tokenizer: Tokenizer, *, replace: b
 
 
 def build_all(shards: Sequence[Path | RemoteShard], tokenizer: Tokenizer, *, label: str, replace: bool = False) -> None:
-    """Build many indexes, in as many processes as there are cores, with a line now and then that says how many.
+    """Build many indexes, in as many processes as there are cores, printing progress now and then.
 
     Args:
+        label: begins the lines about progress.
         replace: see `build_missing`.
     """
     sizes = [s.size or 0 if isinstance(s, RemoteShard) else s.stat().st_size for s in shards]

@@ -23,35 +23,36 @@ UNITS = ("samples", "tokens", "answer_tokens")
 
 
 class NothingLeft(ValueError):
-    """A source has no sample of a split that its types and filters keep and a plan could use."""
+    """No sample of a source's split is left after its types and filters and the limits of the plan."""
 
 
 class Source:
     """One data set: `<path>/<split>-*.tar` with their indexes.
 
     Args:
-        name: as it stands in logs, metrics and error messages.
-        path: the folder of the shards or its URL (`s3://`, `gs://`, `hf://`, `https://`), a brace pattern or a list of
-            shards, where a name without a split is of train; see `fastvlm/data/remote.py`.
-        types: keep only samples of these question types (`meta.type` or one of `meta.types`).
-        filters: number -> `{min, max, missing}`: keep samples whose number lies within. Numbers are `text_tokens`,
-            `answer_tokens`, `num_images`, `width` and `height` (of the smallest image, pixels) and whatever the
-            records' meta holds: ratings (the lowest of a conversation), similarity. A sample without the number is left
-            out, or kept with `missing: keep`. What is left out is counted in the plan's report. Where these or `types`
-            leave nothing of the val split, the source takes no part in validation, and a line says so.
-        max_samples: keep this many samples of the train split, drawn by the name alone, so that a smaller set is part
-            of a larger one (for studies of data size).
-        repeat: how often an epoch counts the source; what it changes is the length of a stage given in epochs, and the
+        name: as shown in logs, metrics and error messages.
+        path: folder of the shards or its URL (`s3://`, `gs://`, `hf://`, `https://`), a brace pattern, or a list of
+            shards. In a pattern or list, a name without a split belongs to train; see `fastvlm/data/remote.py`.
+        types: keep only samples of these question types (`meta.type` or one of `meta.types`); None: all.
+        filters: number -> `{min, max, missing}`: keep samples whose number is within the bounds. Numbers are
+            `text_tokens`, `answer_tokens`, `num_images`, `width` and `height` (minimum over the images, pixels) and
+            the numbers in the records' meta, such as ratings (the lowest of a conversation) and similarity. A sample
+            without the number is dropped, or kept with `missing: keep`. The plan's report counts dropped samples. If
+            filters or `types` leave nothing of the val split, a warning is logged and the source takes no part in
+            validation.
+        max_samples: keep this many samples of the train split; None: all. They are drawn with the name as the only
+            seed, so a smaller subset is part of a larger one (for studies of data size).
+        repeat: how many times an epoch counts the source. It affects the length of a stage given in epochs, and the
             shares of a mixture without weights.
-        max_epochs: passes over the train split at most; when they are used up the other sources go on in their own
-            proportions. None for as many as the weights ask.
-        system: a system prompt for every conversation, to name the style of its answers.
-        images: with False the images are left out of every record, for baselines that must answer blind.
-        shards: names of the folder's train shards where they are not `train-*.tar`, for data read where others wrote
-            it: a pattern ("*.tar") or a range ("{00000..00127}.tar"), of which none may be missing.
-        augment: kinds of augmentation that leave its answers true, of crop, jitter and mirror; how strong they are is
-            the stage's to say. A crop loses what is counted, read or placed, a mirror swaps left and right.
-        rebuild_index: build a missing or stale index; with False it is refused with the command that builds it.
+        max_epochs: maximum number of passes over the train split; when they are used up, the other sources continue in
+            their own proportions. None: as many as the weights require.
+        system: system prompt for every conversation, to name the style of its answers; None: none.
+        images: False removes the images from every record, for baselines that must answer blind.
+        shards: names of the folder's train shards if they are not `train-*.tar`, for data that others wrote: a pattern
+            ("*.tar") or a range ("{00000..00127}.tar"), of which every shard must exist.
+        augment: kinds of augmentation (crop, jitter, mirror) that keep its answers true; the stage sets their strength.
+            A crop may lose what is counted, read or located, a mirror swaps left and right.
+        rebuild_index: build a missing or stale index; False: raise an error that names the command to build it.
     """
 
     def __init__(
@@ -88,18 +89,20 @@ class Source:
         self.types = None if types is None else (types,) if isinstance(types, str) else tuple(types)
 
     def has_split(self, split: str) -> bool:
+        """Return whether the source has shards of the split."""
         return bool(list_shards(self.path, split, self.shards))
 
     def require(self, split: str) -> None:
-        """
+        """Check that the source has shards of the split.
+
         Raises:
-            ValueError: no shards of the split.
+            ValueError: it has none.
         """
         if not self.has_split(split):
             raise ValueError(f"source {self.name}: {no_shards(self.path, split, self.shards)}")
 
     def load(self, split: str, tokenizer: Tokenizer) -> SourceIndex:
-        """Index of a split.
+        """Load the index of a split.
 
         Raises:
             ValueError: see `load_index`.
@@ -107,17 +110,17 @@ class Source:
         return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
 
     def edit(self, record: dict) -> dict:
-        """A record as this source gives it to the model: with its system prompt, or without its images.
+        """Return a record as this source gives it to the model: with its system prompt, or without its images.
 
         Raises:
-            ValueError: a system prompt on a document.
+            ValueError: a system prompt for a document.
         """
         if self.system is not None:
             record = with_system(record, self.system)
         return record if self.images else without_images(record)
 
     def edit_text(self, text: Text, tokenizer: Tokenizer) -> Text:
-        """`edit`, of a record that is tokens already.
+        """Apply `edit` to a tokenised record.
 
         Raises:
             ValueError: see `edit`.
@@ -127,13 +130,13 @@ class Source:
         return text if self.images else without_images_text(text)
 
     def select(self, index: SourceIndex, *, capped: bool = True) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rows of the index that belong to this source: int64, ascending; and those that filters leave out, by reason.
+        """Return this source's rows of the index (int64, ascending), and those that filters drop, by reason.
 
         Args:
-            capped: by `max_samples`.
+            capped: apply `max_samples`.
 
         Raises:
-            NothingLeft: none of `types` occurs, or no sample has a number that `filters` names.
+            NothingLeft: no sample is of one of `types`, or none has a number that `filters` names.
         """
         rows, left_out = np.arange(index.num_samples), {}
         if self.types is not None:
@@ -164,21 +167,21 @@ class Source:
 
 
 def is_number(value: object, kind: type = Real) -> bool:
-    """Whether it is a number of this kind; true and false are none."""
+    """Return whether `value` is a number of this kind; booleans are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def as_fraction(weight: float | int) -> Fraction:
-    """A weight above 0 as a fraction of a small denominator, where that leaves anything of it."""
+    """Return a positive weight as a fraction of denominator at most 10^9, or exactly where that would be 0."""
     exact = Fraction(str(weight))
     return exact.limit_denominator(10**9) or exact
 
 
 def check_bounds(name: str, number: str, bounds: object) -> dict:
-    """Bounds of a filter, those that are null left out.
+    """Return the bounds of a filter without those that are null.
 
     Raises:
-        ValueError: another key, no number, or a `min` above `max`.
+        ValueError: an unknown key or `missing`, a bound that is not a number, or `min` above `max`.
     """
     key = f"source {name}: filters.{number}"
     if not isinstance(bounds, Mapping) or not bounds or set(bounds) - {"min", "max", "missing"}:
@@ -195,7 +198,7 @@ def check_bounds(name: str, number: str, bounds: object) -> dict:
 
 
 def as_path(path: str) -> Path:
-    """A folder of this machine as a user writes it: `file:///data/mine`, `~/mine`."""
+    """Return the Path of a local folder as users write it: `file:///data/mine`, `~/mine`."""
     return Path(re.sub(r"^(file|local)://", "", path)).expanduser()
 
 
@@ -203,14 +206,16 @@ class Mixture:
     """Sources and their shares.
 
     Args:
-        sources: by name; the names are the keys of `weights`.
-        weights: any non-negative numbers, one a source; they are normalised. A source of weight 0 is left out. None
-            for as much of each source as it holds (times its `repeat`), in the unit: every sample once an epoch.
-        unit: what the shares are counted in: samples, tokens (text and image slots) or answer_tokens (learned ones).
-        window_shards: shards open at once; samples are shuffled within this window, shards beyond it.
+        sources: name -> source; the names are the keys of `weights`.
+        weights: a non-negative number per source; they are normalised. Sources of weight 0 are left out. None: weights
+            proportional to the size of each source in `unit` (times its `repeat`), so an epoch is one pass over every
+            source (`repeat` passes).
+        unit: what shares are counted in: samples, tokens (text and image slots) or answer_tokens (learned tokens).
+        window_shards: shards open at once: shards are shuffled, then samples within windows of this many shards.
 
     Raises:
-        ValueError: unknown or missing names in weights, a negative weight, no positive one, an unknown unit.
+        ValueError: no sources, unknown or missing names in weights, a negative weight, no positive one, an unknown
+            unit, or `window_shards` below 1.
     """
 
     def __init__(
@@ -256,14 +261,15 @@ class Mixture:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the sources, without those of weight 0."""
         return tuple(self.sources)
 
 
 def shuffled(count: int, *seeds: str | int) -> np.ndarray:
-    """A permutation of `range(count)` that depends on the seeds alone.
+    """Return a permutation of `range(count)` that depends only on the seeds: int64 (count,).
 
-    Raw 64-bit words of PCG64 are sorted: numpy promises the raw stream over versions and platforms, but not what
-    `Generator.permutation` makes of it (NEP 19).
+    It sorts raw 64-bit words of PCG64: numpy guarantees the raw stream across versions and platforms, but not the
+    result of `Generator.permutation` (NEP 19).
     """
     import hashlib
 

@@ -1,4 +1,4 @@
-"""The index of a source, open: the sidecars of its shards as one table."""
+"""The opened index of a source: the sidecars of its shards as one table."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from fastvlm.data.shards import RawSample, ShardReader, parse_sample, sort_image
 from fastvlm.data.sidecar import SCHEMA
 
 log = logging.getLogger(__name__)
-KEPT_SHARDS = 16  # a source's shards whose other columns are kept by a process
+KEPT_SHARDS = 16  # shards of a source whose remaining columns a process keeps
 
 
 class ShardRows:
-    """All columns of one shard's index, as arrays: what reading its samples needs.
+    """The columns of one shard's index that reading its samples needs, as arrays.
 
     Raises:
-        ValueError: the index is damaged, or another one by now.
+        ValueError: the index is damaged, or was replaced since.
     """
 
     def __init__(self, path: Path, *, checksum: str):
@@ -56,14 +56,14 @@ class ShardRows:
         self.member_offset, self.member_size = flat.field("offset").to_numpy(), flat.field("size").to_numpy()
 
     def text(self, i: int, key: str) -> Text | None:
-        """The kept text of a sample; None where none is kept for this key (`text_key`)."""
+        """Return the stored text of a sample; None if none is stored for this key (`text_key`)."""
         if key not in self._texts:
             self._texts[key] = None
             try:
                 self._texts[key] = ShardTexts(self.path, key=key, checksum=self.checksum)
             except KeyError:
                 pass
-            except (OSError, ValueError) as error:  # pyarrow's are one or the other
+            except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
                 log.warning("%s: its token ids cannot be read (%s); texts are tokenised anew", self.path, error)
         texts = self._texts[key]
         return None if texts is None else texts[i]
@@ -73,11 +73,11 @@ class ShardRows:
 class SourceIndex:
     """The index of one split of a source, over all its shards, as columns.
 
-    Rows stand in shard order and, within a shard, in the order of the tar. int32 columns unless it says otherwise.
+    Rows are in shard order and, within a shard, in the order of the tar. Columns are int32 unless stated otherwise.
     Columns that only reading or a filter needs stay in the sidecars until they are asked for.
     """
 
-    folder: Path | str | Sequence[str]  # as the source's path says
+    folder: Path | str | Sequence[str]  # the source's path
     split: str
     shards: list[str]  # path or URL
     files: list[str | RemoteShard]  # what a ShardReader takes
@@ -90,7 +90,7 @@ class SourceIndex:
     answer_tokens: np.ndarray
     types: pa.Array
     faults: pa.Array
-    checksum: str  # over the shards' checksums and the tokenizer: what a plan's fingerprint rests on
+    checksum: str  # over the shards' checksums and the tokenizer; part of a plan's fingerprint
     broken: dict[str, str]  # shard -> where it broke
 
     def __post_init__(self):
@@ -106,38 +106,41 @@ class SourceIndex:
 
     @cached_property
     def shard(self) -> np.ndarray:
-        """Index into `shards`, one a row."""
+        """Index into `shards` for every row: int32 (rows,)."""
         return np.repeat(np.arange(len(self.shards), dtype=np.int32), np.diff(self.start))
 
     @cached_property
     def size(self) -> np.ndarray:
-        """int64, bytes of every sample's span."""
+        """Bytes of every sample's span: int64 (rows,)."""
         return self.column("size").to_numpy()
 
     @cached_property
     def crc32(self) -> np.ndarray:
-        """uint32, of every sample's span."""
+        """CRC-32 of every sample's span: uint32 (rows,)."""
         return self.column("crc32").to_numpy()
 
     @cached_property
     def keys(self) -> pa.Array:
+        """Key of every sample."""
         return self.column("key")
 
     @cached_property
     def image_width(self) -> pa.Array:
-        """Pixels of every image, a list a row."""
+        """Width of every image in pixels, one list per row."""
         return self.column("image_width")
 
     @cached_property
     def image_height(self) -> pa.Array:
+        """Height of every image in pixels, one list per row."""
         return self.column("image_height")
 
     @cached_property
     def numbers(self) -> pa.MapArray:
+        """The numbers of every record's meta, by name."""
         return self.column("numbers")
 
     def column(self, name: str) -> pa.Array:
-        """A column of all sidecars, read from them now.
+        """Read a column from all sidecars.
 
         Raises:
             ValueError: one is damaged.
@@ -153,8 +156,8 @@ class SourceIndex:
         return merged(pa.chunked_array(chunks, type=SCHEMA.field(name).type))
 
     def _locate(self, row: int) -> tuple[int, int, ShardRows]:
-        """(shard, row in the shard, its columns); the columns of the shards read last are kept."""
-        k = bisect.bisect_right(self._starts, row) - 1  # a tenth of numpy's search of one number
+        """Return (shard, row in the shard, its columns); the columns of the last shards opened are kept."""
+        k = bisect.bisect_right(self._starts, row) - 1  # ten times as fast as numpy for one number
         rows = self._rows.get(k)
         if rows is None:
             rows = ShardRows(self.sidecars[k], checksum=self.checksums[k])
@@ -165,11 +168,12 @@ class SourceIndex:
         return k, row - self._starts[k], rows
 
     def key(self, row: int) -> str:
+        """Return the key of a row's sample."""
         _, i, rows = self._locate(int(row))
         return rows.keys[i].as_py()
 
     def file(self, k: int) -> str | RemoteShard:
-        """Shard k as a ShardReader takes it; a remote one with what its samples' checksums should be."""
+        """Return shard k as ShardReader takes it; a remote shard with the checksums of its samples."""
         file = self.files[k]
         if isinstance(file, str):
             return file
@@ -177,10 +181,10 @@ class SourceIndex:
         return replace(file, spans=None if rows is None else (rows.offset, rows.size, rows.crc32))
 
     def number(self, name: str) -> np.ndarray:
-        """A number of every sample, by name: float64, NaN where a sample has none.
+        """Return a number of every sample, by name: float64 (rows,), NaN where a sample has none.
 
-        `text_tokens`, `answer_tokens` and `num_images` are the index's own; `width` and `height` those of the smallest
-        image; others come from the records' meta.
+        `text_tokens`, `answer_tokens` and `num_images` are columns of the index, `width` and `height` minima over the
+        sample's images; others come from the records' meta.
         """
         if name in ("text_tokens", "answer_tokens", "num_images"):
             return getattr(self, name).astype(np.float64)
@@ -200,14 +204,14 @@ class SourceIndex:
         """Read a sample at its offset.
 
         Raises:
-            OSError: the shard is missing or cannot be had.
+            OSError: the shard is missing or unavailable.
             ValueError: its bytes are not those that were indexed.
         """
         key, members = self._read_members(*self._locate(int(row)), reader)
         return parse_sample(key, {suffix: bytes(data) for suffix, data in members.items()})
 
     def text(self, row: int, *, key: str) -> Text | None:
-        """The text that is kept of a sample for this key (`text_key`), without the sample; None where none is.
+        """Return the text stored of a sample for `key` (`text_key`), without reading the sample; None if there is none.
 
         Raises:
             ValueError: the index is damaged.
@@ -216,7 +220,7 @@ class SourceIndex:
         return rows.text(i, key)
 
     def read_with_text(self, row: int, reader: ShardReader, *, key: str) -> tuple[RawSample, Text | None]:
-        """As `read`, with the text that is kept for this key (`text_key`); the sample then has no record.
+        """Like `read`, with the text stored for `key` (`text_key`), if any; the sample's record is then empty.
 
         Raises:
             OSError, ValueError: see `read`.
@@ -228,7 +232,7 @@ class SourceIndex:
         return RawSample(name, {}, *sort_images(members)), text
 
     def _read_members(self, k: int, i: int, rows: ShardRows, reader: ShardReader) -> tuple[str, dict[str, memoryview]]:
-        """Key and members of row i of shard k, not copied out of what was read."""
+        """Return the key and members of row i of shard k, as views of the bytes read."""
         file = self.files[k]
         if not isinstance(file, str):
             file = replace(file, spans=(rows.offset, rows.size, rows.crc32))
@@ -266,8 +270,10 @@ class SourceIndex:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[None]:
-    """Raises:
-    ValueError: what is read of an index inside is not there or damaged.
+    """Turn errors of reading an index file into ValueErrors.
+
+    Raises:
+        ValueError: the file is missing or damaged.
     """
     try:
         yield
@@ -277,4 +283,5 @@ def whole(path: Path) -> Iterator[None]:
 
 
 def merged(column: pa.ChunkedArray) -> pa.Array:
+    """Return a chunked column as a single array."""
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

@@ -1,18 +1,18 @@
-"""Sources whose samples lie in one LMDB or HDF5 file instead of a tar: `<split>-*.lmdb`, `<split>-*.h5`.
+"""Sources stored in LMDB or HDF5 files instead of tars: `<split>-*.lmdb`, `<split>-*.h5`.
 
 Both hold encoded image files and a table of records. A record is a JSON object
 
     {"key": "vqa-000017", "record": {"messages": [...]}, "members": {"0.jpg": <image>, "0.labels.png": <image>}}
 
-whose members are named as in a tar (`shards.py`), and where <image> says which one:
+whose members are named as in a tar (`shards.py`). <image> refers to an image file:
 
-    LMDB   its name in the main database, name -> encoded file; the named database `records` maps 0, 1, ... (8 bytes,
-           big-endian) to records. One file, not a folder. An image store of one's own needs nothing but the records.
+    LMDB   its key in the main database, key -> encoded file; the named database `records` maps 0, 1, ... (8 bytes,
+           big-endian) to records. One file, not a folder. An existing LMDB of images only needs the records added.
     HDF5   its row in `/images`, a one-dimensional dataset of variable-length uint8; `/records` is one of
            variable-length strings.
 
-Many records may show one image. Everything else is as with shards: the same index beside the file (its `offset` is the
-record's number), the same checksum of every sample when it is read, the same plan.
+Several records may share an image. Everything else is as with shards: the index beside the file (its `offset` is the
+record's number), the checksum of every sample when it is read, the plan.
 
     python -m fastvlm.data.stores data/embedded/captions out=/big/captions format=lmdb    # or hdf5; every split
 """
@@ -37,24 +37,24 @@ MAX_OPEN = 32
 
 
 class LmdbStore:
-    """Read an LMDB file.
+    """Reader of an LMDB file.
 
     Raises:
         OSError, ValueError: it is missing, broken or of another layout.
     """
 
-    survives_fork = True  # without LMDB's locks an environment is a map of a file that nobody writes
+    survives_fork = True  # without locks, an LMDB environment is a memory map of a file that nobody writes
 
     def __init__(self, path: str):
         import lmdb
 
         self.path, self._error = path, lmdb.Error
-        with open(path, "rb") as file:  # what may not be read is not broken: an OSError
+        with open(path, "rb") as file:  # OSError if it may not be read, which does not make it broken
             size = os.fstat(file.fileno()).st_size
         try:
             self._env = lmdb.open(path, subdir=False, readonly=True, lock=False, max_dbs=1)
             pages = self._env.info()["last_pgno"] + 1
-            if pages * self._env.stat()["psize"] > size:  # reading on would end the process (SIGBUS)
+            if pages * self._env.stat()["psize"] > size:  # reading on would kill the process (SIGBUS)
                 raise ValueError(f"{path} is truncated: {size} bytes, {pages} pages")
             self._records = self._env.open_db(b"records", create=False)
             with self._env.begin() as transaction:
@@ -66,6 +66,7 @@ class LmdbStore:
         return self._count
 
     def record(self, number: int) -> bytes:
+        """Return the JSON of a record."""
         with self._env.begin() as transaction:
             data = transaction.get(number.to_bytes(8, "big"), db=self._records)
         if data is None:
@@ -73,10 +74,11 @@ class LmdbStore:
         return data
 
     def image(self, name: str) -> bytes:
+        """Return an encoded image by its key in the database."""
         try:
             with self._env.begin() as transaction:
                 data = transaction.get(str(name).encode())
-        except self._error as error:  # no name of an LMDB: empty, or too long
+        except self._error as error:  # not a valid key: empty, or too long
             raise ValueError(f"{self.path}: image {name!r:.80}: {error}") from None
         if data is None:
             raise ValueError(f"{self.path} has no image {name!r}")
@@ -87,17 +89,17 @@ class LmdbStore:
 
 
 class Hdf5Store:
-    """Read an HDF5 file.
+    """Reader of an HDF5 file.
 
     Raises:
         OSError, ValueError: it is missing, broken or of another layout, or h5py is not installed.
     """
 
-    survives_fork = False  # the library keeps state of its own about an open file
+    survives_fork = False  # the library keeps state about open files
 
     def __init__(self, path: str):
         self.path = path
-        with open(path, "rb"):  # what may not be read is not broken: an OSError
+        with open(path, "rb"):  # OSError if it may not be read, which does not make it broken
             h5py = import_h5py(path)
         try:
             self._file = h5py.File(path, "r")
@@ -109,10 +111,12 @@ class Hdf5Store:
         return len(self._records)
 
     def record(self, number: int) -> bytes | str:
+        """Return the JSON of a record."""
         data = self._records[number]
         return data if isinstance(data, bytes) else str(data)
 
     def image(self, name: int) -> bytes:
+        """Return an encoded image by its row in `/images`."""
         if not isinstance(name, int) or not 0 <= name < len(self._images):
             raise ValueError(f"{self.path} has no image {name!r}; there are {len(self._images)}")
         return np.asarray(self._images[name], np.uint8).tobytes()
@@ -122,6 +126,11 @@ class Hdf5Store:
 
 
 def import_h5py(path: str | Path):
+    """Import h5py, which is optional.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import h5py
     except ImportError:
@@ -129,13 +138,15 @@ def import_h5py(path: str | Path):
     return h5py
 
 
-# One handle a file and process: LMDB refuses to open a file twice.
+# One handle per file and process: LMDB refuses to open a file twice.
 _open: OrderedDict[str, tuple[tuple, LmdbStore | Hdf5Store]] = OrderedDict()
 
 
 def open_store(path: str | Path) -> LmdbStore | Hdf5Store:
-    """The open file, shared by all readers of this process; opened anew where it was replaced or, in a forked process,
-    where its library needs that."""
+    """Return the open file, shared by all readers of this process.
+
+    It is opened anew if it was replaced or, in a forked process, if its library needs that.
+    """
     path = str(path)
     stat = os.stat(path)
     stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
@@ -146,7 +157,7 @@ def open_store(path: str | Path) -> LmdbStore | Hdf5Store:
             _open.move_to_end(path)
             return store
         if pid == os.getpid() or store.survives_fork:
-            store.close()  # and not a parent's HDF5 file, whose state is not ours
+            store.close()  # but not the parent's HDF5 file, whose state is the parent's
         del _open[path]
     if len(_open) >= MAX_OPEN:
         _open.popitem(last=False)[1][1].close()
@@ -156,10 +167,10 @@ def open_store(path: str | Path) -> LmdbStore | Hdf5Store:
 
 
 def entry_of(store: LmdbStore | Hdf5Store, number: int) -> tuple[str, dict, dict]:
-    """Key and record of a sample, and which image is which member.
+    """Return key and record of a sample, and the image of each member.
 
     Raises:
-        ValueError: it is not as the layout says.
+        ValueError: the record does not have this layout.
     """
     text = store.record(number)
     try:
@@ -170,10 +181,10 @@ def entry_of(store: LmdbStore | Hdf5Store, number: int) -> tuple[str, dict, dict
 
 
 def members_of(store: LmdbStore | Hdf5Store, record: dict, named: dict) -> Iterator[tuple[str, bytes]]:
-    """Members of a record: its JSON first, then its images.
+    """Yield the members of a record: its JSON first, then its images.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: an image is missing.
     """
     yield "json", json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
     for suffix, name in named.items():
@@ -181,7 +192,7 @@ def members_of(store: LmdbStore | Hdf5Store, record: dict, named: dict) -> Itera
 
 
 def read_span(path: str | Path, number: int) -> bytes:
-    """A sample's members one behind the other: what the index calls its span.
+    """Return a sample's members, concatenated: what the index calls its span.
 
     Raises:
         OSError, ValueError: it cannot be read.
@@ -192,14 +203,14 @@ def read_span(path: str | Path, number: int) -> bytes:
 
 
 def scan_store(path: str | Path) -> tuple[list[Span], str]:
-    """As `scan_shard`: the samples, and what is broken. A span's offset is the record's number.
+    """Like `scan_shard`: return the samples, and what is broken. A span's offset is the record's number.
 
     Raises:
         OSError: the file is missing or may not be read.
         ValueError: h5py is not installed.
     """
     if SUFFIXES["hdf5"] == Path(path).suffix:
-        import_h5py(path)  # its absence says nothing of the file
+        import_h5py(path)  # raises if it is missing, which does not make the file broken
     try:
         store = open_store(path)
         count = len(store)
@@ -223,7 +234,7 @@ def scan_store(path: str | Path) -> tuple[list[Span], str]:
 
 
 def read_shards(shards: list[Path]) -> Iterator[tuple[str, dict, dict[str, bytes]]]:
-    """(key, record, image members) of every sample of tars.
+    """Yield (key, record, image members) of every sample of tars.
 
     Raises:
         ValueError: a broken tar or sample.
@@ -270,9 +281,10 @@ def pack(folder: str | Path, split: str, *, out: str | Path, format: str) -> Pat
 
 
 def write_lmdb(path: Path, samples: Iterator[tuple[str, dict, dict[str, bytes]]], size: int) -> None:
+    """Write samples to a new LMDB file. `size`: total bytes of the shards they come from."""
     import lmdb
 
-    # Only room to grow into. Twice the bytes, because small values fill their pages badly.
+    # Only an upper limit. Twice the bytes, because small values leave much of their pages empty.
     env = lmdb.open(str(path), subdir=False, lock=False, map_size=2 * size + (1 << 28), max_dbs=1)
     with contextlib.closing(env):
         records = env.open_db(b"records")
@@ -288,6 +300,7 @@ def write_lmdb(path: Path, samples: Iterator[tuple[str, dict, dict[str, bytes]]]
 
 
 def write_hdf5(path: Path, samples: Iterator[tuple[str, dict, dict[str, bytes]]], size: int) -> None:
+    """Write samples to a new HDF5 file; `size` is unused."""
     h5py = import_h5py(path)
     with h5py.File(path, "w") as file:
         grow = {"shape": (0,), "maxshape": (None,), "chunks": (256,)}

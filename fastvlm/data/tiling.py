@@ -1,8 +1,8 @@
 """Any-resolution tiling: which grid of tiles an image is cut into, as a function of its size alone.
 
-An image becomes a global view and, behind it, the tiles of one grid, row by row. The grid is the one that LLaVA-NeXT's
-`select_best_resolution` chooses (arXiv 2310.03744, section 3.4): it keeps most of the image's pixels and, among such,
-wastes the fewest of its own. The grid 1 x 1 has no tiles: its only one would be the global view again.
+An image becomes a global view followed by the tiles of one grid, row by row. The grid is the one that LLaVA-NeXT's
+`select_best_resolution` chooses (arXiv 2310.03744, section 3.4): it keeps as many of the image's pixels as possible
+and, among equals, wastes the fewest of its own. The grid 1 x 1 has no tiles: its only one would be the global view.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-CHUNK = 1 << 18  # images at once: a plan asks for millions
+CHUNK = 1 << 18  # images at a time: a plan asks for millions
 
 
 def check_grids(tiles: Sequence[Sequence[int]], *, key: str = "image.tiles") -> tuple[tuple[int, int], ...]:
-    """`[[rows, columns], ...]` as tuples.
+    """Return `[[rows, columns], ...]` as tuples.
 
     Raises:
-        ValueError: empty, or an entry that is no pair of positive integers.
+        ValueError: empty, or an entry that is not a pair of positive integers.
     """
     for entry in tiles:
         pair = list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]
@@ -32,12 +32,12 @@ def check_grids(tiles: Sequence[Sequence[int]], *, key: str = "image.tiles") -> 
 def choose_grids(
     widths: np.ndarray, heights: np.ndarray, *, image_size: int, grids: Sequence[tuple[int, int]]
 ) -> np.ndarray:
-    """Number of the best grid for every image: int64.
+    """Return the number of the best grid for every image: int64 (images,).
 
     Args:
-        widths, heights: of the images as one sees them, pixels.
+        widths, heights: of the upright images (EXIF orientation applied), pixels.
         image_size: side of a tile, pixels.
-        grids: (rows, columns); the earlier one at a tie.
+        grids: (rows, columns) of each; ties go to the earlier one.
     """
     tall, wide = (np.array(side, dtype=np.int64) * image_size for side in zip(*grids))
     best = np.empty(len(widths), dtype=np.int64)

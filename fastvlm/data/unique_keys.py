@@ -1,4 +1,4 @@
-"""No two samples of a source have one key."""
+"""Check that no two samples of a source have the same key."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NOTED_SAMPLES = 100_000
 
 
 def check_keys(index: SourceIndex) -> None:
-    """Refuse two samples with one key.
+    """Raise ValueError if two samples have the same key.
 
-    With millions of samples this takes seconds, so that a large index found sound is noted in the cache folder under
-    its checksum (which covers the tars' headers, and so the keys).
+    With millions of samples this takes seconds, so when a large index has passed, that is noted in the cache folder
+    under its checksum (which covers the tars' headers, and so the keys).
     """
     note = cache_folder() / "index" / f"unique-{index.checksum}"
     if not index.num_samples or (index.num_samples > NOTED_SAMPLES and note.exists()):
@@ -45,7 +45,7 @@ def check_keys(index: SourceIndex) -> None:
 
 
 def hash_keys(keys: pa.Array) -> np.ndarray:
-    """A 64-bit hash of every string: uint64. Multilinear: the sum of (byte + 1) times a random word for its place."""
+    """Return a 64-bit hash of every string (uint64): the sum of (byte + 1) times a random word for its position."""
     offsets = np.frombuffer(keys.buffers()[1], np.int32)[keys.offset : keys.offset + len(keys) + 1]
     if not len(keys) or offsets[0] == offsets[-1]:
         return np.zeros(len(keys), np.uint64)

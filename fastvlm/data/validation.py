@@ -19,18 +19,17 @@ log = logging.getLogger(__name__)
 class ValidationPlan:
     """A fixed, balanced set of samples in steps, with the interface that `PlannedDataset` needs of a plan.
 
-    Every source that has the split gives the same number of samples (or all it has), spread evenly over its shards. A
-    source of whose split its types, filters and the budget leave nothing takes no part, with a line that says so: they
-    are there for training. Rows are filled up with empty ones to a whole number of steps, so every rank has the same
-    number.
+    Every source that has the split gives the same number of samples (or all it has), spread evenly over its shards. If
+    types, filters and budget (which are meant for training) leave nothing of a source's split, it takes no part, and a
+    warning is logged. Empty rows complete the last step, so every rank has the same number of rows.
 
     Args:
         num_samples: of all sources together.
-        batch_size: rows of a step, over all ranks.
+        batch_size: rows per step, over all ranks.
         Others as in `Plan`.
 
     Raises:
-        ValueError: no source has the split, or nothing of it is left of any.
+        ValueError: no source has the split, or none has a sample left.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ValidationPlan:
         self.num_steps = len(packs) // batch_size
 
     def step(self, i: int) -> Step:
-        """Rows of step i, some of the last possibly empty."""
+        """Return step i; some rows of the last step may be empty."""
         packs = self._packs[i * self.batch_size : (i + 1) * self.batch_size]
         rows = [[self.pairs[k] for k in pack] for pack in packs]
         return Step(rows, sum(int(self.sources[s].answer[row]) for pairs in rows for s, row in pairs))

@@ -1,4 +1,4 @@
-"""Windows of the order: samples that are scheduled over the sources and packed into rows together."""
+"""Windows of the order: groups of samples that are scheduled and then packed into rows together."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from fastvlm.data.schedule import FairSchedule
 class Window:
     """Samples in order of arrival, and the rows they were packed into."""
 
-    source: np.ndarray  # int16, of every sample
-    row: np.ndarray  # int32, of its source's index
-    place: np.ndarray  # int32: numbers of samples in the order in which rows hold them
-    size: np.ndarray  # int32: samples of each row
-    segments: list[tuple[int, list[Fraction]]]  # of the schedule so far: `FairSchedule.segments`
+    source: np.ndarray  # int16 (samples,): source number
+    row: np.ndarray  # int32 (samples,): row of the source's index
+    place: np.ndarray  # int32 (samples,): sample numbers in the order in which rows hold them
+    size: np.ndarray  # int32 (rows,): number of samples per row
+    segments: list[tuple[int, list[Fraction]]]  # `FairSchedule.segments` so far
     is_last: bool  # every source is used up
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a row may hold, and how samples are put into rows.
+    """The limits of a row, and how samples are put into rows.
 
     Args:
-        max_tokens, max_images: the most positions and views of a row.
-        packing: several samples a row; else a row is one sample.
-        group: without packing, so many samples of like length stand together; None for the order of arrival.
+        max_tokens, max_images: maximum number of positions and views per row.
+        packing: several samples per row; False: one sample per row.
+        group: without packing, put this many samples of similar length together; None: keep the order of arrival.
     """
 
     max_tokens: int
@@ -45,7 +45,9 @@ class Rows:
     def fill(
         self, lengths: np.ndarray, images: np.ndarray, costs: np.ndarray, sources: np.ndarray, num_sources: int
     ) -> list[list[int]]:
-        """Samples in the order of rows, a list each; packed or grouped ones so that no source bunches up.
+        """Return the samples in row order, as one list of sample numbers per row or group.
+
+        Packed rows and groups are ordered so that no source bunches up.
 
         Args:
             lengths, images, costs, sources: (n,) of the samples of a window.
@@ -63,15 +65,15 @@ class Rows:
 
 
 class WindowPlanner:
-    """Plans window after window, from the first.
+    """Plans one window after another.
 
     Args:
         sources: in the mixture's order.
-        weights: the sources' shares.
+        weights: shares of the sources.
         unit: what the shares are counted in.
-        passes: of every source.
-        rows: what becomes of a window's samples.
-        window: samples of a window.
+        passes: one per source.
+        rows: limits and layout of rows.
+        window: number of samples per window.
     """
 
     def __init__(
@@ -86,10 +88,11 @@ class WindowPlanner:
     ):
         self.sources, self.unit, self.rows, self.window = sources, unit, rows, window
         self._passes = [p.rows() for p in passes]
-        self._queues = [np.empty(0, dtype=np.int64) for _ in sources]  # rows of passes that are not planned yet
+        self._queues = [np.empty(0, dtype=np.int64) for _ in sources]  # rows of the current passes, not planned yet
         self._schedule = FairSchedule(weights, [p.costs(unit) for p in passes])
 
     def next_window(self) -> Window:
+        """Schedule and pack the next window."""
         sources = self._schedule.take(self.window)
         rows = np.empty(len(sources), dtype=np.int32)
         lengths, images, costs = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)

@@ -1,4 +1,4 @@
-"""The model card of a saved run: what it is, what it was trained on, what it scored, how it is loaded."""
+"""The model card of an exported run: its parts, training data and scores, and how to load it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def write_card(
     engines: list[str],
     notes: list[str],
 ) -> None:
-    """README.md of a model folder.
+    """Write README.md of a model folder.
 
     Args:
-        kind: `ours`, or the stock class.
-        parts: name -> (class, parameters).
+        kind: `ours`, or the name of the stock class.
+        parts: name -> (class, number of parameters).
         config: the run's resolved configuration.
-        results: its results.json.
-        engines: lines of `check_folder`.
-        notes: what differs from the run's own inference.
+        results: the content of its results.json.
+        engines: table rows made from `check_folder`.
+        notes: differences from the run's own inference.
     """
     stages = config.get("stages") or {}
     sources = sorted({s for stage in stages.values() for s in ((stage.get("mixture") or {}).get("sources") or {})})

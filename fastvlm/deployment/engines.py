@@ -1,7 +1,7 @@
 """Which engines can load a folder, and why the others cannot: from their documented lists and their own code.
 
-Where the lists are from (nothing here asks the network):
-- transformers: the installed version is asked itself;
+Sources of the lists (nothing here uses the network):
+- transformers: the installed version itself;
 - vLLM: docs/models/supported_models.md of github.com/vllm-project/vllm at 4b387bc, and of 0.33.0;
 - llama.cpp: conversion classes of github.com/ggml-org/llama.cpp (convert_hf_to_gguf.py at a458664), autumn 2026;
 - MLX-VLM: mlx_vlm/models of github.com/Blaizzy/mlx-vlm, 0.7.10.
@@ -58,9 +58,10 @@ class Verdict:
 
 
 def check_folder(folder: str | Path) -> list[Verdict]:
-    """
+    """Check a model folder against every engine.
+
     Raises:
-        ValueError: no model folder.
+        ValueError: the folder has no config.json.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -82,7 +83,7 @@ def check_folder(folder: str | Path) -> list[Verdict]:
 
 
 def check_transformers(folder: Path, name: str, *, ours: bool) -> Verdict:
-    """Builds the model of the configuration on the meta device and compares it with the weights' names and shapes."""
+    """Check that the installed transformers has the class and builds it from the configuration (on the meta device)."""
     import torch
     import transformers
 
@@ -133,7 +134,7 @@ def check_mlx(name: str, vision: str, text: str, *, ours: bool) -> Verdict:
 
 
 def check_weights(folder: Path) -> Verdict:
-    """Whether everything an engine reads beside the weights is there."""
+    """Check that every file an engine reads is there: weights, tokenizer, processor, generation settings."""
     wanted = ("model.safetensors", "tokenizer.json", "processor_config.json", "generation_config.json")
     missing = [name for name in wanted if not (folder / name).exists()]
     if "model.safetensors" in missing and (folder / "model.safetensors.index.json").exists():

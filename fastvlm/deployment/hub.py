@@ -1,8 +1,8 @@
-"""A run as a folder that `transformers` and other engines load.
+"""Export a run as a folder that `transformers` and other engines load.
 
-python -m fastvlm.deployment.hub run=runs/latest out=exported             the class of transformers it equals, else ours
-python -m fastvlm.deployment.hub run=runs/latest out=exported form=ours   weights, tokenizer, processor, card
-python -m fastvlm.deployment.hub import=<folder> out=<folder>             an original LLaVA or ml-fastvlm checkpoint
+python -m fastvlm.deployment.hub run=runs/latest out=exported             as a transformers class if one fits, else ours
+python -m fastvlm.deployment.hub run=runs/latest out=exported form=ours   as our own class, with tokenizer and processor
+python -m fastvlm.deployment.hub import=<folder> out=<folder>             convert an original LLaVA or ml-fastvlm model
 python -m fastvlm.deployment.hub check=<folder>                           which engines load it, and why others do not
 """
 
@@ -22,7 +22,7 @@ FORMS = ("auto", "ours", "stock")
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    """`key=value` arguments; `--check <folder>` is `check=<folder>`.
+    """Parse `key=value` arguments; `--check <folder>` means `check=<folder>`.
 
     Raises:
         ValueError: an argument of another form, or keys that do not go together.
@@ -52,13 +52,13 @@ def parse(arguments: list[str]) -> dict[str, str]:
 
 
 def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]:
-    """Write a finished run's model to a folder; returns the form it has there and what differs.
+    """Write a finished run's model to a folder; return the form it has there and how its inference differs.
 
     Args:
-        form: `stock` (a class of transformers, or an error), `ours`, or `auto` (stock where the parts equal one).
+        form: `stock` (a class of transformers, or an error), `ours`, or `auto` (stock if a class fits, else ours).
 
     Raises:
-        ValueError: no such run, or `form=stock` and the parts equal no stock class.
+        ValueError: no such run, a folder that is not empty, or `form=stock` and no stock class fits.
     """
     from omegaconf import OmegaConf
 
@@ -95,7 +95,7 @@ def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]
 
 
 def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
-    """Our own form: configuration, weights, tokenizer with its chat template, processor, generation settings."""
+    """Save our own form: configuration, weights, tokenizer with chat template, processor, generation settings."""
     from transformers import GenerationConfig
 
     import fastvlm.auto  # noqa: F401
@@ -113,7 +113,7 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
     path = Path(folder) / "processor_config.json"
     auto = {auto: f"remote_code.{name}" for auto, name in PROCESSORS.items()}
     settings = json.loads(path.read_text())
-    settings["auto_map"] = settings["image_processor"]["auto_map"] = auto  # each half is read alone
+    settings["auto_map"] = settings["image_processor"]["auto_map"] = auto  # each is read on its own
     path.write_text(json.dumps(settings, indent=2))
     code = Path(folder) / "remote_code.py"
     line = f"from fastvlm.deployment.processing import {', '.join(PROCESSORS.values())}  # noqa: F401\n"
@@ -123,14 +123,14 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
 
 
 def save_pretrained_vlm(model, tokenizer, config: dict[str, Any], folder: Path) -> str:
-    """A pretrained model in its own class, with the files of its processor."""
+    """Save a pretrained model in its own class, with its processor's files."""
     if model._restore is None:
         raise ValueError("the traditional mode is two models and has no folder of one; name both: vlm=traditional")
     stock = model.restored()
     stock.save_pretrained(folder)
     copy_processor(config["vlm"]["path"], folder)
     if tokenizer.template.name != OWN and tokenizer.template.image == ("", ""):
-        tokenizer.save(folder)  # its turns and their tokens; marks around images are the processor's own
+        tokenizer.save(folder)  # chat template and its tokens; the processor itself adds marks around images
     return type(stock).__name__
 
 
@@ -164,7 +164,7 @@ def write_readme(folder: Path, run: str, *, kind: str, parts: dict, config: dict
 
 
 def import_checkpoint(path: str, out: str, *, vision_tower: str | None = None) -> str:
-    """An original LLaVA or ml-fastvlm checkpoint, written in the form of transformers; returns its class."""
+    """Convert an original LLaVA or ml-fastvlm checkpoint to the format of transformers; return its class name."""
     from fastvlm.models.pretrained.originals import load_original, processor_of
 
     folder = fresh_folder(out)

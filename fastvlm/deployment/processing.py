@@ -1,4 +1,4 @@
-"""Our views and image slots as a processor of `transformers`."""
+"""A processor of `transformers` that makes our views and image slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm.data.transforms import ImageTransform
 
 
 class PartsVLMImageProcessor(BaseImageProcessor):
-    """Images -> views, by `ImageTransform`.
+    """Image processor that makes views with `ImageTransform`.
 
     Args:
         image_size: side of a view, pixels.
@@ -31,13 +31,14 @@ class PartsVLMImageProcessor(BaseImageProcessor):
         self.image_size, self.image = image_size, dict(image or {})
 
     def preprocess(self, images, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
-        """
+        """Turn images into views.
+
         Args:
-            images: files' bytes, paths, URLs, PIL images or arrays (H, W, 3) of bytes; one or a list.
+            images: bytes of a file, path, URL, PIL image or array (H, W, 3) of bytes; one or a list.
 
         Returns:
-            pixel_values: uint8 (I, 3, H, W), all images' views one behind the other, global view first.
-            layouts: int64 (images, 4): rows and columns of each image's tiles, its height and width.
+            pixel_values: uint8 (I, 3, H, W), the views of all images one after another, global view first.
+            layouts: int64 (images, 4): rows and columns of each image's tiles, its height and width in pixels.
         """
         transform = ImageTransform(image_size=self.image_size, **self.image)
         views = [transform(as_file(image)) for image in flat(images)]
@@ -46,11 +47,11 @@ class PartsVLMImageProcessor(BaseImageProcessor):
 
 
 class PartsVLMProcessor(ProcessorMixin):
-    """Text with an image token for every image -> ids with all slots, and the views.
+    """Processor of texts with one image token per image: makes ids with all slots, and the views.
 
     Args:
         tokens_per_view: slots of a view.
-        image_token: what stands for an image in the text.
+        image_token: placeholder of an image in the text.
     """
 
     @no_type_check  # transformers reads the names of the arguments from the function's own code
@@ -68,9 +69,10 @@ class PartsVLMProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images=None, text=None, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
-        """
+        """Expand image tokens to slots, tokenize the texts and make the views of the images, in the texts' order.
+
         Raises:
-            ValueError: as many image tokens as images are needed, in the order of the texts.
+            ValueError: the texts have more or fewer image tokens than there are images.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         out: dict = {}
@@ -90,7 +92,7 @@ class PartsVLMProcessor(ProcessorMixin):
                 first += self.image_token * (next(number) * self.tokens_per_view) + piece
             full.append(first)
         if full:
-            # The template writes every special token there is, the first included.
+            # The template writes all special tokens, including the first one.
             options = {"add_special_tokens": False, "padding": len(full) > 1, "padding_side": "left"} | {
                 key: value for key, value in kwargs.items() if key in ("padding", "padding_side", "truncation")
             }
@@ -111,7 +113,7 @@ def flat(images) -> list:
 
 
 def as_file(image) -> bytes:
-    """The bytes of an image file; an image in memory is written without loss."""
+    """Return the bytes of an image file; an image in memory is encoded as PNG, without loss."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, torch.Tensor):

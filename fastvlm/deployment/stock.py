@@ -1,4 +1,4 @@
-"""Our parts as a class that `transformers` has already, where they equal one, so that other engines serve them.
+"""Export our parts as a class of `transformers` if they equal one, so that other engines can serve them.
 
 | encoder | resampler | projector | class |
 |---|---|---|---|
@@ -34,14 +34,14 @@ from fastvlm.tokens import Tokenizer
 def export_stock(
     model: VLM, tokenizer: Tokenizer, *, image_size: int, image: dict | None = None
 ) -> tuple[nn.Module, hf.ProcessorMixin, list[str]]:
-    """The model and processor of the stock class that these parts equal, and what differs around the model itself.
+    """Return the model and processor of the stock class that these parts equal, and differences outside the model.
 
     Args:
         image_size: side of a view, pixels.
-        image: how a file becomes views, as a stage's `image` says it.
+        image: how a file becomes views: the content of a stage's `image`.
 
     Raises:
-        NoStockClass: they equal none.
+        NoStockClass: the parts equal no stock class.
     """
     if isinstance(model, PretrainedVLM):
         raise NoStockClass("a pretrained model has a class of its own: `restored` gives it back")
@@ -56,10 +56,10 @@ def export_stock(
 
 
 def match(model: VLM) -> str:
-    """Which stock class the parts equal: a key of `BUILDERS`.
+    """Return the stock class that the parts equal, as a key of `BUILDERS`.
 
     Raises:
-        NoStockClass: none.
+        NoStockClass: they equal none; says what would fit.
     """
     encoder, resampler, projector = model.encoder, model.resampler, model.projector
     siglip = is_siglip(encoder, norm=True)
@@ -110,13 +110,13 @@ def is_llava_mlp(projector: nn.Module) -> bool:
 
 
 def language(model: VLM) -> tuple[hf.PreTrainedConfig, dict[str, Tensor], Tensor]:
-    """Configuration, decoder weights and head of the language model, as stock classes nest them."""
+    """Return configuration, decoder weights and head of the language model, as stock classes nest them."""
     text = model.llm.hf
     return text.config, text.get_decoder().state_dict(), text.get_output_embeddings().weight
 
 
 def fill(stock: nn.Module, model: VLM, *, text: str, vision: dict[str, Tensor], connector: dict[str, Tensor]) -> None:
-    """Put the weights in; a name too many or too few is an error."""
+    """Load the weights; an unknown or a missing name is an error, except for a `post_layernorm` that we leave out."""
     _, decoder, head = language(model)
     state = {f"model.{text}.{name}": value for name, value in decoder.items()}
     state |= {f"model.{name}": value for name, value in (vision | connector).items()}
@@ -136,7 +136,7 @@ def mlp_weights(projector: nn.Module) -> dict[str, Tensor]:
 
 
 def image_processor(encoder: nn.Module, image_size: int, image: dict) -> tuple[hf.ImageProcessingMixin, list[str]]:
-    """The stock processor that comes nearest to our transform, and where it differs."""
+    """Return the stock image processor closest to our transform, and how it differs."""
     square = {"height": image_size, "width": image_size}
     common = {"image_mean": list(encoder.mean), "image_std": list(encoder.std), "resample": 2}
     fit = image.get("fit", "pad")
@@ -175,7 +175,7 @@ def build_llava(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
         vision_config=vision,
         text_config=text,
         image_token_id=model.image_token_id,
-        vision_feature_layer=-1,  # layers above the one that is read are gone
+        vision_feature_layer=-1,  # the layers above the one that is read are left out
         vision_feature_select_strategy="default" if clip else "full",
         projector_hidden_act="gelu",
         image_seq_length=model.num_visual_tokens(image_size),
@@ -233,7 +233,7 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
         image_processor=images,
         tokenizer=tokenizer.hf,
         image_seq_len=model.num_visual_tokens(image_size),
-        # The processor writes the marks itself.
+        # The processor itself writes the marks around images.
         chat_template=replace(tokenizer.template, image=("", "")).jinja(tokenizer.image_token),
     )
     notes = []
@@ -267,7 +267,7 @@ def build_gemma3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict)
         "multi_modal_projector.mm_soft_emb_norm.weight": norm.weight - 1,  # Gemma's norm multiplies by 1 + weight
     }
     fill(stock, model, text="language_model", vision=named, connector=connector)
-    # Llava's processor writes the slots alone, which is what the model has seen.
+    # Llava's processor writes only the slots, as in training.
     processor, notes = llava_processor(model, tokenizer, image_size, image, class_token=False)
     return stock, processor, [*notes, GEMMA3_ELSEWHERE]
 

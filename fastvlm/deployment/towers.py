@@ -1,4 +1,4 @@
-"""Vision towers of our encoders as `transformers` has them: sizes for its configurations, weights under its names."""
+"""Vision towers of our encoders in the form of `transformers`: sizes for its configurations, weights by its names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITIONS = "embeddings.position_embedding.weight"
 
 
 class NoStockClass(ValueError):
-    """The parts equal no class of `transformers`; the message says which part is the odd one, and what would fit."""
+    """The parts equal no class of `transformers`; the message says which part differs and what would fit."""
 
 
 class Tower(NamedTuple):
@@ -27,14 +27,14 @@ class Tower(NamedTuple):
 
 
 def is_clip(encoder: nn.Module) -> bool:
-    """Whether it is CLIP's vision transformer with its patches alone, as LLaVA takes them: without the final norm."""
+    """Return whether it is CLIP's vision transformer as in LLaVA: patches only, without the final norm."""
     if isinstance(encoder, OpenClipEncoder):
         return not (encoder.norm or encoder.class_token)
     return of_transformers(encoder, "clip_vision_model", norm=False)
 
 
 def is_siglip(encoder: nn.Module, *, norm: bool) -> bool:
-    """Whether it is SigLIP's vision transformer, with its final norm or without."""
+    """Return whether it is SigLIP's vision transformer, with its final norm or (`norm=False`) without."""
     if isinstance(encoder, TransformersEncoder):
         return of_transformers(encoder, "siglip_vision_model", norm=norm)
     vit = getattr(encoder, "model", None)
@@ -56,7 +56,7 @@ def of_transformers(encoder: nn.Module, kind: str, *, norm: bool) -> bool:
 
 
 def clip_tower(encoder: OpenClipEncoder | TransformersEncoder, image_size: int) -> Tower:
-    """Positions are as the encoder has them at this size, interpolated or not."""
+    """Return a CLIP encoder's tower with the encoder's position embeddings for this size, interpolated or not."""
     if isinstance(encoder, TransformersEncoder):
         return transformers_tower(encoder, image_size)
     visual = encoder.visual
@@ -93,7 +93,7 @@ def siglip_tower(encoder: TimmEncoder | TransformersEncoder, image_size: int) ->
 
 
 def transformers_tower(encoder: TransformersEncoder, image_size: int) -> Tower:
-    """A CLIP or SigLIP of `transformers` itself, as far up as it is read."""
+    """Return the tower of a CLIP or SigLIP from `transformers`, up to the layer that is read."""
     config, weights = encoder.hf.config, dict(encoder.hf.state_dict())
     same = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "hidden_act", "layer_norm_eps")
     sizes = {key: getattr(config, key) for key in same}

@@ -1,4 +1,4 @@
-"""Weights of our encoders under the names that `transformers` gives them."""
+"""Weights of our encoders under the names that `transformers` uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def split_qkv(fused: Tensor, name: str, kind: str) -> dict[str, Tensor]:
 
 
 def clip_weights(visual: nn.Module) -> dict[str, Tensor]:
-    """An open_clip vision transformer's weights under the names of `CLIPVisionModel`."""
+    """Return an open_clip vision transformer's weights under the names of `CLIPVisionModel`."""
     state, out = visual.state_dict(), {}
     plain = {
         "class_embedding": "embeddings.class_embedding",
@@ -41,7 +41,7 @@ def clip_weights(visual: nn.Module) -> dict[str, Tensor]:
 
 
 def siglip_weights(vit: nn.Module) -> dict[str, Tensor]:
-    """A timm SigLIP's weights under the names of Idefics3's vision model."""
+    """Return a timm SigLIP's weights under the names of Idefics3's vision model."""
     out = {}
     inner = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     for name, value in vit.state_dict().items():
@@ -58,5 +58,5 @@ def siglip_weights(vit: nn.Module) -> dict[str, Tensor]:
                 out |= split_qkv(value, f"{to}.self_attn", kind)
             else:
                 out[f"{to}.{'self_attn.out_proj' if module == 'attn.proj' else inner[module]}.{kind}"] = value
-        # The rest is the attention pooling of the classifier, which nothing reads.
+        # The rest is the classifier's attention pooling, which is not used.
     return out

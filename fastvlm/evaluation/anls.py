@@ -1,8 +1,8 @@
 """ANLS of DocVQA: average normalised Levenshtein similarity (Biten et al., arXiv:1905.13648; arXiv:1907.00490, eq. 1).
 
-The competition's own script (rrc.cvc.uab.es; a copy: QwenLM/Qwen-VL@aa00ed04 `eval_mm/infographicsvqa_eval.py`) keeps
-a similarity of exactly 0.5 where the formula drops it, and divides by the longer of the two texts as they were given,
-outer and double spaces included. lmms-eval's `anls` is the same.
+This follows the competition's script (rrc.cvc.uab.es; a copy: QwenLM/Qwen-VL@aa00ed04
+`eval_mm/infographicsvqa_eval.py`): it keeps a similarity of exactly 0.5, which the formula drops, and divides by the
+length of the longer text before whitespace is normalised. lmms-eval's `anls` does the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ THRESHOLD = 0.5
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Levenshtein's distance."""
+    """Return the Levenshtein distance."""
     if len(a) < len(b):
         a, b = b, a
     row = list(range(len(b) + 1))
@@ -27,16 +27,16 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 
 def anls(prediction: str, answers: Sequence[str], *, threshold: float = THRESHOLD) -> float:
-    """Similarity to the nearest reference in [0, 1]; below the threshold it is 0.
+    """Return the similarity to the nearest reference, in [0, 1]; 0 if it is below the threshold.
 
     Raises:
-        ValueError: no reference.
+        ValueError: there is no reference.
     """
     if not answers:
         raise ValueError("ANLS needs a reference answer")
     distances = []
     for answer in answers:
-        length = max(len(answer.upper()), len(prediction.upper()))  # as the script: some letters grow in upper case
+        length = max(len(answer.upper()), len(prediction.upper()))  # as in the script; upper case can be longer
         distance = edit_distance(" ".join(answer.lower().split()), " ".join(prediction.lower().split()))
         distances.append(distance / length if length else 0.0)
     similarity = 1 - min(distances)
@@ -44,7 +44,7 @@ def anls(prediction: str, answers: Sequence[str], *, threshold: float = THRESHOL
 
 
 class ANLS(Protocol):
-    """Types are DocVQA's: figure/diagram, form, table/list, ..., a question may have several."""
+    """ANLS by DocVQA's question types: figure/diagram, form, table/list, ...; a question may have several."""
 
     metric = "anls"
 

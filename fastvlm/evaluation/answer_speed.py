@@ -1,4 +1,4 @@
-"""How fast answers come, one question at a time: first token, further tokens, a second question about an image."""
+"""Answer speed, one question at a time: first token, further tokens, a second question about an image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ STORE = 1 << 28
 
 
 def first_token_ms(engine: Engine, questions: Sequence[Question], *, repeats: int = 3) -> dict[str, float]:
-    """`test/ttft_ms` and its two terms, `image` (encoder, resampler, projector) and `prefill`: medians, milliseconds:
-    of wall time on all threads, or of what the thread computed where a CPU has one, so that others on the machine are
-    mostly left out.
+    """Measure `test/ttft_ms` and its terms `image` (encoder, resampler, projector) and `prefill`, medians in ms.
 
-    Each question is asked alone (batch 1), once unmeasured and then `repeats` times; reading and resizing the file is
-    not counted, the words of the prompt are.
+    Times are wall times; on a CPU with a single thread they are CPU times of that thread, which other load on the
+    machine hardly affects. Each question is asked alone (batch 1), once to warm up and then `repeats` times. Reading
+    and resizing the image file is not included; `prefill` covers the whole prompt, text and image.
     """
     if not questions:
         return {}
@@ -36,14 +35,14 @@ def first_token_ms(engine: Engine, questions: Sequence[Question], *, repeats: in
 def answer_speed(
     engine: Engine, questions: Sequence[Question], *, second: bool = False, tokens: int = 32, repeats: int = 5
 ) -> dict[str, float]:
-    """`test/speed/...`: `ttft_ms` and its two terms `image_ms` and `prefill_ms`, `tokens_per_second` of an answer's
-    further tokens, `weights_mib`. Medians over questions and repeats; reading and resizing the file is not counted.
+    """Measure `test/speed/...`: `ttft_ms` and its terms `image_ms` and `prefill_ms`, `tokens_per_second` after the
+    first token, and `weights_mib`.
 
-    On a CPU seconds are what one thread computed, however many the process may use, so that others on the machine are
-    mostly left out; on a GPU they are wall time.
+    Values are medians over questions and repeats, without reading and resizing the image file. On a CPU, times are CPU
+    times on one thread, however many the process may use, which other load hardly affects; on a GPU, wall times.
 
     Args:
-        second: each question comes after another one about the same image, which the engine remembers.
+        second: ask another question about the same image first, with the engine's stores enabled.
         tokens: length of every answer.
     """
     with one_thread(engine.device), engine.measured(Clock.steady(engine.device), store_bytes=STORE if second else 0):
@@ -61,7 +60,7 @@ def answer_speed(
 def ask_alone(
     engine: Engine, questions: Sequence[Question], *, tokens: int, repeats: int, second: bool = False
 ) -> tuple[list[float], list[float], list[float]]:
-    """Milliseconds of the image and of the prompt, and further tokens a second, of every question and repeat."""
+    """Return image and prefill times (ms), and tokens per second after the first, of every question and repeat."""
     answers: list[Generation] = []
     for question in questions:
         for turn in range(repeats + 1):
@@ -70,14 +69,14 @@ def ask_alone(
             if second:
                 engine.generate([opening(question)], [question.images], max_new_tokens=1)
             (answer,) = engine.generate([question.prompt], [question.images], max_new_tokens=tokens)
-            answers += [answer] if turn else []  # the first of each warms up
+            answers += [answer] if turn else []  # the first answer of each is a warm-up
     image, prefill = [a.image_seconds * 1e3 for a in answers], [a.prefill_seconds * 1e3 for a in answers]
     return image, prefill, [a.tokens_per_second for a in answers]
 
 
 @contextmanager
 def one_thread(device: str | torch.device) -> Iterator[None]:
-    """Meanwhile a CPU computes on one thread; what is compiled is compiled for one."""
+    """Use a single CPU thread inside the context, also for code that is compiled in it."""
     threads = torch.get_num_threads()
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)
@@ -88,7 +87,7 @@ def one_thread(device: str | torch.device) -> Iterator[None]:
 
 
 def opening(question: Question) -> dict:
-    """Another question about the same image, with the image where this question has it."""
+    """Return another question about the same images, in the same places."""
     first, *_ = question.messages
     parts = first["content"] if isinstance(first["content"], list) else [{"type": "text", "text": first["content"]}]
     asked = [part if part["type"] == "image" else {"type": "text", "text": OPENING} for part in parts]

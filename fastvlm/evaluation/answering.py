@@ -1,4 +1,4 @@
-"""Windows of questions: read ahead of the model, images encoded once, prompts of like length answered together."""
+"""Answer windows of questions: read ahead, encode each image once, batch prompts of similar length."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ DECODERS = 2  # threads
 
 @dataclass
 class Asked:
-    """One question as it lies in the shard, with the digests of its images."""
+    """One question as stored in the shard, with the SHA-256 digests of its images."""
 
     key: str
     record: dict
     images: list[bytes] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
-    thumbnail: str = ""  # a data address
+    thumbnail: str = ""  # a data URL
 
     @property
     def digest(self) -> str:
-        """A name for the images, where the data set gives none."""
+        """An id of the images, for data sets that have none."""
         return "+".join(digest[:16] for digest in self.digests)
 
     @property
     def text(self) -> str:
-        """The user's words, images left out."""
+        """The text of the first user turn, without images; empty for a document."""
         if "document" in self.record:
             return ""
         return "".join(part["text"] for part in first_question(self.record) if part["type"] == "text")
@@ -56,15 +56,15 @@ def read_window(
     transform: ImageTransform | None,
     shown: frozenset[int],
 ) -> Iterator[list[Asked]]:
-    """The questions of every window, read in a thread while the one before is answered.
+    """Yield the questions of each window; the next window is read in a thread meanwhile.
 
     Args:
-        windows: rows of the index.
-        transform: None leaves the images unread: only the words are wanted.
+        windows: index rows of each window.
+        transform: None drops the images.
         shown: rows that get a thumbnail.
 
     Raises:
-        ValueError: a sample that cannot be had or read: a score over fewer questions would be another score.
+        ValueError: a sample cannot be fetched or read; a score over the others would not be comparable.
     """
     reader = ShardReader()
     faults = index.faults.to_pylist()
@@ -111,13 +111,15 @@ def answer_window(
     stop: Sequence[str] = (),
     cache: ImageStore | None = None,
 ) -> list[dict]:
-    """`prediction` and `tokens` of every question, greedy, in order; `fault` where it could not be asked.
+    """Return the greedy `prediction` of every question and its `tokens`, in order; `fault` if it could not be asked.
 
-    An unreadable image and a prompt longer than the model leave the prediction empty: it is scored as it is.
+    With an unreadable image or a prompt that is too long for the model the prediction is empty, and scored as such.
 
     Args:
-        examples: records and image files that stand before every question.
-        cache: visual tokens by digest, kept from window to window.
+        examples: records and image files of the shots before every question.
+        max_new_tokens: limit on the length of an answer.
+        stop: strings that end an answer.
+        cache: visual tokens by digest, kept between windows; None keeps none.
     """
     cache = ImageStore(0) if cache is None else cache
     shots = [record for record, _ in examples]
@@ -151,14 +153,14 @@ def answer_window(
 
 
 def encode_new(engine: Engine, images: dict[str, bytes], cache: ImageStore) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Visual tokens of every image by digest, those not in the cache encoded now; and why others cannot be read."""
+    """Return visual tokens by image digest, encoding those not in the cache; and the errors of unreadable images."""
     found = {digest: cache.get(digest.encode()) for digest in images}
     visual = {digest: tokens for digest, tokens in found.items() if tokens is not None}
     new = [digest for digest in images if digest not in visual]
     broken: dict[str, str] = {}
     if not new:
         return visual, broken
-    transforms = [engine.transform.restricted(()) for _ in range(DECODERS)]  # each holds room of its own
+    transforms = [engine.transform.restricted(()) for _ in range(DECODERS)]  # each has scratch memory of its own
 
     def decode(job: tuple[int, list[str]]) -> list[Tensor | str]:
         thread, digests = job
@@ -166,7 +168,7 @@ def encode_new(engine: Engine, images: dict[str, bytes], cache: ImageStore) -> t
         for digest in digests:
             try:
                 out.append(transforms[thread](images[digest]))
-            except Exception as error:  # noqa: BLE001  whatever a decoder raises over bytes that are no image
+            except Exception as error:  # noqa: BLE001  decoders may raise anything
                 out.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
         return out
 
@@ -188,19 +190,19 @@ def encode_new(engine: Engine, images: dict[str, bytes], cache: ImageStore) -> t
 
 
 def make_thumbnail(image: bytes) -> str:
-    """A picture as a data address; "" where it cannot be read."""
+    """Return a thumbnail as a data URL; "" if the image cannot be read."""
     try:
         small = to_rgb(open_image(image))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         stored = io.BytesIO()
         small.save(stored, "JPEG", quality=75)
-    except Exception:  # noqa: BLE001  the question itself says what is wrong with it
+    except Exception:  # noqa: BLE001  reported with the question itself
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(stored.getvalue()).decode()
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """A name for a model's weights: shapes, and sixteen values spread over every tensor; training moves some."""
+    """Return a hash of names, shapes and about sixteen values spread over each tensor; training moves some of them."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)

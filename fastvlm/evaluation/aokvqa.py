@@ -1,7 +1,7 @@
-"""A-OKVQA in both forms, by allenai/aokvqa@83786de0 `evaluation/eval_predictions.py`.
+"""A-OKVQA, multiple choice and direct answer, after allenai/aokvqa@83786de0 `evaluation/eval_predictions.py`.
 
-The official scorer takes the chosen option's text as it is, and direct answers without any normalisation. How a written
-answer becomes an option is left to the model: here a letter names it, or its words.
+The official scorer expects the exact text of the chosen option, and compares direct answers without normalisation. It
+does not define how generated text is mapped to an option; here the option's letter or its text is accepted.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ LETTER = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s]|$)")
 
 
 def direct_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """min(1, matches / 3) over the ten answers: nothing is left out, nothing normalised."""
+    """Return min(1, matches / 3) over the ten answers, without leave-one-out and without normalisation."""
     return min(1.0, sum(prediction == answer for answer in answers) / 3.0)
 
 
 def read_choice(prediction: str, choices: Sequence[str]) -> str | None:
-    """The option an answer names: its words (case aside), or its letter as in "B", "(B)", "B. wood"; else None."""
+    """Return the option named by its text (ignoring case) or its letter, as in "B", "(B)", "B. wood"; else None."""
     text = prediction.strip()
     for choice in choices:
         if text.rstrip(".").lower() == choice.strip().rstrip(".").lower():
@@ -31,7 +31,7 @@ def read_choice(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 class DirectAnswer(Protocol):
-    """Questions marked difficult_direct_answer are asked and not counted."""
+    """Direct answers; questions marked `difficult_direct_answer` are asked but not counted."""
 
     metric = "direct_answer"
 
@@ -46,7 +46,7 @@ class DirectAnswer(Protocol):
 
 
 class MultipleChoice(Protocol):
-    """An answer that names no option is wrong."""
+    """Multiple choice; an answer that names no option is wrong."""
 
     metric = "multiple_choice"
 
@@ -61,6 +61,6 @@ class MultipleChoice(Protocol):
         return {"score": float(chosen == choices[right]), "parsed": chosen}
 
     def official(self, rows: Sequence[dict]) -> dict[str, dict]:
-        # The official reader refuses what is none of the choices: an answer without one is left out, and so wrong.
+        # The official reader rejects texts that are not a choice, so these answers are left out, which counts as wrong.
         graded = [(row, self.grade(row)["parsed"]) for row in rows]
         return {str(row["question_id"]): {"multiple_choice": chosen} for row, chosen in graded if chosen is not None}

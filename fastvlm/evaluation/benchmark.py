@@ -1,4 +1,4 @@
-"""A benchmark: its questions read from shards, answered window by window on every rank, scored by its protocol."""
+"""A benchmark: reads questions from shards, answers them in windows on every rank, scores them by a protocol."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from fastvlm.tokens import Tokenizer
 
 
 class Benchmark:
-    """One data set, one way to ask, one way to score.
+    """One data set with a prompt and a scoring protocol.
 
-    The questions are cut into windows in the order of the index. A window is answered as a whole, in batches that
-    depend on nothing but its questions, and written as a file by atomic rename: a killed run, or one with another
-    number of ranks, goes on with the windows that are missing and ends with the same predictions.
+    Questions are divided into windows in the order of the index. A window is answered as a whole, in batches that
+    depend only on its questions, and written to a file by atomic rename. So an interrupted run, even with another
+    number of ranks, continues with the missing windows and ends with the same predictions.
 
     Args:
-        name: of the task, in metrics and file names.
-        source: the data set; its shards come from `data/prepare.py source=...`.
-        protocol: how answers are scored.
-        split: of the shards.
-        limit: questions, spread over the split; None takes all.
+        name: name of the task in metrics and file names.
+        source: the data set; its shards are written by `data/prepare.py source=...`.
+        protocol: scores the answers.
+        split: split of the shards.
+        limit: number of questions, spread evenly over the split; None takes all.
         instruction, options, ocr, request, form, template: see `Prompt`.
-        shots: examples from the source's train split before every question, always the same ones; 4 are the first 4 of
-            8.
-        stop: strings that end an answer; running text ends at a line break unless told.
-        max_new_tokens: bound of an answer.
+        shots: number of examples from the train split before every question, always the same ones; 4 shots are the
+            first 4 of 8.
+        stop: strings that end an answer; None is a line break with form=document and nothing otherwise.
+        max_new_tokens: limit on the length of an answer.
         batch_size: questions answered at once.
-        window: questions a rank takes at a time, and what a kill costs at most.
-        cache_mb: of visual tokens kept for questions about the same image.
-        thumbnails: questions shown with their image on the page beside the predictions.
-        resamples: of the bootstrap (images are drawn, not questions).
+        window: questions that a rank answers before it saves them; an interruption loses at most these.
+        cache_mb: MiB of visual tokens kept for further questions about the same image.
+        thumbnails: questions shown with their image on the HTML page beside the predictions.
+        resamples: bootstrap resamples; images are drawn, not questions.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class Benchmark:
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
-        """Answer and score in this process; see `make_result` for what comes back.
+        """Answer and score all questions in this process; returns the result of `make_result`.
 
         Args:
-            image_size: side of a view (pixels), as the last stage saw them.
-            transform: from a file to its views, as the last stage saw them; None pads to squares.
-            out: folder that gets `predictions/<name>.jsonl` and its kin, and where an interrupted run goes on.
+            image_size: side of a view in pixels, as in the last training stage.
+            transform: turns an image file into views, as in the last training stage; None pads to squares.
+            out: folder for `predictions/<name>.jsonl` and related files, from which an interrupted run resumes.
         """
         out = Path(out) if out is not None else None
         where = {"image_size": image_size, "transform": transform}
@@ -117,14 +117,14 @@ class Benchmark:
         return self.score([row for window in windows for row in window], tokenizer=tokenizer, out=out)
 
     def render(self, result: dict) -> str:
-        """The result as a table for the terminal."""
+        """Return the result as a table for the terminal."""
         return describe(result)
 
     def questions(self, tokenizer: Tokenizer) -> tuple[SourceIndex, list[np.ndarray]]:
-        """The index of the split, and the rows of every window.
+        """Return the index of the split and the rows of each window.
 
         Raises:
-            ValueError: no shards, or none of their samples is left.
+            ValueError: there are no shards, or the source's filters leave no sample.
         """
         if not self.source.has_split(self.split):
             raise ValueError(
@@ -152,10 +152,10 @@ class Benchmark:
         num_ranks: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[dict]]:
-        """Answer this rank's windows; with `out`, those that are not answered yet.
+        """Answer the windows of this rank; with `out`, windows answered earlier are read from their files.
 
         Returns:
-            The rows of this rank's windows in order, unscored.
+            The unscored rows of this rank's windows, in order.
         """
         engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
         index, windows = self.questions(tokenizer)
@@ -196,10 +196,10 @@ class Benchmark:
         return answered
 
     def collect(self, out: Path, *, wait: float | int | None = None) -> list[dict]:
-        """The rows of all windows, in order, as the ranks wrote them.
+        """Return the rows of all windows, in order, from the files that the ranks wrote.
 
         Args:
-            wait: seconds without a new window after which the others are given up; None does not wait at all.
+            wait: seconds to wait for each further window; None does not wait.
 
         Raises:
             ValueError: windows are missing.
@@ -227,10 +227,10 @@ class Benchmark:
         return result
 
     def score_file(self, path: str | Path, tokenizer: Tokenizer, *, out: Path | None = None) -> dict:
-        """Score answers that stand in a file: our predictions, JSON lines or a list of `question_id` and an answer.
+        """Score answers from a file: our predictions, or JSON (lines) with `question_id` and answer.
 
         Raises:
-            ValueError: the file holds answers to other questions, not all, or one twice.
+            ValueError: an answer is missing or duplicated, or belongs to none of the questions.
         """
         index, windows = self.questions(tokenizer)
         answers, named_by = read_rows(path)
@@ -252,18 +252,17 @@ class Benchmark:
         return self.score(rows, tokenizer=tokenizer, out=out)
 
     def describe_prompt(self) -> dict:
-        """What a score cannot be compared without: how the questions were put, and how answers were scored where a
-        protocol has several ways."""
+        """Return the settings two scores must share to be comparable: the prompt's, and those of the protocol."""
         said = {"form": self.prompt.form, "shots": self.shots, "ocr_tokens": self.prompt.ocr}
         instruction = self.prompt.request if self.prompt.instruction is None else self.prompt.instruction
         said |= {"instruction": "as in the shards" if instruction is None else instruction}
         return said | self.protocol.describe()
 
     def examples(self, tokenizer: Tokenizer) -> list[tuple[dict, list[bytes]]]:
-        """Records and image files of the shots.
+        """Return records and image files of the shots.
 
         Raises:
-            ValueError: there is no train split, or it is too small.
+            ValueError: there is no train split, or it has too few readable samples.
         """
         if not self.shots:
             return []
@@ -287,13 +286,13 @@ class Benchmark:
         return found
 
     def shown(self, windows: Sequence[np.ndarray]) -> frozenset[int]:
-        """Rows that get a thumbnail, spread over the split."""
+        """Return the rows that get a thumbnail, spread over the split."""
         rows = np.concatenate(windows)
         places = np.linspace(0, len(rows) - 1, min(self.thumbnails, len(rows))).round().astype(int)
         return frozenset(rows[places].tolist())
 
     def row_of(self, question: Asked) -> dict:
-        """What the predictions file says of a question, but for its answer."""
+        """Return a question's row for the predictions file, without the model's answer."""
         meta = dict(question.record.get("meta") or {})
         answers = meta.pop("answers", None) or [answer_of(question.record)]
         text, *_ = split_question(question.text, meta)
@@ -310,7 +309,7 @@ class Benchmark:
     def parts(
         self, out: Path, engine: Engine, index: SourceIndex, windows: Sequence[np.ndarray], examples: Sequence[tuple]
     ) -> Path:
-        """The folder of answered windows: another model, data set, prompt or example has another one."""
+        """Return the folder of answered windows; its name is a hash of model, data, prompt and examples."""
         transform = engine.transform
         said = {
             "task": [self.name, self.split, index.checksum, [rows.tolist() for rows in windows]],

@@ -1,6 +1,6 @@
-"""RefCOCO and its kin: is the named region where the box says? Accuracy at IoU 0.5 (Yu et al., arXiv:1608.00272).
+"""Referring expressions (RefCOCO and similar): accuracy of predicted boxes at IoU 0.5 (Yu et al., arXiv:1608.00272).
 
-Reading and overlap as in lmms-eval@75571cfe `tasks/refcoco/utils_rec.py`.
+Parsing and overlap follow lmms-eval@75571cfe `tasks/refcoco/utils_rec.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def read_box(text: str) -> list[float]:
-    """The first `[x1, y1, x2, y2]` of a text; four zeros where there is none."""
+    """Return the first `[x1, y1, x2, y2]` in a text; four zeros if there is none."""
     found = BOX.search(text)
     return [float(number) for number in found.groups()] if found else [0.0] * 4
 
 
 def overlap(a: Sequence[float | int], b: Sequence[float | int]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2) in the same unit; of two boxes without area it is 0."""
+    """Return the IoU of two boxes (x1, y1, x2, y2) in the same unit; 0 if neither has an area."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     shared = max(0, width) * max(0, height)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
@@ -30,11 +30,14 @@ def overlap(a: Sequence[float | int], b: Sequence[float | int]) -> float:
 
 
 class Boxes(Protocol):
-    """`meta.box` holds the true box as shares of the image's width and height.
+    """Box accuracy; `meta.box` is the true box in fractions of the image's width and height.
 
     Args:
-        scale: what the model writes for the right and lower edge: 1, or 100 or 1000 for models of integer coordinates.
-        threshold: IoU from which on an answer is right; OCID-Ref's is 0.25.
+        scale: the model's coordinate of the right and lower edge: 1, or 100 or 1000 for integer coordinates.
+        threshold: minimum IoU of a correct answer; OCID-Ref uses 0.25.
+
+    Raises:
+        ValueError: `scale` is not positive.
     """
 
     metric = "accuracy_at_iou"

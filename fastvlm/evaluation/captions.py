@@ -1,7 +1,7 @@
-"""Captions against several references: CIDEr-D, BLEU and ROUGE-L as COCO's scorer has them.
+"""Caption metrics against several references: CIDEr-D, BLEU and ROUGE-L, as in COCO's scorer.
 
 Source: salaniz/pycocoevalcap@ad63453c. Papers: Vedantam et al., arXiv:1411.5726 (CIDEr); Papineni et al. 2002 (BLEU);
-Lin 2004 (ROUGE). METEOR and SPICE need Java programs of their own and are left out.
+Lin 2004 (ROUGE). METEOR and SPICE need separate Java programs and are not implemented.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from fastvlm.evaluation.protocol import Protocol, mean
 from fastvlm.evaluation.ptb import has_java, tokenise, tokenise_java
 
 MAX_N = 4
-SIGMA = 6.0  # of CIDEr-D's penalty on another length
-BETA = 1.2  # ROUGE-L: recall's weight
+SIGMA = 6.0  # CIDEr-D: width of the length penalty
+BETA = 1.2  # ROUGE-L: weight of recall
 
 
 def ngrams(text: str) -> Counter[tuple[str, ...]]:
-    """Counts of the 1- to 4-grams of a text of tokens."""
+    """Count the 1- to 4-grams of a tokenized text."""
     words = text.split()
     return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
 
 
 def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of every prediction; the corpus's is their mean. Papers report it times 100.
+    """Return CIDEr-D of every prediction; the corpus score is their mean. Papers report it times 100.
 
     Args:
-        predictions: tokens set off by spaces.
-        references: the same, several each. How rare an n-gram is, is counted over these references' images.
+        predictions: tokens separated by spaces.
+        references: likewise, several per prediction; document frequencies are counted over them, per image.
     """
     counted = [[ngrams(text) for text in texts] for texts in references]
     seen = Counter(gram for texts in counted for gram in set().union(*texts))
@@ -40,7 +40,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
         for gram, count in counts.items():
             vectors[len(gram) - 1][gram] = count * (log_images - math.log(max(1.0, seen[gram])))
         norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-        length = sum(count for gram, count in counts.items() if len(gram) == 2)  # pairs of words, in the original too
+        length = sum(count for gram, count in counts.items() if len(gram) == 2)  # counts bigrams, like the original
         return vectors, norms, length
 
     scores = []
@@ -59,7 +59,7 @@ def cider_d(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """BLEU-1 to BLEU-4 of the corpus; the reference nearest in length counts for brevity, of two the shorter."""
+    """Return corpus BLEU-1 to BLEU-4; the brevity penalty uses the reference closest in length, the shorter if tied."""
     correct, possible = [0] * MAX_N, [0] * MAX_N
     length = reference_length = 0
     for text, texts in zip(predictions, references, strict=True):
@@ -73,7 +73,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
             possible[n] += max(0, words - n)
         length += words
         reference_length += min((abs(len(other.split()) - words), len(other.split())) for other in texts)[1]
-    # The tiny numbers are the original's: 0 of 0 stays 0.
+    # The small constants are the original's.
     product, scores = 1.0, []
     for n in range(MAX_N):
         product *= (correct[n] + 1e-15) / (possible[n] + 1e-9)
@@ -83,7 +83,7 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """F of the longest common subsequence: the best precision and the best recall over the references."""
+    """Return the F score of the longest common subsequence, from the best precision and best recall over references."""
     mine, others = prediction.split(" "), [text.split(" ") for text in references]
     shared = [_common(other, mine) for other in others]
     precision = max(n / len(mine) for n in shared)
@@ -103,11 +103,14 @@ def _common(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 class Captions(Protocol):
-    """CIDEr-D is the score of a caption; BLEU and ROUGE-L stand beside it.
+    """CIDEr-D as the score of a caption, with BLEU and ROUGE-L as further figures.
 
     Args:
-        tokenizer: java, the original program, whose figures are COCO's own; python, `ptb.py`'s rules, whose figures are
-            within 0.1 % of them; None takes java where it can run. The result says which.
+        tokenizer: java, the original program, which gives COCO's own figures; python, the rules in `ptb.py`, whose
+            figures are within 0.1 % of them; None takes java if it can run. The result names the one used.
+
+    Raises:
+        ValueError: an unknown tokenizer.
     """
 
     metric = "cider"
@@ -143,7 +146,7 @@ class Captions(Protocol):
     def _tokens(self, rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         said, true = [row["prediction"] for row in rows], [text for row in rows for text in row["answers"]]
         cut = tokenise_java if self.tokenizer == "java" else lambda texts: list(map(tokenise, texts))
-        # Each kind in a run of its own, as COCO's code does it: the program reads on into the next line for what a
-        # full stop ends.
+        # Predictions and references are tokenized separately, like in COCO's code: after a full stop, the program's
+        # output can depend on the next line.
         predictions, tokens = cut(said), iter(cut(true))
         return predictions, [[next(tokens) for _ in row["answers"]] for row in rows]

@@ -1,9 +1,9 @@
-"""Whether one run answers better than another: the same questions, paired.
+"""Compare two runs on the same questions, paired.
 
     python -m fastvlm.evaluation.compare a=runs/one b=runs/two task=vqav2
 
-reads `eval/predictions/<task>.jsonl` of both (or the file itself: a=path.jsonl), and says the difference with a paired
-bootstrap interval (images are drawn) and, for right or wrong answers, McNemar's exact test.
+Reads `eval/predictions/<task>.jsonl` of both (or a file given directly: a=path.jsonl), and prints the difference with a
+paired bootstrap interval over images and, if all scores are 0 or 1, McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fastvlm.evaluation.scores import LEVEL, resampled_means
 
 
 def read_scores(where: str | Path, task: str) -> dict[str, dict]:
-    """Scored rows by key.
+    """Return scored rows by key.
 
     Args:
-        where: a run, an evaluation's folder, or the JSON lines themselves.
+        where: a run, an evaluation's folder, or a predictions file.
 
     Raises:
-        ValueError: there are no predictions of that task, or they hold no scores.
+        ValueError: there are no predictions of the task, or they have no scores.
     """
     where = Path(where)
     places = [where, where / "eval/predictions" / f"{task}.jsonl", where / "predictions" / f"{task}.jsonl"]
@@ -47,14 +47,14 @@ def read_scores(where: str | Path, task: str) -> dict[str, dict]:
 def compare(
     a: dict[str, dict], b: dict[str, dict], *, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, float | int | list[float]]:
-    """The difference b - a over the questions of both.
+    """Compute the difference b - a over the counted questions.
 
     Returns:
-        `a`, `b` (mean scores), `difference`, its 95 % `interval`, `p` (two-sided, of the bootstrap), `n`, and where all
-        scores are 0 or 1 `only_a`, `only_b` (questions only one of them has right) and `mcnemar_p`.
+        `a`, `b` (mean scores), `difference`, its 95 % `interval`, `p` (two-sided, of the bootstrap), `n`, and, if all
+        scores are 0 or 1, `only_a`, `only_b` (questions that only one of them answers correctly) and `mcnemar_p`.
 
     Raises:
-        ValueError: the two answer other questions.
+        ValueError: the two do not answer the same questions.
     """
     if a.keys() != b.keys():
         lone, common = min(a.keys() ^ b.keys()), len(a.keys() & b.keys())
@@ -84,17 +84,17 @@ def compare(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test: how likely the discordant pairs fall so unevenly by a fair coin."""
+    """Return the exact two-sided p-value of McNemar's test: a binomial test of the discordant pairs against 1/2."""
     n, k = only_a + only_b, min(only_a, only_b)
     if not n:
         return 1.0
-    # In logarithms: n may be thousands.
+    # In logarithms, because n may be in the thousands.
     choose = lambda i: math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
     return min(1.0, 2 * math.fsum(math.exp(choose(i) - n * math.log(2)) for i in range(k + 1)))
 
 
 def describe(result: dict, *, names: Sequence[str] = ("a", "b")) -> str:
-    """The comparison in two lines."""
+    """Return the comparison as one line, or two with McNemar's test."""
     low, high = result["interval"]
     lines = [
         f"{names[0]} {100 * result['a']:.2f}, {names[1]} {100 * result['b']:.2f} on {result['n']} questions: "

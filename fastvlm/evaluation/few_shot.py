@@ -1,4 +1,4 @@
-"""Answers after solved examples: how probable they are, and whether greedy decoding gives them."""
+"""Few-shot scoring: likelihood of answers after solved examples, and whether greedy decoding produces them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from fastvlm.tokens import IGNORE_INDEX
 
 
 def draw_examples(questions: Sequence[Question], *, count: int) -> list[list[int]]:
-    """For every question the places of `count` others of its type and source, about other images than its own and each
-    other's. They are drawn by the question's key alone; the first of them are those of a smaller count.
+    """Draw `count` examples for every question: indices of other questions of its type and source.
+
+    All have different images from the question and from each other. The draw depends only on the question's source and
+    key, and the first k of them are those of `count=k`.
 
     Raises:
         ValueError: a type has too few questions about different images.
@@ -54,24 +56,25 @@ def score_after(
     prompt: Prompt,
     batch_size: int = 128,
 ) -> list[tuple[float, int, bool]]:
-    """(nats, tokens, right) of every question's answer with what ends it; right where greedy decoding takes each of its
-    tokens, and so answers with them.
+    """Return (nats, tokens, right) of every question's answer, including the tokens that end it.
+
+    `right` means that greedy decoding chooses each of these tokens, so that it would generate the answer.
 
     Args:
-        examples: for every question the places of those that stand solved before it, with their images.
+        examples: for every question, indices of those that precede it with their images and answers.
         visual: visual tokens (T, D) of every question's images.
 
     Raises:
-        ValueError: a prompt with its answer is longer than the model can be.
+        ValueError: a prompt with its answer is too long for the model.
     """
     rows, shown = [], []
-    limit = engine.model.llm.max_positions + 1  # the last token is only predicted
+    limit = engine.model.llm.max_positions + 1  # the last token is predicted, but not an input
     for question, before in zip(questions, examples, strict=True):
         asked = prompt.ask(question.answered, [questions[place].answered for place in before])
         images = [image for place in before for image in visual[place]] + list(visual[len(rows)])
         slots = [len(image) for image in images]
         answered = prompt.answer(asked, question.answer)
-        # A document's end is none of its answer's.
+        # prompt=True leaves out the end of the document, which is not part of the answer.
         whole = encode_record(answered, engine.tokenizer, tokens_per_image=slots, prompt="document" in answered)
         known = len(encode_record(asked, engine.tokenizer, tokens_per_image=slots, prompt=True).input_ids)
         if len(whole.input_ids) > limit:

@@ -1,4 +1,4 @@
-"""The panel of a study about few-shot models: answers after solved examples, and benchmarks with shots."""
+"""The panel for studies of few-shot models: answers after solved examples, and benchmarks with shots."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from fastvlm.tokens import Tokenizer
 
 
 class FewShotPanel(Panel):
-    """`Panel`, and the same questions after k solved ones of their type about other held-out images:
-    `test/answer_nll/shots/<k>` (nats per token of the answer and what ends it) and `test/exact_match/shots/<k>` (greedy
-    decoding gives exactly these tokens); `test/answer_nll_gain/<k>`, how much lower the first is than without examples.
+    """`Panel` plus the same questions after k solved examples of their type about other held-out images.
+
+    Metrics: `test/answer_nll/shots/<k>`, in nats per token of the answer and its end; `test/exact_match/shots/<k>`, the
+    share of answers that greedy decoding produces exactly; `test/answer_nll_gain/<k>`, how much lower the NLL is than
+    without examples.
 
     Args:
-        shots: every k.
-        form, template: of the prompt, see `Prompt`. Turns of a conversation without examples are `test/answer_nll`.
-        benchmarks: public ones by name, run with every k of `benchmark_shots`: `test/<name>/shots/<k>/<metric>`, and
-            `test/benchmarks/shots/<k>`, the mean of the main figure of each (MM1's times 100).
+        shots: the values of k.
+        form, template: see `Prompt`. form=chat with 0 shots gives `test/answer_nll`.
+        benchmarks: public benchmarks by name, run with every k of `benchmark_shots`: `test/<name>/shots/<k>/<metric>`,
+            and `test/benchmarks/shots/<k>`, the mean of their main figures (MM1 reports it times 100).
         options: those of `Panel`.
 
     Raises:
-        ValueError: a number of shots below 0.
+        ValueError: a number of shots is negative, or none is given.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class FewShotPanel(Panel):
     def score_shots(
         self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
     ) -> dict[str, float]:
-        """The metrics of every k."""
+        """Return the metrics of every k."""
         drawn = draw_examples(questions, count=max(self.shots))
         metrics = {}
         for count in self.shots:

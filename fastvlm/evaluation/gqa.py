@@ -1,8 +1,8 @@
 """GQA: exact match on testdev_balanced (Hudson and Manning, arXiv:1902.09506).
 
-`match` is lmms-eval's exact match, case and punctuation aside (lmms-eval@75571cfe `api/metrics.py`). GQA's own
-`eval.py` (a copy: SHI-Labs/VCoder@4e85acef) compares texts as they are; `match_strict` is what it says once LLaVA's
-`scripts/convert_gqa_for_eval.py` has put an answer in lower case, without full stops at its end.
+`match` is lmms-eval's exact match, which ignores case and punctuation (lmms-eval@75571cfe `api/metrics.py`). GQA's own
+`eval.py` (a copy: SHI-Labs/VCoder@4e85acef) compares texts as they are; `match_strict` is its result after LLaVA's
+`scripts/convert_gqa_for_eval.py`, which converts answers to lower case and strips trailing full stops.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def match(prediction: str, answer: str) -> bool:
-    """The same but for case and ASCII punctuation; spaces count."""
+    """Return whether both are equal, ignoring case and ASCII punctuation; spaces count."""
     return prediction.lower().translate(NO_PUNCTUATION) == answer.lower().translate(NO_PUNCTUATION)
 
 
 def match_strict(prediction: str, answer: str) -> bool:
-    """The same after the prediction's lower case, without the full stops at its end."""
+    """Return whether the prediction, in lower case and without trailing full stops, equals the answer."""
     return prediction.rstrip(".").lower() == answer
 
 
 class GQA(Protocol):
-    """The breakdown goes by the structural and the semantic type of a question, and open or binary."""
+    """Exact match, broken down by a question's structural and semantic type, and by open or binary."""
 
     metric = "exact_match"
 
@@ -35,7 +35,7 @@ class GQA(Protocol):
 
     def groups(self, row: dict) -> list[str]:
         structural, semantic = row["meta"].get("structural"), row["meta"].get("semantic")
-        # As in GQA's own scorer: what is not a query names its possible answers.
+        # As in GQA's own scorer: all types but "query" name their possible answers.
         kind = "open" if structural == "query" else "binary"
         return [*super().groups(row), *([kind] if structural else []), *([f"about {semantic}"] if semantic else [])]
 

@@ -1,4 +1,4 @@
-"""How probable a model finds given words: answers after their questions, and running text."""
+"""Likelihood of given text under a model: answers after their questions, and documents."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def token_nll(
     tokens_per_view: int = 1,
     batch_size: int = 64,
 ) -> list[Float[Tensor, "_"]]:
-    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row: see `token_scores`."""
+    """Return the NLL (nats, float64, on the CPU) of every learned token of every row; see `token_scores`."""
     scores = token_scores(model, tokenizer, rows, visual, tokens_per_view=tokens_per_view, batch_size=batch_size)
     return [nll for nll, _ in scores]
 
@@ -40,22 +40,23 @@ def token_scores(
     tokens_per_view: int = 1,
     batch_size: int = 64,
 ) -> list[tuple[Float[Tensor, "_"], Bool[Tensor, "_"]]]:
-    """Negative log-likelihood (nats, float64, on the CPU) of every learned token of every row, in order, and whether it
-    is the one greedy decoding takes.
+    """Return, for every learned token of every row, its NLL and whether it is the argmax that greedy decoding takes.
+
+    NLLs are in nats, float64, on the CPU.
 
     Args:
-        rows: (input_ids, labels) of one sample each, as `encode_record` makes them; the first token has nothing before
-            it and is never scored.
-        visual: visual tokens of each of a row's images, its views one behind the other.
+        rows: (input_ids, labels) of one sample each, as from `encode_record`; the first token has no context and is
+            never scored.
+        visual: visual tokens of each image of a row, its views concatenated.
         tokens_per_view: M; every image has a whole number of views.
 
     Raises:
-        ValueError: rows and visual differ in number, or a row is longer than the model can be.
+        ValueError: `rows` and `visual` differ in number, or a row is too long for the model.
     """
     if len(rows) != len(visual):
         raise ValueError(f"{len(rows)} rows came with visual tokens for {len(visual)}")
     longest = max((len(ids) for ids, _ in rows), default=0)
-    # The last token of a row is only predicted, so it takes no position.
+    # The last token of a row is predicted, but not an input.
     if longest > model.llm.max_positions + 1:
         raise ValueError(f"a row has {longest} tokens, but the model ends at {model.llm.max_positions}")
     device = next(model.parameters()).device
@@ -83,7 +84,7 @@ def token_scores(
             embeds = splice(embeds, input_ids, views, image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
         hidden = model.read(embeds, input_ids, labels[:, :length].to(device), position_ids, segment_ids)
-        # Only where the next token is learned: the head is the widest product of a small model.
+        # Only where the next token is learned: in a small model the head is the largest matrix product.
         at, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         targets = labels[at, before + 1].to(device)
         logits = model.llm.head(hidden[at.to(device), before.to(device)]).float()
@@ -103,7 +104,7 @@ def answer_nll(
     tokens_per_view: int,
     batch_size: int = 64,
 ) -> list[tuple[float, int]]:
-    """(nats, tokens) of each record's learned words, given what stands before them: answers with their end token."""
+    """Return (nats, tokens) of each record's learned tokens, given their context: answers with their end token."""
     slots = [[len(image) for image in images] for images in visual]
     encoded = [encode_record(record, tokenizer, tokens_per_image=s) for record, s in zip(records, slots, strict=True)]
     rows = [(e.input_ids, e.labels) for e in encoded]
@@ -112,9 +113,9 @@ def answer_nll(
 
 
 def text_windows(ids: list[int], *, window: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a document into rows that score each token but the first exactly once.
+    """Split a document into rows (input_ids, labels) that score each token but the first exactly once.
 
-    Row k reads tokens k * window ... (k + 1) * window and scores all but its first, which row k - 1 has scored.
+    Row k holds tokens k * window ... (k + 1) * window and scores all but its first, which row k - 1 scores.
     """
     rows = []
     for start in range(0, len(ids) - 1, window):
@@ -126,16 +127,16 @@ def text_windows(ids: list[int], *, window: int) -> list[tuple[list[int], list[i
 def text_perplexity(
     model: VLM, tokenizer: Tokenizer, texts: Sequence[str], *, window: int = 256, batch_size: int = 16
 ) -> dict[str, float]:
-    """Perplexity of documents in fixed, not overlapping windows; a token sees at most `window` tokens before it.
+    """Compute the perplexity of documents in fixed, non-overlapping windows; a token sees at most `window` before it.
 
     Returns:
-        perplexity: exp of the mean NLL of a token, over all tokens of all documents (their end token counts, their
-            first has nothing before it and does not).
-        bits_per_byte: the same sum over the UTF-8 bytes it stands for: comparable between tokenizers.
-        num_tokens: how many were scored.
+        perplexity: exp of the mean NLL per token, over all documents; includes their end tokens, but not their first
+            tokens, which have no context.
+        bits_per_byte: total NLL in bits per UTF-8 byte of the scored tokens; comparable between tokenizers.
+        num_tokens: number of scored tokens.
 
     Raises:
-        ValueError: window is not positive, or there is no token to score.
+        ValueError: `window` is not positive, or there is no token to score.
     """
     if window < 1:
         raise ValueError(f"window={window} must be at least 1 token")

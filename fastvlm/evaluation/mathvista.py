@@ -1,8 +1,8 @@
-"""MathVista: answers of a stated form, by lupantech/MathVista@53d52587 `evaluation/{extract_answer,calculate_score}.py`
-(Lu et al., arXiv:2310.02255).
+"""MathVista, after lupantech/MathVista@53d52587 `evaluation/{extract_answer,calculate_score}.py` (Lu et al.,
+arXiv:2310.02255).
 
-The official extraction asks GPT where its rules find nothing; here the last number, letter or list of the response is
-taken instead, so a score says which: published ones were read by GPT.
+If the official rules find no answer in a response, the official code asks GPT. Here the last number, letter or list of
+the response is taken instead, and each row says which was used (`extracted_by`); published scores used GPT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAST = {
 
 
 def extract(response: str, *, choices: Sequence[str] | None, answer_type: str) -> str | None:
-    """The official rules: an option's words, a number alone, `The answer is "..."`. None where they find nothing."""
+    """Apply the official rules: an option's text, a bare number, `The answer is "..."`; None if they find nothing."""
     if response == "" or choices and response in choices:
         return response
     readers = {"integer": lambda text: str(int(text)), "float": lambda text: str(float(text))}
@@ -38,7 +38,7 @@ def extract(response: str, *, choices: Sequence[str] | None, answer_type: str) -
 
 
 def extract_last(response: str, *, choices: Sequence[str] | None, answer_type: str) -> str:
-    """The last letter, number or list of a response, where the official code would ask GPT; else the response."""
+    """Return the last letter, number or list of a response, in place of GPT's reading; the response if it has none."""
     if choices:
         letters = [a or b for a, b in LAST["letter"].findall(response)]
         letters = [letter for letter in letters if ord(letter) - ord("A") < len(choices)]
@@ -51,8 +51,11 @@ def extract_last(response: str, *, choices: Sequence[str] | None, answer_type: s
 def normalise(
     extraction: str, *, choices: Sequence[str] | None, answer_type: str, precision: float | int | None
 ) -> str | None:
-    """What an extraction is compared as: an option's words (by its letter, else the nearest by edits), a number rounded
-    to the stated precision; None where it is no number."""
+    """Return the form in which an extraction is compared.
+
+    This is an option's text (by its letter, else the one with the smallest edit distance), or a number rounded to the
+    question's precision; None if it is not a number.
+    """
     if choices:
         extraction = extraction.strip()
         if letters := BRACKETED_LETTER.findall(extraction):
@@ -72,7 +75,7 @@ def normalise(
 
 
 class MathVista(Protocol):
-    """`parsed` is the normalised answer; groups are the task, the form of the answer and where the question is from."""
+    """MathVista accuracy; `parsed` is the normalised answer, groups come from the metadata, such as task and skills."""
 
     def grade(self, row: dict) -> dict:
         meta = row["meta"]
@@ -92,7 +95,7 @@ class MathVista(Protocol):
         return [*super().groups(row), *[str(word) for several in words for word in several if word]]
 
     def official(self, rows: Sequence[dict]) -> dict[str, dict]:
-        """The file `calculate_score.py` reads."""
+        """Return the input of the official `calculate_score.py`."""
         return {
             str(row["question_id"]): {
                 "response": row["prediction"],

@@ -1,4 +1,4 @@
-"""What a score is: pure functions of predictions and references."""
+"""Metrics as pure functions of predictions and references, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import numpy as np
 
 
 def normalise_answer(text: str) -> str:
-    """The form in which short answers are compared: no outer space, lower case, no full stop at the end."""
+    """Normalise a short answer for comparison: stripped, lower case, without a full stop at the end."""
     text = text.strip().lower()
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether prediction and reference are the same after `normalise_answer`."""
+    """Return whether prediction and reference are equal after `normalise_answer`."""
     return normalise_answer(prediction) == normalise_answer(reference)
 
 
 def accuracy(correct: Sequence[bool]) -> float:
-    """Share of the correct ones in [0, 1]; of nothing it is nan."""
+    """Return the share of correct ones in [0, 1]; nan if there are none at all."""
     return sum(map(bool, correct)) / len(correct) if len(correct) else math.nan
 
 
 def mean_answer_length(lengths: Sequence[int]) -> float:
-    """Mean number of tokens of an answer; of nothing it is nan."""
+    """Return the mean answer length in tokens; nan if there are none."""
     return sum(lengths) / len(lengths) if len(lengths) else math.nan
 
 
 def majority_answer(answers: Sequence[str]) -> str | None:
-    """The most frequent normalised answer (of equally frequent ones the first in the alphabet), None of nothing."""
+    """Return the most frequent normalised answer (the alphabetically first of ties); None without answers."""
     counts = Counter(map(normalise_answer, answers))
     return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else None
 
 
 def wilson_interval(num_correct: int, n: int, *, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a share, honest near 0 and 1 and for few samples (Wilson 1927); z = 1.96 is 95 %.
+    """Return Wilson's score interval of a share, valid near 0 and 1 and for few samples (Wilson 1927); z=1.96 is 95 %.
 
     Raises:
         ValueError: num_correct is not in [0, n].
@@ -49,7 +49,7 @@ def wilson_interval(num_correct: int, n: int, *, z: float = 1.96) -> tuple[float
     share, z2 = num_correct / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # At the ends the bound is exactly 0 or 1; rounding must not push it off the estimate.
+    # At 0 and 1 the bound is exact; rounding errors must not move it past the estimate.
     return (0.0 if num_correct == 0 else centre - half), (1.0 if num_correct == n else centre + half)
 
 
@@ -60,10 +60,10 @@ def bootstrap_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over groups of their means, resampled within each group.
+    """Return a percentile bootstrap interval of the mean of group means, resampling within each group.
 
-    The groups (question types) stand fixed, their samples are what chance could have made others: the interval says
-    nothing about other types. Empty groups are left out.
+    The groups (question types) are fixed and only their samples are random, so the interval says nothing about other
+    types. Empty groups are left out; without any sample the interval is (nan, nan).
 
     Raises:
         ValueError: level is not in (0, 1).

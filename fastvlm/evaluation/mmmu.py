@@ -1,5 +1,5 @@
-"""MMMU: options and open answers read out of free text, by MMMU-Benchmark/MMMU@bb0b95a9 `mmmu/utils/eval_utils.py`
-(Yue et al., arXiv:2311.16502)."""
+"""MMMU: parses options and open answers from free text, after MMMU-Benchmark/MMMU@bb0b95a9
+`mmmu/utils/eval_utils.py` (Yue et al., arXiv:2311.16502)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from fastvlm.evaluation.protocol import Protocol
 
 OUTER = ",.!?;:'"
-# What the answer stands behind; in the last piece also an equals sign.
+# Words that introduce the answer; in the last piece also an equals sign.
 KEYWORDS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 TRIVIAL = {":", ",", ".", "!", "?", ";", "'"}
-# The text is in lower case by then, so only line breaks cut it; the rule about sentences is kept as it is written.
+# As in the official code. The text is in lower case by then, so the first rule never matches: only line breaks split.
 PIECES = re.compile(r"\.\s(?=[A-Z])|\n")
 NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
@@ -45,11 +45,14 @@ DOMAINS = {
 
 
 def read_option(response: str, options: Mapping[str, str], *, chance: random.Random) -> str:
-    """The letter a response names: the last "(B)"; else the last " B "; else, beyond five words, the option whose text
-    occurs last; else one drawn by chance.
+    """Return the letter that a response names, or a random one.
+
+    It is the last "(B)"; else the last " B "; else, in responses of more than five words, the option whose text occurs
+    last.
 
     Args:
-        options: text of every option by its letter, in order.
+        options: text of each option by letter, in order.
+        chance: generator for the random choice.
     """
     for mark in OUTER:
         response = response.strip(mark)
@@ -65,7 +68,7 @@ def read_option(response: str, options: Mapping[str, str], *, chance: random.Ran
 
 
 def normalise(text: str) -> list[str | float]:
-    """A number to two decimals; else the text in lower case, one character with a space on either side."""
+    """Return a number rounded to two decimals, else the lower-case text; a single "x" becomes " x" and "x "."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -75,14 +78,14 @@ def normalise(text: str) -> list[str | float]:
 
 
 def read_open(response: str) -> set[str | float]:
-    """What an open response may mean: the shortest tail behind a keyword of each line, and every number in it."""
+    """Return the candidate answers of an open response: each line's shortest tail after a keyword, and its numbers."""
     response = response.strip().strip(".").lower()
     pieces = PIECES.split(response)
     tails = []
     for number, piece in enumerate(pieces, 1):
         keywords = (*KEYWORDS, "=") if number == len(pieces) else KEYWORDS
         found = [piece.split(word)[-1].strip() for word in keywords if word in piece]
-        # An empty tail is displaced by whatever comes after it, so it never stays the shortest.
+        # As in the official code, an empty tail is replaced by the next one.
         shortest = ""
         for tail in found:
             if not shortest or len(tail) < len(shortest):
@@ -95,7 +98,7 @@ def read_open(response: str) -> set[str | float]:
 
 
 def match_open(meant: set[str | float], answers: Sequence[str]) -> bool:
-    """Whether a reference text is part of a text that is meant, or a number is one of the references' numbers."""
+    """Return whether a candidate text contains a reference text, or a candidate number equals a reference number."""
     references = [value for answer in answers for value in normalise(answer)]
     texts = [value for value in references if isinstance(value, str)]
     return any(
@@ -104,11 +107,11 @@ def match_open(meant: set[str | float], answers: Sequence[str]) -> bool:
 
 
 class MMMU(Protocol):
-    """Micro accuracy; the breakdown goes by subject, domain and form.
+    """Micro accuracy, broken down by subject, domain and form.
 
     Args:
-        seed: of the draws where a response names no option: one a question, in the order of the rows. The official code
-            draws from Python's generator seeded with 42.
+        seed: for the random choices if a response names no option, drawn in the order of the rows. The official code
+            uses Python's generator seeded with 42.
     """
 
     def __init__(self, *, seed: int = 42):
@@ -136,6 +139,6 @@ class MMMU(Protocol):
         return [*super().groups(row), *domain, "multiple-choice" if row["meta"].get("choices") else "open"]
 
     def official(self, rows: Sequence[dict]) -> dict[str, str]:
-        """`main_eval_only.py` takes letters of multiple-choice questions and the text of open ones."""
+        """Return the input of `main_eval_only.py`: letters for multiple-choice questions, text for open ones."""
         graded = zip(rows, self.score(rows))
         return {r["question_id"]: g["parsed"] if r["meta"].get("choices") else r["prediction"] for r, g in graded}

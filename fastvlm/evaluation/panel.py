@@ -1,4 +1,4 @@
-"""What a study decides its claims on: short answers, the likelihood of whole held-out records, time to first token."""
+"""The metrics that studies test their claims on: short answers, likelihood of held-out records, time to first token."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 
 class Panel(ShortAnswers):
-    """`ShortAnswers`, and beside it `test/nll/<source>` (nats per learned token) of every record of `held_out`.
+    """`ShortAnswers` plus `test/nll/<source>`, in nats per learned token, on the records of `held_out`.
 
-    A document of several images is scored by how many images with their words stand before: `test/nll/<source>/0` is
-    what follows its first image, `/1` its second. That is likelihood with examples in the context, of the same kind of
-    document as in training; it is no in-context learning of a new task.
+    In documents with several images, tokens are also grouped by the image they follow: `test/nll/<source>/0` is for
+    text after the first image, `/1` after the second. That measures likelihood with examples in the context, on the
+    same kind of document as in training; it is not in-context learning of a new task.
 
     Args:
         held_out: sources of documents or conversations by name.
-        records: of each of them; spread over the split.
-        first_token: questions whose time to first token is measured; 0 leaves it out.
+        records: maximum number of records per source; of n records, every (n // records)-th is taken.
+        first_token: number of questions whose time to first token is measured; 0 skips it.
         options: those of `ShortAnswers`.
     """
 
@@ -112,7 +112,7 @@ class Panel(ShortAnswers):
 
 
 def images_before(input_ids: list[int], labels: list[int], *, image_id: int, sizes: list[int]) -> list[int]:
-    """For every scored token (its label is learned and it is not the first) the number of images before it."""
+    """Return the number of images before each scored token (learned, and not the first of the row)."""
     ends, places, slots = [], [], 0
     for size in sizes:
         ends.append(size + (ends[-1] if ends else 0))

@@ -1,4 +1,5 @@
-"""POPE: is the object there? RUCAIBox/POPE@3df3ba1b `evaluate.py` (Li et al., arXiv:2305.10355)."""
+"""POPE, yes-no questions on object hallucination, after RUCAIBox/POPE@3df3ba1b `evaluate.py` (Li et al.,
+arXiv:2305.10355)."""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from fastvlm.evaluation.protocol import Protocol, mean
 
 
 def read_yes_no(prediction: str) -> str:
-    """Of the first sentence, without commas: no where one of its words is No, no or not, otherwise yes."""
+    """Return "no" if the first sentence, commas removed, contains the word No, no or not; else "yes"."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def yes_no_figures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 (yes is positive) and the share of yes; what is not defined is 0."""
+    """Return accuracy, precision, recall, F1 (yes is positive) and the share of yes; 0 where undefined."""
     pairs = [(a == "yes", b != "no") for a, b in zip(said, truth, strict=True)]
     tp, tn = pairs.count((True, True)), pairs.count((False, False))
     precision = _ratio(tp, tp + pairs.count((True, False)))
@@ -29,7 +30,7 @@ def yes_no_figures(said: Sequence[str], truth: Sequence[str]) -> dict[str, float
 
 
 class Pope(Protocol):
-    """`f1_mean` over the categories random, popular and adversarial is the figure LLaVA and FastVLM report as POPE."""
+    """POPE; `f1_mean` over the categories random, popular and adversarial is what LLaVA and FastVLM report."""
 
     def grade(self, row: dict) -> dict:
         said = read_yes_no(row["prediction"])

@@ -1,4 +1,4 @@
-"""Predictions on disk: a line a question, a page to look at, and the file the benchmark's own scorer takes."""
+"""Predictions on disk: JSON lines, an HTML page, and the input file of the benchmark's official scorer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from fastvlm.evaluation.protocol import Protocol
 from fastvlm.files import write_whole
 
-NAMES = ("key", "question_id", "questionId", "image_id", "sent_id", "image")  # of a question, in result files
+NAMES = ("key", "question_id", "questionId", "image_id", "sent_id", "image")  # identify a question in result files
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1a1a1a }
 article { display: grid; grid-template-columns: 11rem 1fr; gap: 1rem; padding: .8rem 0; border-top: 1px solid #ddd }
@@ -24,10 +24,10 @@ dt { color: #666; font-size: .85em } dd { margin: 0 0 .3rem; white-space: pre-wr
 
 
 def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[dict]:
-    """`predictions/<task>.jsonl`, `<task>.html` with the thumbnails in `<task>/`, `<task>_official.json`.
+    """Write `<task>.jsonl`, `<task>.html` with thumbnails in `<task>/`, and `<task>_official.json` in `predictions/`.
 
     Returns:
-        The rows that have a picture, in the form of a run's report.
+        The first 12 rows that have a thumbnail, in the form of a run's report.
     """
     folder, name = out / "predictions", result["task"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
 
 
 def render_page(result: dict) -> str:
-    """Questions with their pictures, the lowest scores first; one file, no script."""
+    """Return an HTML page, without scripts, of the questions that have a thumbnail, the lowest scores first."""
     total = result["table"][-1]
     low, high = result["interval"]
     head = f"{result['task']}: {result['metric'].replace('_', ' ')} {100 * total[result['metric']]:.2f}"
@@ -89,17 +89,20 @@ def render_page(result: dict) -> str:
 
 
 def count(answers: Sequence[str]) -> list[str]:
-    """Distinct answers, the most frequent first, with how often."""
+    """Return distinct answers with their counts, the most frequent first."""
     times = {answer: answers.count(answer) for answer in dict.fromkeys(answers)}
     ordered = sorted(times, key=lambda answer: -times[answer])
     return [answer if times[answer] == 1 else f"{answer} ({times[answer]})" for answer in ordered]
 
 
 def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
-    """Answers of a file by key (our JSON lines) or question id (as the official scorers take it), and by which of them.
+    """Read answers from a file: our JSON lines, by key, or a file for an official scorer, by question id.
+
+    Returns:
+        The answers, and which identifies their questions, `key` or `question_id`.
 
     Raises:
-        ValueError: no such file, no answers in it, or two for one question.
+        ValueError: the file cannot be read, has no answers, or two for one question.
     """
     path = Path(path)
     try:
@@ -108,9 +111,9 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
         raise ValueError(f"predictions={path}: {error.strerror or error}") from None
     listed = text.lstrip()[:1] == "["
     try:
-        # (where a row stands, the row)
+        # (location for error messages, row)
         rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)] if listed else []
-        # Not splitlines: what a model says may hold other ends of lines.
+        # Not splitlines: answers may contain other line separators.
         for number, line in enumerate([] if listed else text.split("\n"), 1):
             if line.strip():
                 rows.append((f"line {number}", json.loads(line)))

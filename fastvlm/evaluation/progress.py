@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of an evaluation: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 
 
 class Progress:
-    """Called with (done, total); use as a context manager.
+    """A context manager that shows progress when called with (done, total).
 
     Args:
-        name: what is counted, such as the task's name.
-        shown: False for ranks that are not the first.
-        every: seconds between two lines where there is no terminal.
+        name: label, such as the task's name.
+        shown: False on all ranks but the first.
+        every: seconds between lines if stderr is not a terminal.
     """
 
     def __init__(self, name: str, *, shown: bool = True, every: float = 30.0):
@@ -35,7 +35,7 @@ class Progress:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        # What a run before this one answered comes at once and says nothing about the pace.
+        # Answers of an earlier run are loaded at once and must not count in the rate.
         self.first = done if self.first is None else self.first
         rate = (done - self.first) / (now - self.start) if now > self.start else 0.0
         if self.bar is not None:

@@ -1,4 +1,4 @@
-"""How a question of a benchmark is put: its instruction, its options, recognised text, and examples before it."""
+"""Prompts of benchmark questions: instruction, options, OCR text, and examples before the question."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-# The lines that shards carry under a question; each names the form of the answer.
+# Lines that may follow a question in the shards; each states the form of the answer.
 INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
@@ -17,25 +17,24 @@ INSTRUCTIONS = (
 )
 OCR = "Reference OCR token:"
 FORMS = ("chat", "document")
-LETTER = re.compile("[A-Z]")  # of an option
+LETTER = re.compile("[A-Z]")  # an option's letter
 
 
 @dataclass
 class Prompt:
-    """From a record of a shard to the record that is asked.
+    """Converts a record of a shard into the prompt, also a record.
 
     Args:
-        instruction: the line under the question; None leaves what the shard has, "" leaves none.
-        options: list `meta.choices` under the question, lettered; False takes such a list away, None leaves it.
-        ocr: say `meta.ocr_tokens` under the question, as LLaVA does; without it such a line is taken away.
-        request: what is asked of a document (an image with its caption); None for a bare image.
-        form: chat, turns of a conversation; or document, running text that goes on, for models without instruction
-            tuning.
-        template: the running text of one question, with `{question}` and `{answer}`; images that stand before the
-            question's words stand before it, others among the words.
+        instruction: the line after the question; None keeps the shard's, "" removes it.
+        options: list `meta.choices` with letters after the question; False removes such a list, None keeps the shard's.
+        ocr: add `meta.ocr_tokens` after the question, as LLaVA does; False removes such a line.
+        request: the question asked about a document (an image with its caption); None shows only the image.
+        form: chat, turns of a conversation; or document, text to be continued, for models without instruction tuning.
+        template: with form=document, the text of one question, with `{question}` and `{answer}`; images before the
+            question's text precede it, others stay within the text.
 
     Raises:
-        ValueError: an unknown form, or a template without its two places.
+        ValueError: an unknown form, or a template without `{answer}` or with a placeholder twice.
     """
 
     instruction: str | None = None
@@ -52,10 +51,11 @@ class Prompt:
             raise ValueError(f"task.template={self.template!r} needs {{answer}} once and {{question}} at most once")
 
     def ask(self, record: dict, examples: Sequence[dict] = ()) -> dict:
-        """The record that asks, after the examples; it ends where the answer begins.
+        """Return a record with the examples and the question, which ends where the answer begins.
 
         Raises:
-            ValueError: a record lacks what this prompt says: recognised text, or, an example, its options' letter.
+            ValueError: `ocr` is set and a record has no OCR text, or `options` is set and an example's answer is not a
+                letter.
         """
         for example in examples if self.options else ():
             if not LETTER.fullmatch(said := answer_of(example)):
@@ -77,7 +77,7 @@ class Prompt:
         return {"messages": messages}
 
     def answer(self, asked: dict, answer: str) -> dict:
-        """What `ask` made, with its answer behind it as an example has its own."""
+        """Return a record made by `ask` with its answer appended, in the format of the examples."""
         if self.form == "document":
             before, after = self.template.split("{answer}")
             said = before[len(before.rstrip(" ")) :] + answer + after
@@ -85,7 +85,7 @@ class Prompt:
         return {"messages": [*asked["messages"], {"role": "assistant", "content": answer}]}
 
     def question(self, record: dict) -> list[dict]:
-        """The parts of a record's question, as this prompt puts it."""
+        """Return the parts of a record's question, formatted by this prompt."""
         if "document" in record:
             images = [part for part in record["document"] if part["type"] == "image"]
             return [*images, *([{"type": "text", "text": self.request}] if self.request else [])]
@@ -110,7 +110,7 @@ class Prompt:
             lines.append(recognised)
         lines.append(instruction if self.instruction is None else self.instruction)
         if self.form == "document":
-            lines.pop()  # running text names the form by its own words
+            lines.pop()  # in a document the template states the form
         return "\n".join(line for line in lines if line)
 
     def _continue(self, content: list[dict], answer: str | None) -> list[dict]:
@@ -118,19 +118,19 @@ class Prompt:
         start, asks, end = before.partition("{question}")
         if not asks:
             content, start, end = [part for part in content if part["type"] == "image"], "", before
-        # A space before the answer is the answer's: tokens of words begin with theirs.
+        # A space before the answer belongs to the answer, because tokens of words begin with a space.
         end = end.rstrip(" ") if answer is None else end + answer + after
         first = len(list(takewhile(lambda part: part["type"] == "image", content)))
         return [*content[:first], *join_texts([*say(start), *content[first:], *say(end)])]
 
 
 def say(text: str) -> list[dict]:
-    """A text as parts; none where it is empty."""
+    """Return a text as a list of parts, empty for an empty text."""
     return [{"type": "text", "text": text}] if text else []
 
 
 def join_texts(parts: Sequence[dict]) -> list[dict]:
-    """Texts that follow each other as one: tokens may reach over where they meet."""
+    """Merge adjacent text parts, because a token may span the place where they meet."""
     made: list[dict] = []
     for part in parts:
         if made and made[-1]["type"] == part["type"] == "text":
@@ -141,13 +141,13 @@ def join_texts(parts: Sequence[dict]) -> list[dict]:
 
 
 def first_question(record: dict) -> list[dict]:
-    """Content of a record's first user turn, as parts."""
+    """Return the content of a record's first user turn, as parts."""
     content = next(m["content"] for m in record["messages"] if m["role"] == "user")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def answer_of(record: dict) -> str:
-    """The first answer a record gives: the assistant's, or a document's text."""
+    """Return a record's first answer: the first assistant turn, or a document's text."""
     if "document" in record:
         return "".join(part["text"] for part in record["document"] if part["type"] == "text").strip()
     content = next(m["content"] for m in record["messages"] if m["role"] == "assistant")
@@ -167,13 +167,12 @@ def set_last_text(content: list[dict], text: str) -> None:
 
 
 def list_choices(choices: Sequence[str]) -> list[str]:
-    """`A. wood`, `B. metal`, ..."""
+    """Return lines such as `A. wood`, `B. metal`."""
     return [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
 
 
 def split_question(text: str, meta: dict) -> tuple[str, str, str, str]:
-    """The bare question, its options as they were listed under it, the line of recognised text, and the instruction
-    below."""
+    """Split a question's text into bare question, listed options, OCR line and instruction; "" for what is absent."""
     lines, instruction, recognised = text.split("\n"), [], ""
     while len(lines) > 1 and lines[-1] in INSTRUCTIONS:
         instruction.insert(0, lines.pop())

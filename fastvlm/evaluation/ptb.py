@@ -1,10 +1,10 @@
-"""Penn Treebank tokens of captions, in lower case and without punctuation, as COCO's scorer makes them.
+"""Penn Treebank tokenization of captions, in lower case and without punctuation, as in COCO's scorer.
 
 The original is Stanford's Java program (CoreNLP 3.4.1, `PTBTokenizer -preserveLines -lowerCase`), called and filtered
-by `pycocoevalcap/tokenizer/ptbtokenizer.py`. `tokenise` writes its rules down for the language of captions:
-contractions, hyphens, numbers, abbreviations, brackets. `tests/evaluation/test_official_metrics.py` holds it to at most
-2 captions in 1,000 that come out otherwise. They part on
-emoticons, rare abbreviations and what no caption holds (markup, telephone numbers). `tokenise_java` runs the original.
+by `pycocoevalcap/tokenizer/ptbtokenizer.py`. `tokenise` reimplements its rules as far as captions need them:
+contractions, hyphens, numbers, abbreviations, brackets. `tests/evaluation/test_official_metrics.py` checks that at most
+2 captions in 1,000 differ. The two differ on emoticons, rare abbreviations, and text that does not occur in captions
+(markup, telephone numbers). `tokenise_java` runs the original.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ SPLIT |= {"gimme": "gim me"}
 
 
 def tokenise(caption: str) -> str:
-    """The tokens of a caption, set off by single spaces."""
+    """Return the tokens of a caption, separated by single spaces."""
     text = caption.replace("\n", " ").replace("\u2019", "'").replace("\u2018", "'")
-    text = re.sub(r"(?i)n't\b", " n't", text)  # what stands before loses it: do n't, ca n't
+    text = re.sub(r"(?i)n't\b", " n't", text)  # split from its verb: do n't, ca n't
     out: list[str] = []
     at = 0
     while at < len(text):
@@ -75,22 +75,22 @@ def tokenise(caption: str) -> str:
 
 
 def find_jar() -> Path | None:
-    """The tokenizer's jar in an installed pycocoevalcap."""
+    """Return the tokenizer's jar of an installed pycocoevalcap, or None."""
     spec = importlib.util.find_spec("pycocoevalcap")
     folders = spec.submodule_search_locations if spec is not None else []
     return next((jar for folder in folders for jar in Path(folder).glob("tokenizer/stanford-corenlp-*.jar")), None)
 
 
 def has_java() -> bool:
-    """Whether `tokenise_java` can run here."""
+    """Return whether `tokenise_java` can run here."""
     return shutil.which("java") is not None and find_jar() is not None
 
 
 def tokenise_java(captions: Sequence[str]) -> list[str]:
-    """The same by the original program.
+    """Tokenize captions like `tokenise`, with the original program.
 
     Raises:
-        ValueError: there is no Java, or no jar, or the program fails.
+        ValueError: Java or the jar is missing, or the program fails.
     """
     jar = find_jar()
     if jar is None or shutil.which("java") is None:

@@ -1,4 +1,4 @@
-"""Questions of an evaluation split, and what is taken from them to see whether a model looks at the image."""
+"""Questions of an evaluation split, and the baselines that show whether a model uses the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastvlm.inference.engine import Engine
 
 @dataclass
 class Question:
-    """One question with its reference answer; `images` are as the model takes them, in the order of their slots."""
+    """One question with its reference answer; `images` are ready for the model, in the order of their slots."""
 
     key: str
     source: str
@@ -27,11 +27,11 @@ class Question:
     messages: list[dict]  # up to the assistant's turn
     answer: str
     images: list[Tensor] = field(default_factory=list)  # uint8 (v, 3, H, W), the whole image first
-    image_ids: tuple[str, ...] = ()  # digests of the files: equal files are encoded once and never swapped
+    image_ids: tuple[str, ...] = ()  # digests of the files; equal files are encoded once and never swapped
 
     @property
     def prompt(self) -> dict:
-        """The record that asks."""
+        """The record without the answer."""
         return {"messages": self.messages}
 
     @property
@@ -41,12 +41,12 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What was said before the answer, images shown as `<image>`."""
+        """The text before the answer, with images as `<image>`."""
         return "\n".join(plain_text(message["content"]) for message in self.messages)
 
 
 def plain_text(content: str | list[dict]) -> str:
-    """Text of a message or document, images shown as `<image>`."""
+    """Return the text of a message or document, with images as `<image>`."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] if part["type"] == "text" else "<image>" for part in content)
@@ -61,16 +61,16 @@ def read_questions(
     rows: np.ndarray | None = None,
     edit: Callable[[dict], dict] = lambda record: record,
 ) -> list[Question]:
-    """The first `limit` questions of every type, in the order of the index (None: all).
+    """Read the first `limit` questions of every type (None: all), in the order of the index.
 
     Args:
-        source: name of the source, and the type of questions that name none.
-        transform: from a file to its views.
-        rows: only these rows of the index.
-        edit: from a record to what the model is given (`Source.edit`); where that has no images they are not read.
+        source: name of the source; also the type of questions that have none.
+        transform: turns an image file into views.
+        rows: use only these rows of the index; None uses all.
+        edit: converts a record to the one shown to the model (`Source.edit`); images are read only if it has some.
 
     Raises:
-        ValueError: a record is not one question and one answer.
+        ValueError: a record is not one question with one answer.
     """
     types, faults = index.types.to_pylist(), index.faults.to_pylist()
     taken: dict[str, int] = defaultdict(int)
@@ -106,7 +106,7 @@ def read_questions(
 
 
 def first_of_types(questions: Sequence[Question], *, source: str, count: int) -> list[Question]:
-    """The first `count` questions of every type of a source, in order."""
+    """Return the first `count` questions of each type of a source, in order."""
     taken: dict[str, int] = defaultdict(int)
     found = []
     for question in questions:
@@ -117,7 +117,7 @@ def first_of_types(questions: Sequence[Question], *, source: str, count: int) ->
 
 
 def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
-    """Visual tokens (T, D) of every question's images; an image several questions ask about is encoded once."""
+    """Return visual tokens (T, D) of every question's images; an image shared by questions is encoded once."""
     images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}
     encoded = dict(zip(images, engine.encode_images(list(images.values()))))
     return [[encoded[name] for name in q.image_ids] for q in questions]
@@ -126,7 +126,7 @@ def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tens
 def count_majorities(
     index: SourceIndex, *, source: str, limit: int = 4000, rows: np.ndarray | None = None
 ) -> dict[str, str]:
-    """The most frequent answer to every type of question, over `limit` training records spread evenly."""
+    """Return the most frequent answer to each question type, over `limit` training records, evenly spread."""
     answers: dict[str, list[str]] = defaultdict(list)
     faults = index.faults.to_pylist()
     reader = ShardReader()
@@ -145,10 +145,11 @@ def count_majorities(
 
 
 def swap_partners(questions: Sequence[Question]) -> list[int | None]:
-    """Whose images each question gets when images are swapped; always the same ones, None where nothing fits.
+    """Choose, deterministically, the question whose images each question gets when images are swapped.
 
-    A partner shows as many images and other ones. Preferred, in this order: the same type and another answer; the same
-    type; another type. Within a preference it is the next one in the list, cyclically, so partners differ.
+    A partner has the same number of images, and different ones; None if there is no such question. In order of
+    preference it has the same type and another answer; the same type; another type. Among equals it is the next one in
+    the list, cyclically, so that partners vary.
     """
     partners: list[int | None] = []
     n = len(questions)

@@ -1,4 +1,4 @@
-"""One process a rank, without a word between them: each writes the windows it answered, and one reads them all."""
+"""Evaluation ranks: one process per rank, without communication. Each writes its windows; one reads them all."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ STARTED = "FASTVLM_EVALUATION_RANK"
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which rank this process is. `rank` is None where ranks are still to be started."""
+    """The rank of this process; `rank` is None if the ranks are still to be started."""
 
     rank: int | None
     local: int
     count: int
-    started: bool = False  # by `start_ranks`, whose process scores when all have answered
+    started: bool = False  # by `start_ranks`, whose process scores once all ranks are done
 
     @property
     def collects(self) -> bool:
-        """Whether this process scores what all ranks answered."""
+        """Whether this process scores the answers of all ranks."""
         return not self.rank and not self.started
 
 
 def find_ranks(wanted: int, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """As torchrun or Slurm started this process; else one a device, still to be started where there are several.
+    """Return the rank set by torchrun or Slurm; else one rank per device, to be started if there are several.
 
-    A step of one task is a shell's command run elsewhere, so its devices' ranks are still to be started as well.
+    A Slurm step with a single task counts as a plain command: the ranks of its devices are still to be started, too.
     """
     torchrun, srun = ("RANK", "LOCAL_RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
     for rank, local, count in (torchrun, srun):
@@ -41,10 +41,10 @@ def find_ranks(wanted: int, environment: Mapping[str, str] = os.environ) -> Rank
 
 
 def start_ranks(count: int, command: Sequence[str] | None = None) -> None:
-    """Run this very command once a rank and wait; where one fails the others are ended.
+    """Run the current command (or `command`) once per rank and wait; if one fails, terminate the others.
 
     Raises:
-        ValueError: a rank failed; it has said why.
+        ValueError: a rank failed; it has printed the reason.
     """
     command = [sys.executable, *sys.orig_argv[1:]] if command is None else list(command)
     started = [

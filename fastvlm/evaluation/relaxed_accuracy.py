@@ -1,4 +1,4 @@
-"""ChartQA's relaxed accuracy: numbers may be 5 % off, words may not (Masry et al., arXiv:2203.10244, section 5.1).
+"""ChartQA's relaxed accuracy: numbers within 5 %, text exactly (Masry et al., arXiv:2203.10244, section 5.1).
 
 Source: google-research/pix2struct `pix2struct/metrics.py`; lmms-eval's `tasks/chartqa/utils.py` is the same.
 """
@@ -13,7 +13,7 @@ TOLERANCE = 0.05
 
 
 def to_number(text: str) -> float | None:
-    """What `float` makes of a text ("1e3", " 7 ", "nan" are numbers, "1,000" is none); a trailing % is a hundredth."""
+    """Parse a text by `float` ("1e3", " 7 " and "nan" are numbers, "1,000" is not); a trailing % divides by 100."""
     try:
         return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
     except ValueError:
@@ -21,7 +21,7 @@ def to_number(text: str) -> float | None:
 
 
 def relaxed_match(prediction: str, answer: str, *, tolerance: float = TOLERANCE) -> bool:
-    """Whether two numbers are near enough; with another text, or a target of 0, whether the texts are the same."""
+    """Return whether two numbers are within the tolerance; else, and for a target of 0, whether the texts are equal."""
     number, target = to_number(prediction), to_number(answer)
     if number is not None and target:
         return abs(number - target) / abs(target) <= tolerance
@@ -29,7 +29,7 @@ def relaxed_match(prediction: str, answer: str, *, tolerance: float = TOLERANCE)
 
 
 class RelaxedAccuracy(Protocol):
-    """The types human and augmented are reported beside the mean over all questions."""
+    """Relaxed accuracy; the types human and augmented are reported besides the mean over all questions."""
 
     metric = "relaxed_accuracy"
 

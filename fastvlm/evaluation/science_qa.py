@@ -1,5 +1,5 @@
-"""ScienceQA: the right option of two to five. Reading of the answer as LLaVA does (haotian-liu/LLaVA@c121f043
-`llava/eval/eval_science_qa.py`); groups as lupantech/ScienceQA@2cbf8318 `tools/evaluate_acc.py`."""
+"""ScienceQA, multiple choice with two to five options. Answers are parsed as in haotian-liu/LLaVA@c121f043
+`llava/eval/eval_science_qa.py`; groups are those of lupantech/ScienceQA@2cbf8318 `tools/evaluate_acc.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from fastvlm.evaluation.protocol import Protocol
 
 OPTIONS = "ABCDE"
-SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the last full stop stands for any character, as in the original
+SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the last "." matches any character, as in the original
 
 
 def read_option(prediction: str, *, num_choices: int) -> int:
-    """The number of the option an answer names: "B", "B. ...", or one "The answer is B."; -1 where it names none."""
+    """Return the index of the option named by "B", "B. ..." or exactly one "The answer is B."; -1 if there is none."""
     sentences = SENTENCE.findall(prediction)
     if prediction[:1] in tuple(OPTIONS) and (len(prediction) == 1 or prediction[1:3] == ". "):
         named = prediction[0]
@@ -23,7 +23,7 @@ def read_option(prediction: str, *, num_choices: int) -> int:
 
 
 class ScienceQA(Protocol):
-    """An answer that names no option is wrong."""
+    """ScienceQA accuracy; an answer that names no option is wrong."""
 
     def grade(self, row: dict) -> dict:
         option = read_option(row["prediction"], num_choices=len(row["meta"]["choices"]))

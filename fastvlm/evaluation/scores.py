@@ -1,4 +1,4 @@
-"""From scored rows to a result: the mean, what it breaks down into, and how sure it is."""
+"""Aggregate scored rows into a result: the mean, its breakdown into groups, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def cluster_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, clusters drawn whole.
+    """Return a percentile bootstrap interval of the mean that resamples whole clusters.
 
-    Questions about one image are no independent draws, so images are what is drawn. The same seed draws the same
-    clusters, which is what a paired comparison rests on.
+    Questions about the same image are not independent, so images are resampled. The same seed draws the same clusters,
+    on which paired comparisons rely.
     """
     low, high = np.quantile(
         resampled_means(scores, clusters, resamples=resamples, seed=seed), [(1 - level) / 2, (1 + level) / 2]
@@ -37,7 +37,7 @@ def cluster_interval(
 def resampled_means(
     scores: Sequence[float | int], clusters: Sequence[object], *, resamples: int, seed: int = 0
 ) -> np.ndarray:
-    """(resamples,) float64: the mean score of as many clusters, drawn with replacement."""
+    """Return bootstrap means (resamples,) as float64; each draws as many clusters as there are, with replacement."""
     names = {name: i for i, name in enumerate(dict.fromkeys(map(str, clusters)))}
     member = np.array([names[str(name)] for name in clusters])
     sums = np.bincount(member, weights=np.asarray(scores, dtype=np.float64), minlength=len(names))
@@ -51,12 +51,12 @@ def resampled_means(
 
 
 def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: str, resamples: int = 1000) -> dict:
-    """Score rows and sum them up.
+    """Score rows and aggregate them.
 
     Returns:
-        `predictions` (the rows with their scores), `table` (a row a group, then all), `metrics` (flat,
-        `test/<task>/<metric>[/<group>]`), `interval`, and `faults` (questions that could not be asked, by reason; where
-        reasons differ in their numbers only, by that of the first).
+        `predictions` (the rows with their scores), `table` (a row per group, then one for all), `metrics` (flat,
+        `test/<task>/<metric>[/<group>]`), `interval`, and `faults` (counts of questions that could not be asked, by
+        reason; reasons that differ only in their numbers are counted under the first).
     """
     scored = [dict(row) | grade for row, grade in zip(rows, protocol.score(rows), strict=True)]
     counted = [row for row in scored if protocol.counts(row)]
@@ -101,7 +101,7 @@ def make_result(name: str, rows: Sequence[dict], *, protocol: Protocol, split: s
 
 
 def describe(result: dict, *, width: int = 120, most: int = 40) -> str:
-    """The table for a terminal of `width` columns; of more than `most` groups the largest."""
+    """Format the table for a terminal of `width` columns, with at most the `most` largest groups."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Short-answer questions about images: exact match beside what a model without (the right) image would reach."""
+"""Short-answer questions about images: exact match, compared with no image and with the wrong image."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def evaluate_answers(
     batch_size: int = 128,
     max_new_tokens: int = 16,
 ) -> dict:
-    """Greedy answers with the real images, with none, and with another question's; likelihood of the references.
+    """Answer greedily with the real images, with none and with another question's; score the references' likelihood.
 
     Args:
         visual: visual tokens (T, D) of every question's images; None encodes them.
-        majorities: the most frequent training answer to each type, scored as if it were always given.
-        formed: types whose mean is reported on its own.
+        majorities: the most frequent training answer per type, as a baseline that always gives it; None skips it.
+        formed: question types whose mean is also reported on its own.
 
     Returns:
-        `metrics` (flat, `test/...`), `table` (a row a type, then the means) and `predictions` (a row a question); None
-        where a baseline is not defined (a question without an image has nothing to remove).
+        `metrics` (flat, `test/...`), `table` (a row per type, then the means; None where a baseline is undefined, e.g.
+        without an image for questions that have none) and `predictions` (a row per question).
 
     Raises:
-        ValueError: no questions, or a type in `formed` that none of them has.
+        ValueError: there are no questions, or no question has a type named in `formed`.
     """
     if not questions:
         raise ValueError("there is no question to evaluate: is the split empty, or limit 0?")
@@ -110,17 +110,18 @@ def evaluate_answers(
 
 
 class ShortAnswers:
-    """The task: questions from the sources' held-out split, and held-out text to see what the images cost the words.
+    """The task: held-out questions, and held-out text to measure what training on images costs on text.
 
     Args:
         sources: sources of questions by name.
-        text: source of documents for the perplexity; None leaves it out.
-        split: where questions and text come from. Majority answers come from `train`.
-        limit: questions of each type and source; None takes all.
-        formed: types whose mean is reported beside the mean of all.
-        max_new_tokens: bound of an answer.
-        text_window: tokens a scored token may see before it, at most.
-        text_limit: documents; None takes all.
+        text: source of documents for the perplexity; None skips it.
+        split: split of questions and text. Majority answers come from `train`.
+        limit: number of questions per type and source; None takes all.
+        formed: question types whose mean is reported besides the mean of all.
+        batch_size: questions answered or scored at once.
+        max_new_tokens: limit on the length of an answer.
+        text_window: maximum number of tokens of context of a scored token.
+        text_limit: number of documents; None takes all.
     """
 
     def __init__(
@@ -150,16 +151,16 @@ class ShortAnswers:
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
-        """Evaluate; the result can be written as JSON.
+        """Evaluate a model; the result can be serialised as JSON.
 
         Args:
-            image_size: side of a view (pixels), as the last stage saw them.
-            transform: from a file to its views, as the last stage saw them; None pads to squares.
-            out: folder that gets `predictions/short_answers.jsonl` (a line a question) and `short_answers.md`.
+            image_size: side of a view in pixels, as in the last training stage.
+            transform: turns an image file into views, as in the last training stage; None pads to squares.
+            out: folder for `predictions/short_answers.jsonl` (a line per question) and `short_answers.md`.
 
         Returns:
-            `metrics`, `table` and `predictions` as `evaluate_answers` has them, and `text_perplexity`: {"after": ...}.
-            With `out` also `examples`, the predictions that have their picture saved beside them.
+            `metrics`, `table` and `predictions` of `evaluate_answers`, and `text_perplexity`: {"after": ...}. With
+            `out` also `examples`, predictions whose image is saved.
         """
         engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
         questions: list[Question] = []
@@ -197,7 +198,7 @@ class ShortAnswers:
     def measure(
         self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
     ) -> dict[str, float]:
-        """Figures beside those of the answers.
+        """Return further metrics; for subclasses.
 
         Args:
             visual: visual tokens (T, D) of every question's images.
@@ -205,11 +206,11 @@ class ShortAnswers:
         return {}
 
     def render(self, result: dict) -> str:
-        """The result as a table for the terminal."""
+        """Return the result as a table for the terminal."""
         return render_text(result)
 
     def score_text(self, model: VLM, tokenizer: Tokenizer) -> dict[str, float]:
-        """Perplexity and bits per byte of the held-out text, also for a language model before its image stages.
+        """Return perplexity and bits per byte of the held-out text; also used on models before their image stages.
 
         Raises:
             ValueError: the task has no text source.
@@ -226,13 +227,13 @@ class ShortAnswers:
 
 
 def save_examples(predictions: list[dict], questions: Sequence[Question], *, folder: Path) -> list[dict]:
-    """One right and one wrong answer of every type, with their first image saved beside them (`image`)."""
+    """Select one right and one wrong answer of each type, and save their first image as a PNG (`image` is its path)."""
     chosen: dict[tuple[str, bool], dict] = {}
     for prediction, question in zip(predictions, questions, strict=True):
         key = (prediction["type"], bool(prediction["correct"]))
         if key in chosen or not question.images:
             continue
-        # A key is unique within its source only.
+        # Keys are only unique within a source.
         path = Path("predictions") / f"{question.source}-{question.key}.png"
         Image.fromarray(question.images[0][0].permute(1, 2, 0).numpy()).save(folder / path)
         chosen[key] = prediction | {"image": path.as_posix()}
@@ -240,10 +241,10 @@ def save_examples(predictions: list[dict], questions: Sequence[Question], *, fol
 
 
 def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
-    """The documents of a text source, in order.
+    """Return the documents of a text source, in order.
 
     Raises:
-        ValueError: a record is not a document of text alone.
+        ValueError: a record is not a text-only document.
     """
     reader, texts = ShardReader(), []
     for row in range(index.num_samples)[:limit]:
@@ -258,7 +259,7 @@ def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
 def _answer_all(
     engine: Engine, prompts: Sequence[dict], visual: Sequence[Sequence[Tensor]], *, batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, int]]:
-    """(text, tokens) of the greedy answer to every prompt; prompts of like length share a batch."""
+    """Return text and token count of the greedy answer to every prompt; batches prompts of similar length."""
     lengths = [len(engine.encode_prompt(p, slots=[len(image) for image in v])) for p, v in zip(prompts, visual)]
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: list[tuple[str, int]] = [("", 0)] * len(prompts)

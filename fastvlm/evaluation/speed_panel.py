@@ -1,4 +1,4 @@
-"""The panel of a study about speed: what a model answers, and how fast, under one setting of the engine."""
+"""The panel for studies of speed: scores and answer times under one setting of the engine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastvlm.tokens import Tokenizer
 
 
 class SpeedPanel(Panel):
-    """`Panel`, and the times of `answer_speed`. Scores and times are those of the same weights, levers pulled.
+    """`Panel` plus the times of `answer_speed`; both are measured on the same weights, with the levers applied.
 
     Args:
-        levers: names from `fastvlm.inference.levers`; they change a copy of the model.
+        levers: names from `fastvlm.inference.levers`, applied to a copy of the model; None applies none.
         fast_decoder: False decodes through the layers of `transformers`.
-        second: times are those of a second question about each image.
-        timed: questions that are timed.
+        second: time a second question about each image instead of the first.
+        timed: number of timed questions.
         tokens: length of their answers.
         options: those of `Panel`.
     """
@@ -56,7 +56,7 @@ class SpeedPanel(Panel):
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
-        # All of it: a lever that compiles does so at the first question, for the threads it finds.
+        # Around everything: torch.compile runs at the first question, for the number of threads set at that time.
         with one_thread(device):
             if self.levers:
                 model = copy.deepcopy(model).to(device)

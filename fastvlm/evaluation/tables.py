@@ -1,4 +1,4 @@
-"""The result of a short-answer task: from predictions to rows, flat metrics, Markdown and the terminal."""
+"""Tables of a short-answer task: from predictions to table rows, flat metrics, Markdown and terminal text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ HEADER = ("question type", "n", "exact match", "95 %", "no image", "other image"
 
 
 def make_table(predictions: Sequence[dict], *, formed: Sequence[str] = ()) -> list[dict]:
-    """A row a question type in alphabetical order, then the mean of `formed` and of all types (types weigh the same).
+    """Return a row per question type in alphabetical order, then the means of `formed` and of all types.
 
-    Intervals (95 %) are Wilson's for a type, and resampled within the types for a mean.
+    Means weigh types equally. The 95 % intervals are Wilson's for a type, and bootstrapped within types for a mean.
     """
     groups: dict[str, list[dict]] = defaultdict(list)
     for prediction in predictions:
@@ -64,9 +64,9 @@ def make_table(predictions: Sequence[dict], *, formed: Sequence[str] = ()) -> li
 
 
 def collect_metrics(table: Sequence[dict], predictions: Sequence[dict]) -> dict[str, float]:
-    """The flat figures of a result: `test/<metric>[_<condition>]/<type, formed or mean>`, without the undefined ones.
+    """Return flat metrics `test/<metric>[_<condition>]/<type, formed or mean>`, without undefined ones.
 
-    NLL is in nats per token over all reference tokens (their end included); lengths are in tokens.
+    NLLs are in nats per token over all reference tokens, end tokens included; lengths are in tokens.
     """
     metrics: dict[str, float | None] = {}
     for row in table:
@@ -76,7 +76,7 @@ def collect_metrics(table: Sequence[dict], predictions: Sequence[dict]) -> dict[
             metrics[f"test/exact_match_{condition}/{name}"] = row[condition]
     metrics["test/answer_nll"] = table[-1]["nll"]
     metrics["test/answer_nll_swapped"] = table[-1]["nll_swapped"]
-    # On the questions that have both: a question without an image would count on one side only.
+    # Only on questions that have both: those without an image have no NLL with another image.
     both = [p for p in predictions if "nats_swapped" in p]
     metrics["test/answer_nll_gap"] = _nll(both, "nats_swapped") - _nll(both, "nats") if both else None
     metrics["test/answer_length"] = mean_answer_length([p["prediction_tokens"] for p in predictions])
@@ -86,17 +86,17 @@ def collect_metrics(table: Sequence[dict], predictions: Sequence[dict]) -> dict[
 
 
 def format_share(value: float | None) -> str:
-    """A share in per cent with one decimal; a dash where there is none."""
+    """Format a share in per cent with one decimal; "-" for None and nan."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def format_number(value: float | None, *, digits: int = 3) -> str:
-    """A number with fixed decimals; a dash where there is none."""
+    """Format a number with fixed decimals; "-" for None and nan."""
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
-    """Cells of the result's `table`, in the order of HEADER."""
+    """Return the cells of the result's `table`, in the order of HEADER."""
     return [
         (
             row["type"],
@@ -114,7 +114,7 @@ def table_cells(rows: Sequence[dict]) -> list[tuple[str, ...]]:
 
 
 def describe_text(result: dict) -> str:
-    """One line about the held-out text; "" for a task without. `before` is the language model's, where it is known."""
+    """Return one line about the held-out text, or "" without it; `before` is shown if the result has it."""
     perplexity = result.get("text_perplexity")
     if not perplexity:
         return ""
@@ -125,7 +125,7 @@ def describe_text(result: dict) -> str:
 
 
 def describe_answers(result: dict) -> str:
-    """One line about lengths and likelihood of the answers."""
+    """Return one line about lengths and likelihood of the answers."""
     metrics = result["metrics"]
     return (
         f"Answers have {metrics['test/answer_length']:.2f} tokens on average, references "
@@ -135,7 +135,7 @@ def describe_answers(result: dict) -> str:
 
 
 def render_markdown(result: dict) -> str:
-    """The table and the lines below it as Markdown."""
+    """Return the table and the lines below it as Markdown."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
     lines += ["| " + " | ".join(cells) + " |" for cells in table_cells(result["table"])]
     return (
@@ -144,7 +144,7 @@ def render_markdown(result: dict) -> str:
 
 
 def render_text(result: dict, *, width: int = 120) -> str:
-    """The same for a terminal of `width` columns."""
+    """Return the same for a terminal of `width` columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -155,7 +155,7 @@ def render_text(result: dict, *, width: int = 120) -> str:
         result["table"], table_cells(result["table"]), [*(r["mean"] for r in result["table"][1:]), False]
     ):
         table.add_row(*cells, end_section=after and not row["mean"])
-    # Not the user's terminal: the text also goes into logs.
+    # Fixed width instead of the terminal's, because the text also goes into logs.
     console = Console(file=io.StringIO(), width=width, color_system=None)
     for part in (table, describe_answers(result), describe_text(result)):
         if part:
@@ -169,7 +169,7 @@ def _share(predictions: Sequence[dict], column: str) -> float | None:
 
 
 def _nll(predictions: Sequence[dict], column: str) -> float | None:
-    """Nats per token: summed over all tokens first, divided once."""
+    """Return nats per token over all tokens together, not the mean over questions."""
     scored = [p for p in predictions if column in p]
     return sum(p[column] for p in scored) / sum(p["scored_tokens"] for p in scored) if scored else None
 

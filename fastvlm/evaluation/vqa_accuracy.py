@@ -1,8 +1,8 @@
-"""VQA accuracy: VQAv2, OK-VQA and VizWiz by the official code, TextVQA by EvalAI's.
+"""VQA accuracy: VQAv2, OK-VQA and VizWiz as in the official code, TextVQA as in EvalAI's.
 
-Sources: GT-Vision-Lab/VQA@a013f004 `PythonEvaluationTools/vqaEvaluation/vqaEval.py`; for EvalAI's form
-facebookresearch/mmf `mmf/utils/m4c_evaluators.py` and LLaVA's copy `llava/eval/m4c_evaluator.py`. OK-VQA is scored by
-the same code over stemmed answers, VizWiz by it over its own.
+Sources: GT-Vision-Lab/VQA@a013f004 `PythonEvaluationTools/vqaEvaluation/vqaEval.py`; for EvalAI's variant
+facebookresearch/mmf `mmf/utils/m4c_evaluators.py` and LLaVA's copy `llava/eval/m4c_evaluator.py`. OK-VQA uses the
+official code with stemmed answers, VizWiz with its own answers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from fastvlm.evaluation.protocol import Protocol
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA = re.compile(r"\d,\d")
-# The typo `(?!<=` for `(?<!` is the official one: a period goes unless a digit follows, whatever stands before it ...
+# The typo `(?!<=` for `(?<!` is the official code's: a period goes unless a digit follows, whatever precedes it ...
 PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")
-# ... and re.UNICODE stands where `count` does: only so many go.
+# ... and it passes re.UNICODE (32) as `count`, so at most 32 periods are removed.
 MAX_PERIODS = 32
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# A form that lacks one of its apostrophes is given it back. Forms with a capital are never met: words are lower case.
+# Contractions that lack one of their apostrophes get it back. Only lower-case forms are needed: words are lower case.
 WHOLE_WORDS = (
     "'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
     "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've "
@@ -35,12 +35,15 @@ WHOLE_WORDS = (
 )
 WHOLE = WHOLE_WORDS.split()
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WHOLE for i, c in enumerate(word) if c == "'"}
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round, officially
+CONTRACTIONS["somebody'd"] = "somebodyd"  # reversed in the official code
 
 
 def strip_punctuation(text: str) -> str:
-    """A mark is deleted where it stands beside a space anywhere in the text or a comma between digits occurs, else it
-    becomes a space."""
+    """Remove punctuation as the official code does.
+
+    A mark is deleted everywhere if it is next to a space somewhere in the text, or if the text has a comma between
+    digits; otherwise it becomes a space.
+    """
     out = text
     everywhere = DIGIT_COMMA.search(text) is not None
     for mark in PUNCTUATION:
@@ -50,39 +53,39 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, number words as digits, no articles, contractions with their apostrophes."""
+    """Convert to lower case and number words to digits, drop articles, restore the apostrophes of contractions."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def trim(text: str) -> str:
-    """Line breaks and tabs as spaces, no outer space: what is done to an answer in any case."""
+    """Replace line breaks and tabs by spaces and strip; applied to every answer."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-# Ten annotators a question mostly say the same few thousand things.
+# Most of the ten annotators' answers per question are among the same few thousand texts.
 @lru_cache(1 << 16)
 def normalise_official(text: str) -> str:
-    """The form in which VQAv2's scorer compares answers that are not unanimous."""
+    """Normalise an answer as VQAv2's scorer does if the annotators are not unanimous."""
     return normalise_words(strip_punctuation(trim(text)))
 
 
 @lru_cache(1 << 16)
 def normalise_evalai(text: str) -> str:
-    """The form in which TextVQA's scorer compares all answers: commas, question marks and 's go first."""
+    """Normalise an answer as TextVQA's scorer always does: first removes commas and question marks, splits off 's."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return normalise_words(strip_punctuation(trim(text)))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over annotators of min(1, matches among the others / 3)."""
+    """Return the mean over annotators of min(1, matches among the others / 3)."""
     matches = sum(answer == prediction for answer in answers)
     shares = [min(1, float(matches - (answer == prediction)) / 3) for answer in answers]
     return float(sum(shares)) / len(shares)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQAv2's accuracy of one answer. Unanimous annotators are compared as they are, but for outer space."""
+    """Return VQAv2's accuracy of one answer; if annotators are unanimous, texts are only trimmed, not normalised."""
     answers, prediction = [trim(answer) for answer in answers], trim(prediction)
     if len(set(answers)) > 1:
         answers, prediction = [normalise_official(a) for a in answers], normalise_official(prediction)
@@ -90,17 +93,20 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def evalai_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """TextVQA's accuracy of one answer: always normalised."""
+    """Return TextVQA's accuracy of one answer; texts are always normalised."""
     return leave_one_out(normalise_evalai(prediction), [normalise_evalai(answer) for answer in answers])
 
 
 class VQAAccuracy(Protocol):
-    """Ten annotators, leave one out.
+    """Accuracy against ten annotators, leaving one out at a time.
 
     Args:
         normalisation: official (VQAv2, OK-VQA, VizWiz) or evalai (TextVQA).
-        by: what the breakdown goes by besides the type: `answer_type` or `question_type` of the meta.
-        named_by: the key of the official result file that names a question: question_id, or VizWiz's image.
+        by: keys of `meta` for the breakdown besides the type: `answer_type`, `question_type`.
+        named_by: key of the question in the official result file: question_id, or image for VizWiz.
+
+    Raises:
+        ValueError: an unknown normalisation.
     """
 
     metric = "vqa_accuracy"

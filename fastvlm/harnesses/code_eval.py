@@ -1,4 +1,4 @@
-"""The metric `code_eval` of lm-eval's code tasks, with every program run in the sandbox."""
+"""The metric `code_eval` for lm-eval's code tasks, with every program run in the sandbox."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastvlm.harnesses.sandbox import Outcome, check_sandbox, run_python
 
 
 class CodeEval:
-    """Stands where `evaluate.load("code_eval")` would: the same arguments, the same figures.
+    """A drop-in replacement for `evaluate.load("code_eval")`, with the same arguments and results.
 
     Args:
-        seconds: a program may take, of wall time.
-        memory_mb: a process of it may address, and all of them hold.
-        num_workers: programs at once.
+        seconds: wall-time limit of a program.
+        memory_mb: limit on the address space of each of its processes, and on the resident memory of all of them.
+        num_workers: programs run at once.
     """
 
     def __init__(self, *, seconds: float | int = 5, memory_mb: int = 1024, num_workers: int = 2):
@@ -26,7 +26,7 @@ class CodeEval:
     def compute(
         self, *, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict]]]]:
-        """pass@k over tasks (Chen et al., arXiv:2107.03374, eq. 1), and every program's outcome by task."""
+        """Return pass@k over tasks (Chen et al., arXiv:2107.03374, eq. 1), and every program's outcome by task."""
         jobs = [(task, n, code) for task, codes in enumerate(predictions) for n, code in enumerate(codes)]
         with ThreadPoolExecutor(self.num_workers) as pool:
             outcomes = pool.map(lambda job: self._run(job[2], references[job[0]]), jobs)
@@ -45,16 +45,16 @@ class CodeEval:
 
 
 def pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """Mean over tasks of 1 - C(n - c, k) / C(n, k) for c of n programs that pass."""
+    """Return the mean over tasks of 1 - C(n - c, k) / C(n, k), where c of n programs pass."""
     return sum(1 - math.comb(n - c, k) / math.comb(n, k) for n, c in counts) / len(counts)
 
 
 @contextlib.contextmanager
 def sandboxed(metric: CodeEval) -> Iterator[None]:
-    """Within, `evaluate.load("code_eval")` gives this metric: the original is fetched and runs in the open.
+    """Make `evaluate.load("code_eval")` return this metric: the original is downloaded and has no sandbox.
 
     Raises:
-        ValueError: this machine has no sandbox.
+        ValueError: the sandbox does not work on this machine.
     """
     import evaluate
 

@@ -1,6 +1,6 @@
-"""The confined side of `sandbox`: run by its path, in an interpreter of its own, with the standard library alone.
+"""The confined side of `sandbox`: a script run in a separate interpreter, with only the standard library.
 
-The first process makes the namespaces and watches; the second gives up all it must not have and becomes the program.
+The first process creates the namespaces and watches; the second drops its rights and becomes the program.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-FAILED, UNAVAILABLE = 1, 97  # exit statuses: the program's own, or it was stopped; nothing was run
-PROCESSES = 64  # at once; more and the program is stopped
-TASKS = 128  # processes and threads at once; the kernel makes no more
+FAILED, UNAVAILABLE = 1, 97  # exit statuses: the program failed or was stopped; nothing was run
+PROCESSES = 64  # the program is stopped if it has more
+TASKS = 128  # processes and threads; the kernel refuses to create more
 FILES = 4096  # files and folders
-TICK = 0.02  # seconds between two looks at memory and processes
+TICK = 0.02  # seconds between checks of memory and processes
 
 USER, NETWORK, PROCESS_IDS, SYSTEM_V, MOUNTS = 0x10000000, 0x40000000, 0x20000000, 0x08000000, 0x00020000
 NOBODY = 65534  # the program's user and group in its namespace
-SETGID, SETUID, SETFCAP = 1 << 6, 1 << 7, 1 << 31  # what it takes to name users of a namespace (capabilities(7))
+SETGID, SETUID, SETFCAP = 1 << 6, 1 << 7, 1 << 31  # needed to map all users into a namespace (capabilities(7))
 READ_ANY = 2  # CAP_DAC_READ_SEARCH
 NOSUID, NODEV = 2, 4
 DEATH_SIGNAL, KEEP_CAPABILITIES, SECCOMP, NO_NEW_PRIVILEGES, AMBIENT = 1, 8, 22, 38, 47  # of prctl(2)
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
-READ = 0b1101  # execute, read a file, read a folder
-EVERYTHING = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # rights of the file system by Landlock's version
+READ = 0b1101  # execute, read files, read folders
+EVERYTHING = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # all file system rights, by Landlock version
 FILE_RIGHTS = 0b111 | 1 << 14
-# Memory without a process that maps it, or a file that a limit knows, is in nobody's sum. By architecture: its name for
-# seccomp(2), and memfd_create, memfd_secret, shmget, semget, msgget.
+# Calls that allocate memory which need not be mapped by a process or be a limited file, so that nothing counts it. By
+# architecture: its id for seccomp(2), and the numbers of memfd_create, memfd_secret, shmget, semget, msgget.
 UNCOUNTED = {"x86_64": (0xC000003E, (319, 447, 29, 64, 68)), "aarch64": (0xC00000B7, (279, 447, 194, 190, 186))}
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def checked(result: int, what: str) -> int:
-    """Raises:
-    OSError: the call that gave `result` failed.
+    """Return the result of a C call.
+
+    Raises:
+        OSError: the result is negative; has the call's errno.
     """
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
@@ -49,10 +51,10 @@ def checked(result: int, what: str) -> int:
 
 
 def names_users() -> bool:
-    """Whether this process is root's and may say which users its namespace has: then the program's is not root.
+    """Return whether all users are mapped into the namespace, so that a program started by root runs as another user.
 
     Raises:
-        OSError: it is root's and may not: the kernel lets root have any number of processes.
+        OSError: this is root but may not do so; the kernel does not limit the number of root's processes.
     """
     if os.geteuid():
         return False
@@ -64,22 +66,22 @@ def names_users() -> bool:
     needed = SETGID | SETUID | SETFCAP
     if granted & needed == needed and has_nobody:
         return True
-    if any(first == outside == 0 for first, outside, _ in spans[0]):  # else an ordinary user's root, as in a container
+    if any(first == outside == 0 for first, outside, _ in spans[0]):  # else root of a user namespace, as in a container
         raise OSError(f"root that may not become user {NOBODY} (capabilities SETUID, SETGID, SETFCAP) has no bounds")
     return False
 
 
 def enter_namespaces(*, named: bool) -> None:
-    """Leave network, mounts, System V objects and (for children to come) process ids of this machine.
+    """Enter new user, network, mount and System V namespaces; future children also enter a new PID namespace.
 
     Args:
-        named: its users are those of this machine; else the one user NOBODY, who is ourselves.
+        named: map all users of this machine; otherwise only the current user, as NOBODY.
 
     Raises:
-        OSError: the kernel grants it not.
+        OSError: the kernel refuses.
     """
     ours, (ready, say) = os.getpid(), os.pipe()
-    if not (writer := os.fork()):  # who may write them has to stay outside
+    if not (writer := os.fork()):  # the id maps must be written from outside the namespace
         os.close(say)
         os.read(ready, 1)
         try:
@@ -105,10 +107,10 @@ def enter_namespaces(*, named: bool) -> None:
 
 
 def mount_folder(folder: str, *, files_mb: int) -> None:
-    """Put a file system of bounded size over the folder, which only this process and its children see.
+    """Mount a file system of limited size over the folder, visible only to this process and its children.
 
     Raises:
-        OSError: the kernel grants it not.
+        OSError: the kernel refuses.
     """
     program = Path(folder, "program.py").read_bytes()
     options = f"size={files_mb << 20},nr_inodes={FILES},mode=0700,uid={NOBODY},gid={NOBODY}"
@@ -119,22 +121,25 @@ def mount_folder(folder: str, *, files_mb: int) -> None:
 
 
 def become_nobody() -> None:
-    """Be a user the kernel bounds, who still finds an interpreter in a folder of root's (Landlock says which)."""
+    """Switch to a user whose processes the kernel limits, but who may still read an interpreter in root's folders.
+
+    Landlock (`confine`) restricts what can be read.
+    """
     checked(LIBC.prctl(KEEP_CAPABILITIES, 1, 0, 0, 0), "capabilities")
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    granted = (ctypes.c_uint32 * 6)(*[1 << READ_ANY] * 3)  # effective, permitted, inheritable; the upper halves
+    granted = (ctypes.c_uint32 * 6)(*[1 << READ_ANY] * 3)  # effective, permitted, inheritable; upper halves
     checked(LIBC.capset(header, granted), "capabilities")
     checked(LIBC.prctl(AMBIENT, 2, READ_ANY, 0, 0), "capabilities")
 
 
 def confine(folder: str, *, seconds: float, memory_mb: int, files_mb: int) -> None:
-    """Give up, in this process and for good, all that a program must not have.
+    """Irrevocably restrict this process to what a program may have.
 
     Raises:
-        OSError: the kernel grants it not.
+        OSError: the kernel refuses.
     """
     megabytes = 1 << 20
     for limit, value in (
@@ -175,7 +180,7 @@ def confine(folder: str, *, seconds: float, memory_mb: int, files_mb: int) -> No
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = (ctypes.c_uint32 * 3)(
             rights & everything & 0xFFFFFFFF, 0, place
-        )  # packed: 64 bits of rights, 32 of place
+        )  # a packed struct: 64 bits of rights, 32 of the file descriptor
         call(ADD_RULE, ruleset, 1, ctypes.byref(rule), ctypes.c_uint32(0))
         os.close(place)
     checked(LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no_new_privs")
@@ -185,10 +190,10 @@ def confine(folder: str, *, seconds: float, memory_mb: int, files_mb: int) -> No
 
 
 def refuse_uncounted_memory() -> None:
-    """Answer the calls of UNCOUNTED as a kernel that has them not (ENOSYS).
+    """Make the calls in UNCOUNTED fail with ENOSYS, as if the kernel did not have them.
 
     Raises:
-        OSError: another architecture, or the kernel grants no filter.
+        OSError: the architecture is unknown, or the kernel refuses the filter.
     """
     machine = os.uname().machine
     if machine not in UNCOUNTED:
@@ -197,7 +202,7 @@ def refuse_uncounted_memory() -> None:
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # linux/bpf_common.h
     kill, allow, no_such_call = 0x80000000, 0x7FFF0000, 0x00050000 | 38
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
-    lines += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # x86's other table of the same calls
+    lines += [(at_least, 0, 1, 0x40000000), (give, 0, 0, kill)]  # x32's numbers of the same calls
     for number in calls:
         lines += [(equal, 0, 1, number), (give, 0, 0, no_such_call)]
     lines += [(give, 0, 0, allow)]
@@ -213,19 +218,19 @@ def refuse_uncounted_memory() -> None:
 
 
 def descendants(first: int) -> Iterator[int]:
-    """A process and all it has started: whose parent ended is a child of the namespace's first."""
+    """Yield a process and all it started; orphans are children of the first process of the namespace."""
     left = [first]
     while left:
         yield (pid := left.pop())
         try:
             for task in os.listdir(f"/proc/{pid}/task"):
                 left += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended
             continue
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory a process maps; what it shares counts in full."""
+    """Return the resident bytes of a process; shared memory counts in full."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except (FileNotFoundError, ProcessLookupError):
@@ -233,7 +238,7 @@ def resident(pid: int) -> int:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of memory a process maps; what n share counts a n-th."""
+    """Return the resident bytes of a process; memory shared by n processes counts 1/n (PSS)."""
     try:
         return int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[1].split()[0]) << 10
     except (FileNotFoundError, ProcessLookupError):
@@ -243,7 +248,7 @@ def proportional(pid: int) -> int:
 
 
 def watch(child: int, *, seconds: float, memory_mb: int) -> str | None:
-    """Wait for a program to end; None, or what it has more of than it may."""
+    """Wait for a program to end; return None, or the limit it exceeded."""
     ended, deadline = os.pidfd_open(child), time.monotonic() + seconds
     while not select.select([ended], [], [], TICK)[0]:
         if time.monotonic() > deadline:
@@ -254,14 +259,14 @@ def watch(child: int, *, seconds: float, memory_mb: int) -> str | None:
             if len(pids) > PROCESSES:
                 return f"{PROCESSES} processes"
         most = memory_mb << 20
-        # What forks share is in every one's resident set; the just sum takes longer.
+        # Resident sets count memory shared by forks repeatedly; the exact sum takes longer.
         if sum(map(resident, pids)) > most and sum(map(proportional, pids)) > most:
             return f"{memory_mb} MB of memory"
     return None
 
 
 def main(folder: str, seconds: str, memory_mb: str, files_mb: str) -> int:
-    """Run `folder/program.py`: 0, FAILED, or UNAVAILABLE where it cannot be confined."""
+    """Run `folder/program.py`; return 0, FAILED, or UNAVAILABLE if it cannot be confined."""
     try:
         named = names_users()
         if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
@@ -271,12 +276,12 @@ def main(folder: str, seconds: str, memory_mb: str, files_mb: str) -> int:
     except OSError as error:
         print(f"cannot be confined: {error}", flush=True)
         return UNAVAILABLE
-    told, tell = os.pipe()  # the program does not have it: what comes through is of the time before
+    told, tell = os.pipe()  # closed by exec, so it only carries errors from before the program
     if not (child := os.fork()):
         try:
             if named:
                 become_nobody()
-            LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)  # with us ends the first process, and with it the namespace
+            LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)  # if this watcher dies, the namespace ends, too
             confine(folder, seconds=float(seconds), memory_mb=int(memory_mb), files_mb=int(files_mb))
             os.execve(sys.executable, [sys.executable, "-I", os.path.join(folder, "program.py")], os.environ)
         except (OSError, ValueError) as error:
@@ -287,7 +292,7 @@ def main(folder: str, seconds: str, memory_mb: str, files_mb: str) -> int:
         print(f"cannot be confined: {error.decode()}", flush=True)
         return UNAVAILABLE
     if over := watch(child, seconds=float(seconds), memory_mb=int(memory_mb)):
-        os.kill(child, signal.SIGKILL)  # no process of the namespace outlives its first, and none is added
+        os.kill(child, signal.SIGKILL)  # the kernel then kills all processes of the namespace
     status = os.waitpid(child, 0)[1]
     if over:
         print(f"\nstopped: more than {over}", flush=True)

@@ -1,4 +1,4 @@
-"""The images a harness hands over, as our own evaluation would read them from their files."""
+"""Convert images from a harness so that they are read like files in our own evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvlm.data.decode import read_orientation, to_rgb
 
 
 def to_bytes(image: Image.Image | str) -> bytes:
-    """An opened image as a file without loss: on white where transparent, upright; a path's own bytes."""
+    """Encode an image losslessly, upright and with transparency on white; for a path, return the file's bytes."""
     if isinstance(image, str):
         with open(image, "rb") as file:
             return file.read()

@@ -1,9 +1,9 @@
-"""Our models in lmms-eval, by its entry point `lmms_eval.models`; in an environment where both are installed:
+"""A plugin for lmms-eval through its entry point `lmms_eval.models`, for an environment where both are installed:
 
     lmms-eval --model fastvlm --model_args run=runs/latest --tasks vqav2_val --batch_size 16
 
-`benchmarks/requirements-lmms-eval.txt` makes that environment. VLMEvalKit has no plugins; it reaches a model through
-the server, as an OpenAI-compatible address.
+`benchmarks/requirements-lmms-eval.txt` lists the packages of that environment. VLMEvalKit has no plugins; it can use a
+model through the OpenAI-compatible server.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ class FastVLM(lmms):
     Args:
         run: run directory.
         batch_size: requests answered at once.
-        device: cpu, cuda or cuda:<n>; a GPU where there is one unless told.
-        max_new_tokens: bound of an answer where the task gives none.
-        cache_mb: of visual tokens kept for questions about the same image, and again of the views read from its file,
-            as our own evaluation keeps them; 0 reads and encodes an image once a question.
+        device: cpu, cuda or cuda:<n>; None takes a GPU if there is one.
+        max_new_tokens: limit on the length of an answer if the task has none.
+        cache_mb: MiB of visual tokens kept for further questions about an image, and as many again of its views; 0
+            reads and encodes an image for every question.
+
+    Raises:
+        ValueError: an unknown argument.
     """
 
     is_simple = False
@@ -61,7 +64,7 @@ class FastVLM(lmms):
         self.max_new_tokens = int(max_new_tokens)
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """Answers in the order of the requests, in batches as they come, as the harness's own models do."""
+        """Answer requests in order, batching consecutive ones that have the same options."""
         results: list[GenerationResult] = []
         groups: list[list] = []
         for request in requests:
@@ -90,7 +93,7 @@ class FastVLM(lmms):
         raise NotImplementedError("tasks of several rounds are not answered")
 
     def _read(self, request) -> tuple[dict, list]:
-        """The conversation of a request and the views of its images."""
+        """Return the conversation of a request and the views of its images."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).model_dump()["messages"]
         files, turns = [], []

@@ -1,4 +1,4 @@
-"""What lmms-eval reads when it looks for models: names alone, so that nothing is imported that is not asked for."""
+"""The model manifest lmms-eval reads on start; contains only names, so that nothing else is imported until used."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -1,17 +1,16 @@
-"""Run a program a model wrote: no network, no files but its own folder, bounded time, memory, processes and files.
+"""Run a program written by a model: no network, only its own folder, limited time, memory, processes and files.
 
-Linux only. Namespaces cut it off the network and other processes (unshare(2)), Landlock off the file system
-(https://docs.kernel.org/userspace-api/landlock.html). Where the kernel grants one of these not, nothing is run. What
-holds, for root as for any user:
+Linux only. Namespaces isolate the program from the network and other processes (unshare(2)), Landlock from the file
+system (https://docs.kernel.org/userspace-api/landlock.html). If the kernel refuses either, nothing is run. Limits, for
+root as for any other user:
 
-- time: the program and all it started are killed at the limit.
-- files: its folder is a file system of `files_mb`, and 4,096 files; what it prints is a file of at most as much beside.
-- memory: `memory_mb` of address space a process; and all processes together are stopped where their resident memory,
-  shared pages shared out, is more than that when it is looked at, every 20 ms. Memory that no process maps cannot be
-  had by memfd_create(2) or System V; what the kernel itself keeps for pipes and sockets is not counted.
-- processes: stopped at more than 64, looked at as often; the kernel makes no more than 128, threads included (before
-  Linux 5.14 the user's other processes among them). The kernel lets root have any number, so root's programs run as
-  `nobody`.
+- time: the program and everything it started are killed at the limit.
+- files: its folder is a file system of `files_mb` and 4,096 files; its output is a separate file of at most that size.
+- memory: `memory_mb` of address space per process; and the program is stopped if the resident memory of all its
+  processes, shared pages counted proportionally, exceeds that at a check, every 20 ms. Memory that no process maps
+  cannot be allocated by memfd_create(2) or System V calls; the kernel's memory for pipes and sockets is not counted.
+- processes: stopped if there are more than 64 at such a check; the kernel allows no more than 128, threads included
+  (before Linux 5.14 with the user's other processes). It does not limit root, so root's programs run as `nobody`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from pathlib import Path
 
 from fastvlm.harnesses import confined
 
-MAX_OUTPUT = 4000  # characters that are kept of what it said
+MAX_OUTPUT = 4000  # bytes kept of the output
 
 
 @dataclass(frozen=True)
@@ -36,26 +35,26 @@ class Outcome:
     """How a program ended."""
 
     passed: bool
-    said: str  # the end of what it wrote to both streams
+    said: str  # the end of its stdout and stderr
     seconds: float
     timed_out: bool = False
 
 
 def run_python(program: str, *, seconds: float | int = 5, memory_mb: int = 1024, files_mb: int = 16) -> Outcome:
-    """Run a program in a process and a folder of its own; it passes where its last line is reached.
+    """Run a program in a process and folder of its own; it passes if it reaches its last line.
 
     Args:
-        seconds: of wall time, and of CPU time a process.
-        memory_mb: of address space a process, and of resident memory of all of them.
-        files_mb: of all files it writes, and of what it prints.
+        seconds: limit on wall time, and on CPU time per process.
+        memory_mb: limit on the address space per process, and on the resident memory of all of them.
+        files_mb: limit on the files it writes, and on its output.
 
     Raises:
-        ValueError: this machine cannot cut a program off.
+        ValueError: programs cannot be confined on this machine.
     """
     with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
-        # An exit halfway is no pass: the end says a random word. That is against mistakes, not against intent: what
-        # runs inside a process can do whatever its end would do, this word stands in the program's own file, and no
-        # check in the same process as the program is beyond its reach (HumanEval's own code is no different).
+        # An early exit must not pass, so a random word is printed at the end. This protects against mistakes, not
+        # against intent: the word is in the program's own file, and no check in the process of the program is beyond
+        # its reach (the same is true of HumanEval's own code).
         word = secrets.token_hex(16)
         Path(folder, "program.py").write_text(f"{program}\n\nprint({word!r}, flush=True)\n", encoding="utf-8")
         started = time.monotonic()
@@ -74,7 +73,7 @@ def run_python(program: str, *, seconds: float | int = 5, memory_mb: int = 1024,
         except subprocess.TimeoutExpired:
             code = -signal.SIGKILL
         finally:
-            # The first process of the namespace is a child of ours: with it everything it started ends.
+            # Ends the watcher, with it the first process of the namespace, and so everything the program started.
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -89,8 +88,10 @@ def run_python(program: str, *, seconds: float | int = 5, memory_mb: int = 1024,
 
 
 def check_sandbox() -> None:
-    """Raises:
-    ValueError: this machine cannot cut a program off, or none runs so.
+    """Check that an empty program runs.
+
+    Raises:
+        ValueError: programs cannot be confined on this machine, or fail when confined.
     """
     if not (outcome := run_python("pass", seconds=60)).passed:
         raise ValueError(f"code written by a model is not run here: an empty program fails: {outcome.said.strip()}")

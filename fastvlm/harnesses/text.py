@@ -1,8 +1,8 @@
-"""lm-eval's model interface over our language model, for what learning to see may have cost the words.
+"""lm-eval's model interface for our language model, to measure what training on images costs on text tasks.
 
     python eval.py checkpoint=runs/latest task=mmlu        needs `pip install '.[eval]'`
 
-Requests are answered as lm-eval's own `HFLM` does: the same tokens are scored, contexts are cut off on the left.
+Requests are answered like in lm-eval's own `HFLM`: the same tokens are scored, and contexts are truncated on the left.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastvlm.inference.engine import Engine
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as in HFLM
+MAX_NEW_TOKENS = 256  # if the task sets no limit, as in HFLM
 
 
 class TextModel(LM):
-    """Answers lm-eval's three kinds of requests without any image.
+    """Answers lm-eval's three kinds of requests, without images.
 
     Args:
         batch_size: rows scored or answered at once.
@@ -42,14 +42,14 @@ class TextModel(LM):
         self.engine = Engine(model, tokenizer, image_size=image_size, device=device)
         self.words, self.batch_size = tokenizer, batch_size
         self.max_length = self.engine.model.llm.max_positions
-        self.chats: dict[str, list[dict]] = {}  # by the text they were written as
+        self.chats: dict[str, list[dict]] = {}  # by the text they were rendered to
 
     @property
     def tokenizer_name(self) -> str:
         return self.words.fingerprint
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. It is remembered: a word of it that spells a special token stays a word."""
+        """Render a conversation as text, and remember it, so that text that spells a special token stays text."""
         template = self.words.template
         turns = [template.before[m["role"]] + m["content"] + template.after[m["role"]] for m in chat_history]
         text = template.start + "".join(turns) + (template.before["assistant"] if add_generation_prompt else "")
@@ -57,14 +57,14 @@ class TextModel(LM):
         return text
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding says it) of every continuation after its context."""
+        """Return (log-probability, whether greedy decoding produces it) of every continuation after its context."""
         pairs = [self.encode_pair(*request.args) for request in requests]
         rows = [self._row(context, continuation) for context, continuation in pairs]
         scores = self._score(rows)
         return [(-float(nll.sum()), bool(best.all())) for nll, best in scores]
 
     def loglikelihood_rolling(self, requests) -> list[float]:
-        """Log-probability of every whole text, in windows that overlap as little as they can."""
+        """Return the log-probability of every whole text, in windows with minimal overlap."""
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self.words.encode_text(text)
@@ -79,7 +79,7 @@ class TextModel(LM):
         return totals
 
     def generate_until(self, requests) -> list[str]:
-        """Greedy text after every context, up to one of the task's stop strings; its outer space is kept."""
+        """Return the greedy continuation of every context, up to one of the task's stop strings, not stripped."""
         answers = [""] * len(requests)
         groups: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
@@ -90,7 +90,7 @@ class TextModel(LM):
             until = (until,) if isinstance(until, str) else tuple(until)
             groups.setdefault((until, options.get("max_gen_toks", MAX_NEW_TOKENS)), []).append(i)
         for (until, limit), members in groups.items():
-            # The context keeps at least its half where the model is short.
+            # Reserve at least half of the model's length for the context.
             limit = min(limit, self.max_length // 2)
             prompts = {i: self._prompt(requests[i].args[0], self.max_length - limit) for i in members}
             ordered = sorted(members, key=lambda i: (len(prompts[i]), i))
@@ -104,7 +104,7 @@ class TextModel(LM):
         return answers
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, cut where the context's own tokens end; its last spaces belong to what follows."""
+        """Tokenize both together and split where the context ends; its trailing spaces go to the continuation."""
         if context in self.chats:
             return self._ids({"messages": self.chats[context]}), self.words.encode_text(continuation)
         stripped = context.rstrip()
@@ -113,7 +113,7 @@ class TextModel(LM):
             return self._prefix(), self.words.encode_text(continuation)
         document = lambda text: self._ids({"document": [{"type": "text", "text": text}]})
         before, whole = document(stripped), document(stripped + continuation)
-        # Where both grow into one token there, what follows is read by itself.
+        # If the two merge into one token at the split, the continuation is tokenized by itself.
         return before, whole[len(before) :] or self.words.encode_text(continuation)
 
     def _prefix(self) -> list[int]:
@@ -123,9 +123,9 @@ class TextModel(LM):
         return encode_record(record, self.words, tokens_per_image=0, prompt=True).input_ids
 
     def _prompt(self, context: str, most: int) -> list[int]:
-        """Tokens of a context; where they are more than `most`, the template's start and the last of them.
+        """Return the tokens of a context; if there are more than `most`, the template's start and the last ones.
 
-        The cut is made in tokens: text that is cut inside a character becomes more tokens than were cut.
+        Tokens are cut, not text: text cut inside a character can turn into more tokens.
         """
         chat = self.chats.get(context)
         ids = self._ids({"document": [{"type": "text", "text": context}]} if chat is None else {"messages": chat})
@@ -136,7 +136,7 @@ class TextModel(LM):
 
     def _row(self, context: Sequence[int], target: Sequence[int]) -> tuple[list[int], list[int]]:
         ids = [*context, *target][-(self.max_length + 1) :]
-        learned = min(len(target), len(ids) - 1)  # the first token has nothing before it
+        learned = min(len(target), len(ids) - 1)  # the first token has no context
         return ids, [IGNORE_INDEX] * (len(ids) - learned) + ids[len(ids) - learned :]
 
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]):

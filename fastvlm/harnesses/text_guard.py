@@ -1,4 +1,4 @@
-"""The text guard: MMLU, GSM8K, HumanEval and MBPP through lm-eval, before and after a model learnt to see."""
+"""The text guard: MMLU, GSM8K, HumanEval and MBPP through lm-eval, before and after training on images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class TextGuard:
     """lm-eval tasks over the language model alone.
 
     Args:
-        tasks: lm-eval's names; groups are taken apart by it.
-        shots: examples; None leaves what the task says.
-        limit: samples of each task.
-        include: folder of task files besides lm-eval's own.
-        chat: put questions as turns of the model's template.
+        tasks: names of lm-eval tasks or groups.
+        shots: number of examples; None keeps the task's default.
+        limit: number of samples per task; None takes all.
+        include: folder with further task files.
+        chat: format questions as turns of the model's chat template.
         batch_size: rows scored or answered at once.
-        run_code: run the programs a model writes; without it a task that needs it is refused.
-        seconds: a program may take.
-        memory_mb: a process of a program may address, and all of them hold.
+        run_code: run the programs a model writes; without it, tasks that need this are refused.
+        seconds: wall-time limit of a program.
+        memory_mb: limit on the address space of each of its processes, and on the resident memory of all of them.
 
     Raises:
         ValueError: no task is named, or lm-eval is not installed.
@@ -64,13 +64,13 @@ class TextGuard:
         device: str | torch.device = "cpu",
         out: str | Path | None = None,
     ) -> dict:
-        """Score; `transform` is not needed where nothing is seen.
+        """Run the tasks; `transform` is not used.
 
         Returns:
-            `metrics`: `test/<task>/<metric>` and its standard error; with `out`, `predictions/<task>.jsonl` beside.
+            `metrics`: `test/<task>/<metric>` and its standard error. With `out`, `predictions/<task>.jsonl` is written.
 
         Raises:
-            ValueError: an unknown task, one without data here, or code that may not be run.
+            ValueError: a task is unknown, its data is not available, or it runs code and this is not allowed.
         """
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -79,7 +79,7 @@ class TextGuard:
         from fastvlm.harnesses.text import TextModel
 
         metric = CodeEval(seconds=self.seconds, memory_mb=self.memory_mb)
-        # Code tasks try the metric while they are read: without leave it is not there.
+        # Code tasks load the metric when they are parsed, so it must be replaced or refused before.
         box = sandboxed(metric) if self.run_code else refused()
         with box, contextlib.redirect_stdout(io.StringIO()):
             manager = TaskManager(include_path=self.include)
@@ -111,14 +111,14 @@ class TextGuard:
         return {"metrics": metrics, "shots": found.get("n-shot"), "samples": found.get("n-samples"), "table": []}
 
     def render(self, result: dict) -> str:
-        """A line a figure."""
+        """Return one line per metric, without standard errors."""
         lines = [f"{name}: {value:.4f}" for name, value in result["metrics"].items() if "_stderr" not in name]
         return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def refused():
-    """Within, a task that asks for the metric that runs code is refused."""
+    """Refuse tasks that load the `code_eval` metric inside the context."""
     import evaluate
 
     load = evaluate.load
@@ -136,7 +136,7 @@ def refused():
 
 
 def write_samples(folder: Path, samples: dict[str, list[dict]]) -> None:
-    """What was asked and answered, a line a sample and a file a task."""
+    """Write requests and answers as JSON lines, one file per task."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in samples.items():
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]

@@ -1,4 +1,4 @@
-"""The server's application: routes, and how errors are said."""
+"""The FastAPI application: routes and error replies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ log = logging.getLogger("fastvlm.server")
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """The application around an engine; its scheduler ends with it."""
+    """Return the application that serves an engine; its scheduler stops when the application does."""
     service = Service(engine, settings)
 
     @asynccontextmanager
@@ -61,7 +61,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
 
 def add_errors(app: FastAPI, service: Service) -> None:
-    """Every error is OpenAI's error body, with one line that says what was wrong."""
+    """Reply to every error with OpenAI's error body and a one-line message."""
 
     def reply(status: int, message: str, *, kind: str = "invalid_request_error", headers=None, **more) -> Response:
         service.refusals[status] = service.refusals.get(status, 0) + 1
@@ -75,7 +75,7 @@ def add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Left)
     async def left(_: Request, error: Left) -> Response:
         service.num_left += 1
-        return Response(status_code=499)  # nginx's word for it; nobody reads it
+        return Response(status_code=499)  # nginx's code for "client closed request"
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -95,15 +95,15 @@ def add_errors(app: FastAPI, service: Service) -> None:
 
 
 def add_api(app: FastAPI, service: Service) -> None:
-    """OpenAI's routes, the view of what was attended, and what an operator asks for."""
+    """Add OpenAI's routes, `/v1/attention`, and `/health` and `/metrics` for operators."""
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=WRONG | STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
-        """Answers a conversation; with `stream`, as server-sent events that end in [DONE]."""
+        """Answer a conversation; with `stream`, as server-sent events that end with [DONE]."""
         images, input_ids = await unless_gone(request, service.prepare(body))
         asked = service.ask(body, images, input_ids)
         try:
-            # A question that cannot be asked is refused before anything is sent.
+            # Wait for the first event, so that an invalid question gets its own status code.
             first = await unless_gone(request, asked.next())
             if not body.stream:
                 return await unless_gone(request, service.whole(asked, first))
@@ -116,7 +116,7 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/attention", response_model=AttentionReply, responses=WRONG)
     async def attention(body: AttentionRequest, request: Request) -> Any:
-        """Which image regions an answer looked at: the conversation ends with that answer."""
+        """Return the image regions that an answer attends to; the conversation ends with that answer."""
         return await unless_gone(request, service.attention(body))
 
     @app.get("/v1/models", response_model=ModelList)
@@ -130,7 +130,7 @@ def add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
-        """Prometheus' text format."""
+        """Return metrics in Prometheus' text format."""
         return service.metrics()
 
 

@@ -1,8 +1,8 @@
-"""Where the answer looked: attention on visual tokens, and the image regions those tokens stand for.
+"""Attention of an answer on visual tokens, and the image regions those tokens represent.
 
-The prompt is read as for an answer (from the store where it is there), and only the positions that predict the answer
-give their weights, a few at a time. So memory is that of an answer and a bounded number of weights more, however long
-the prompt is: all weights of 7,300 positions would be 70 GB in a model of 0.5B.
+The prompt is prefilled as for generation (reusing stored prefixes), and attention weights are computed only for the
+positions that predict the answer, a few at a time. So memory is that of generation plus a bounded number of weights,
+however long the prompt is; all weights of 7,300 positions would take 70 GB in a 0.5B model.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from fastvlm.inference.memory import image_key
 from fastvlm.inference.rows import Row
 from fastvlm.models.llms.language_model import LanguageModel
 
-MAX_WEIGHTS = 1 << 24  # attention weights of all layers and heads that are held at once: 64 MiB in float32
-TOKENS_A_PIECE = 32  # visual tokens whose patches are found in one piece of work
+MAX_WEIGHTS = 1 << 24  # attention weights over all layers and heads held at once: 64 MiB in float32
+TOKENS_A_PIECE = 32  # visual tokens per piece of work in `token_influence`
 
 
 @dataclass
 class View:
-    """Of one image's global view, whose patches lie in a grid of `rows` x `columns`, row by row."""
+    """Attention on one image's global view, whose patches form a grid of `rows` x `columns`, in row-major order."""
 
     rows: int
     columns: int
     answer: Float[Tensor, "N"]  # share of the answer's attention on each patch; sums to 1
-    tokens: Float[Tensor, "M N"]  # influence of each patch on each visual token that was read; rows sum to 1
+    tokens: Float[Tensor, "M N"]  # influence of each patch on each non-empty visual token; rows sum to 1
 
 
 def attend(
     engine: Engine, record: dict, images: Sequence[UInt8[Tensor, "... 3 H W"]], *, max_weights: int = MAX_WEIGHTS
 ) -> Generator[None, None, list[View]]:
-    """Reads a conversation that ends with an answer and says where that answer's tokens attended.
+    """Compute where the answer at the end of a conversation attends in its images.
 
-    Work is done in pieces, each no longer than reading a prompt: the generator yields between them, then returns.
-    Attention is the mean over layers and heads (from the positions that predict the answer's tokens), read on the
-    visual tokens of each image's global view; what fell on its tiles is left out. A visual token is spread over the
-    patches by the size of its gradient with respect to each of them, which holds for every resampler.
+    The generator yields between pieces of work, each no longer than a prefill, and returns one `View` per image.
+    Attention is the mean over layers and heads, from the positions that predict the answer's tokens to the visual
+    tokens of each image's global view; attention on tiles is left out. A visual token's share is distributed over the
+    patches by the norm of its gradient with respect to each of them, which works for any resampler.
 
     Args:
-        max_weights: attention weights held at once; a single position's are never split.
+        max_weights: attention weights held at once; those of a single position are never split.
 
     Raises:
-        ValueError: the last turn is not the assistant's, the conversation is too long, or the model gives no attention
+        ValueError: the last turn is not the assistant's, the conversation is too long, or the model has no attention
             weights or no fixed grid of patches.
     """
     if not record.get("messages") or record["messages"][-1]["role"] != "assistant":
@@ -78,14 +78,14 @@ def attend(
         per_token = torch.zeros(len(influence) + 1)
         per_token.index_add_(0, global_tokens(engine, image, dim=visual[0].shape[-1]), on_slots)
         share = per_token[1:] @ influence
-        read = influence.sum(dim=-1) > 0  # a resampler that drops tokens has slots which stand for nothing
+        read = influence.sum(dim=-1) > 0  # a resampler that drops tokens leaves empty slots
         grid = model.encoder.grid(engine.image_size)
         views.append(View(*grid, answer=share / share.sum().clamp_min(1e-12), tokens=influence[read]))
     return views
 
 
 def answer_ids(engine: Engine, record: dict, asked: dict, *, slots: Sequence[int]) -> list[int]:
-    """The answer's tokens and its end, as they stand behind the prompt."""
+    """Return the ids of the answer and its end token, as they follow the prompt."""
     tokenizer = engine.tokenizer
     prompt = engine.encode_prompt(asked, slots=slots, max_new_tokens=0)
     whole = encode_record(record, tokenizer, tokens_per_image=slots).input_ids
@@ -94,9 +94,9 @@ def answer_ids(engine: Engine, record: dict, asked: dict, *, slots: Sequence[int
 
 
 def read_prompt(engine: Engine, row: Row) -> KVCache:
-    """Keys and values of a prompt up to its last position, which is the first that predicts the answer.
+    """Return keys and values of a prompt without its last position, which is the first to predict the answer.
 
-    The last position is read too, and forgotten: where attention goes both ways in the prompt, the others see it.
+    The last position is computed too and then removed: with bidirectional attention, the others attend to it.
     """
     found = engine.prefixes.find(row.names) if row.names is not None and len(engine.prefixes) else None
     cache = KVCache(() if found is None else found.layers)
@@ -112,10 +112,10 @@ def read_prompt(engine: Engine, row: Row) -> KVCache:
 def read_attention(
     engine: Engine, row: Row, answer: Sequence[int], queries: Int[Tensor, "Q"], cache: KVCache
 ) -> Float[Tensor, "S"]:
-    """Attention of some predicting positions on the prompt: the mean over layers and heads, summed over the positions.
+    """Return the attention on each prompt position: the mean over layers and heads, summed over the given queries.
 
     Args:
-        queries: which of the answer's tokens they predict; all before them are in the cache.
+        queries: indices of the answer's tokens whose predicting positions attend; earlier ones are in the cache.
     """
     llm = engine.model.llm
     # The prompt's last position predicts the first token, each token the next.
@@ -135,14 +135,14 @@ def read_attention(
 
 @contextmanager
 def listening(llm: LanguageModel) -> Iterator[list[Tensor | None]]:
-    """A list that gets the attention weights of all layers, (1, heads, Q, K) each, when the model is called."""
+    """Yield a list to which a call of the model appends the attention weights of all layers, (1, heads, Q, K) each."""
     heard: list[Tensor | None] = []
     decoder, before = llm.hf.get_decoder(), llm.attention
     ask = decoder.register_forward_pre_hook(
         lambda _, args, options: (args, options | {"output_attentions": True}), with_kwargs=True
     )
     listen = decoder.register_forward_hook(lambda _, args, out: heard.extend(out.attentions or ()))
-    llm.attention = "eager"  # fused kernels keep their weights to themselves
+    llm.attention = "eager"  # fused kernels do not return weights
     try:
         yield heard
     finally:
@@ -154,7 +154,7 @@ def listening(llm: LanguageModel) -> Iterator[list[Tensor | None]]:
 def attention_on_slots(
     engine: Engine, asked: dict, visual: Sequence[Float[Tensor, "_ D"]], row: Row, looked: Float[Tensor, "S"]
 ) -> list[Float[Tensor, "_"]]:
-    """Of attention on a row's positions, what fell on each slot of each image; 0 on slots that were left out."""
+    """Return the attention on each slot of each image, from that on a row's positions; 0 for dropped slots."""
     slots = [len(tokens) for tokens in visual]
     ids = torch.tensor(engine.encode_prompt(asked, slots=slots, max_new_tokens=0))
     is_slot, held = ids == engine.tokenizer.image_id, torch.ones(len(ids), dtype=torch.bool)
@@ -167,9 +167,9 @@ def attention_on_slots(
 
 
 def global_tokens(engine: Engine, image: UInt8[Tensor, "... 3 H W"], *, dim: int) -> Int[Tensor, "T"]:
-    """For each slot of an image: 1 + the number of the global view's visual token that stands in it, or 0.
+    """Return, for each slot of an image, 1 + the index of the global view's visual token in it, or 0.
 
-    A pretrained model's arrangement moves tokens and puts others between them; marks are sent the same way.
+    A pretrained model's `arrange` reorders tokens and inserts others, so numbered marks are sent through it.
     """
     model, views = engine.model, len(image) if image.ndim == 4 else 1
     count = model.resampler.num_tokens_out(model.encoder.num_patches(engine.image_size))
@@ -183,8 +183,10 @@ def global_tokens(engine: Engine, image: UInt8[Tensor, "... 3 H W"], *, dim: int
 
 
 def token_influence(engine: Engine, image: UInt8[Tensor, "... 3 H W"]) -> Generator[None, None, Float[Tensor, "M N"]]:
-    """How much each visual token of the global view changes with each patch of its grid: norms of the resampler's
-    gradient, rows summing to 1 (or 0, where a token depends on none)."""
+    """Compute the influence of each patch on each visual token of the global view: norms of the resampler's gradient.
+
+    Rows sum to 1, or to 0 for a token that depends on no patch.
+    """
     model = engine.model
     with torch.inference_mode():
         patches = model.encode_patches((image if image.ndim == 4 else image[None])[:1].to(engine.device))
@@ -203,5 +205,5 @@ def token_influence(engine: Engine, image: UInt8[Tensor, "... 3 H W"]) -> Genera
     height, width = model.encoder.grid(engine.image_size)
     in_order = getattr(model.encoder, "in_order", lambda patches: patches)
     by_patch = in_order(rearrange(torch.stack(norms), "m n -> 1 n m"))
-    influence = rearrange(by_patch[:, -height * width :], "1 n m -> m n")  # a class token stands in front
+    influence = rearrange(by_patch[:, -height * width :], "1 n m -> m n")  # without a leading class token
     return influence / influence.sum(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -1,11 +1,11 @@
-"""Talk to a trained model.
+"""Talk to a trained model in the terminal.
 
     python -m fastvlm.inference.chat run=runs/embedded --image digits.png --prompt "how many digits are there?"
-    python -m fastvlm.inference.chat run=runs/embedded            # a conversation; /help says what it can
+    python -m fastvlm.inference.chat run=runs/embedded            # a conversation; /help lists its commands
     python -m fastvlm.inference.chat http://127.0.0.1:8000        # with a server
 
-prints the answer and what image, prompt and answer cost. `--image` may stand several times; the prompt may hold as many
-`<image>` placeholders, otherwise the images go first.
+Prints the answer, and tokens and times of image, prompt and answer. `--image` can be repeated; the prompt may contain
+as many `<image>` placeholders as there are images, otherwise the images go first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def converse(dialogue: Dialogue) -> None:
     """Read messages and commands from standard input until it ends."""
     prompt = ""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  history and editing of what is typed
+        import readline  # noqa: F401  gives input() history and editing
 
         prompt = "> "
         print(COMMANDS)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     source = args.run.removeprefix("run=")
     if not source.startswith(ADDRESS):
-        check_source(source)  # what can be wrong is looked at before torch is imported
+        check_source(source)  # report mistakes before torch is imported
     files = [read_image(path) for path in args.image]
     if args.prompt is not None:
         compose_content(args.prompt, num_images=len(files))

@@ -16,11 +16,13 @@ TIMES = ("cpu", "wall")
 
 
 class Clock:
-    """
+    """A clock that waits for the device before each reading.
+
     Args:
-        device: its work is waited for.
-        kind: `cpu`, seconds this thread computed (one thread, a CPU: what others do on the machine is mostly left
-            out), or `wall`.
+        kind: `wall`, or `cpu`: CPU time of this thread, which is hardly affected by other load on the machine.
+
+    Raises:
+        ValueError: an unknown kind, or `cpu` with a GPU or with several threads.
     """
 
     def __init__(self, device: str | torch.device = "cpu", *, kind: str = "wall"):
@@ -33,7 +35,7 @@ class Clock:
 
     @classmethod
     def steady(cls, device: str | torch.device) -> Clock:
-        """The clock that others on the machine disturb least: `cpu` where the device is one thread of a CPU."""
+        """Return the clock that other load disturbs least: `cpu` on a CPU with a single thread, else `wall`."""
         one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
         return cls(device, kind="cpu" if one_thread else "wall")
 
@@ -43,12 +45,12 @@ class Clock:
         return time.thread_time() if self.kind == "cpu" else time.perf_counter()
 
     def time(self, call: Callable[[], Any], *, repeats: int = 1, warm: int = 1) -> tuple[list[float], Any]:
-        """Seconds of each repeat, and what the last one returned."""
+        """Return the seconds of each repeat, and the result of the last; `warm` untimed calls run first."""
         for _ in range(warm):
             call()
         seconds, result = [], None
         for _ in range(repeats):
-            result = None  # two results at once would double the peak
+            result = None  # holding two results would double peak memory
             start = self.now()
             result = call()
             seconds.append(self.now() - start)
@@ -56,21 +58,21 @@ class Clock:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 90th, 95th and 99th percentile by nearest rank, and the worst."""
+    """Return the median, the 90th, 95th and 99th percentile (nearest rank) and the maximum."""
     ordered = sorted(seconds)
     rank = lambda share: ordered[max(0, math.ceil(share * len(ordered) / 100) - 1)]
     return {"p50": statistics.median(ordered), **{f"p{s}": rank(s) for s in (90, 95, 99)}, "max": ordered[-1]}
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """Operations of a call's matrix products, convolutions and attention; a multiplication and its addition are two."""
+    """Count the FLOPs of a call's matrix products, convolutions and attention; a multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def peak_bytes(device: str | torch.device = "cpu") -> int:
-    """The most memory this process has held so far: resident on a CPU, allocated on a GPU."""
+    """Return this process's peak memory so far in bytes: resident on a CPU, allocated on a GPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

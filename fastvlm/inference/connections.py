@@ -1,5 +1,4 @@
-"""The server's connections: those that ask nothing or do not read what they asked for are closed, so that nobody is
-shut out by silence."""
+"""Timeouts for the server's connections: idle clients, and clients that do not read their reply, are disconnected."""
 
 from __future__ import annotations
 
@@ -9,14 +8,17 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SLOWEST = 1024  # bytes a second, of a reply that waits to be read
+SLOWEST = 1024  # bytes per second that a client must read of a pending reply
 
 
 class AskingProtocol(H11Protocol):
-    """Closes a connection on which no request is being answered for `timeout_keep_alive` seconds: one that is silent
-    from its start, one whose headers do not come to their end, and one that was answered and asks nothing further;
-    and one whose reply waits to be read, while in so many seconds less than `SLOWEST` a second of it is. uvicorn itself
-    waits without end for all of them but the third, and for any that sends a byte."""
+    """Closes connections that are idle or read too slowly.
+
+    Idle means that no request was being answered for `timeout_keep_alive` seconds: the client sent nothing, never
+    finished its headers, or sent no further request. Too slow means that over as many seconds the client read less
+    than `SLOWEST` bytes per second of a pending reply. uvicorn itself only times out the third kind of idle
+    connection, and not if the client sends a single byte.
+    """
 
     _silence: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
@@ -37,7 +39,7 @@ class AskingProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._wait()
-        super().on_response_complete()  # goes on with a request that has come meanwhile
+        super().on_response_complete()  # continues with a pipelined request, if there is one
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -57,12 +59,12 @@ class AskingProtocol(H11Protocol):
             self._silence = None
 
     def _close(self) -> None:
-        self.transport.close()  # once all is sent
+        self.transport.close()  # closes after flushing the write buffer
         if self._unread is None:
             self._watch()
 
     def _watch(self) -> None:
-        """See in a while whether the bytes that wait have become fewer."""
+        """Check after `timeout_keep_alive` seconds whether enough of the write buffer was read."""
         self._stop_watching()
         most = self.transport.get_write_buffer_size() - SLOWEST * self.timeout_keep_alive
         self._unread = self.loop.call_later(self.timeout_keep_alive, self._look, max(0, most))
@@ -80,5 +82,5 @@ class AskingProtocol(H11Protocol):
 
 
 def run(app: Any, *, idle_seconds: float = 30.0, **options: Any) -> None:
-    """Serve an application until the process is told to end; further options are those of `uvicorn.run`."""
+    """Serve an application until the process is stopped; other options are passed to `uvicorn.run`."""
     uvicorn.run(app, http=AskingProtocol, timeout_keep_alive=idle_seconds, **options)

@@ -1,7 +1,7 @@
-"""Convolutions that make several maps of every channel, as several that make one.
+"""Split depthwise convolutions with a channel multiplier above 1 into several with multiplier 1.
 
-FastViT widens its maps so, between stages. oneDNN has a kernel for one map of every channel; for two it takes its
-slowest, five times as long in bfloat16.
+FastViT uses them to widen its feature maps between stages. oneDNN has a fast kernel for multiplier 1; for 2 it falls
+back to its slowest kernel, which takes five times as long in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastvlm.inference.exchange import exchange
 
 
 class SplitDepthwise(nn.Conv2d):
-    """A grouped convolution of one input channel and m output channels a group; parameters are those of `conv`."""
+    """A grouped convolution with one input and m output channels per group; shares the parameters of `conv`."""
 
     def __init__(self, conv: nn.Conv2d):
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
@@ -33,11 +33,11 @@ class SplitDepthwise(nn.Conv2d):
 
 
 def is_widening(layer: nn.Module) -> bool:
-    """Whether a layer is such a convolution."""
+    """Return whether a layer is a depthwise convolution with a channel multiplier above 1."""
     plain = type(layer) is nn.Conv2d and layer.padding_mode == "zeros"
     return plain and 1 < layer.groups == layer.in_channels < layer.out_channels
 
 
 def split_depthwise(module: nn.Module) -> int:
-    """Exchange every such convolution of a module (in place); returns how many."""
+    """Replace every such convolution inside a module in place; return their number."""
     return exchange(module, fits=is_widening, make=SplitDepthwise)

@@ -1,5 +1,4 @@
-"""What the server's own description (/openapi.json) says of this one: its model's name, its limits, and questions that
-it answers."""
+"""Fill in the server's OpenAPI description (/openapi.json): model name, limits, and example requests that work."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from fastapi import FastAPI
 
 from fastvlm.inference.settings import Settings
 
-# A red square on white, 8 x 8.
+# A red square on white, 8 x 8 pixels.
 PICTURE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAQMAAAD+wSzIAAAABlBMVEX////IHh7kMBY6AAAAGElEQVR42mNgYGBg"
     "sGFiYGJgYmBgYGAAAALUAEMQ6XlWAAAAAElFTkSuQmCC"
@@ -17,7 +16,7 @@ PICTURE = (
 
 
 def describe_server(app: FastAPI, *, name: str, settings: Settings) -> None:
-    """Have an application's description name what it serves instead of what any such server could."""
+    """Make an application's OpenAPI description specific to this server."""
     write = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -29,7 +28,7 @@ def describe_server(app: FastAPI, *, name: str, settings: Settings) -> None:
 
 
 def complete(schema: dict[str, Any], *, name: str, settings: Settings) -> None:
-    """Fill in, in place."""
+    """Add the model name, limits and examples to an OpenAPI schema in place."""
     for request in ("ChatRequest", "AttentionRequest"):
         fields = schema["components"]["schemas"][request]["properties"]
         fields["model"] = {"type": "string", "enum": [name], "title": "Model"}

@@ -27,7 +27,7 @@ COMMANDS = """/image PATH|URL ...  show the model images with your next message
 /help                this text
 /exit                leave (or Ctrl-D); Ctrl-C stops an answer
 A message may hold <image> where an image belongs, or an image's path or address; otherwise images go first."""
-# Of each option that is a number: its kind, the least and the most it may be, and that in words.
+# Numeric options: type, minimum, maximum, and the allowed range in words.
 NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "temperature": (float, 0.0, sys.float_info.max, "0 (greedy) or more"),
     "top_p": (float, 5e-324, 1.0, "above 0 and at most 1"),
@@ -36,20 +36,20 @@ NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "seed": (int, -(2**62), 2**62, "from -2**62 to 2**62"),
 }
 SUFFIXES = "png|jpe?g|webp|gif|bmp|tiff?"
-# A path or address of an image inside a sentence, bare (spaces escaped) or in quotes.
+# The path or URL of an image inside a sentence, bare (spaces escaped) or in quotes.
 MENTION = re.compile(
     rf"""(?P<quote>['"])(?P<quoted>[^'"\n]+?\.(?:{SUFFIXES}))(?P=quote)
     | (?P<bare>(?:\\\ |[^\s'"<>])+\.(?:{SUFFIXES}))(?=$|[\s,;:!?)\]]|\.(?:\s|$))""",
     re.IGNORECASE | re.VERBOSE,
 )
-MAX_BYTES = 64 << 20  # of an image from an address
+MAX_BYTES = 64 << 20  # of an image fetched from a URL
 
 
 def compose_content(prompt: str, *, num_images: int) -> list[dict]:
-    """Parts of a user's message: images where `<image>` stands, or all of them first.
+    """Return the parts of a user message: images in place of `<image>`, or first if there are no placeholders.
 
     Raises:
-        ValueError: there are placeholders, but not as many as images.
+        ValueError: the number of placeholders is neither 0 nor that of the images.
     """
     pieces = prompt.split(PLACEHOLDER)
     slots = len(pieces) - 1
@@ -67,10 +67,10 @@ def compose_content(prompt: str, *, num_images: int) -> list[dict]:
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of `Engine.generate` as it takes them, whoever gave them.
+    """Validate options of `Engine.generate` and convert them to the types it takes.
 
     Raises:
-        ValueError: an unknown one, or a value it cannot have.
+        ValueError: an unknown option, or a value of the wrong type or out of range.
     """
     checked: dict[str, Any] = {}
     for key, value in options.items():
@@ -92,7 +92,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def expand(path: str) -> Path:
-    """A path with `~` for a home; where nobody is called so it is left as it is written, as a shell does."""
+    """Expand `~` or `~user` in a path; an unknown user's is left unchanged, as a shell does."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -100,22 +100,22 @@ def expand(path: str) -> Path:
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file; what cannot be a path is none."""
+    """Return whether a path is an existing file; False if it is not a valid path."""
     try:
         return expand(path).is_file()
-    except (OSError, ValueError):  # too long, out of reach; a code that no name may hold
+    except (OSError, ValueError):  # name too long, not accessible; null byte
         return False
 
 
 def read_image(path: str) -> bytes:
-    """The bytes of an image file, or of an image behind an http(s) address, that can be decoded.
+    """Read an image from a path or an http(s) URL, check that it decodes, and return its encoded bytes.
 
     Raises:
-        ValueError: no such file, nothing at the address, or no image in it.
+        ValueError: no such file, the URL cannot be read, or it is not an image.
     """
     if path.startswith(("http://", "https://")):
         try:
-            with urlopen(path, timeout=20) as reply:  # noqa: S310  the user's own machine, the user's own address
+            with urlopen(path, timeout=20) as reply:  # noqa: S310  on the user's machine, a URL the user typed
                 data = reply.read(MAX_BYTES + 1)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -134,7 +134,8 @@ def read_image(path: str) -> bytes:
 
 
 def check_image(data: bytes, *, named: str) -> None:
-    """
+    """Decode an image to check it.
+
     Raises:
         ValueError: it cannot be decoded.
     """
@@ -152,7 +153,7 @@ def check_image(data: bytes, *, named: str) -> None:
 
 
 def mentioned_images(text: str) -> tuple[str, list[str]]:
-    """A message with `<image>` in place of every image file that exists and every image address, and those in order."""
+    """Replace each existing image file and image URL in a message by `<image>`; return the text and these in order."""
     found: list[str] = []
 
     def exchange(match: re.Match) -> str:
@@ -166,13 +167,13 @@ def mentioned_images(text: str) -> tuple[str, list[str]]:
 
 
 class Dialogue:
-    """Turns so far with their images, and images waiting for the next message.
+    """A conversation: its turns and images so far, and the images attached to the next message.
 
     Args:
-        partner: who answers.
+        partner: generates the answers.
         options: of `Engine.generate`; `/set` changes them.
-        streamed: print pieces as they come.
-        system: what stands before the first turn.
+        streamed: print an answer piece by piece as it is generated.
+        system: system prompt; empty is none.
     """
 
     def __init__(self, partner: Local | Remote, *, options: dict, streamed: bool, system: str = ""):
@@ -185,10 +186,10 @@ class Dialogue:
         self.waiting: list[bytes] = []
 
     def take(self, line: str) -> None:
-        """A line of the user's: a command or a message.
+        """Handle a line typed by the user: a command or a message.
 
         Raises:
-            ValueError: it cannot be done; nothing has changed.
+            ValueError: it cannot be carried out; the conversation has not changed.
         """
         command, _, argument = line.partition(" ")
         argument = argument.strip()
@@ -218,7 +219,7 @@ class Dialogue:
             self.say(text, files=files)
 
     def attach(self, paths: str) -> None:
-        """Images for the next message."""
+        """Attach images to the next message."""
         try:
             names = [paths] if is_file(paths) else shlex.split(paths)
         except ValueError:
@@ -228,7 +229,7 @@ class Dialogue:
         self.waiting += [read_image(name) for name in names]
 
     def say(self, text: str, *, files: Sequence[bytes] = ()) -> None:
-        """Answer a message; the turn counts only once it is answered."""
+        """Answer a message; both turns are recorded only once the answer is complete."""
         files = [*self.waiting, *files]
         content = compose_content(text, num_images=len(files))
         messages = [*self.messages, {"role": "user", "content": content}]
@@ -239,15 +240,15 @@ class Dialogue:
     def retry(self) -> None:
         if not self.messages:
             raise ValueError("there is no message to answer again")
-        # Another seed: with temperature 0 the answer is the same, and otherwise it should not be.
+        # A new seed, so that a sampled answer differs; at temperature 0 it stays the same.
         self.options["seed"] = self.options.get("seed", 0) + 1
         self.messages[-1] = _assistant(self._answer(self.messages[:-1], self.images))
 
     def set(self, assignments: str) -> None:
-        """Change options.
+        """Change options given as `key=value ...`; print all of them if there are none.
 
         Raises:
-            ValueError: an unknown one, or a value it cannot have.
+            ValueError: an unknown option, or an invalid value.
         """
         if not assignments:
             print(" ".join(f"{key}={value}" for key, value in self.options.items()))
@@ -259,7 +260,7 @@ class Dialogue:
             if key == "stop":
                 options[key] = [value] if value else []
             elif key in NUMBERS:
-                with suppress(ValueError):  # what is no number is said below
+                with suppress(ValueError):  # check_options reports it
                     options[key] = NUMBERS[key][0](value)
         try:
             self.options |= check_options(options)
@@ -273,7 +274,7 @@ class Dialogue:
         try:
             write_whole(expand(path), json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error  # without the name of the file it was to become
+            reason = getattr(error, "strerror", None) or error  # str(error) would name the temporary file
             raise ValueError(f"/save {path}: cannot be written ({reason}); what was there is as it was") from None
         print(f"[{len(self.messages)} messages and {len(self.images)} images in {path}]")
 
@@ -298,7 +299,7 @@ class Dialogue:
         print(f"[{len(messages)} messages and {len(images)} images]")
 
     def _answer(self, messages: Sequence[dict], images: Sequence[bytes]) -> Spent:
-        """Print the answer, piece by piece where somebody watches, and its cost."""
+        """Generate and print an answer, piece by piece if `streamed`, and its token counts and times."""
         told = [{"role": "system", "content": self.system}] if self.system else []
         pieces = self.partner.ask([*told, *messages], images, self.options)
         while True:

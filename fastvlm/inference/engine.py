@@ -1,4 +1,4 @@
-"""Generation: prompts and images in, text out, with a key-value cache and the time each part took."""
+"""Text generation from prompts and images, with a key-value cache and timings of each part."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from fastvlm.tokens import Tokenizer
 class Engine:
     """Answers conversations and continues documents with a VLM.
 
-    An image is one view (3, H, W) or several (v, 3, H, W), as `transform` makes them of a file; its visual tokens are
-    (T, D) with T = v * M.
+    An image is one view (3, H, W) or several views (v, 3, H, W), as `transform` produces them from a file; its visual
+    tokens have shape (T, D) with T = v * M.
 
-    One call is one batch: rows may differ in length and in their number of images. Rows are padded on the left and
-    every row counts its positions from 0, so an answer does not depend on the rows beside it; sampling draws from a
-    generator of the row's own. Finished rows leave the batch.
+    Each call generates for one batch, whose rows may differ in length and in number of images. Rows are padded on the
+    left and the positions of each row start at 0, so an answer does not depend on the other rows of the batch; each
+    row samples from its own generator. Finished rows leave the batch.
 
-    With stores, an image is encoded once, and of a prompt that starts like an earlier one (a further turn of the
-    conversation, another question about the image) only the rest is computed. They are for weights that stay as they
-    are, so they are off unless given bytes.
+    With stores enabled, an image is encoded once, and if a prompt starts like an earlier one (the next turn of a
+    conversation, another question about the same image) only the remainder is computed. Stores are only valid while
+    the weights do not change, so they are off by default.
 
     Args:
-        model: in eval mode; its precision and weights are used as they are.
-        image_size: side of a view (pixels), as the last stage saw them.
-        transform: from a file to its views, as the last stage saw them; None pads to squares.
-        max_new_tokens: default bound of an answer.
-        image_batch: views encoded at once.
-        image_store_bytes: bound of the visual tokens kept between calls, and again of the views read from files.
-        prefix_store_bytes: bound of the keys and values kept between calls.
+        model: moved to `device` and put in eval mode; its precision and weights are used as they are.
+        image_size: side of a view in pixels, as in the last training stage.
+        transform: turns an image file into views, as in the last training stage; None pads to squares.
+        max_new_tokens: default limit on the length of an answer.
+        image_batch: number of views encoded at once.
+        image_store_bytes: limit on the visual tokens kept between calls, and separately on the views read from files.
+        prefix_store_bytes: limit on the keys and values kept between calls.
         workers: threads that read image files.
-        fast: use `FastDecoder` where the language model is one it knows.
+        fast: use `FastDecoder` if it supports the language model.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Engine:
             self.fast = StaticDecoder(self.fast)
 
     def read_images(self, files: Sequence[bytes]) -> list[UInt8[Tensor, "v 3 H W"]]:
-        """Views of encoded image files, read side by side.
+        """Decode image files into views, in parallel.
 
         Raises:
             ValueError: a file is broken or too large.
@@ -100,16 +100,16 @@ class Engine:
         return list(self._threads.map(self._read, files))
 
     def _read(self, data: bytes) -> Tensor:
-        if not hasattr(self._local, "transform"):  # one has scratch memory, and a server reads in many threads
+        if not hasattr(self._local, "transform"):  # one per thread: a transform has scratch memory
             self._local.transform = self.transform.restricted(())
         return self.files.read(data, self._local.transform)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[UInt8[Tensor, "... 3 H W"]]) -> list[Float[Tensor, "_ D"]]:
-        """Visual tokens of every image, of all its views one behind the other; in chunks of `image_batch` views.
+        """Return the visual tokens (T, D) of each image, its views concatenated; encodes `image_batch` views at a time.
 
         Raises:
-            ValueError: an image of another shape or type.
+            ValueError: an image has the wrong shape or dtype.
         """
         shape = (3, self.image_size, self.image_size)
         for image in images:
@@ -143,16 +143,17 @@ class Engine:
         return list(rearrange(visual, "i m d -> (i m) d").split(counts))
 
     def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
-        """Prompt ids of a record, opening the assistant's turn (or going on with a document).
+        """Return the prompt ids of a record, up to where the assistant's turn (or the rest of a document) begins.
 
         Args:
-            record: see `encode_record`; or `{"input_ids": [...]}`, a prompt that is ids already, slots of images among
-                them.
-            slots: visual tokens of each image.
+            record: see `encode_record`; or `{"input_ids": [...]}`, a prompt that is already tokenized and includes its
+                image slots.
+            slots: number of visual tokens of each image.
+            max_new_tokens: room to reserve for the answer; None is the engine's default.
 
         Raises:
-            ValueError: image parts and images, or their slots and visual tokens, differ in number; the prompt and its
-                answer are longer than the model can be.
+            ValueError: the number of image parts differs from that of images, or the number of slots from that of
+                visual tokens; the prompt is empty; prompt and answer exceed the model's maximum length.
         """
         input_ids = record.get("input_ids")
         if input_ids is None:
@@ -189,9 +190,10 @@ class Engine:
 
         Args:
             temperature: 0 is greedy.
-            top_k: sample among the k most probable tokens; 0 among all.
-            top_p: sample among the most probable tokens that together reach this probability.
-            stop: strings that end an answer; the answer ends before them.
+            top_k: sample from the k most probable tokens; 0 uses all.
+            top_p: sample from the smallest set of most probable tokens whose total probability reaches this.
+            max_new_tokens: limit on the length of each answer; None is the engine's default.
+            stop: strings that end an answer and are not part of it.
             seed: row i of the call draws from a generator seeded by (seed, i).
         """
         if len(records) != len(images):
@@ -219,16 +221,16 @@ class Engine:
         image_seconds: float = 0.0,
         **options,
     ) -> list[Generation]:
-        """`generate` from what `encode_images` made of each record's images: an evaluation asks of an image often.
+        """Run `generate` on visual tokens from `encode_images`, so that an image asked about often is encoded once.
 
-        Options are those of `generate`, and `keys`: the images' keys, without which no prefix with images is kept.
+        Options are those of `generate`, and `keys`: the images' keys, needed to store prefixes that contain images.
         """
         return _returned(self._run(records, visual, image_seconds=image_seconds, **options))
 
     def stream(
         self, record: dict, images: Sequence[UInt8[Tensor, "... 3 H W"]], **options
     ) -> Generator[str, None, Generation]:
-        """Pieces of the answer as they come; joined they are the text of `generate([record], [images])`.
+        """Yield pieces of the answer as they are generated; joined, they equal the text of `generate`.
 
         The generator returns (as the value of its StopIteration) the `Generation`. Options are those of `generate`.
         """
@@ -251,7 +253,7 @@ class Engine:
         return generation
 
     def rows(self) -> Rows:
-        """An empty batch, for rows that come and go (`row`)."""
+        """Return an empty batch, to which rows (see `row`) can be added at any time."""
         return Rows(
             embed=self.model.llm.embed,
             decode=self._decode,
@@ -274,7 +276,14 @@ class Engine:
         seed: int = 0,
         image_seconds: float = 0.0,
     ) -> Row:
-        """A prompt ready for `Rows.add`. Raises what `encode_prompt` raises."""
+        """Prepare a prompt for `Rows.add`. Raises the same errors as `encode_prompt`.
+
+        Args:
+            visual: visual tokens of each image, from `encode_images`.
+            keys: the images' keys (`image_key`), needed to store a prefix that contains images.
+            seed: of the row's generator.
+            image_seconds: time spent on encoding the images, for the `Generation`.
+        """
         slots = [len(image) for image in visual]
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         input_ids = torch.tensor(self.encode_prompt(record, slots=slots, max_new_tokens=limit), device=self.device)
@@ -287,7 +296,7 @@ class Engine:
         if visual:
             views = rearrange(torch.cat(list(visual)), "(i m) d -> i m d", m=self.tokens_per_image)
             embeds = splice(embeds, input_ids[None], views, image_token_id=self.tokenizer.image_id)
-            if self.model.drops_tokens:  # an empty slot holds nothing: neither the model nor the store knows of it
+            if self.model.drops_tokens:  # empty slots are removed, from the names of the prefix store too
                 held = ~((input_ids == self.tokenizer.image_id) & (embeds[0] == 0).all(dim=-1))
                 embeds = embeds[:, held]
                 names = None if names is None else names[held.cpu().numpy()]
@@ -317,7 +326,7 @@ class Engine:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Generator[list[Answer], None, list[Generation]]:
-        """Decode step by step, handing out all answers after each token."""
+        """Decode step by step, yielding all answers after each token."""
         options = {"sampling": Sampling(temperature, top_k, top_p), "max_new_tokens": max_new_tokens, "stop": stop}
         waiting = [
             self.row(
@@ -348,7 +357,7 @@ class Engine:
         return hidden[:, -1:], cache
 
     def _next_logits(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B V"]:
-        """Logits without the tokens no answer may hold: image slots, and rows of the head beyond the tokenizer."""
+        """Logits, -inf for tokens an answer may not contain: the image token, and padding rows of the head."""
         logits = self.model.llm.head(hidden).float()
         logits[:, self.tokenizer.image_id] = -torch.inf
         logits[:, len(self.tokenizer) :] = -torch.inf
@@ -359,10 +368,10 @@ class Engine:
 
     @contextmanager
     def measured(self, clock: Clock, *, store_bytes: int = 0) -> Iterator[None]:
-        """Meanwhile seconds are the clock's, answers end at their length alone, and stores are fresh ones.
+        """Use another clock and empty stores inside the context, where the model's end tokens do not end an answer.
 
         Args:
-            store_bytes: bound of each of them; 0 remembers nothing.
+            store_bytes: limit of each store; 0 keeps nothing.
         """
         kept = {name: getattr(self, name) for name in ("clock", "stop_ids", "files", "images", "prefixes")}
         self.clock, self.stop_ids = clock, frozenset()
@@ -375,12 +384,12 @@ class Engine:
                 setattr(self, name, value)
 
     def now(self) -> float:
-        """Seconds, with the device's work done."""
+        """Return the time in seconds, after waiting for the device."""
         return self.clock.now()
 
 
 def _returned(generator: Generator):
-    """Run a generator to its end; its return value."""
+    """Exhaust a generator and return its return value."""
     while True:
         try:
             next(generator)

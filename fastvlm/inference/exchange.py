@@ -1,4 +1,4 @@
-"""Layers of a model taken for others that compute the same faster."""
+"""Replace layers of a model by faster equivalents."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def exchange(module: nn.Module, *, fits: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> int:
-    """Exchange every layer inside a module (in place) that fits for what is made of it; returns how many.
+    """Replace every layer inside a module for which `fits` is true by `make(layer)`, in place; return their number.
 
-    A layer that stands in several places is made anew in each.
+    A layer that is used in several places gets a separate replacement in each.
     """
     count = 0
     for parent in list(module.modules()):

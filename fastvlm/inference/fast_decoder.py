@@ -1,8 +1,8 @@
-"""The decoder of a Llama-like model with only what generation needs.
+"""A fast inference-only decoder for Llama-like models.
 
-`transformers` spends, on a CPU and on small models, more time around the matrix products of one token than in them: it
-makes masks and rotations anew, repeats keys for every query head and passes through a dozen wrappers a layer. Here a
-token is the products and little else. Of a prompt, the last layer computes its last position only.
+With small models on a CPU, `transformers` spends more time around the matrix products of a token than in them: it
+rebuilds masks and rotary tables, repeats keys for every query head and passes through a dozen wrappers per layer. This
+decoder does little besides the products, and in the last layer computes only the last position of a prompt.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastvlm.models.llms.language_model import LanguageModel
 
 LAYERS = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
-FIXED_ROTATIONS = ("default", "linear", "llama3")  # the others depend on the length so far
+FIXED_ROTATIONS = ("default", "linear", "llama3")  # other types depend on the sequence length
 
 
 def fits(llm: nn.Module) -> bool:
-    """Whether the model is one whose computation is known here exactly: its own class, its own layers, no hooks."""
+    """Return whether `FastDecoder` reproduces this model: a known architecture, unmodified layers, no hooks."""
     if type(llm) is not LanguageModel or llm.window is not None:
         return False
     decoder = llm.hf.get_decoder()
@@ -34,19 +34,19 @@ def fits(llm: nn.Module) -> bool:
     kind = type(layers[0]) if len(layers) else None
     rotation = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in llm.hf.modules())
-    # LoRA and quantisation exchange linear layers, which are called as they are; other changes are not known here.
+    # LoRA and quantisation replace linear layers, which are called as they are; other modifications are not supported.
     plain = all(type(layer) is kind and type(layer.self_attn).__module__ == kind.__module__ for layer in layers)
     return kind in LAYERS and plain and rotation in FIXED_ROTATIONS and not hooked
 
 
 class FastDecoder:
-    """`LanguageModel.decode` for models that `fits` knows.
+    """A faster `LanguageModel.decode` for models accepted by `fits`.
 
     Args:
-        llm: its modules are called as they are, so weights may go on changing.
+        llm: its modules are called directly, so its weights may change later.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: the model is not supported.
     """
 
     def __init__(self, llm: LanguageModel):
@@ -56,7 +56,7 @@ class FastDecoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = self.decoder.layers[0].self_attn.head_dim
         self.scale = self.decoder.layers[0].self_attn.scaling
-        self.attention_dtype: torch.dtype | None = getattr(llm, "attention_dtype", None)  # None: that of its input
+        self.attention_dtype: torch.dtype | None = getattr(llm, "attention_dtype", None)  # None: that of the input
         self._rotations: tuple[Tensor, Tensor] | None = None
 
     def decode(
@@ -66,10 +66,10 @@ class FastDecoder:
         attention_mask: Int[Tensor, "B K"] | None,
         cache: KVCache,
     ) -> tuple[Float[Tensor, "B 1 D"], KVCache]:
-        """Appends S positions to the cache; returns the last hidden state of the last of them.
+        """Append S positions to the cache and return the final hidden state of the last one, and the cache.
 
         Args:
-            attention_mask: over all K = cached + S columns, 0 hides one; None shows all.
+            attention_mask: over all K = cached + S columns, 0 hides a column; None shows all.
         """
         cached, length = cache.get_seq_length(), inputs_embeds.shape[1]
         cos, sin = (table[position_ids][:, None] for table in self.rotation_tables(cached + length, inputs_embeds))
@@ -104,7 +104,7 @@ class FastDecoder:
     ) -> Float[Tensor, "B S E"]:
         rows, _, length, _ = q.shape
         if length == 1:
-            # Query heads that share keys become rows of one product: nothing is repeated.
+            # Query heads that share keys become rows of one product, so keys are not repeated.
             grouped = q.view(rows, self.kv_heads, -1, self.dim)
             weights = grouped @ keys.transpose(-2, -1) * self.scale
             if mask is not None:
@@ -120,7 +120,7 @@ class FastDecoder:
         return out.transpose(1, 2).reshape(rows, length, -1)
 
     def _bias(self, mask: Tensor | None, cached: int, x: Tensor) -> Tensor | None:
-        """(B or 1, 1, S, K), -inf where a position may not look; None where the fused kernel is to attend."""
+        """Additive mask (B or 1, 1, S, K), -inf where masked; None if the fused kernel is used instead."""
         (rows, length, _), dtype = x.shape, self.attention_dtype or x.dtype
         if not products.pays(rows, self.heads, length, cached + length, dtype=dtype, device=x.device):
             return None
@@ -128,7 +128,7 @@ class FastDecoder:
         return torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
     def _mask(self, attention_mask: Tensor | None, cached: int, x: Tensor) -> Tensor:
-        """(B, 1, S, K), true where a position may look. A hidden position sees itself: an empty row would be NaN."""
+        """Mask (B or 1, 1, S, K), True where visible. Padding attends to itself: a fully masked row would give NaN."""
         columns = torch.arange(cached + x.shape[1], device=x.device)
         queries = columns[cached:, None]
         allowed = columns <= queries
@@ -137,7 +137,7 @@ class FastDecoder:
         return ((allowed & attention_mask.bool()[:, None]) | (columns == queries))[:, None]
 
     def rotation_tables(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions from 0 on."""
+        """Return cosines and sines for positions 0 to at least `length` - 1, cached."""
         held = self._rotations
         if held is None or len(held[0]) < length or held[0].dtype != x.dtype or held[0].device != x.device:
             positions = torch.arange(max(256, 2 * length), device=x.device)
@@ -147,18 +147,18 @@ class FastDecoder:
 
 
 def feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    """The gated layer; its widest tensors are written over, because fresh memory costs as much as the arithmetic."""
+    """Apply the gated MLP, in place on its widest tensors: allocating new ones costs as much as the arithmetic."""
     if not isinstance(mlp.act_fn, SILU):
         return mlp(x)
     return mlp.down_proj(F.silu(mlp.gate_proj(x), inplace=True).mul_(mlp.up_proj(x)))
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
-    """RMSNorm in one call."""
+    """Apply RMSNorm as one fused call."""
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def rotate(x: Float[Tensor, "B H S d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H S d"]:
-    """Rotary positions (RoFormer, arXiv 2104.09864), halves as `transformers` pairs them."""
+    """Apply rotary position embeddings (RoFormer, arXiv 2104.09864), pairing halves as `transformers` does."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

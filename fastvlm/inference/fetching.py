@@ -1,9 +1,11 @@
-"""Images a request names: data URLs, and http(s) addresses of hosts that the operator allows.
+"""Load the images of a request: data URLs, and http(s) URLs of hosts on an allow-list.
 
-A server that fetches what strangers name can be made to fetch from its own network. So: no scheme but http and https;
-only hosts of the allow-list (none by default); the name is resolved once, every address must be public, and the
-connection goes to the address that was looked at, under the name for TLS and the Host header; no redirect is followed;
-bytes are bounded, and one deadline holds for all images of a request: names, connections, headers and bodies.
+A server that fetches URLs from clients can be abused to reach its own network (SSRF). Therefore:
+* only http and https, and only hosts on the allow-list, which is empty by default;
+* a name is resolved once, all its addresses must be public, and the connection goes to one of these addresses, with
+  the name used for TLS and the Host header;
+* redirects are not followed;
+* sizes are limited, and one deadline covers all images of a request: look-ups, connections, headers and bodies.
 """
 
 from __future__ import annotations
@@ -24,20 +26,20 @@ from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes, urlsplit
 
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<options>(;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
-NAMES, IMAGES = 8, 16  # names looked up, images fetched at once, of all requests together
+NAMES, IMAGES = 8, 16  # concurrent DNS look-ups and image downloads, over all requests
 
 
 class Deadline:
-    """A moment after which nothing is waited for."""
+    """A point in time after which operations time out."""
 
     def __init__(self, seconds: float):
         self.at = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds.
+        """Return the remaining seconds.
 
         Raises:
-            TimeoutError: none.
+            TimeoutError: the deadline has passed.
         """
         if (seconds := self.at - time.monotonic()) <= 0:
             raise TimeoutError
@@ -46,7 +48,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Place:
-    """An address that was found allowed."""
+    """A parsed URL that is allowed."""
 
     scheme: str
     host: str
@@ -55,14 +57,14 @@ class Place:
 
 
 class ImageFetcher:
-    """
+    """Loads images from data URLs and from allowed hosts.
+
     Args:
-        hosts: what may be fetched from: `example.org`, `*.example.org`, or `host:port` for another port than the
-            scheme's own.
-        max_bytes: of one image.
+        hosts: the allow-list: `example.org`, `*.example.org`, or `host:port` for ports other than 80 and 443.
+        max_bytes: limit of one image.
         timeout: seconds for all images of a request.
         private: allow private and loopback addresses, for a trusted network.
-        resolve: name and port -> addresses (`socket.getaddrinfo`).
+        resolve: name and port -> addresses, with the interface of `socket.getaddrinfo`.
     """
 
     def __init__(
@@ -76,18 +78,18 @@ class ImageFetcher:
     ):
         self.hosts, self.max_bytes, self.timeout, self.private = tuple(hosts), max_bytes, timeout, private
         self.resolve = resolve
-        self._names = ThreadPoolExecutor(NAMES, thread_name_prefix="names")  # a look-up cannot be told when to give up
+        self._names = ThreadPoolExecutor(NAMES, thread_name_prefix="names")  # look-ups have no timeout of their own
         self._fetches = ThreadPoolExecutor(IMAGES, thread_name_prefix="fetching")
 
     def __call__(self, url: str) -> bytes:
-        """One image; see `all`."""
+        """Load one image; see `all`."""
         return self.all([url])[0]
 
     def all(self, urls: Sequence[str]) -> list[bytes]:
-        """The images of a request. Nothing is fetched before every address is found allowed; then side by side.
+        """Load the images of a request, concurrently, after checking that every URL is allowed.
 
         Raises:
-            ValueError: an address is not allowed or cannot be read, an image holds too much, or they take too long.
+            ValueError: a URL is invalid or not allowed, an image cannot be loaded or is too large, or time runs out.
         """
         deadline = Deadline(self.timeout)
         found = [self._check(url) if self.is_away(url) else self._decode(url) for url in urls]
@@ -101,14 +103,14 @@ class ImageFetcher:
         except TimeoutError:
             raise ValueError(f"image_url: the images took more than {self.timeout:g} s") from None
         finally:
-            deadline.at = 0.0  # where one has failed the others stop at their next read
+            deadline.at = 0.0  # if one failed, the others stop at their next read
             for fetch in fetches.values():
                 fetch.cancel()
         return found
 
     @staticmethod
     def is_away(url: str) -> bool:
-        """Whether an image is not in its address itself."""
+        """Return whether a URL must be fetched, i.e. is not a data URL."""
         return url[:5].lower() != "data:"
 
     def _result(self, fetch: concurrent.futures.Future, host: str) -> bytes:
@@ -213,14 +215,14 @@ class ImageFetcher:
 
 
 def connect(addresses: Sequence[str], port: int, deadline: Deadline) -> socket.socket:
-    """To the first address that answers; all of them were looked at.
+    """Connect to the first address that responds; the addresses must have been checked.
 
     Raises:
-        OSError: none does.
+        OSError: none responds.
     """
     for number, address in enumerate(addresses, start=1):
         try:
-            # An address that is silent leaves time for the next.
+            # Divide the time, so that an unresponsive address leaves some for the next.
             return socket.create_connection((address, port), timeout=deadline.left() / (len(addresses) - number + 1))
         except OSError:
             if number == len(addresses):
@@ -229,14 +231,13 @@ def connect(addresses: Sequence[str], port: int, deadline: Deadline) -> socket.s
 
 
 class InTime(io.RawIOBase):
-    """A socket as `http.client` uses one, whose every read and write ends by a deadline: a timeout of the socket's own
-    begins anew with each of them."""
+    """A socket for `http.client` with one deadline for all reads and writes; a plain timeout restarts at each one."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline):
         self.connection, self.deadline = connection, deadline
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        # One of its own: the connection closes its socket while the reply is still being read.
+        # A new object: `http.client` closes its socket while the reply is still being read.
         return io.BufferedReader(InTime(self.connection, self.deadline))
 
     def readable(self) -> bool:
@@ -252,7 +253,7 @@ class InTime(io.RawIOBase):
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open Internet; addresses that carry another one inside are looked into."""
+    """Return whether an IP address is publicly routable; IPv4 addresses embedded in IPv6 ones are checked, too."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -262,5 +263,5 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    # Of IPv6 all is reserved that is not given out yet or not any more, ::/96 and the local 64:ff9b:1::/48 among it.
+    # In IPv6 all unassigned or withdrawn ranges are reserved, including ::/96 and the local-use 64:ff9b:1::/48.
     return ip.is_global and not ip.is_multicast and not ip.is_reserved

@@ -1,4 +1,4 @@
-"""An answer and what it cost."""
+"""A finished answer with its token counts and timings."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from fastvlm.inference.rows import Row
 
 @dataclass
 class Generation:
-    """One answer and what it cost. Seconds are the engine's clock's; of images and prompt they are the whole call's."""
+    """One answer, its token counts and its seconds by the engine's clock; images and prefill are timed per call."""
 
-    text: str  # without outer space
-    raw_text: str  # as it goes on from the prompt: for code, where the first line's indent counts
+    text: str  # stripped of whitespace
+    raw_text: str  # unstripped, e.g. for code, where the first line's indentation matters
     token_ids: list[int]  # without the token that ended it
     num_prompt_tokens: int  # all positions of the prompt, image slots included
     num_image_tokens: int
-    num_reused_tokens: int  # positions of the prompt that an earlier question had computed
+    num_reused_tokens: int  # positions of the prompt taken from the prefix store
     image_seconds: float  # encoder, resampler and projector
     prefill_seconds: float  # the prompt, up to the first token of the answer
-    decode_seconds: float  # every further token
+    decode_seconds: float  # all further tokens
     finish_reason: str  # "end": the model ended it; "stop": a stop string; "length": max_new_tokens
 
     @property
     def first_token_seconds(self) -> float:
-        """Images and prompt; reading files comes before."""
+        """Time to first token in seconds: images and prefill, without reading image files."""
         return self.image_seconds + self.prefill_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed of this row, its first token (which prefill pays for) not counted; 0 with nothing to time."""
+        """Decoding speed of this row without its first token, which is part of prefill; 0 if there are no others."""
         further = len(self.token_ids) - (self.finish_reason != "end")
         return further / self.decode_seconds if further > 0 and self.decode_seconds > 0 else 0.0
 
 
 def finished(row: Row) -> Generation:
-    """What became of a row.
+    """Return the result of a row.
 
     Raises:
-        FloatingPointError: none of its tokens could be drawn, or not all.
+        FloatingPointError: a token could not be drawn.
     """
     if row.error is not None:
         raise row.error

@@ -1,8 +1,8 @@
 """Linear layers with 8-bit weights.
 
-On a CPU the products are oneDNN's and FBGEMM's own, which read a quarter of float32's bytes; elsewhere they are
-torchao's. Weights are quantised symmetrically per output channel. `dynamic` also rounds what comes in, per row, to 8
-bits and multiplies integers; `weight_only` keeps it in bf16.
+On a CPU the kernels are those of oneDNN and FBGEMM, which read a quarter of the bytes of float32; elsewhere they are
+torchao's. Weights are quantised symmetrically per output channel. `dynamic` also quantises the input of a layer to 8
+bits, per row, and multiplies integers; `weight_only` keeps the input in bf16.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from torch import Tensor, nn
 from fastvlm.inference.exchange import exchange
 
 KINDS = ("dynamic", "weight_only")
-SMALLEST = 64  # below this width rounding costs more than it saves
-STEP, MIDDLE = 1 / 127, 128  # how a row is rounded once its largest value is 1: to -127..127 steps around the middle
+SMALLEST = 64  # below this width, quantisation costs more than it saves
+STEP, MIDDLE = 1 / 127, 128  # scale and zero point of a row whose largest absolute value is 1
 
 
 def round_weight(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Tensor]:
-    """(int8 weight, scale of every output channel)."""
+    """Quantise a weight to int8; return it (O, I) and its scale per output channel (O,)."""
     scale = weight.float().abs().amax(dim=1).clamp_min(1e-12) / 127
     return (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class DynamicInt8Linear(nn.Module):
-    """Integer products on a CPU. Each row is scaled to 1 before it is rounded, always by the same steps, so that what
-    comes of it depends on no other row; torch's own dynamic products take one range for all rows."""
+    """An int8 x int8 linear layer for the CPU.
+
+    Each row is scaled to a maximum of 1 and then quantised with the same fixed scale, so its output does not depend on
+    other rows; torch's own dynamic quantisation uses one range for all rows.
+    """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = round_weight(linear.weight.detach())
         zero = torch.zeros(self.out_features, dtype=torch.long)
-        with warnings.catch_warnings():  # torch means to give such tensors up one day
+        with warnings.catch_warnings():  # quantised tensors are deprecated in torch
             warnings.simplefilter("ignore", UserWarning)
             quantised = torch._make_per_channel_quantized_tensor(weight, scale.double(), zero, 0)
         self.packed = torch.ops.quantized.linear_prepack(quantised, None)
@@ -52,7 +55,7 @@ class DynamicInt8Linear(nn.Module):
 
 
 class WeightOnlyInt8Linear(nn.Module):
-    """8-bit weights against bf16 rows on a CPU."""
+    """A linear layer with int8 weights and bf16 inputs for the CPU."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -74,13 +77,13 @@ def is_wide_linear(layer: nn.Module) -> bool:
 
 
 def quantise_linears(module: nn.Module, *, kind: str) -> int:
-    """Exchange every wide linear layer of a module (in place) for its 8-bit form; returns how many.
+    """Replace every wide linear layer of a module in place by its 8-bit form; return their number.
 
     Args:
         kind: `dynamic` or `weight_only`.
 
     Raises:
-        ValueError: another kind; a device that needs torchao, which is not installed.
+        ValueError: an unknown kind, or the device needs torchao and it is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"int8 of kind {kind} is not one of {', '.join(KINDS)}")

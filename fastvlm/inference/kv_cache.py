@@ -1,4 +1,4 @@
-"""Keys and values of rows that are decoded together: grown in place, joined, thinned out, cut and kept."""
+"""The key-value cache of a decoding batch: grows in place; rows can be added, removed and copied out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-SPARE = 128  # columns allocated beyond what is needed: as many tokens are appended without a copy
+SPARE = 128  # columns allocated in advance: so many tokens are appended without a copy
 
 
 class GrowingLayer(DynamicLayer):
-    """`transformers`' layer copies everything for each token; this one writes into spare columns."""
+    """A cache layer that writes new tokens into spare columns; `DynamicLayer` copies everything for each token."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -33,16 +33,16 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Exchange what is cached."""
+        """Replace the cached keys and values."""
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values, self._room = keys, values, None
 
     def stands_in(self, room: tuple[Tensor, Tensor]) -> bool:
-        """Whether further columns are written into this memory."""
+        """Return whether the layer writes new columns into this buffer."""
         return self._room is not None and self._room[0] is room[0]
 
     def grow_into(self, room: tuple[Tensor, Tensor], used: int) -> None:
-        """Go on in this memory, whose first columns are what is cached."""
+        """Continue in this buffer, whose first `used` columns are the cached ones."""
         self._room = room
         self.keys, self.values = (held[:, :, :used] for held in room)
 
@@ -55,7 +55,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class KVCache(DynamicCache):
-    """A cache of full attention layers; rows are padded on the left, so that all of them write the same column."""
+    """A cache of full-attention layers. Rows are padded on the left, so all of them write the same column."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]] = ()):
         Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
@@ -71,14 +71,14 @@ class KVCache(DynamicCache):
             layer.hold(layer.keys[index, :, skip:], layer.values[index, :, skip:])
 
     def join(self, other: KVCache) -> None:
-        """Append another cache's rows; the shorter of both is padded on the left."""
+        """Append another cache's rows; the shorter cache is padded on the left."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             longest = max(mine.keys.shape[2], theirs.keys.shape[2])
             pairs = ((mine.keys, theirs.keys), (mine.values, theirs.values))
             mine.hold(*(torch.cat([pad_left(held, longest) for held in pair]) for pair in pairs))
 
     def kept(self, row: int, *, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of the last `columns` columns of a row, for `KVCache` to go on from."""
+        """Return a copy of the last `columns` columns of a row, from which a new `KVCache` can be made."""
         return [
             (layer.keys[row : row + 1, :, -columns:].clone(), layer.values[row : row + 1, :, -columns:].clone())
             for layer in self.layers
@@ -86,7 +86,7 @@ class KVCache(DynamicCache):
 
 
 def pad_left(held: Float[Tensor, "B H K d"], length: int) -> Float[Tensor, "B H L d"]:
-    """Zeros before the columns, up to `length` of them; no mask lets anybody see them."""
+    """Prepend zero columns up to `length` columns in all; the attention mask hides them."""
     return torch.nn.functional.pad(held, (0, 0, length - held.shape[2], 0))
 
 

@@ -1,9 +1,9 @@
-"""What makes a model answer faster: each lever by name, each measured by `benchmarks/ttft.py`.
+"""Inference optimisations ("levers") that can be switched on by name; `benchmarks/ttft.py` measures each.
 
     python -m fastvlm.bench run=runs/latest levers=fast
     python -m fastvlm.inference.server run=runs/latest levers=reparameterize,channels_last,bf16
 
-`exact` ones change no number beyond rounding; the others say what they cost in their line of `LEVERS`.
+Those marked "exact" in `LEVERS` change results only by rounding; the descriptions of the others say what they change.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ LEVERS = {
     "keep_memory": "freed memory stays with the process, so that it need not be cleared again (exact; CPU with glibc)",
     "compile": "encoder: torch.compile, weights frozen (held twice on a CPU); the first image of a size waits for it",
 }
-# What pays without waiting for a compiler; on a CPU as benchmarks/ttft.py measures it. 8-bit pointwise convolutions in
-# the encoder were tried there and do not pay: FBGEMM writes float32, and bf16 convolutions were 1.3 times faster.
+# Levers that help without waiting for a compiler; on a CPU as measured by benchmarks/ttft.py. 8-bit pointwise
+# convolutions in the encoder were tried and did not help: FBGEMM writes float32, and bf16 ones were 1.3 times faster.
 FAST = {
     "cpu": ("reparameterize", "channels_last", "depthwise", "bf16", "int8_dynamic", "keep_memory"),
     "cuda": ("reparameterize", "channels_last", "bf16"),
@@ -46,10 +46,10 @@ FAST = {
 
 
 def parse_levers(text: str | Sequence[str] | None, *, device: str = "cpu") -> tuple[str, ...]:
-    """Names from a comma-separated list; `fast` stands for those that pay on the device, `none` for none.
+    """Return lever names from a comma-separated list; `fast` expands to those of `FAST` for the device, `none` to none.
 
     Raises:
-        ValueError: a name that is no lever, or two that exclude each other.
+        ValueError: an unknown lever, or two that exclude each other.
     """
     names = text.split(",") if isinstance(text, str) else list(text or ())
     names = [name.strip() for name in names if name.strip() not in ("", "none")]
@@ -67,12 +67,12 @@ def parse_levers(text: str | Sequence[str] | None, *, device: str = "cpu") -> tu
 
 @torch.no_grad()
 def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Pull levers, in place; the model is for inference from then on. Returns their names.
+    """Apply levers to a model in place and return their names. The model can then only be used for inference.
 
-    `fast` leaves out those that find nothing to do in this model.
+    `fast` skips levers that would have no effect on this model.
 
     Raises:
-        ValueError: see `parse_levers`; a lever named by itself that finds nothing to do.
+        ValueError: see `parse_levers`; a lever named explicitly would have no effect.
     """
     device = next(model.parameters()).device
     names = parse_levers(levers, device=str(device))
@@ -101,11 +101,11 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
         if f"int8_{kind}" in names:
             quantise_linears(model.llm, kind=kind)
     if "packed" in names:
-        # A compiler with the encoder's weights as constants lays them out itself.
+        # torch.compile treats the encoder's weights as constants and packs them itself.
         for part in (model.resampler, model.projector, model.llm, *(() if "compile" in names else (model.encoder,))):
             pack_linears(part)
     if "graphs" in names:
-        model.llm.graphs = True  # the engine's decoder asks
+        model.llm.graphs = True  # read by Engine
     if "keep_memory" in names:
         keep_memory()
     if "compile" in names:
@@ -114,7 +114,7 @@ def apply_levers(model: VLM, levers: str | Sequence[str] | None) -> tuple[str, .
 
 
 def nothing_to_do(model: VLM, name: str) -> str:
-    """Why a lever would change nothing in this model; empty where it would."""
+    """Return the reason why a lever would have no effect on this model; empty if it would have one."""
     if name == "reparameterize" and not hasattr(model.encoder, "reparameterize"):
         return f"{type(model.encoder).__name__} has no branches to fold"
     if name == "depthwise" and next(model.parameters()).is_cuda:
@@ -137,15 +137,15 @@ def nothing_to_do(model: VLM, name: str) -> str:
 
 
 def keep_memory() -> None:
-    """Ask glibc never to hand freed memory back: large tensors else come as pages that the kernel clears each time."""
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt(3)
+    """Stop glibc from returning freed memory: the kernel would zero the pages of large tensors again each time."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(mmap_threshold, 1 << 30)
     libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def compile_encoder(model: VLM) -> None:
-    """`torch.compile` with weights as constants: they are laid out anew for the kernels that read them."""
+    """Compile the encoder; on a CPU with its weights as constants, which lets kernels use their own weight layouts."""
     encoder = model.encoder
     compiled = torch.compile(encoder.forward, dynamic=False)
     if next(encoder.parameters()).device.type != "cpu":
@@ -153,7 +153,7 @@ def compile_encoder(model: VLM) -> None:
         return
 
     def forward(*args, **kwargs):
-        # Dynamo asks the configuration whether weights are constants; an option of torch.compile does not reach it.
+        # Dynamo reads `freezing` from the global configuration; the same option of torch.compile does not reach it.
         with inductor.patch(freezing=True):
             return compiled(*args, **kwargs)
 
@@ -167,7 +167,7 @@ def compile_encoder(model: VLM) -> None:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights, packed ones included."""
+    """Return the bytes of a model's weights, packed ones included."""
     total = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
     for module in model.modules():
         packed = getattr(module, "packed", None)

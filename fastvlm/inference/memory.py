@@ -1,5 +1,4 @@
-"""What is worth keeping between questions, each kind bounded in bytes: images read from files, their visual tokens,
-keys of prompts."""
+"""Caches kept between questions, each limited in bytes: decoded images, visual tokens, keys and values of prompts."""
 
 from __future__ import annotations
 
@@ -16,23 +15,26 @@ from torch import Tensor
 
 from fastvlm.inference.kv_cache import num_bytes
 
-MIN_PREFIX = 4  # below this many positions a look into the store costs as much as the positions
+MIN_PREFIX = 4  # with fewer positions, a look-up costs as much as computing them
 
 
 def image_key(views: UInt8[Tensor, "*v 3 H W"]) -> bytes:
-    """Names an image by the pixels the encoder sees and by how its views lie."""
-    if (known := getattr(views, "image_key", None)) is not None:  # `FileStore` looked at them
+    """Return a hash of the pixels the encoder sees and of the layout of the views."""
+    if (known := getattr(views, "image_key", None)) is not None:  # computed by `FileStore`
         return known
-    pixels = views.movedim(-3, -1).contiguous().cpu().numpy()  # decoders write channels last: mostly no copy
+    pixels = views.movedim(-3, -1).contiguous().cpu().numpy()  # decoders write channels last: usually no copy
     shape = repr((pixels.shape, getattr(views, "view_layout", None)))
     return hashlib.blake2b(shape.encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 class BoundedStore:
-    """Least recently used entries leave when their bytes exceed the bound; an entry above it is not kept at all.
+    """A thread-safe LRU cache limited in bytes; an entry larger than the limit is not kept.
 
     Args:
-        max_bytes: 0 keeps nothing.
+        max_bytes: limit on the total size of the entries; 0 keeps nothing.
+
+    Raises:
+        ValueError: `max_bytes` is negative.
     """
 
     def __init__(self, max_bytes: int):
@@ -77,19 +79,19 @@ class BoundedStore:
 
 
 class ImageStore(BoundedStore):
-    """Visual tokens (T, D) by the image's key."""
+    """Visual tokens (T, D) by image key."""
 
     def keep(self, key: bytes, tokens: Tensor) -> None:
-        # A view of a batch would keep the whole batch alive.
+        # A slice of a batch would keep the whole batch alive.
         tokens = tokens.clone() if tokens.untyped_storage().nbytes() > tokens.nbytes else tokens
         self.put(key, tokens, size=tokens.nbytes)
 
 
 class FileStore(BoundedStore):
-    """Views of image files by the files' bytes: a picture spoken of again is neither decoded nor scaled again."""
+    """Views of image files by a hash of the file, so that an image used again is not decoded and resized again."""
 
     def read(self, data: bytes, transform: Callable[[bytes], Tensor]) -> Tensor:
-        """The views of a file; they are shared, so nobody may write into them."""
+        """Return the views of a file. They are shared: do not modify them in place."""
         if not self.max_bytes:
             return transform(data)
         key = hashlib.blake2b(data, digest_size=16).digest()
@@ -110,15 +112,15 @@ class Prefix:
 
 
 class PrefixStore(BoundedStore):
-    """Keys and values of finished rows, found again by the longest start they share with a new prompt.
+    """Keys and values of finished rows, looked up by the longest prefix they share with a new prompt.
 
-    A row is named by what stands at each position: ids of text, and for an image's slots a number made of its pixels
-    (`position_names`). So a further turn of a conversation, another question about the same image and a common system
-    prompt all find what was computed before, and nothing else does. Of a row above the bound the first positions are
-    kept, as many as it holds: no position's keys depend on later ones.
+    A row's key is one number per position: the id of a text token, or for an image's slots a hash of its pixels
+    (`position_names`). So the next turn of a conversation, another question about the same image, and a common system
+    prompt reuse what was computed before. Of a row larger than the limit, as many leading positions are kept as fit;
+    attention is causal, so they do not depend on later ones.
     """
 
-    max_positions: int | None = None  # of a row, known once one was kept
+    max_positions: int | None = None  # of one row; known once a row was kept
 
     def keep(self, names: np.ndarray, layers: list[tuple[Tensor, Tensor]]) -> None:
         most = self.max_positions = self.max_bytes * len(names) // num_bytes(layers)
@@ -132,12 +134,12 @@ class PrefixStore(BoundedStore):
             both = min(len(held), len(names))
             if np.array_equal(held[:both], names[:both]):
                 if len(held) >= len(names):
-                    return  # `find` came by it, so it is not the next to leave
-                self._drop(other)  # an earlier turn of the same conversation is contained in this one
+                    return  # `find` used this entry just now, so it is not the next to be evicted
+                self._drop(other)  # a prefix of the new row, e.g. an earlier turn of the conversation
         self.put(names.tobytes(), layers, size=num_bytes(layers))
 
     def find(self, names: np.ndarray) -> Prefix | None:
-        """The longest kept start of a prompt, without its last position (whose output is asked for)."""
+        """Return the longest stored prefix of a prompt, or None; never its last position, whose output is needed."""
         best, length = None, MIN_PREFIX - 1
         for key in self.keys():
             held = np.frombuffer(key, dtype=np.int64)
@@ -161,7 +163,7 @@ class PrefixStore(BoundedStore):
 def position_names(
     input_ids: Sequence[int], *, image_token_id: int, images: Sequence[bytes], slots: Sequence[int]
 ) -> np.ndarray:
-    """One int64 a position: the id of a text token, below zero for an image's slots."""
+    """Return one int64 per position: the id of a text token, or a negative hash of the image for its slots."""
     names = np.array(input_ids, dtype=np.int64)
     named = [-1 - (int.from_bytes(key[:8], "big") >> 1) for key in images]
     names[names == image_token_id] = np.repeat(np.array(named, dtype=np.int64), slots)

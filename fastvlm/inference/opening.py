@@ -1,4 +1,4 @@
-"""From what a user names - a run directory or a Hugging Face folder - to an engine."""
+"""Open an engine from a run directory or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MEGABYTE = 1 << 20
 
 
 def check_source(text: str) -> Path:
-    """The folder behind `run=...`, looked at before torch is imported.
+    """Return the folder named by `run=...`; does not import torch.
 
     Raises:
-        ValueError: no such folder, or neither a run nor a saved model in it.
+        ValueError: the folder does not exist, or contains neither a run nor a saved model.
     """
     folder = Path(text)
     try:
         there = folder.is_dir()
-    except (OSError, ValueError):  # too long to be a name, out of reach
+    except (OSError, ValueError):  # name too long, not accessible
         there = False
     if not there:
         raise ValueError(f"run={text}: no such run directory; train one with `make train`, or name one below runs/")
@@ -49,14 +49,15 @@ def open_engine(
     prefix_store_bytes: int = 256 * MEGABYTE,
     **options,
 ) -> Engine:
-    """An engine that keeps images and prefixes between questions.
+    """Load a model and return its engine, which keeps images and prefixes between questions.
 
     Args:
+        source: a run directory or a Hugging Face folder.
         levers: see `fastvlm.inference.levers`.
-        options: of `Engine`.
+        options: passed to `Engine`.
 
     Raises:
-        ValueError: what is named cannot be opened, or a lever cannot be pulled.
+        ValueError: the source or the device cannot be used, or a lever cannot be applied.
     """
     folder, device = check_source(str(source)), check_device(device)  # before anything large is imported
     from fastvlm.inference.levers import apply_levers, parse_levers

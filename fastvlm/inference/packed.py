@@ -1,7 +1,7 @@
-"""Linear layers whose weights are laid out once for oneDNN's products on a CPU.
+"""Linear layers with weights prepacked for oneDNN's matrix products on a CPU.
 
-`torch`'s own product of float32 rows lays nothing out: of one row it is slow to read a weight that lies in no cache, of
-many it leaves half of what AVX-512 could do. oneDNN's is the same sum in another order.
+`torch`'s own float32 product does not pack weights: for one row it reads a weight outside the CPU caches slowly, for
+many rows it reaches half of what AVX-512 could do. oneDNN computes the same sums in another order.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from fastvlm.inference.exchange import exchange
 
-SMALLEST = 1 << 16  # weights of a layer; below, a call costs more than the layout saves
-ROWS = 256  # oneDNN chooses the layout for this many rows; that for one row was slower even with one row
+SMALLEST = 1 << 16  # weights of a layer; in smaller ones a call costs more than packing saves
+ROWS = 256  # rows for which oneDNN chooses the layout; the one for a single row was slower even with a single row
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` without its plain weight: `state_dict`, copies and pickles hold that, and make the layout anew.
+    """`nn.Linear` that holds only the packed weight; `state_dict`, copies and pickles hold the plain one and repack it.
 
-    Forward raises RuntimeError for rows of another precision than the weight's.
+    Forward raises RuntimeError if the input's dtype differs from the weight's.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The layout itself: it tells precision, device and shape, and refuses arithmetic with plain tensors."""
+        """The packed weight: it has dtype, device and shape, but raises on arithmetic with plain tensors."""
         return self.packed
 
     def _apply(self, fn, recurse: bool = True):
@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(weight: Float[Tensor, "O I"]) -> Tensor:
-    """The weight in oneDNN's layout, an opaque tensor; `to_dense` gives it back bit by bit."""
+    """Return the weight in oneDNN's layout, an opaque tensor; `to_dense` restores it bit for bit."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
 
 
@@ -86,8 +86,8 @@ def is_packable(layer: nn.Module) -> bool:
 
 
 def pack_linears(module: nn.Module) -> int:
-    """Exchange every large linear layer of a module (in place); returns how many.
+    """Replace every large linear layer of a module in place; return their number.
 
-    A head tied to the embedding is held twice from then on: rows are looked up in one, multiplied with the other.
+    A head tied to the embedding is stored twice afterwards: plain for look-ups, packed for the product.
     """
     return exchange(module, fits=is_packable, make=PackedLinear)

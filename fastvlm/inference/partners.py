@@ -1,4 +1,4 @@
-"""Whom a conversation in the terminal is with: an engine in this process, or a server."""
+"""Backends of the terminal chat: an engine in this process, or a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spent:
-    """What an answer took."""
+    """An answer with its token counts and timings."""
 
     text: str
     num_images: int
@@ -30,7 +30,7 @@ class Spent:
     tokens_per_second: float
 
     def line(self) -> str:
-        """Tokens and milliseconds of images, prompt and answer."""
+        """Return a line with the tokens and milliseconds of images, prompt and answer."""
         image = "no image"
         if self.num_images:
             image = f"{self.num_images} image{'s' * (self.num_images > 1)}: {self.image_tokens} tokens, "
@@ -43,17 +43,17 @@ class Spent:
 
 
 class Local:
-    """Answers with an engine; its stores keep images and turns between questions."""
+    """Answers with an engine, whose stores keep images and turns between questions."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
 
     def ask(self, messages: Sequence[dict], images: Sequence[bytes], options: dict) -> Generator[str, None, Spent]:
-        """Pieces of the answer as they come.
+        """Yield pieces of the answer as they are generated; return the `Spent`.
 
         Args:
-            messages: as a record has them, with `{"type": "image"}` parts.
-            images: files of those parts, in order.
+            messages: those of a record, with `{"type": "image"}` parts.
+            images: encoded image files for these parts, in order.
             options: of `Engine.generate`.
         """
         generation = yield from self.engine.stream(
@@ -73,17 +73,17 @@ class Local:
 
 
 class Remote:
-    """Answers through a server that speaks OpenAI's chat completions.
+    """Answers through a server with OpenAI's chat completions API.
 
     Raises:
-        ValueError: nobody answers there, or with something else.
+        ValueError: the address is invalid, no server answers, or it lists no model.
     """
 
     def __init__(self, address: str, *, timeout: float = 600.0):
         try:
             parts = urlsplit(address if "//" in address else f"http://{address}")
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # a port that is no number, half a bracket
+        except ValueError:  # invalid port, unbalanced bracket
             known = False
         if not known:
             raise ValueError(f"{address}: not a server's address; it looks like http://127.0.0.1:8000")
@@ -100,7 +100,11 @@ class Remote:
             raise ValueError(f"{address}: /v1/models lists no model") from None
 
     def ask(self, messages: Sequence[dict], images: Sequence[bytes], options: dict) -> Generator[str, None, Spent]:
-        """See `Local.ask`; options of the same names."""
+        """See `Local.ask`; options have the same names.
+
+        Raises:
+            ValueError: the server refuses the request or the connection breaks.
+        """
         body = {
             "model": self.model,
             "messages": to_openai(messages, images),
@@ -159,7 +163,7 @@ class Remote:
 
 
 def to_openai(messages: Sequence[dict], images: Sequence[bytes]) -> list[dict]:
-    """The conversation with its images inside, as data URLs."""
+    """Convert messages to OpenAI's format, with their images as data URLs."""
     waiting = iter(images)
 
     def part(given: dict) -> dict:
@@ -174,10 +178,10 @@ def to_openai(messages: Sequence[dict], images: Sequence[bytes]) -> list[dict]:
 
 
 def from_openai(messages: Sequence[dict]) -> tuple[list[dict], list[bytes]]:
-    """The other way round.
+    """Invert `to_openai`: return messages and the images they contain.
 
     Raises:
-        ValueError: an image that is no data URL, or something else than questions with their answers.
+        ValueError: an image is not a data URL, or the messages are not pairs of question and answer.
     """
     images: list[bytes] = []
 

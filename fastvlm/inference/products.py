@@ -1,7 +1,7 @@
-"""Attention of bfloat16 on a CPU as two products and a softmax.
+"""Unfused bfloat16 attention on a CPU: two matrix products and a softmax.
 
-`torch`'s fused kernel keeps the matrix of weights out of memory, but multiplies bfloat16 no faster than float32.
-oneDNN's products do, so where that matrix is small it may as well be written down.
+`torch`'s fused kernel does not materialise the attention weights, but multiplies bfloat16 no faster than float32.
+oneDNN's matrix products are faster in bfloat16, so this pays off where the weights are small enough to materialise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-LARGEST = 1 << 26  # attention weights at once (128 MiB); beyond, the fused kernel
+LARGEST = 1 << 26  # attention weights at once (128 MiB); above this the fused kernel is used
 NAME = "fastvlm_products"
 
 
@@ -25,7 +25,7 @@ def attend(
     scale: float,
     bias: BFloat16[Tensor, "#B 1 S K"] | None = None,
 ) -> BFloat16[Tensor, "B H S d"]:
-    """Softmax attention; H / G query heads share keys and values, and become rows of one product.
+    """Compute softmax attention; the H / G query heads that share keys and values become rows of one product.
 
     Args:
         bias: added to the scaled scores; -inf hides a position.
@@ -38,12 +38,12 @@ def attend(
 
 
 def pays(rows: int, heads: int, length: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `attend` is for this attention: bfloat16 on a CPU whose weights are few enough to be written down."""
+    """Return whether to use `attend`: bfloat16 on a CPU, with few enough attention weights to materialise."""
     return dtype == torch.bfloat16 and device.type == "cpu" and rows * heads * length * columns <= LARGEST
 
 
 def attend_in_transformers(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **more):
-    """`attend` in the form of `transformers`' attention functions, for models without masks; else its `sdpa`."""
+    """`attend` as an attention function of `transformers`; falls back to its `sdpa` with masks or causal attention."""
     (rows, heads, length, dim), causal = query.shape, more.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     few = pays(rows, heads, length, key.shape[2], dtype=query.dtype, device=query.device)
@@ -57,20 +57,20 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attend_in_transformers)
 
 
 def choose_in_timm(module: nn.Module, args: tuple) -> None:
-    """Before each call of an attention layer of timm: products where they pay, else the fused kernel."""
+    """Forward pre-hook of a timm attention layer: choose between unfused products and the fused kernel."""
     x = args[0]
-    tokens = x[0].numel() // width_of(module)  # whether channels come first or last
+    tokens = x[0].numel() // width_of(module)  # correct for channels first and last
     module.fused_attn = not pays(len(x), module.num_heads, tokens, tokens, dtype=x.dtype, device=x.device)
 
 
 def width_of(module: nn.Module) -> int | None:
-    """Channels of what an attention layer of timm takes; None of a layer in another form."""
+    """Return the input channels of a timm attention layer; None for other layers."""
     projection = getattr(module, "qkv", None) or getattr(module, "q_proj", None) or getattr(module, "q", None)
     return getattr(projection, "in_features", None)
 
 
 def use_products(encoder: nn.Module) -> None:
-    """Have an encoder of timm or transformers attend by products where they pay, by the switch each of them has."""
+    """Switch the attention layers of a timm or transformers encoder to unfused products wherever `pays` holds."""
     for module in encoder.modules():
         known = hasattr(module, "fused_attn") and hasattr(module, "num_heads") and width_of(module) is not None
         if known and choose_in_timm not in module._forward_pre_hooks.values():

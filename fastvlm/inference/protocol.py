@@ -1,5 +1,5 @@
-"""The server's requests and replies: OpenAI's chat completions, as far as a model that reads images and writes text
-has them, with what an answer cost beside the usage."""
+"""Schemas of the server's requests and replies: OpenAI's chat completions, as far as they apply to a model that reads
+images and writes text, plus the timings of an answer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-# Which form of a value is meant, where it may have several; pydantic names them among an error's keys.
+# Tags for values that have several forms; pydantic includes them in the location of an error.
 FORMS = TEXT, LIST, IMAGE = "<text>", "<list>", "<image>"
 
 
 def place(error: dict[str, Any]) -> str:
-    """Where in the request a validation error is, as its writer would say it: messages.0.content.1.image_url."""
+    """Return the location of a validation error as a client would write it: messages.0.content.1.image_url."""
     parts = [part for part in error["loc"] if part != "body"]
-    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []  # a field of any name
+    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []  # may have any name, even that of a tag
     known = parts[: len(parts) - len(unknown)]
     return ".".join(str(part) for part in [*(part for part in known if part not in FORMS), *unknown])
 
 
 def text_or_list(expected: str) -> Discriminator:
-    """Takes a text for a text and a list for a list, so that what is wrong inside is said of that form alone."""
+    """Choose the form of a value by its type, so that errors inside it are reported for that form only."""
     return Discriminator(
         lambda value: {str: TEXT, list: LIST}.get(type(value)),
         custom_error_type="text_or_list",
@@ -45,8 +45,8 @@ def kind_of_part(given: Any) -> str | None:
 
 
 class Strict(BaseModel):
-    """Clients send more than is known here. Nothing that could change an answer is dropped in silence: a field that is
-    not listed is refused by name. Null asks for nothing, of any field that may be left out."""
+    """Base of all request schemas: unknown fields are errors that name the field, so that nothing that could change an
+    answer is silently ignored. A null in an optional field counts as absent."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -120,8 +120,8 @@ Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class Unsupported(Strict):
-    """Fields of OpenAI's that would change the answer, and those of other servers that clients send with the value that
-    asks for nothing: only that value is taken."""
+    """Unsupported fields of OpenAI's API and of other servers that would change the answer. Clients send them with
+    their neutral value; only that value is accepted."""
 
     n: Literal[1] | None = None
     best_of: Literal[1] | None = None
@@ -146,7 +146,7 @@ class Unsupported(Strict):
 
 
 class Harmless(Strict):
-    """Fields of OpenAI's that are about accounts, storage and speed: taken, without effect."""
+    """Fields of OpenAI's API about accounts, storage and speed: accepted, without effect."""
 
     user: Any = None
     metadata: Any = None
@@ -188,7 +188,7 @@ class ChatRequest(Unsupported, Harmless):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def record(self) -> tuple[dict, list[str]]:
-        """The conversation as the engine takes it, and the addresses of its images in order."""
+        """Return the conversation as a record for the engine, and the URLs of its images in order."""
         urls: list[str] = []
         messages = []
         for message in self.messages:
@@ -206,7 +206,7 @@ class ChatRequest(Unsupported, Harmless):
 
 
 class Cost(BaseModel):
-    """What an answer took; seconds are wall time."""
+    """Token counts and timings of an answer; seconds are wall time."""
 
     image_tokens: int
     reused_tokens: int
@@ -298,6 +298,6 @@ class ImageAttention(BaseModel):
 
 
 class AttentionReply(BaseModel):
-    """For every image: how much the answer looked at each region, and which regions each visual token stands for."""
+    """For every image: the answer's attention on each region, and the regions that each visual token represents."""
 
     images: list[ImageAttention]

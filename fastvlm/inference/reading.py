@@ -1,7 +1,7 @@
-"""What a request brings, read in threads: its text as tokens, its files, their views.
+"""Read requests in threads: tokenize the text, load the image files and decode them into views.
 
-Whoever waits for another host waits in threads apart, and a text that takes long to encode is encoded apart, one at a
-time. So neither holds up the others, and of what a request may make of memory there is a bound.
+Downloads from other hosts have their own thread pool, and long texts are tokenized in a separate thread, one at a time.
+So neither delays other requests, and the memory a request can take is bounded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastvlm.tokens import LONG, Tokenizer
 
 
 class Reader:
-    """Reads for an engine within the limits of `settings`."""
+    """Reads requests for an engine within the limits of `settings`."""
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
@@ -33,19 +33,19 @@ class Reader:
             timeout=settings.fetch_seconds,
             private=settings.allow_private,
         )
-        # One for each request there may be: none waits longer than for its own images.
+        # One thread per possible request, so that each waits only for its own images.
         self._downloads = ThreadPoolExecutor(settings.max_requests, thread_name_prefix="downloads")
         self._bound = TextBound(engine.tokenizer.hf.backend_tokenizer)
         self._short, self._long = TokenizerThread(engine.tokenizer), TokenizerThread(engine.tokenizer)
 
     async def read(self, record: dict, urls: Sequence[str], *, max_tokens: int) -> tuple[list[Tensor], list[int]]:
-        """The views of a request's images, and its prompt as ids. What is too long is refused before it is computed.
+        """Return the views of a request's images and its prompt as ids; refuses long prompts before the model runs.
 
         Raises:
             ValueError: too many tokens, or an image that cannot be read.
         """
         one = self.engine.tokens_per_image
-        input_ids = await self._encode(record, [one] * len(urls), max_tokens)  # a view each at the least
+        input_ids = await self._encode(record, [one] * len(urls), max_tokens)  # an image has at least one view
         if not urls:
             return [], input_ids
         away = self._downloads if any(map(self.fetch.is_away, urls)) else None
@@ -77,14 +77,14 @@ class Reader:
 
 
 class TokenizerThread:
-    """Makes prompts into ids in a thread, with a tokenizer of its own: one is for one thread at a time."""
+    """Tokenizes prompts in one thread, with a copy of the tokenizer: tokenizers are not thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoding")
 
     async def encode(self, record: dict, slots: Sequence[int]) -> list[int]:
-        """A prompt whose images take these slots."""
+        """Return the ids of a prompt whose images take these numbers of slots."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, record, slots)
 
     def _encode(self, record: dict, slots: Sequence[int]) -> list[int]:

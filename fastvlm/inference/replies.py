@@ -1,4 +1,4 @@
-"""What the server says of an answer and of a mistake, and the bound of what it listens to."""
+"""Parts of the server's replies, its errors, and middleware that limits requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvlm.inference.engine import Generation
 
 
 class Refused(Exception):
-    """What a client did wrong, with its HTTP status."""
+    """A request that cannot be served, with its HTTP status."""
 
     def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None):
         super().__init__(message)
@@ -21,14 +21,14 @@ class Refused(Exception):
 
 
 class Left(Exception):
-    """The client went away before its answer was whole."""
+    """The client disconnected before its answer was complete."""
 
 
 async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
-    """What `work` gives; when the client leaves before, the work is cancelled.
+    """Await `work` and return its result; cancel it if the client disconnects.
 
     Raises:
-        Left: it did.
+        Left: the client disconnected first.
     """
     task, watch = asyncio.ensure_future(work), asyncio.create_task(_until_gone(request))
     try:
@@ -47,12 +47,12 @@ async def _until_gone(request: Request) -> None:
 
 
 def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict:
-    clean = message.encode("utf-8", "replace").decode()  # half a surrogate would break the reply
+    clean = message.encode("utf-8", "replace").decode()  # a lone surrogate would break the reply
     return {"error": {"message": clean, "type": kind, "param": param, "code": code}}
 
 
 def reason(generation: Generation) -> str:
-    """OpenAI's word for how an answer ended."""
+    """Return OpenAI's `finish_reason` of an answer."""
     return "length" if generation.finish_reason == "length" else "stop"
 
 
@@ -80,8 +80,8 @@ def cost(generation: Generation, job: Any) -> dict:
 
 
 class BodyLimit:
-    """Refuses a body of more bytes than allowed, by its header or, where that is missing or lies, by counting; and one
-    that takes longer than `seconds` to come."""
+    """Middleware that refuses bodies of more than `max_bytes`, by their Content-Length or, if that is missing or wrong,
+    by counting, and bodies that take longer than `seconds` to arrive."""
 
     def __init__(self, app: Any, *, max_bytes: int, seconds: float = 60.0):
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
@@ -115,7 +115,7 @@ class BodyLimit:
 
 
 class RequestLimit:
-    """Refuses a request beyond so many at once; connections that ask nothing do not count."""
+    """Middleware that refuses requests beyond `max_requests` at once; idle connections do not count."""
 
     def __init__(self, app: Any, *, max_requests: int):
         self.app, self.max_requests, self.num_requests = app, max_requests, 0
@@ -136,7 +136,7 @@ class RequestLimit:
 async def refuse(
     send: Any, status: int, message: str, *, kind: str = "invalid_request_error", headers: Sequence = ()
 ) -> None:
-    """Answers before the application is asked, and closes the connection: its body may not have been read."""
+    """Send an error reply in place of the application, and close the connection, as its body may not have been read."""
     body = json.dumps(error_body(message, kind=kind)).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,4 +1,4 @@
-"""Answers that are written together: each step is one token of every row; rows join and leave between steps."""
+"""Batched decoding: each step adds one token to every row; rows join and leave between steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm.inference.kv_cache import KVCache
 from fastvlm.inference.memory import PrefixStore
 from fastvlm.inference.sampling import Sampling, choose_tokens
 
-# Taking rows out copies the cache of the others, so it waits until this share of them has ended.
+# Removing rows copies the cache of those that stay, so it waits until this share of the rows has ended.
 LEAVE_AT = 0.25
 
 
@@ -26,11 +26,11 @@ class Row:
     """One prompt and its answer.
 
     Args:
-        embeds: what the language model reads, visual tokens in place.
-        positions: where the language model takes them to stand; the answer goes on behind the last.
-        names: what stands at each position (`position_names`); None where nothing is to be kept or found.
-        reused: positions whose keys were found in the store (set by `Rows.add`).
-        error: why no further token could be drawn (set by `Rows`); the answer has ended then, and its neighbours go on.
+        embeds: input of the language model, visual tokens included.
+        positions: position ids of `embeds`, with several axes for M-RoPE; the answer continues from the last.
+        names: identifies the content of each position (`position_names`); None bypasses the prefix store.
+        reused: positions whose keys were found in the prefix store (set by `Rows.add`).
+        error: why no further token could be drawn (set by `Rows`); this answer has ended, other rows continue.
     """
 
     embeds: Float[Tensor, "S D"]
@@ -54,13 +54,14 @@ class Row:
 
 
 class Rows:
-    """
+    """The batch being decoded.
+
     Args:
         embed: ids (B, 1) -> embeddings (B, 1, D).
-        decode: as `FastDecoder.decode`.
+        decode: see `FastDecoder.decode`.
         logits: last hidden states (B, D) -> logits (B, V).
-        prefixes: where keys are looked for and kept.
-        now: seconds, with the device's work done.
+        prefixes: store to reuse keys and values from, and to keep those of finished rows in.
+        now: returns seconds, after waiting for the device.
     """
 
     def __init__(
@@ -77,21 +78,21 @@ class Rows:
         self.device, self.now = device, now
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
-        self._columns: list[int] = []  # visible columns of each row: the last so many
+        self._columns: list[int] = []  # of each row, how many of the last cache columns are visible
 
     def __len__(self) -> int:
         return sum(not row.answer.finish_reason for row in self.rows)
 
     @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> None:
-        """Read the prompts and choose the first token of each answer. A row whose bound is 0 tokens has none."""
+        """Prefill the prompts and choose the first token of each answer; rows limited to 0 tokens are skipped."""
         start = self.now()
         for row in rows:
             row.begun = start
         rows = [row for row in rows if not row.answer.finish_reason]
         if not rows:
             return
-        # A prompt whose start is known is read alone from there; the others are one batch.
+        # A prompt with a stored prefix is prefilled alone, after the prefix; the others form one batch.
         known = [(row, found) for row in rows if (found := self._find(row)) is not None]
         fresh = [row for row in rows if row.reused == 0]
         groups = [([row], found.layers) for row, found in known] + ([(fresh, ())] if fresh else [])
@@ -107,7 +108,7 @@ class Rows:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One more token of every unfinished answer."""
+        """Add one token to every unfinished answer."""
         if not len(self):
             return
         tokens = torch.tensor([[row.answer.last_token] for row in self.rows], device=self.device)
@@ -121,7 +122,7 @@ class Rows:
         self._settle()
 
     def drop(self, row: Row) -> None:
-        """End a row whose answer nobody waits for."""
+        """Cancel a row."""
         row.answer.finish_reason = row.answer.finish_reason or "cancelled"
         if row in self.rows:
             self._settle()
@@ -145,7 +146,7 @@ class Rows:
         return self.decode(torch.stack(padded), positions, mask, cache)[0]
 
     def _visible(self, columns: Sequence[int], longest: int) -> Tensor | None:
-        """1 at the last `columns` of each row; None where all of every row is seen."""
+        """Mask (B, longest) with 1 at the last `columns[i]` columns of row i; None if everything is visible."""
         if all(count == longest for count in columns):
             return None
         hidden = longest - torch.tensor(columns, device=self.device)[:, None]
@@ -155,7 +156,7 @@ class Rows:
         logits = self.logits(hidden[:, -1])
         chosen: list[int | None] = []
         if len({row.sampling for row in rows}) == 1:
-            with suppress(FloatingPointError):  # of one row; nothing has been drawn yet
+            with suppress(FloatingPointError):  # one row failed before any draw; redo row by row below
                 chosen = self._draw(rows, logits).tolist()
         chosen = chosen or [self._draw_alone(row, logits[i : i + 1]) for i, row in enumerate(rows)]
         for row, token in zip(rows, chosen):
@@ -163,7 +164,7 @@ class Rows:
                 row.answer.add(token)
 
     def _draw_alone(self, row: Row, logits: Tensor) -> int | None:
-        """A row's token; None, and the row has failed, where none can be drawn."""
+        """Return a row's next token; if none can be drawn, mark the row as failed and return None."""
         try:
             return self._draw([row], logits).item()
         except FloatingPointError as error:
@@ -191,13 +192,13 @@ class Rows:
             self.cache.join(cache)
 
     def _settle(self) -> None:
-        """Rows that have ended leave, and leave their keys in the store."""
+        """Store the keys and values of rows that have ended, and remove them once they are numerous enough."""
         end = self.now()
         for row in self.rows:
             if row.answer.finish_reason and not row.decode_seconds:
                 row.decode_seconds = max(end - row.begun - row.prefill_seconds, 1e-9)
                 self._keep(row)
-        failed = any(row.error is not None for row in self.rows)  # there is no token such a row could go on from
+        failed = any(row.error is not None for row in self.rows)  # has no last token for the next step: remove at once
         live = [i for i, row in enumerate(self.rows) if not row.answer.finish_reason]
         if not live:
             self.rows, self._columns, self.cache = [], [], None

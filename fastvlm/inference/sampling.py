@@ -1,4 +1,4 @@
-"""From the logits of the next token to the token."""
+"""Sampling the next token from its logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Beyond these float32 has no room for a logit over the temperature. Nearer to 0 only the most probable token is left
-# anyway, further up all are as probable to the last digit.
+# Temperatures are clamped to this range so that logits / temperature does not overflow or underflow in float32. Below
+# it only the most probable token remains anyway; above it all tokens are equally probable to the last digit.
 COLDEST, HOTTEST = 1e-30, 1e30
 
 
@@ -21,11 +21,11 @@ class Sampling:
 
     Args:
         temperature: 0 is greedy.
-        top_k: sample among the k most probable tokens; 0 among all.
-        top_p: sample among the most probable tokens that together reach this probability.
+        top_k: sample from the k most probable tokens; 0 uses all.
+        top_p: sample from the smallest set of most probable tokens whose total probability reaches this.
 
     Raises:
-        ValueError: one of them is out of range or no number.
+        ValueError: a value is out of range or not finite.
     """
 
     temperature: float = 0.0
@@ -43,10 +43,10 @@ class Sampling:
 
 
 def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
-    """Logits with -inf on all but the k most probable tokens, and on all beyond the nucleus of mass p.
+    """Return logits with -inf for all tokens outside the top k, and outside the nucleus of probability top_p.
 
-    The nucleus is the smallest set of most probable tokens whose probability reaches top_p (Holtzman et al. 2020,
-    section 3.1), among what top_k left; the most probable token always stays. top_k = 0 and top_p = 1 keep everything.
+    The nucleus is the smallest set of most probable tokens whose total probability reaches top_p (Holtzman et al. 2020,
+    section 3.1), computed after top_k; the most probable token always stays. top_k=0 and top_p=1 keep everything.
 
     Raises:
         ValueError: top_k is negative or top_p is not in (0, 1].
@@ -57,13 +57,13 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
         raise ValueError(f"top_p={top_p} is not in (0, 1]; 1 keeps every token")
     if 0 < top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
-        # By index, not by threshold: of equal logits at the border exactly k stay.
+        # By index, not by threshold: with ties at the border, exactly k stay.
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the mass of the more probable tokens
-        beyond[..., 0] = False  # a top_p that float32 rounds to 0 is reached by nothing
+        beyond[..., 0] = False  # float32 may round top_p to 0, which would remove every token
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
 
@@ -71,9 +71,9 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
 def probabilities_of(
     logits: Float[Tensor, "B V"], *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> Float[Tensor, "B V"]:
-    """What `choose_tokens` draws from at a temperature above 0: the nucleus is that of the logits so divided.
+    """Return the distribution `choose_tokens` draws from at temperatures above 0; filters apply after the temperature.
 
-    Of each row its largest logit is taken off before, which changes no probability and lets no quotient overflow.
+    The largest logit of each row is subtracted first, which changes no probability and prevents overflow.
     """
     logits = logits.float()
     below = logits - logits.amax(dim=-1, keepdim=True)
@@ -88,21 +88,21 @@ def choose_tokens(
     top_p: float = 1.0,
     generators: Sequence[torch.Generator] = (),
 ) -> Int[Tensor, "B"]:
-    """The next token of every row: the most probable one at temperature 0, else a draw from the row's own generator.
+    """Choose the next token of every row: the argmax at temperature 0, else a draw from the row's own generator.
 
-    The order is that of `transformers`: temperature, then the k most probable, then the nucleus of what is left.
+    Filters apply in the order of `transformers`: temperature, top_k, top_p.
 
     Raises:
-        ValueError: a negative temperature, or see `keep_probable`.
-        FloatingPointError: the logits of a row to draw for hold NaN or infinity; nothing has been drawn.
+        ValueError: the temperature is negative; see also `keep_probable`.
+        FloatingPointError: a row to sample from has NaN or infinite logits; no token has been drawn for any row.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative; 0 is greedy")
-    if temperature == 0:  # no filter takes the most probable token out
+    if temperature == 0:  # no filter removes the most probable token
         return logits.argmax(dim=-1)
     probabilities = probabilities_of(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
-    if probabilities[:, 0].isnan().any():  # then all of the row are
+    if probabilities[:, 0].isnan().any():  # softmax makes the whole row NaN
         raise FloatingPointError("the model's logits are not finite: no token can be drawn")
-    # Draws are made on the CPU, row by row: the same seed gives the same answer whatever the device and the neighbours.
+    # Drawn on the CPU, row by row: a seed gives the same answer on any device and beside any other rows.
     draws = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, generators)]
     return torch.cat(draws).to(logits.device)

@@ -1,4 +1,4 @@
-"""Many questions, one model: a thread that adds waiting prompts to the rows being decoded, a step at a time."""
+"""Continuous batching: a thread that decodes step by step and adds waiting prompts to the batch between steps."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fastvlm.inference.sampling import Sampling
 
 
 class Busy(Exception):
-    """As many questions wait as may."""
+    """The queue is full."""
 
 
 class Stopped(Exception):
-    """The server ends before the answer does."""
+    """The server stopped before the answer was complete."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One question. What happens to it comes through `tell`: ("text", piece), ("done", Generation), ("error", error).
+    """One question. Progress is reported to `tell`: ("text", piece), ("done", Generation) or ("error", error).
 
     Args:
         tell: called from the scheduler's thread.
@@ -48,19 +48,22 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Nobody waits for the answer any more; its row leaves before the next step."""
+        """Abandon the question; its row is dropped before the next step."""
         self.cancelled.set()
 
 
 class Scheduler:
-    """First come, first served, with up to `max_rows` answers written side by side.
+    """Serves questions in order of arrival, decoding up to `max_rows` answers at once.
 
-    Between two steps at most one prompt is read, or a piece of other work (`call`) is done that is no longer than that;
-    where both wait they take turns. So those that are being answered never wait for more.
+    Between two decoding steps either one prompt is prefilled or one piece of other work (`call`) runs, which is no
+    longer than a prefill; if both wait, they alternate. So answers in progress never wait for more than that.
 
     Args:
-        max_rows: answers at once.
-        max_waiting: questions beyond those.
+        max_rows: maximum number of answers decoded at once.
+        max_waiting: maximum number of questions that wait for a row.
+
+    Raises:
+        ValueError: `max_rows` is below 1 or `max_waiting` below 0.
     """
 
     def __init__(self, engine: Engine, *, max_rows: int = 8, max_waiting: int = 64):
@@ -81,9 +84,10 @@ class Scheduler:
         return len(self._waiting) + len(self._calls)
 
     def submit(self, job: Job) -> Job:
-        """
+        """Queue a job.
+
         Raises:
-            Busy: too many wait.
+            Busy: the queue is full, or the scheduler is stopping.
         """
         with self._wake:
             if self._stopping or self.num_waiting >= self.max_waiting + (self.num_active < self.max_rows):
@@ -93,12 +97,14 @@ class Scheduler:
         return job
 
     async def call(self, work: Generator[None, None, Any]) -> Any:
-        """What a generator returns, run piece by piece between steps with the model to itself, one generator after the
-        other. Whoever stops waiting for it ends it before its next piece.
+        """Run a generator piece by piece between decoding steps and return its return value.
+
+        Each piece has the model to itself; generators run one after another. Cancelling the call closes the generator
+        before its next piece.
 
         Raises:
-            Busy: too many wait.
-            Stopped: the scheduler has ended.
+            Busy: the queue is full, or the scheduler is stopping.
+            Stopped: the scheduler stopped before the generator was done.
         """
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -110,7 +116,7 @@ class Scheduler:
         return await future
 
     def stop(self) -> None:
-        """End the thread; what is unfinished is told so."""
+        """Stop the thread; unfinished jobs and calls get a `Stopped` error."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -141,7 +147,7 @@ class Scheduler:
                 self._drop_cancelled(rows)
                 rows.step()
                 self._publish()
-            except Exception as error:  # noqa: BLE001  one bad step must not silence the server
+            except Exception as error:  # noqa: BLE001  one failed step must not end the thread
                 for job in self._active:
                     job.tell("error", error)
                 self._active, rows = [], self.engine.rows()
@@ -174,7 +180,7 @@ class Scheduler:
                 image_seconds=engine.now() - start,
             )
             rows.add([job.row])
-        except Exception as error:  # noqa: BLE001  a question that cannot be asked concerns only who asked
+        except Exception as error:  # noqa: BLE001  an invalid question fails alone
             if job.row is not None:
                 rows.drop(job.row)
             job.tell("error", error)
@@ -187,7 +193,7 @@ class Scheduler:
             rows.drop(job.row)
             self._active.remove(job)
             self.num_cancelled += 1
-        with self._wake:  # those that wait take up places that others could have
+        with self._wake:  # cancelled jobs would take up places in the queue
             left = [job for job in self._waiting if job.cancelled.is_set()]
             for job in left:
                 self._waiting.remove(job)
@@ -214,14 +220,14 @@ class Scheduler:
 
 @dataclass(eq=False)
 class Call:
-    """Work in pieces for somebody who waits in an event loop."""
+    """A generator run in pieces for a caller that awaits its result in an event loop."""
 
     work: Generator[None, None, Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future
 
     def advance(self) -> bool:
-        """Do a piece; whether that was the last one, or nobody waits any more."""
+        """Run the next piece; return whether the call is over (finished, failed or cancelled)."""
         if self.future.cancelled():
             self.work.close()
             return True

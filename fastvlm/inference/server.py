@@ -1,9 +1,9 @@
-"""An HTTP server that speaks OpenAI's chat completions, and a page to talk to it.
+"""Serve a model over HTTP: OpenAI's chat completions API, and a web page.
 
     python -m fastvlm.inference.server run=runs/latest                    # http://127.0.0.1:8000
     python -m fastvlm.inference.server run=runs/latest port=9000 levers=fast max_rows=16 allow_hosts=images.example.org
 
-needs the extra `serve` (pip install '.[serve]'). Keys are those of `Settings` (settings.py).
+Needs the extra `serve` (pip install '.[serve]'). Keys are those of `Settings` (settings.py).
 """
 
 from __future__ import annotations

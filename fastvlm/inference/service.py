@@ -1,4 +1,4 @@
-"""What the server's routes do: requests become jobs of the scheduler, and what it tells becomes replies."""
+"""The logic behind the server's routes: turns requests into scheduler jobs, and their events into replies."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ log = logging.getLogger("fastvlm.server")
 
 
 class Asked:
-    """A question that the scheduler has taken: its job and what is told of it, as a client waits for it."""
+    """A question accepted by the scheduler: its job and the queue of its events."""
 
     def __init__(self, service: Service, job: Job, events: asyncio.Queue):
         self.service, self.job, self.events = service, job, events
 
     async def next(self) -> tuple[str, Any]:
-        """("text", piece) or ("done", answer).
+        """Wait for the next event: ("text", piece) or ("done", Generation).
 
         Raises:
-            Refused: the question cannot be asked.
+            Refused: the question is invalid, or the server is stopping.
         """
         kind, value = await self.events.get()
         if kind == "error":
@@ -46,7 +46,7 @@ class Asked:
 
 
 class Service:
-    """An engine behind its scheduler, with the limits of `settings`."""
+    """An engine with its scheduler and request reader, within the limits of `settings`."""
 
     def __init__(self, engine: Engine, settings: Settings):
         self.engine, self.settings = engine, settings
@@ -55,7 +55,7 @@ class Service:
         self.scheduler = Scheduler(engine, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
         self.reader = Reader(engine, settings)
         self.refusals: dict[int, int] = {}  # by HTTP status
-        self.num_left = 0  # clients that went before their answer was whole
+        self.num_left = 0  # clients that disconnected before their answer was complete
         self._first_tokens: list[float] = []  # seconds, of the last thousand answers
 
     def saw_first_token(self, seconds: float) -> None:
@@ -65,10 +65,10 @@ class Service:
     # ----------------------------------------------------------------------------------------------------- questions
 
     async def prepare(self, body: ChatRequest | AttentionRequest) -> tuple[list, list[int]]:
-        """A request's views and its prompt as ids; all is read in threads, the event loop goes on.
+        """Return a request's images as views and its prompt as ids; runs in threads, off the event loop.
 
         Raises:
-            Refused: another model, too many images, or one that cannot be read.
+            Refused: an unknown model, too many images, a prompt that is too long, or an unreadable image.
         """
         limits = self.settings
         if body.model != self.name:
@@ -77,7 +77,7 @@ class Service:
         record, urls = body.record()
         if len(urls) > limits.max_images:
             raise Refused(400, f"{len(urls)} images, more than the {limits.max_images} a request may have")
-        # Where its attention is asked for the answer is part of what is read, and may be as long as this server writes.
+        # For an attention request the prompt contains the answer, which may be as long as this server generates.
         most = limits.max_prompt_tokens + (limits.max_new_tokens if isinstance(body, AttentionRequest) else 0)
         try:
             return await self.reader.read(record, urls, max_tokens=most)
@@ -85,10 +85,10 @@ class Service:
             raise Refused(400, str(error).splitlines()[0]) from None
 
     def ask(self, body: ChatRequest, images: Sequence, input_ids: list[int]) -> Asked:
-        """Give what `prepare` made of the question to the scheduler.
+        """Submit a question prepared by `prepare` to the scheduler.
 
         Raises:
-            Refused: too many questions wait.
+            Refused: the queue is full.
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -112,9 +112,9 @@ class Service:
             raise busy() from None
 
     def _room(self, body: ChatRequest, length: int) -> int:
-        """Tokens an answer may have: what was asked for bounds it, as in OpenAI's API, and so do server and model.
+        """Return the token limit of an answer: the least of what the request, the server and the model allow.
 
-        Where the model has no room at all it is 1, and the engine says so.
+        If the prompt leaves no room it is 1, and the engine raises the error.
         """
         asked = body.max_completion_tokens or body.max_tokens or self.settings.default_new_tokens
         room, limit = min(asked, self.settings.max_new_tokens), self.engine.model.llm.max_positions
@@ -123,11 +123,11 @@ class Service:
     # ------------------------------------------------------------------------------------------------------- replies
 
     def opening(self) -> dict:
-        """What all chunks of a reply have in common."""
+        """Return the fields that all chunks of a reply share."""
         return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
 
     async def whole(self, asked: Asked, first: tuple[str, Any]) -> dict:
-        """A reply in one piece. `first` is what was told first."""
+        """Return a complete reply; `first` is the job's first event."""
         pieces = []
         kind, value = first
         while kind == "text":
@@ -138,7 +138,12 @@ class Service:
         return self.opening() | {"choices": [choice], "usage": usage(value), "fastvlm": cost(value, asked.job)}
 
     async def stream(self, asked: Asked, first: tuple[str, Any], *, usage_apart: bool) -> AsyncIterator[str]:
-        """Server-sent events up to [DONE]; a client that leaves closes the generator, which cancels the job."""
+        """Yield server-sent events up to [DONE]; a client that disconnects closes the generator, which cancels the job.
+
+        Args:
+            first: the job's first event.
+            usage_apart: send the usage in a chunk of its own, instead of with the last chunk of the answer.
+        """
         opening = self.opening() | {"object": "chat.completion.chunk"}
 
         def event(delta: dict, finish: str | None = None, **more) -> str:
@@ -158,7 +163,7 @@ class Service:
                 yield f"data: {json.dumps(opening | {'choices': [], 'usage': usage(value)})}\n\n"
             yield "data: [DONE]\n\n"
             finished = True
-        except Refused as error:  # the headers are sent: the error goes where the client listens
+        except Refused as error:  # headers have been sent, so the error becomes an event
             finished = True
             yield f"data: {json.dumps(error_body(error.message, kind=error.kind, code=error.code))}\n\n"
         except Exception as error:  # noqa: BLE001  likewise
@@ -171,10 +176,10 @@ class Service:
             asked.job.cancel()
 
     async def attention(self, body: AttentionRequest) -> dict:
-        """Shares of image regions for the answer the conversation ends with, and for each visual token.
+        """Return how the answer's attention is shared among image regions, and the regions behind each visual token.
 
         Raises:
-            Refused: no image, a conversation that cannot be read, or a busy server.
+            Refused: no image, an invalid conversation, or a busy server.
         """
         images, _ = await self.prepare(body)
         if not images:
@@ -199,7 +204,7 @@ class Service:
         }
 
     def card(self) -> dict:
-        """The model, as `/v1/models` shows it."""
+        """Return the model's entry in `/v1/models`."""
         return {
             "id": self.name,
             "created": self.created,
@@ -212,7 +217,7 @@ class Service:
         }
 
     def metrics(self) -> str:
-        """Counters and gauges in Prometheus' text format."""
+        """Return counters and gauges in Prometheus' text format."""
         engine, scheduler = self.engine, self.scheduler
         values = {
             "answers_total": scheduler.num_done,
@@ -241,7 +246,7 @@ class Service:
 
 
 def refusal(error: Exception) -> Exception:
-    """What the client is told of an error: its own mistake, the server's end, or nothing but that the server failed."""
+    """Convert an error to the one a client gets: 400 for its mistakes, 503 on shutdown, else unchanged (a 500)."""
     if isinstance(error, ValueError):
         return Refused(400, str(error).splitlines()[0])
     return Refused(503, str(error), kind="server_error", code="stopped") if isinstance(error, Stopped) else error

@@ -1,4 +1,4 @@
-"""What the server may be told, and the limits it keeps."""
+"""The server's settings and limits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ MAY_BE_ZERO = ("max_waiting", "port", "max_images", "image_store_mb", "prefix_st
 
 @dataclass(frozen=True)
 class Settings:
-    """
+    """Settings of the server.
+
     Args:
-        run: a run directory or a saved model's folder.
-        name: what clients call the model; the folder's name by default.
+        run: a run directory or the folder of a saved model.
+        name: the model's name in the API; the folder's name by default.
+        host, port: address to listen on.
         levers: see `fastvlm.inference.levers`.
-        max_rows: answers written side by side.
-        max_waiting: questions that may wait; one more is answered 503.
-        max_images: of a request.
-        max_image_bytes, max_pixels: of an image.
-        max_body_bytes: of a request.
-        max_prompt_tokens: of a request's text and images; what is longer is refused before it is computed.
-        max_new_tokens: of an answer; where a client asks for more it ends there, with `finish_reason` length.
-        default_new_tokens: where a client asks for nothing.
+        max_rows: answers generated at once.
+        max_waiting: questions that may wait; further ones are answered 503.
+        max_images: per request.
+        max_image_bytes, max_pixels: per image.
+        max_body_bytes: per request.
+        max_prompt_tokens: text and images of a request; longer prompts are refused before the model runs.
+        max_new_tokens: per answer; a client that asks for more gets `finish_reason` length at this limit.
+        default_new_tokens: limit of an answer if the client sets none.
         allow_hosts: comma-separated hosts that images may be fetched from; none by default.
-        allow_private: let those hosts lie in a private network.
-        fetch_seconds: for all of a request's images from elsewhere, names and connections included.
+        allow_private: let these hosts have private addresses.
+        fetch_seconds: time limit for fetching all images of a request, look-ups and connections included.
         origins: comma-separated origins whose pages may call the server (CORS).
-        image_store_mb, prefix_store_mb: memory for what is kept between questions.
+        image_store_mb, prefix_store_mb: MiB for images and prefixes kept between questions.
     """
 
     run: str = ""
@@ -57,15 +59,15 @@ class Settings:
 
     @property
     def max_requests(self) -> int:
-        """Requests at once: those that are answered, those that wait, and room for the page and for refusals."""
+        """Concurrent requests: those being answered, those that wait, and a margin for the page and for refusals."""
         return self.max_rows + self.max_waiting + 64
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
-    """`key=value` arguments.
+    """Parse `key=value` arguments.
 
     Raises:
-        ValueError: an unknown key, or a value of another kind.
+        ValueError: an unknown key, a value of the wrong type or below the minimum, or no `run`.
     """
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     values: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Single tokens through tensors that never move, so that a CUDA graph can replay all kernels of a token as one launch.
+"""Decode single tokens with CUDA graphs, which replay all kernels of a token as one launch.
 
-On a GPU a token of a small model takes longer to launch than to compute: some twenty kernels a layer. A graph replays
-them at once, but from the addresses it was captured with, so keys and values, mask and positions stand in fixed memory.
+On a GPU, launching the kernels of a token, some twenty per layer, takes longer than running them in a small model. A
+graph reads from the addresses it was captured with, so keys and values, mask and positions are in fixed buffers.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from fastvlm.inference.fast_decoder import FastDecoder, norm
 from fastvlm.inference.kv_cache import KVCache
 
-COLUMNS = 256  # capacities are multiples of this: each is a graph of its own
-KEPT = 4  # graphs kept, each with its keys and values
+COLUMNS = 256  # cache capacities are multiples of this; each has a graph of its own
+KEPT = 4  # graphs kept, each with its key and value buffers
 
 
 class StaticStep:
-    """One token of `rows` rows over `capacity` columns.
+    """One decoding step for `rows` rows with room for `capacity` columns.
 
     Args:
-        like: an embedding whose precision and device the model has.
+        like: input embeddings, which give width, dtype and device.
     """
 
     def __init__(self, decoder: FastDecoder, *, rows: int, capacity: int, like: Tensor):
@@ -40,7 +40,7 @@ class StaticStep:
         self.tables = decoder.rotation_tables(capacity, like)
         self.hidden: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._holder: weakref.ref | None = None  # the cache whose columns stand in `rooms`
+        self._holder: weakref.ref | None = None  # the cache whose columns are in `rooms`
 
     def __call__(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         used = cache.get_seq_length()
@@ -50,7 +50,7 @@ class StaticStep:
         self.column.fill_(used)
         self.mask.zero_()
         self.mask[..., : used + 1] = True if mask is None else mask.bool()[:, None, None]
-        self.mask[..., used] = True  # a hidden position sees itself: an empty row would be NaN
+        self.mask[..., used] = True  # padding attends to itself: a fully masked row would give NaN
         if self.embeds.is_cuda:
             if self._graph is None:
                 self._capture()
@@ -62,7 +62,7 @@ class StaticStep:
         return self.hidden.clone()
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """As a cache's: a token's keys and values are written, those of all columns returned."""
+        """Write a token's keys and values and return those of all columns, like `Cache.update`."""
         for room, new in zip(self.rooms[layer], (keys, values)):
             room.index_copy_(2, self.column, new)
         return self.rooms[layer]
@@ -75,7 +75,7 @@ class StaticStep:
         return norm(self.decoder.decoder.norm, x)
 
     def _capture(self) -> None:
-        """Warm up beside the current stream, as libraries allocate on first use, and record."""
+        """Warm up on a side stream, because libraries allocate on first use, then record the graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -87,7 +87,7 @@ class StaticStep:
             self.hidden = self._compute()
 
     def _take(self, cache: KVCache) -> None:
-        """Make these rooms the cache's own; one that held them before goes on with a copy."""
+        """Move the cache into this step's buffers; a cache that used them before continues with a copy."""
         if all(layer.stands_in(room) for layer, room in zip(cache.layers, self.rooms)):
             return
         former = self._holder and self._holder()
@@ -104,10 +104,10 @@ class StaticStep:
 
 
 class StaticDecoder:
-    """`FastDecoder` whose single tokens are `StaticStep`s; prompts go through it as they are.
+    """A `FastDecoder` that runs single tokens through `StaticStep`; prompts are passed to the decoder unchanged.
 
     Args:
-        decoder: weights must stay where they are from the first token on.
+        decoder: its weights must not move in memory once the first token was decoded.
     """
 
     def __init__(self, decoder: FastDecoder):

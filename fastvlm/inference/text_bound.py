@@ -1,4 +1,4 @@
-"""The most characters that so many tokens can stand for: a text above it is too long, whatever it says."""
+"""Refuse texts that are too long without tokenizing them, from the most characters a token can represent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ KEEPING = ("ByteLevel", "Digits", "Metaspace", "NFD", "NFKD", "Prepend", "Unicod
 
 
 class TextBound:
-    """A tokenizer whose vocabulary has every byte makes all of a text into tokens, and none of them stands for more
-    characters than its own name has. Of others, which may leave characters out or make one token of any number of
-    them, nothing is known and no text is refused."""
+    """An upper bound on the characters that a number of tokens can represent.
+
+    With a vocabulary that contains every byte, the tokens cover all of a text, and none represents more characters than
+    its own string has. Other tokenizers may drop characters or merge any number into one token: they have no bound, and
+    no text is refused.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         described = json.loads(tokenizer.to_str())
@@ -25,7 +28,7 @@ class TextBound:
         self.forms = [step["type"] for step in steps if step["type"] in COMPOSING]
 
     def exceeded(self, texts: list[str], *, max_tokens: int) -> bool:
-        """Whether the texts are certainly more tokens than these."""
+        """Return whether the texts certainly have more than `max_tokens` tokens."""
         if self.longest is None:
             return False
         most = max_tokens * self.longest
@@ -37,7 +40,7 @@ class TextBound:
 
 
 def listed(step: dict | None) -> Iterator[dict]:
-    """The steps of a normalizer or pre-tokenizer, one by one."""
+    """Yield the steps of a normalizer or pre-tokenizer."""
     if step is not None and step["type"] == "Sequence":
         for one in step.get("normalizers", step.get("pretokenizers")):
             yield from listed(one)
@@ -46,20 +49,20 @@ def listed(step: dict | None) -> Iterator[dict]:
 
 
 def longest_token(described: dict, steps: list[dict]) -> int | None:
-    """Characters of it; None where a text's characters may outnumber those of its tokens."""
+    """Return the characters of the longest token; None if a text may have more characters than its tokens."""
     model, added = described["model"], described["added_tokens"]
     if model["type"] != "BPE" or described["truncation"] is not None or not all(map(keeps, steps)):
         return None
     by_bytes = any(step["type"] == "ByteLevel" for step in steps) and model["vocab"].keys() >= set(ByteLevel.alphabet())
     by_names = model.get("byte_fallback", False) and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
-    plain = [token for token in added if not token["special"]]  # special ones are text in a text
+    plain = [token for token in added if not token["special"]]  # special ones in a text are read as plain text
     if not (by_bytes or by_names) or any(token["lstrip"] or token["rstrip"] for token in plain):
         return None
     return max(map(len, [*model["vocab"], *(token["content"] for token in plain)]))
 
 
 def keeps(step: dict) -> bool:
-    """Whether a step leaves no character out."""
+    """Return whether a step removes no characters."""
     if step["type"] in ("Split", "Punctuation"):
         return step["behavior"].lower() != "removed"
     if step["type"] == "Replace":

@@ -1,4 +1,4 @@
-"""Whether four parts fit each other, before anything runs."""
+"""Check that the four parts of a model fit each other, before anything runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from torch import nn
 
 
 def check_fit(encoder: nn.Module, resampler: nn.Module, projector: nn.Module, llm: nn.Module) -> None:
-    """Refuse neighbours whose widths differ, and an early-exit encoder before a resampler that cannot leave slots
-    empty.
+    """Check that neighbouring widths agree and that a resampler can take an encoder's empty slots.
 
     Raises:
-        ValueError: naming both parts and the key to change.
+        ValueError: they do not; the message names both parts and the key to change.
     """
     for (left, yields), (right, takes) in (
         (("encoder", encoder), ("resampler", resampler)),

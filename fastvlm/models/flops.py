@@ -1,4 +1,4 @@
-"""FLOPs of a module without computing anything: two for each multiplication with addition, as torch counts them."""
+"""Count a module's FLOPs on the meta device; a multiply-add is two FLOPs, as in torch's counter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def meta_twin(module: M) -> M:
-    """The same module in `eval()` with shapes in place of weights; it takes no memory."""
+    """Return a copy of the module on the meta device, in eval mode; it takes no memory."""
     tensors = chain(module.parameters(), module.buffers())
     as_meta = lambda t: nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta")
     return copy.deepcopy(module, {id(t): as_meta(t) for t in tensors}).eval()
@@ -24,13 +24,13 @@ def meta_twin(module: M) -> M:
 
 @contextmanager
 def counting() -> Iterator[Callable[[], int]]:
-    """Hands out a function that says how many FLOPs there have been in the block so far."""
+    """Yield a function that returns the number of FLOPs counted in the block so far."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         yield counter.get_total_flops
 
 
 def count_flops(module: nn.Module, *shapes: tuple[int, ...]) -> int:
-    """FLOPs of one forward pass on inputs of these shapes."""
+    """Return the FLOPs of one forward pass on inputs of these shapes."""
     twin = meta_twin(module)
     with counting() as so_far:
         twin(*(torch.zeros(shape, device="meta") for shape in shapes))

@@ -1,4 +1,4 @@
-"""Load pretrained weights by name; if they are missing or do not fit, the error is one plain line."""
+"""Load pretrained weights, with one-line errors where they are missing or do not fit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 T = TypeVar("T")
-LISTED = 8  # tensors a message names
+LISTED = 8  # tensors named in a message
 
 
 def fetch(build: Callable[[], T], *, what: str, mend: str) -> T:
-    """`build()`, which may read the hub.
+    """Return `build()`, which may access the hub.
 
     Raises:
-        ValueError: `what` (the key and its value) could not be built; `mend` says what to do instead.
+        ValueError: `build` failed; the message has `what` (the key and its value) and `mend` (what to do instead).
     """
-    # Libraries log what they also raise, and the hub's client every retry.
+    # The libraries log what they also raise, and the hub client logs every retry.
     logging.disable(logging.ERROR)
     try:
         return build()
-    except Exception as error:  # offline, unknown, unreadable: the libraries raise a dozen unrelated classes for these
+    except Exception as error:  # the libraries raise many unrelated classes: offline, unknown name, unreadable file
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ValueError(f"{what}: {why}; {mend}") from None
     finally:
@@ -32,10 +32,10 @@ def fetch(build: Callable[[], T], *, what: str, mend: str) -> T:
 
 
 def refuse_differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, what: str, mend: str) -> None:
-    """A checkpoint must have every wanted tensor in its shape.
+    """Check that a checkpoint has every wanted tensor in the wanted shape.
 
     Raises:
-        ValueError: listing those that are missing or of another shape.
+        ValueError: tensors are missing or of another shape; the message lists them.
     """
     wrong = [
         f"{key} is {tuple(found[key].shape)} there and {tuple(value.shape)} here"
@@ -50,13 +50,14 @@ def refuse_differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]
 
 
 def refuse_incomplete(info: Mapping[str, Iterable], kept: Collection[str], *, what: str) -> None:
-    """What `from_pretrained(output_loading_info=True)` of transformers reports and only warns of, as a refusal.
+    """Raise on missing or mismatched tensors, about which transformers' `from_pretrained` only warns.
 
     Args:
+        info: the report of `from_pretrained(output_loading_info=True)`.
         kept: names of the tensors that are used; others may be missing.
 
     Raises:
-        ValueError: listing tensors of the model that the checkpoint lacks, or has in another shape.
+        ValueError: the checkpoint lacks tensors of `kept` or has them in another shape; the message lists them.
     """
     wrong = [f"{key} is {tuple(a)} there and {tuple(b)} here" for key, a, b in info["mismatched_keys"] if key in kept]
     if wrong:
@@ -70,10 +71,11 @@ def refuse_incomplete(info: Mapping[str, Iterable], kept: Collection[str], *, wh
 
 
 def known_config(model_type: str, config: Mapping[str, Any], *, key: str, **more: Any) -> PreTrainedConfig:
-    """The configuration of a model type with these arguments.
+    """Return the configuration of a model type with these arguments.
 
     Raises:
-        ValueError: the type or an argument is not known (transformers alone would keep a misspelt one and ignore it).
+        ValueError: the type or an argument is unknown (transformers would silently ignore a misspelt one), or the
+            configuration rejects the values.
     """
     try:
         known = AutoConfig.for_model(model_type)
@@ -86,7 +88,7 @@ def known_config(model_type: str, config: Mapping[str, Any], *, key: str, **more
             raise ValueError(f"{key}.{name} is not an argument of {type(known).__name__}{hint}")
     try:
         return AutoConfig.for_model(model_type, **more, **config)
-    except Exception as error:  # noqa: BLE001  its validators raise classes of their own, over several lines
+    except Exception as error:  # noqa: BLE001  its validators raise their own classes, with messages of several lines
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{key}: {model_type} refuses these sizes: {why}") from None
 

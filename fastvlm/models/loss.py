@@ -1,4 +1,4 @@
-"""Cross-entropy of the learned tokens; logits are computed for no other position."""
+"""Cross-entropy of the learned tokens, with logits computed only where they are predicted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.tokens import IGNORE_INDEX
 
 
 class AnswerLoss(NamedTuple):
-    """`sum` has the gradient; `losses` (detached) and `index` have one entry per learned token.
+    """Loss of a batch: `sum` carries the gradient; `losses` (detached) and `index` have one entry per learned token.
 
     `index` is the learned token's position in the flattened batch, so `source_ids.flatten()[index]` is its source.
     """
@@ -33,14 +33,13 @@ def answer_loss(
     segment_ids: Int[Tensor, "B S"],
     chunk_tokens: int = 2048,
 ) -> AnswerLoss:
-    """Sum of -log p(label) over learned tokens, each predicted from the position before it in its own segment.
+    """Sum -log p(label) over learned tokens, each predicted from the previous position of its own segment.
 
-    A learned token that opens a segment has nothing before it and is not counted: the previous position belongs to
-    another sample.
+    A learned token at the start of a segment is not counted, because the previous position belongs to another sample.
 
     Args:
-        head: hidden states -> logits; called on the positions that predict a learned token only.
-        chunk_tokens: logits held at a time, in rows; with more learned tokens than this they are recomputed in the
+        head: maps hidden states to logits; called only on positions that predict a learned token.
+        chunk_tokens: learned tokens whose logits are held at a time. With more of them, logits are recomputed in the
             backward pass, so memory stays at chunk_tokens x V.
     """
     learned = (labels[:, 1:] != IGNORE_INDEX) & (segment_ids[:, 1:] == segment_ids[:, :-1])
@@ -51,7 +50,7 @@ def answer_loss(
     def chunk_losses(states: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), target, reduction="none")
 
-    # Without a learned token there is still one empty chunk: the head must be part of the graph on every rank.
+    # Without learned tokens there is still one empty chunk, so that the head is in the graph on every rank.
     pieces = list(zip(before.split(chunk_tokens), targets.split(chunk_tokens)))
     if len(pieces) == 1 or not torch.is_grad_enabled():
         losses = torch.cat([chunk_losses(*piece) for piece in pieces])
@@ -63,7 +62,7 @@ def answer_loss(
 def sum_by_source(
     losses: Float[Tensor, "U"], source: Int[Tensor, "U"], *, num_sources: int
 ) -> tuple[Float[Tensor, "num_sources"], Float[Tensor, "num_sources"]]:
-    """Loss and number of units (learned tokens, images, ...) of every source, in float32 and without a gradient."""
+    """Return each source's summed loss and number of units (learned tokens, images, ...), float32 and detached."""
     losses = losses.detach().float()
     sums = losses.new_zeros(num_sources)
     counts = torch.zeros_like(sums)

@@ -1,4 +1,4 @@
-"""Estimate of the memory a stage needs on one device, from shapes alone, before it runs."""
+"""Estimate the memory a stage needs on one device from shapes alone, before it runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastvlm.models.quantised import KINDS, fits_int4, frozen_linears, heads_of
 from fastvlm.models.vlm import VLM
 
 GIB = 2**30
-CHUNK = 2048  # learned tokens whose logits are held at a time: `answer_loss`
+CHUNK = 2048  # learned tokens whose logits are held at a time: the default of `answer_loss`
 
 
 @dataclass
 class Memory:
-    """Bytes on one device at a step's peak. The parts are added up, though not all of them are there at one moment."""
+    """Bytes on one device at a step's peak. Entries are summed, though not all are allocated at the same moment."""
 
     weights: float
     gradients: float
@@ -41,7 +41,7 @@ class Memory:
 
 
 def copy_with(model: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The same modules over other tensors: nothing of the model's own is copied."""
+    """Copy the modules, replacing each parameter and buffer by `make(tensor)`; no tensor data is copied."""
     memo = {}
     for tensor in (*model.parameters(), *model.buffers()):
         other = make(tensor)
@@ -70,23 +70,24 @@ def estimate(
     autocast: torch.dtype | None = None,
     shards: int = 1,
 ) -> Memory:
-    """Memory of one optimiser step of a micro-batch.
+    """Estimate the memory of one optimiser step on one micro-batch.
 
-    Activations are what autograd would keep of a forward pass over tensors without storage; the largest pass between
-    two layers is not seen. Under sharding weights, gradients and optimiser state are cut; one layer is whole at a time.
+    Activations are what autograd would save in a forward pass over fake tensors; temporary tensors inside a layer are
+    not included. With sharding, weights, gradients and optimiser state are divided by the number of ranks; the one
+    layer that is gathered at a time is not added.
 
     Args:
-        apply: makes a copy of the model learn as the stage says (adapters, frozen parts); returns the rates.
-        optimizer: the stage's, called with parameter groups.
-        rows, tokens, images, image_size: of a micro-batch; images count views.
-        parts: what the stage computes with.
-        learned_tokens: of a micro-batch; all its positions where not known.
-        quantised: part -> what its frozen linear layers will be held in.
-        autocast: the dtype of mixed precision.
-        shards: ranks that share the weights.
+        apply: applies the stage's adapters to a copy of the model and returns parameter name -> learning rate.
+        optimizer: the stage's optimiser factory, called with parameter groups.
+        rows, tokens, images, image_size: the micro-batch's rows, positions per row, views, and pixels per side.
+        parts: names of the parts the stage runs.
+        learned_tokens: learned tokens of the micro-batch; None: all its positions.
+        quantised: (model, rates) -> part -> kind in which its frozen linear layers will be held.
+        autocast: dtype of mixed precision; None: off.
+        shards: number of ranks that share the weights.
     """
     device = next(model.llm.parameters()).device
-    if device.type == "meta":  # where autocast does nothing; what is faked below takes no memory anywhere
+    if device.type == "meta":  # autocast does nothing there; fake tensors take no memory on any device
         device = torch.device("cpu")
     fake = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
     rates = apply(fake)
@@ -108,13 +109,13 @@ def estimate(
     logits = 0.0
     if "llm" in parts:
         held = min(CHUNK, learned_tokens or rows * tokens)
-        # The head's output, its float copy, the softmax that is kept and the gradient.
+        # The head's output, its float32 copy, the saved softmax and the gradient.
         logits = float(held * model.llm.vocab_size * (4 + 4 + 4 + (2 if autocast else 4)))
     return Memory(weights / shards, gradients / shards, state / shards, activations, logits)
 
 
 def kind_of(name: str, parameter: Tensor, model: nn.Module) -> str:
-    """As `Stage.configure_optimizers` groups them."""
+    """Return "matrix", "table" or "vector", as `Stage.configure_optimizers` groups parameters."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     if parameter.ndim == 2 and id(parameter) not in tables and "lm_head" not in name and "lora_" not in name:
         return "matrix"
@@ -122,14 +123,14 @@ def kind_of(name: str, parameter: Tensor, model: nn.Module) -> str:
 
 
 def bytes_a_number(optimizer: Callable, kind: str, _known: dict = {}) -> float:  # noqa: B006
-    """Optimiser state of one learned number, found by one step on a stand-in of 128 x 128."""
+    """Return the bytes of optimiser state per parameter, measured by one step on a 128 x 128 stand-in."""
     key = (repr(optimizer), kind)
     if key not in _known:
         stand_in = nn.Parameter(torch.zeros(128, 128) if kind != "vector" else torch.zeros(128))
         stand_in.grad = torch.ones_like(stand_in)
         made = optimizer([{"params": [stand_in], "lr": 1e-3, "kind": kind, "name": "stand-in"}])
         made.step()
-        # State of the parameter's own form or of a row and a column of it; tables of constants do not grow.
+        # Keep state of the parameter's shape or of a row or column of it; constant tables do not grow with it.
         held = [v for v in made.state[stand_in].values() if torch.is_tensor(v) and v.ndim]
         held = [v for v in held if v.numel() * 128 >= stand_in.numel()]
         held = [v for v in held if v.numel() != 256]  # bitsandbytes' code books
@@ -140,14 +141,14 @@ def bytes_a_number(optimizer: Callable, kind: str, _known: dict = {}) -> float: 
 def activation_bytes(
     model: VLM, rows: int, tokens: int, images: int, image_size: int, parts: set[str], autocast: torch.dtype | None
 ) -> float:
-    """Bytes that autograd keeps of one forward pass, each storage once, weights not counted."""
+    """Return the bytes autograd saves in one forward pass: each storage once, without the weights."""
     own = {id(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, object] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if id(storage) not in own:
-            kept[id(storage)] = storage  # held, so that no other storage takes its place
+            kept[id(storage)] = storage  # keep a reference, so that its id is not reused
         return tensor
 
     device = next(model.llm.parameters()).device
@@ -162,7 +163,7 @@ def activation_bytes(
         if "llm" in parts:
             text = model.llm.embed(torch.zeros(rows, tokens, dtype=torch.long, device=device))
             if visual is not None:
-                # Splicing as `splice` does it, at places that need not be searched for.
+                # As in `splice`, at arbitrary positions: fake tensors have no ids to search.
                 slots = torch.arange(min(visual.shape[0] * visual.shape[1], rows * tokens), device=device)
                 flat = text.reshape(rows * tokens, -1)
                 text = flat.index_copy(0, slots, visual.flatten(0, 1)[: len(slots)].to(flat.dtype)).view_as(text)

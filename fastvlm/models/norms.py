@@ -1,4 +1,4 @@
-"""Keep inputs that are not data, such as a blank image, out of BatchNorm statistics."""
+"""Keep placeholder inputs, such as a blank image, out of BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in `eval()` inside the block."""
+    """Put BatchNorm layers in eval mode inside the block."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     try:
         for norm in norms:

@@ -1,4 +1,4 @@
-"""Tensors of which this rank holds a shard, under torch's FSDP2 or DeepSpeed's ZeRO stage 3."""
+"""Access to sharded tensors, under torch's FSDP2 or DeepSpeed's ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch.distributed.tensor import DTensor
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this rank holds only a shard of it."""
+    """Whether this rank holds only a shard of the tensor."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
 def held_of(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor itself."""
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor.ds_tensor if hasattr(tensor, "ds_id") else tensor
 
 
 def size_of(tensor: Tensor) -> int:
-    """Number of elements of the whole tensor."""
+    """Return the number of elements of the whole tensor."""
     return tensor.ds_numel if hasattr(tensor, "ds_id") else tensor.numel()
 
 
 @contextmanager
 def whole_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The whole tensor, gathered for the duration of the block. Every rank must call it."""
+    """Yield the whole tensor, gathered for the duration of the block. Every rank must call this."""
     if hasattr(tensor, "ds_id"):
-        import deepspeed  # whose `zero` is a name in it, no module
+        import deepspeed  # `zero` is an attribute of it, not an importable module
 
         with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor

@@ -1,4 +1,4 @@
-"""Frozen linear layers whose weights are held in eight or four bits while adapters beside them learn (QLoRA)."""
+"""Frozen linear layers with weights in 8 or 4 bits, for training adapters on top of them (QLoRA)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# kind -> (library, bytes a weight takes): codes and the scales beside them.
+# kind -> (library, bytes per weight, scales included).
 KINDS = {
     "int8": ("bitsandbytes", 1.0),
     "nf4": ("bitsandbytes", 0.516),
@@ -17,14 +17,14 @@ KINDS = {
     "torchao_fp8": ("torchao", 1.0),
     "torchao_int4": ("torchao", 0.625),
 }
-GROUP = 64  # weights of a row that share a scale and a zero in torchao_int4; its kernels take 32, 64, 128
+GROUP = 64  # weights per scale and zero point in torchao_int4; its kernels support 32, 64 and 128
 
 
 def library(kind: str, *, where: str = "quantise"):
-    """The library that quantises `kind`, imported.
+    """Import and return the library that quantises `kind`.
 
     Raises:
-        ValueError: no such kind, or its library is not installed.
+        ValueError: `kind` is unknown, or its library is not installed.
     """
     if kind not in KINDS:
         raise ValueError(f"{where}={kind} is none of {', '.join(KINDS)}")
@@ -36,18 +36,18 @@ def library(kind: str, *, where: str = "quantise"):
 
 
 class QuantisedLinear(nn.Module):
-    """`nn.Linear` with a frozen weight in few bits; the input's gradient is exact for the weight as quantised.
+    """A linear layer with a frozen, quantised weight; the input's gradient is exact for that quantised weight.
 
     `int8`: rows scaled to int8, outlier features of the input (above 6) kept in 16 bits (LLM.int8, arXiv:2208.07339).
     `nf4`, `fp4`: blocks of 64 in four bits, their scales in eight (QLoRA, arXiv:2305.14314). Both by bitsandbytes.
-    `torchao_int8`, `torchao_fp8`: rows scaled, inputs as they are.
-    `torchao_int4`: groups of 64 with a scale and a zero each (tinygemm), packed as the kernel of the device wants it.
+    `torchao_int8`, `torchao_fp8`: one scale per row; inputs are not quantised.
+    `torchao_int4`: groups of 64 with a scale and a zero point each (tinygemm), packed for the device's kernel.
 
-    The codes are parameters that never learn, so that they move with the module and the freezing proof sees them. They
-    are left out of checkpoints: the weights they come from are known, and quantising is deterministic.
+    The codes are frozen parameters, so that they move with the module and `StageFreezing` checks them. They are not in
+    checkpoints: the original weights are known, and quantisation is deterministic.
 
-    bitsandbytes' own layer is not used: on a CPU with AVX512-BF16 its forward pass in eval mode repacks the weights for
-    good, after which layers without bias train with no gradient and no error; and it casts biases in place.
+    bitsandbytes' own layer is not used. On a CPU with AVX512-BF16 its forward pass in eval mode repacks the weights
+    permanently, after which layers without bias train with no gradient and no error. It also casts biases in place.
     """
 
     def __init__(self, linear: nn.Linear, kind: str):
@@ -77,14 +77,14 @@ class QuantisedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in): the weight that this layer computes with, in the dtype of the layer it was made from."""
+        """The dequantised weight (out, in) this layer computes with, in the dtype of the original layer."""
         if self.kind == "int8":
             return (self.codes.float() * (self.scale / 127)[:, None]).to(self.dtype)
         if self.state is not None:
             from bitsandbytes.functional import dequantize_4bit
 
             return dequantize_4bit(self.codes.data, self.state).to(self.dtype)
-        if self.kind == "torchao_int4":  # only its kernel knows how it is packed
+        if self.kind == "torchao_int4":  # only its kernel can unpack the weight
             rows = torch.eye(self.in_features, dtype=self.codes.dtype, device=self.codes.device)
             return F.linear(rows, self.codes).T.to(self.dtype)
         return self.codes.dequantize().to(self.dtype)
@@ -102,7 +102,7 @@ class QuantisedLinear(nn.Module):
 
             state = MatmulLtState()
             state.CB, state.SCB = self.codes.data, self.scale.data
-            # On a CPU this flag chooses between exact inputs and quantised ones: the same in training and evaluation.
+            # On a CPU is_training selects exact rather than quantised inputs; keep evaluation equal to training.
             state.has_fp16_weights, state.threshold, state.is_training = False, 6.0, True
             y = matmul(x, self.codes, state=state)
         elif self.kind == "torchao_int4":
@@ -112,7 +112,7 @@ class QuantisedLinear(nn.Module):
         return (y if bias is None else y + bias).to(x.dtype)
 
     def restore(self) -> nn.Linear:
-        """A plain layer that computes the same function."""
+        """Return a plain linear layer that computes the same function."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(self.weight.detach().clone(), requires_grad=False), self.bias
         return linear
@@ -120,7 +120,7 @@ class QuantisedLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         if self.kind == "torchao_int4":
             device = fn(torch.empty(0, device=self.codes.device)).device
-            if device.type not in (self.codes.device.type, "meta"):  # another kernel, another way to pack
+            if device.type not in (self.codes.device.type, "meta"):  # another device's kernel packs differently
                 codes = int4_codes(self.weight.detach().to(device))
                 self.codes = nn.Parameter(codes, requires_grad=False)
             if self.bias is not None:
@@ -143,7 +143,7 @@ class QuantisedLinear(nn.Module):
 
 
 class Int4Product(torch.autograd.Function):
-    """x @ weight.T by torchao's kernel, which has no gradient of its own."""
+    """x @ weight.T with torchao's kernel, which has no backward pass of its own."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantisedLinear) -> Tensor:
@@ -156,10 +156,10 @@ class Int4Product(torch.autograd.Function):
 
 
 def int4_codes(weight: Tensor) -> Tensor:
-    """torchao's packed form of a weight for the device it is on.
+    """Quantise a weight to torchao's packed int4 format for its device.
 
     Raises:
-        ValueError: this torchao has no kernel for the device.
+        ValueError: torchao has no int4 kernel for the device.
     """
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
@@ -186,22 +186,22 @@ NO_INT4 = "quantise=torchao_int4: torchao has its kernel {}; set nf4, which runs
 
 
 def fits_int4(linear: nn.Linear) -> bool:
-    """Whether torchao's kernels take its shape: whole groups, and outputs in sixteens."""
+    """Whether torchao's kernels support the layer's shape: whole groups, and a multiple of 16 outputs."""
     return linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
 
 
 def heads_of(module: nn.Module) -> list[nn.Module]:
-    """What turns hidden states into logits stays exact: errors there are errors of every logit. Towers have none."""
+    """Return the output head, if any; it is not quantised, because its errors would affect every logit."""
     hf = getattr(module, "hf", None)
     head = hf.get_output_embeddings() if hasattr(hf, "get_output_embeddings") else None
     return [] if head is None else [head]
 
 
 def frozen_linears(module: nn.Module, *, keep: Iterable[nn.Module] = ()) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, attribute, layer) of every linear layer with a frozen weight of its own.
+    """Yield (parent, attribute, layer) of every linear layer with a frozen, unshared weight.
 
-    Left out: layers of `keep` and below, heads whose weight is also an embedding, and what `nn.MultiheadAttention`
-    reads past its layers' forward.
+    Skipped are modules of `keep` and their children, heads tied to an embedding, and children of
+    `nn.MultiheadAttention`, which reads their weights without calling their forward.
     """
     shared: dict[int, int] = {}
     for one in module.modules():
@@ -218,10 +218,10 @@ def frozen_linears(module: nn.Module, *, keep: Iterable[nn.Module] = ()) -> Iter
 
 
 def quantise(module: nn.Module, kind: str, *, keep: Iterable[nn.Module] = (), where: str = "quantise") -> int:
-    """Put `QuantisedLinear` in place of every frozen linear layer; returns how many weights that are.
+    """Replace the layers of `frozen_linears` that fit `kind` by `QuantisedLinear`; return the number of weights.
 
     Raises:
-        ValueError: no such kind, its library is missing, or there is no frozen linear layer.
+        ValueError: `kind` is unknown, its library is missing, or there is no layer to quantise.
     """
     library(kind, where=where)
     count = 0
@@ -237,7 +237,7 @@ def quantise(module: nn.Module, kind: str, *, keep: Iterable[nn.Module] = (), wh
 
 
 def dequantise(module: nn.Module) -> None:
-    """Plain layers again, computing what the quantised ones computed."""
+    """Replace every `QuantisedLinear` by a plain layer that computes the same."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, QuantisedLinear):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers keep no activations and recompute them in the backward pass."""
+"""Gradient checkpointing: layers recompute their activations in the backward pass instead of keeping them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastvlm.models.trainable import layers_of
 
 
 class Recomputed:
-    """Mixed in before a layer's own class. Without gradients (generation, a cache) it is the layer as it was.
+    """Mixin, placed before a layer's class, that checkpoints its forward pass while gradients are enabled.
 
-    transformers' own checkpointing is off in eval mode, and so in a frozen language model through which the projector's
-    gradients flow; that is where it is needed most.
+    transformers' own checkpointing is off in eval mode, and therefore in a frozen language model through which the
+    projector's gradients flow, where it is needed most.
     """
 
     def forward(self, *args, **options):
@@ -23,9 +23,9 @@ class Recomputed:
 
 
 def recompute_layers(parts: dict[str, nn.Module]) -> list[str]:
-    """Let every layer of these parts recompute its activations; returns the parts that have such layers.
+    """Enable recomputation in every layer of these parts; return the names of the parts that have such layers.
 
-    A part with BatchNorm is left as it is: its statistics would move twice a step.
+    Parts with BatchNorm are left unchanged: their statistics would be updated twice per step.
     """
     taken = []
     for name, part in parts.items():

@@ -1,7 +1,7 @@
-"""Our model as one folder in the format of `transformers`: configuration, weights, and a class for its Auto classes.
+"""Save and load a `VLM` as one folder in the format of `transformers`: configuration, weights, and a model class.
 
-`import fastvlm.auto` makes the class known; then `AutoModelForImageTextToText.from_pretrained(folder)` loads it. The
-folder also names `remote_code.py`, so that trust_remote_code=True does the same import where fastvlm is installed.
+`import fastvlm.auto` registers the class, after which `AutoModelForImageTextToText.from_pretrained(folder)` loads it.
+The folder also has a `remote_code.py`, so trust_remote_code=True does the same where fastvlm is installed.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from fastvlm.models.saved import PartsVLMConfig, PartsVLMForConditionalGeneratio
 
 
 class PartsVLMConfig(PreTrainedConfig):
-    """
+    """Configuration of a saved `VLM`.
+
     Args:
-        parts: `encoder`, `resampler`, `projector`: the constructor's name and its arguments; `llm`: the configuration
-            of its causal language model.
-        image_token_id: marks an image slot.
-        image_size: side of a view, pixels.
-        image: how a file becomes views: arguments of `ImageTransform`.
-        tokens_per_view: slots a view takes.
+        parts: `encoder`, `resampler`, `projector`: the constructor's name and its arguments; `encoder_statistics`: mean
+            and std of pixels; `llm`: the configuration of its causal language model.
+        image_token_id: id that marks an image slot.
+        image_size: side of a view in pixels.
+        image: arguments of `ImageTransform`, which turns a file into views.
+        tokens_per_view: number of slots per view.
     """
 
     model_type = "fastvlm_parts"
@@ -65,9 +66,10 @@ class PartsVLMConfig(PreTrainedConfig):
 
 
 class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """`VLM` behind the interface of `transformers`; `pixel_values` are bytes (I, 3, H, W), as its processor makes them.
+    """`VLM` with the interface of `transformers`.
 
-    `layouts` (images, 4) are what that processor gives with tiles.
+    `pixel_values` (I, 3, H, W) are uint8 and, with tiling, `layouts` (images, 4) are given, both as returned by its
+    processor.
     """
 
     config_class = PartsVLMConfig
@@ -81,10 +83,11 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, dtype=None, device_map=None, **kwargs):
-        """As `PreTrainedModel.from_pretrained`, strictly: other shapes or names are refused with a list.
+        """Load a model like `PreTrainedModel.from_pretrained`, but strictly: all names and shapes must match.
 
         Raises:
-            ValueError: no such folder, weights that do not fit, or `quantization_config`, which its parts do not take.
+            ValueError: no such folder, weights that do not fit (lists the tensors), or a `quantization_config`, which
+                is not supported.
         """
         if kwargs.get("quantization_config") is not None:
             raise ValueError("quantization_config is not taken here: its parts quantise by the stage's own keys")
@@ -110,11 +113,11 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.vlm.llm.hf.get_decoder()
 
     def get_image_features(self, pixel_values: Tensor, layouts: Tensor | None = None, **kwargs) -> list[Tensor]:
-        """Visual tokens of every view."""
+        """Return the visual tokens (M, D) of every view."""
         return list(self.vlm.arrange(self.vlm.encode_images(pixel_values), layouts))
 
     def read_images(self, input_ids: Tensor, pixel_values: Tensor | None, layouts: Tensor | None, mask: Tensor | None):
-        """Embeddings with visual tokens in their slots, and the mask of what is there."""
+        """Return embeddings with visual tokens in their slots, and the attention mask (all ones if None)."""
         vlm = self.vlm
         embeds, mask = vlm.llm.embed(input_ids), torch.ones_like(input_ids) if mask is None else mask
         if pixel_values is not None and len(pixel_values):
@@ -157,7 +160,7 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, pixel_values=None, layouts=None, attention_mask=None, **kwargs) -> Tensor:
-        """Prompt and answer, as `GenerationMixin.generate` gives them; all of its options are taken."""
+        """Return prompt and answer ids, like `GenerationMixin.generate`, whose options are all accepted."""
         embeds, mask = self.read_images(input_ids, pixel_values, layouts, attention_mask)
         if self.vlm.drops_tokens and pixel_values is not None:
             embeds, mask = take_out(empty_slots(embeds, input_ids == self.vlm.image_token_id), embeds, mask)
@@ -170,10 +173,10 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def describe(model: VLM, *, image_size: int, image: dict | None = None) -> PartsVLMConfig:
-    """The configuration from which the model can be rebuilt.
+    """Return the configuration from which the model can be rebuilt.
 
     Raises:
-        ValueError: the model was not built from a configuration (`recipe`), or not from parts of this package.
+        ValueError: the model has no `recipe`, or has parts from outside this package.
     """
     recipe = getattr(model, "recipe", None)
     if recipe is None:
@@ -203,8 +206,10 @@ def describe(model: VLM, *, image_size: int, image: dict | None = None) -> Parts
 
 
 def without_weights(arguments: dict, part: nn.Module) -> dict:
-    """A constructor call that makes the part with random weights: the folder holds the weights, and the checkpoint they
-    were first loaded from may be gone."""
+    """Return the constructor call without its checkpoint, so that it builds the part with random weights.
+
+    The folder holds the weights, and the original checkpoint may no longer exist.
+    """
     out = {}
     for key, value in arguments.items():
         nested = isinstance(value, dict) and "_target_" in value
@@ -213,7 +218,7 @@ def without_weights(arguments: dict, part: nn.Module) -> dict:
         out["pretrained"] = None
     out.pop("checkpoint", None)
     module, _, name = str(out["_target_"]).rpartition(".")
-    if name == "from_pretrained":  # of transformers: its configuration stands in for its path
+    if name == "from_pretrained":  # a transformers encoder: replace its path by its configuration
         fields = part.hf.config.to_dict()
         known = vars(AutoConfig.for_model(fields["model_type"]))
         own = {key: value for key, value in fields.items() if key in known and key not in ("model_type", "dtype")}
@@ -228,7 +233,7 @@ def without_weights(arguments: dict, part: nn.Module) -> dict:
 
 
 def check_target(arguments: dict) -> None:
-    """Refuse constructors other than those of this package's models: a folder may come from anywhere."""
+    """Raise ValueError unless all constructors are in `fastvlm.models`: the folder may be untrusted."""
     target = str(arguments.get("_target_", ""))
     if not target.startswith("fastvlm.models."):
         raise ValueError(f"config.json: _target_={target!r} is no part of fastvlm.models; only those are built")
@@ -238,7 +243,7 @@ def check_target(arguments: dict) -> None:
 
 
 def construct(arguments: dict, **extra) -> nn.Module:
-    """Call the constructor that a part of the configuration names, with what else it takes of `extra`."""
+    """Call the constructor named in `arguments`, adding those of `extra` that it accepts."""
     import inspect
 
     check_target(arguments)
@@ -262,7 +267,7 @@ def config_of(fields: dict) -> PreTrainedConfig:
 
 
 def build_vlm(config: PartsVLMConfig) -> VLM:
-    """The model of a configuration, with random weights."""
+    """Build the model of a configuration, with random weights."""
     parts = config.parts
     state = torch.get_rng_state()
     encoder = construct(parts["encoder"])
@@ -286,10 +291,10 @@ def write_folder(model: VLM, config: PartsVLMConfig, folder: Path) -> None:
 
 
 def folder_of(path: str) -> Path:
-    """A folder itself, or a hub id's snapshot.
+    """Return a local folder: `path` itself, or the downloaded snapshot of a hub id.
 
     Raises:
-        ValueError: neither is to be had.
+        ValueError: `path` is neither a folder nor a hub id that can be downloaded.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -300,9 +305,10 @@ def folder_of(path: str) -> Path:
 
 
 def load_weights(model: VLM, folder: Path) -> VLM:
-    """
+    """Load the folder's weights into the model and return it in eval mode.
+
     Raises:
-        ValueError: the weights are not there, or not of this model; with a list.
+        ValueError: the weights are missing or do not fit the model; the message lists the tensors.
     """
     path = folder / WEIGHTS
     if not path.exists():
@@ -322,10 +328,10 @@ def load_weights(model: VLM, folder: Path) -> VLM:
 
 
 def load_vlm(path: str) -> tuple[VLM, PartsVLMConfig]:
-    """The model a folder (or hub id) holds, in eval mode, and its configuration.
+    """Load the model of a folder or hub id in eval mode, and its configuration.
 
     Raises:
-        ValueError: there is none, it is of another kind, or its weights do not fit.
+        ValueError: there is no model, it is of another type, or its weights do not fit.
     """
     folder = folder_of(path)
     if not (folder / "config.json").exists():

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimiser state in shards over the ranks: torch's FSDP2 on our parts, and DeepSpeed's."""
+"""Shard weights, gradients and optimiser state over ranks with FSDP2; gather them from FSDP2 or DeepSpeed shards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from fastvlm.models.trainable import layers_of
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, *, parts: dict[str, nn.Module], methods: tuple[str, ...]) -> None:
-    """Shard `module` in place: every layer of a part is gathered alone, then what is left of it, then the rest.
+    """Shard `module` in place. Each layer, the rest of each part, and the rest of the root are gathered separately.
 
     Args:
-        module: the root; what is read outside of a part's forward (embeddings, heads) belongs to it.
-        parts: by name; encoder, resampler and projector are called as modules, the language model by its methods.
-        methods: of the root, what it is entered by; the weights of the root are whole inside them.
+        module: the root; it owns what is read outside a part's forward (embeddings, heads).
+        mesh: devices to shard over.
+        parts: name -> module. Encoder, resampler and projector are called as modules, the language model (`llm`)
+            through its methods, so only its layers are units of their own.
+        methods: names of the root's methods that run it; its own weights are gathered inside them.
 
     Raises:
-        ValueError: a parameter without dimensions, which cannot be cut.
+        ValueError: a parameter has no dimensions, so it cannot be sharded.
     """
     scalars = [name for name, p in module.named_parameters() if p.ndim == 0]
     if scalars:
         raise ValueError(
             f"hardware.strategy=fsdp cannot shard {scalars[0]}, a single number; use hardware.strategy=ddp"
         )
-    # Codes of quantised layers stay whole: their few bits have no common dtype to be sent in.
+    # Quantised codes are not sharded: their packed formats share no dtype in which they could be gathered.
     whole = {p for _, layer in quantised_layers(module) for p in layer.parameters(recurse=False) if not p.requires_grad}
     options = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": whole}
     for name, part in parts.items():
@@ -44,9 +46,9 @@ def shard(module: nn.Module, mesh: DeviceMesh, *, parts: dict[str, nn.Module], m
 
 @torch.no_grad()
 def gather(sharded: nn.Module, whole: nn.Module) -> None:
-    """Copy every weight that learns, and all buffers of rank 0, from a sharded module into its plain twin.
+    """Copy the trainable weights and rank 0's buffers from a sharded module into its unsharded copy.
 
-    Every rank must call it, and has the whole model afterwards.
+    Every rank must call this, and has the whole model afterwards.
     """
     targets = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
@@ -60,7 +62,7 @@ def gather(sharded: nn.Module, whole: nn.Module) -> None:
 
 
 def share_statistics(module: nn.Module) -> None:
-    """Running statistics of the norms that learn, as rank 0 has them: what DDP does before every forward pass."""
+    """Broadcast rank 0's running statistics of BatchNorm layers in train mode, as DDP does before each forward pass."""
     for one in module.modules():
         if isinstance(one, nn.modules.batchnorm._BatchNorm) and one.training:
             for buffer in one.buffers(recurse=False):

@@ -1,4 +1,4 @@
-"""Put visual tokens into the image slots of a text."""
+"""Insert visual tokens into the image slots of a text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def splice(
     *,
     image_token_id: int,
 ) -> Float[Tensor, "B S D"]:
-    """The text embeddings with the m-th visual token of the i-th image at the m-th slot of the i-th image.
+    """Return the text embeddings with the m-th visual token of the i-th image at that image's m-th slot.
 
-    Images stand in the order of their slots: row by row, left to right. Each has M consecutive slots.
+    Images are ordered as their slots are: row by row, left to right. Each has M consecutive slots.
 
     Raises:
-        ValueError: slots and visual tokens differ in number, or an image's slots are torn apart or cross two rows.
+        ValueError: slots and visual tokens differ in number, or an image's slots are not consecutive within one row.
     """
     images, per_image, dim = visual.shape
     rows, length = input_ids.shape

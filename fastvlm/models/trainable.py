@@ -1,4 +1,4 @@
-"""What learns: patterns over parameter names. Frozen modules are also in eval mode."""
+"""Select trainable parameters by name patterns, keep frozen modules in eval mode, and add LoRA adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def matches(name: str, pattern: str) -> bool:
-    """`llm` matches everything below llm; `llm.*.q_proj.weight` is a glob over the whole name."""
+    """Whether a pattern matches: `llm` covers everything below llm, `llm.*.q_proj.weight` globs the whole name."""
     return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
 
 
@@ -20,11 +20,11 @@ Rate = float | dict[str, float | None] | None
 
 
 def select_trainable(model: nn.Module, patterns: dict[str, Rate], *, where: str = "trainable") -> dict[str, float]:
-    """Parameter name -> learning rate. The longest pattern that matches a name decides; null freezes.
+    """Map each trainable parameter's name to its learning rate. The longest matching pattern decides; null freezes.
 
     Raises:
-        ValueError: a pattern matches no parameter, or nothing is left to learn. The name of a part that has no
-            parameters (pooling) is fine: a stage's rates stay what they are when a part is exchanged.
+        ValueError: a pattern matches no parameter, or nothing is trainable. Naming a part without parameters (such as
+            pooling) is allowed, so a stage's patterns need not change when a part is exchanged.
     """
     return {name: settings["lr"] for name, settings in select_settings(model, patterns, where=where).items()}
 
@@ -32,10 +32,13 @@ def select_trainable(model: nn.Module, patterns: dict[str, Rate], *, where: str 
 def select_settings(
     model: nn.Module, patterns: dict[str, Rate], *, where: str = "trainable"
 ) -> dict[str, dict[str, float]]:
-    """Parameter name -> `lr` and, where its pattern says so, `weight_decay` and `warmup_steps`; see `select_trainable`.
+    """Map each trainable parameter's name to the settings of its pattern; see `select_trainable`.
 
     Args:
         patterns: pattern -> learning rate, null, or a mapping `{lr, weight_decay, warmup_steps}`.
+
+    Returns:
+        name -> `lr` and, where set, `weight_decay` and `warmup_steps`.
     """
     names = [name for name, _ in model.named_parameters()]
     bare = {name for name, child in model.named_children() if not any(True for _ in child.parameters())}
@@ -57,10 +60,10 @@ def select_settings(
 
 
 def read_settings(value: Rate, *, where: str) -> dict[str, float] | None:
-    """A pattern's value in full; None freezes.
+    """Return a pattern's value as a mapping of settings; None means frozen.
 
     Raises:
-        ValueError: an unknown key, or a mapping without a rate.
+        ValueError: an unknown key, or a mapping without `lr`.
     """
     if value is None:
         return None
@@ -81,7 +84,7 @@ def apply_trainable(model: nn.Module, rates: dict[str, float]) -> None:
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    """`train()` that leaves every module without a trainable parameter in eval, BatchNorm and dropout included."""
+    """Set train mode, but keep modules whose parameters are all frozen in eval mode, BatchNorm and dropout included."""
     own = list(module.parameters())
     if own and not any(p.requires_grad for p in own):
         module.eval()
@@ -95,10 +98,10 @@ LISTS = ("layers", "h", "blocks", "resblocks", "stages")
 
 
 def named_layers(part: nn.Module) -> dict[str, nn.Module]:
-    """The outermost list of layers of a part: a language model's decoder layers, an encoder's blocks or stages."""
+    """Return a part's outermost list of layers by name: decoder layers, or an encoder's blocks or stages."""
     for name, child in part.named_modules():
         if isinstance(child, nn.ModuleList | nn.Sequential) and name.split(".")[-1] in LISTS:
-            # A place without parameters (an identity between two stages) is no layer.
+            # Entries without parameters (such as an identity between two stages) do not count as layers.
             return {f"{name}.{i}": one for i, one in enumerate(child) if any(True for _ in one.parameters())}
     return {}
 
@@ -108,10 +111,10 @@ def layers_of(part: nn.Module) -> list[nn.Module]:
 
 
 def last_layers(part: nn.Module, num: int, *, where: str = "last_layers") -> list[str]:
-    """Names, below a part, of its last `num` layers.
+    """Return the names of a part's last `num` layers, relative to the part.
 
     Raises:
-        ValueError: the part has no list of layers, or a shorter one.
+        ValueError: the part has no list of layers, or fewer than `num`.
     """
     names = list(named_layers(part))
     if not names:
@@ -123,13 +126,13 @@ def last_layers(part: nn.Module, num: int, *, where: str = "last_layers") -> lis
 
 
 def adaptable(module: nn.Module) -> dict[str, type]:
-    """Last part of a name -> kind of every layer that takes an adapter."""
-    # nn.MultiheadAttention reads its output projection past its forward: an adapter there would never be asked.
+    """Map the name of every layer that can take an adapter to its type."""
+    # nn.MultiheadAttention reads out_proj.weight without calling its forward, so an adapter there would have no effect.
     hidden = {id(m.out_proj) for m in module.modules() if isinstance(m, nn.MultiheadAttention)}
     found = {}
     for name, m in module.named_modules():
-        # FastViT's and ConvNeXt's feed-forward layers are 1 x 1 convolutions. Other ones are often read past their
-        # forward too (to be folded into a norm), where an adapter would learn nothing.
+        # The feed-forward layers of FastViT and ConvNeXt are 1 x 1 convolutions. Those of other names often have their
+        # weights read without calling forward (to fold a norm into them), so an adapter would have no effect.
         pointwise = isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and name.split(".")[-1] in ("fc1", "fc2")
         if (isinstance(m, nn.Linear | nn.MultiheadAttention) or pointwise) and id(m) not in hidden:
             found[name] = type(m)
@@ -146,14 +149,14 @@ def add_lora(
     dora: bool = False,
     where: str = "lora",
 ):
-    """Put peft's LoRA layers into `module` in place and return the tuner, which `merge_lora` takes.
+    """Add peft's LoRA layers to `module` in place and return the tuner, which `merge_lora` takes.
 
     Args:
-        targets: last parts of layer names, or None for all that `adaptable` names but the head that makes logits.
-        dora: learn magnitudes beside directions.
+        targets: last components of layer names; None: all layers of `adaptable` except the output head.
+        dora: use DoRA, which also learns magnitudes.
 
     Raises:
-        ValueError: a target is not there.
+        ValueError: no layer matches a target, or no layer can take an adapter.
 
     Source: Hu et al., arXiv:2106.09685; DoRA: Liu et al., arXiv:2402.09353; peft's `LoraModel`.
     """
@@ -166,7 +169,7 @@ def add_lora(
         tables = {id(m.weight) for m in one.values() if isinstance(m, nn.Embedding)}
         if hasattr(module, "get_output_embeddings"):
             tables.add(id(getattr(module.get_output_embeddings(), "weight", None)))
-        # DoRA has no form for attention as one module.
+        # peft has no DoRA for nn.MultiheadAttention.
         chosen = [n for n, kind in layers.items() if id(getattr(one[n], "weight", None)) not in tables]
         chosen = [n for n in chosen if not (dora and layers[n] is nn.MultiheadAttention)]
         if not chosen:
@@ -179,12 +182,12 @@ def add_lora(
             )
         chosen = [name for name in layers if name.split(".")[-1] in targets]
     options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_dora=dora)
-    # A string is matched against whole names; a list would also match the end of another name.
+    # peft matches a string as a regex against whole names; a list would also match suffixes of other names.
     pattern = "|".join(re.escape(name) for name in chosen)
     return LoraModel(module, LoraConfig(target_modules=pattern, **options), "default")
 
 
 def merge_lora(tuner) -> None:
-    """Fold the adapters into the weights they adapt; the module has its original layers again."""
+    """Merge the adapters into the weights they adapt and restore the module's original layers."""
     with torch.no_grad():
         tuner.merge_and_unload()

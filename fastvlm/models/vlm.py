@@ -31,17 +31,18 @@ class ImageEncoding(NamedTuple):
 
 
 class VLM(nn.Module):
-    """
+    """A vision-language model made of four exchangeable parts.
+
     pixel_values (I, 3, H, W) -> encoder -> patches (I, N, D_v; or cached) -> resampler -> visual tokens (I, M, D_v)
         -> projector -> (I, M, D_t) -> splice at every image slot of input_ids (B, S) -> llm -> logits (B, S, V)
 
     Args:
-        encoder: normalised images -> patches; knows its `out_dim`, `mean`, `std`, `num_patches(image_size)`.
-        resampler: patches -> visual tokens; knows `num_tokens_out(num_patches)`. With `drops_tokens` an image may have
-            fewer; they stand in its last slots, and the slots before them are zero.
-        projector: visual tokens to the width of the language model.
-        llm: embeds ids, turns embeddings into hidden states and those into logits.
-        image_token_id: the id that marks an image slot, `Tokenizer.image_id`.
+        encoder: maps normalised images to patches; has `out_dim`, `mean`, `std` and `num_patches(image_size)`.
+        resampler: maps patches to visual tokens; has `num_tokens_out(num_patches)`. If its `drops_tokens` is true, an
+            image may fill fewer slots: its tokens take the last ones and the slots before them are zero.
+        projector: maps visual tokens to the width of the language model.
+        llm: embeds ids, maps embeddings to hidden states, and hidden states to logits.
+        image_token_id: the id that marks an image slot (`Tokenizer.image_id`).
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class VLM(nn.Module):
         check_fit(encoder, resampler, projector, llm)
         self.encoder, self.resampler, self.projector, self.llm = encoder, resampler, projector, llm
         self.image_token_id = image_token_id
-        self.recipe: dict[str, dict] | None = None  # constructor calls of the parts, where a configuration made them
-        # 255 because pixels arrive as bytes: a quarter of float32's way over the bus.
+        self.recipe: dict[str, dict] | None = None  # constructor calls of the parts; None if built by hand
+        # Times 255, because pixels are transferred as uint8, a quarter of the bytes of float32.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (encoder.mean, encoder.std))
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -69,7 +70,7 @@ class VLM(nn.Module):
 
     @property
     def drops_tokens(self) -> bool:
-        """Whether some slots of an image may hold no token."""
+        """Whether an image may leave some of its slots empty."""
         return self._resampler_drops
 
     @property
@@ -98,40 +99,41 @@ class VLM(nn.Module):
         return self.project(self.encode_patches(pixel_values, is_tile))
 
     def patches(self, batch: Batch) -> Float[Tensor, "I N D"]:
-        """The encoder's output for a batch's images: computed, or from the feature cache."""
+        """Return the encoder's output for the batch's views, from the feature cache where the batch carries it."""
         if batch.features is None:
             return self.encode_patches(batch.pixel_values, tiles_of(batch.layouts))
         return batch.features.to(self.vision_dtype)
 
     def project(self, patches: Float[Tensor, "I N D_v"]) -> Float[Tensor, "I M D_t"]:
-        """Visual tokens. Where the resampler drops tokens, their slots are exactly zero."""
+        """Resample and project patches to visual tokens. Slots of dropped tokens are exactly zero."""
         tokens = run(self.resampler, patches)
         visual = run(self.projector, tokens)
         return visual * (tokens != 0).any(dim=-1, keepdim=True) if self._resampler_drops else visual
 
     def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
-        """Visual tokens in the layout the language model reads; some pretrained models add newline tokens between
-        tiles.
+        """Arrange visual tokens as the language model reads them; here, unchanged.
+
+        `PretrainedVLM` overrides this: some pretrained models add newline tokens between tiles, for example.
 
         Args:
-            layouts: (rows, columns, height, width) of every image: the grid of its tiles, and its size in pixels. None:
-                every view is an image.
+            layouts: (rows, columns, height, width) of every image: its grid of tiles and its size in pixels. None:
+                every view is an image of its own.
         """
         return visual
 
     def encode_image(self, pixel_values: UInt8[Tensor, "I 3 H W"]) -> ImageEncoding:
-        """Visual tokens of every view as a sequence, and its patches as a map."""
+        """Return every view's visual tokens as a sequence and its patches as a map."""
         patches = self.encode_patches(pixel_values)
         height, width = self.encoder.grid(pixel_values.shape[-1])
         in_order = getattr(self.encoder, "in_order", lambda patches: patches)(patches)
-        on_grid = in_order[:, -height * width :]  # a class token that is kept stands in front and lies nowhere
+        on_grid = in_order[:, -height * width :]  # drops a class token, which comes first and has no place in the map
         return ImageEncoding(self.project(patches), rearrange(on_grid, "i (h w) d -> i d h w", h=height, w=width))
 
     def encode_text(self, input_ids: Int[Tensor, "*B S"]) -> Float[Tensor, "*B S D"]:
         return self.llm.embed(input_ids)
 
     def embed(self, batch: Batch) -> Float[Tensor, "B S D"]:
-        """The language model's input: text embeddings with the images' visual tokens in their slots."""
+        """Return the language model's input: text embeddings with visual tokens in the image slots."""
         text = self.llm.embed(batch.input_ids)
         if batch.num_images:
             visual = self.arrange(self.project(self.patches(batch)), batch.layouts)
@@ -142,7 +144,7 @@ class VLM(nn.Module):
         return splice(text, batch.input_ids, visual, image_token_id=self.image_token_id)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "B S D"]:
-        """Last hidden states; samples packed in one row do not attend to each other."""
+        """Return the last hidden states. Samples packed into one row do not attend to each other."""
         rows = (batch.input_ids, batch.labels, batch.position_ids, batch.segment_ids)
         return self.read(self.embed(batch), *rows)
 
@@ -154,7 +156,7 @@ class VLM(nn.Module):
         position_ids: Int[Tensor, "B S"],
         segment_ids: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B S D"]:
-        """Last hidden states of rows whose visual tokens are spliced in already."""
+        """Return the last hidden states of rows whose visual tokens are already spliced in."""
         if self.drops_tokens:
             empty = empty_slots(embeds, input_ids == self.image_token_id)
             position_ids, segment_ids = hide(empty, position_ids, segment_ids)
@@ -171,14 +173,14 @@ class VLM(nn.Module):
         max_new_tokens: int = 32,
         stop_ids: Sequence[int] = (),
     ) -> Int[Tensor, "B T"]:
-        """Greedy decoding as a plain loop; returns the new tokens. `inference.Engine` adds sampling, text and images.
+        """Decode greedily in a plain loop and return the new tokens. `inference.Engine` adds sampling and text I/O.
 
         Args:
             input_ids: prompts with their image slots.
             pixel_values: the views of all images, in the order of their slots.
-            layouts: as `arrange` takes them.
-            attention_mask: 0 on padding, which stands on the left.
-            stop_ids: a row that has generated one of them repeats it; when all rows have, the loop ends.
+            layouts: as in `arrange`.
+            attention_mask: 0 on padding, which must be on the left; None: no padding.
+            stop_ids: a row that has generated one of them repeats it; the loop ends when all rows have.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embeds = self.llm.embed(input_ids)
@@ -204,22 +206,23 @@ class VLM(nn.Module):
         return torch.stack(written, dim=1) if written else input_ids.new_zeros(len(input_ids), 0)
 
     def positions(self, input_ids: Int[Tensor, "B S"], position_ids: Int[Tensor, "B L"]) -> Int[Tensor, "B L *axes"]:
-        """Position ids for the language model, from positions counted token by token; Qwen2-VL has three axes."""
+        """Turn positions counted token by token into the language model's position ids (three axes in Qwen2-VL)."""
         return position_ids
 
     def forward(self, batch: Batch) -> Float[Tensor, "B S V"]:
         return self.llm.head(self.hidden(batch))
 
     def save_pretrained(self, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
-        """Write configuration and weights in the format of `transformers`; `fastvlm.deployment.hub` adds tokenizer and
-        processor.
+        """Write configuration and weights in the format of `transformers`.
+
+        `fastvlm.deployment.hub` adds the tokenizer and the processor.
 
         Args:
-            image_size: side of a view, pixels.
-            image: how a file becomes views: arguments of `ImageTransform`.
+            image_size: side of a view in pixels.
+            image: arguments of `ImageTransform`, which turns a file into views.
 
         Raises:
-            ValueError: the model was put together by hand and has no `recipe`.
+            ValueError: the model was built by hand and has no `recipe`.
         """
         from fastvlm.models.saved import describe, write_folder
 
@@ -227,24 +230,24 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> VLM:
-        """The model of a folder that `save_pretrained` wrote, or of a hub id, in eval mode.
+        """Load a model from a folder that `save_pretrained` wrote, or from a hub id, in eval mode.
 
         Raises:
-            ValueError: there is no model, it is of another type, or its weights do not fit (with a list).
+            ValueError: there is no model, it is of another type, or its weights do not fit (lists the tensors).
         """
         from fastvlm.models.saved import load_vlm
 
         return load_vlm(str(path))[0]
 
     def _must_touch_vision(self) -> bool:
-        """Whether another rank may wait for this one's vision gradients, or for its shard of the weights."""
+        """Whether another rank may be waiting for this rank's vision gradients or weight shards."""
         path = [p for part in (self.encoder, self.resampler, self.projector) for p in part.parameters()]
         learns = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in path)
         return learns or any(is_shard(p) for p in path)
 
     def _zero_from_blank_image(self, batch: Batch) -> Float[Tensor, ""]:
-        """0, with every trainable vision parameter in its graph. The blank image does not change norm statistics."""
-        blank = lambda images: images.new_zeros(1, *images.shape[1:])  # even no images have a size
+        """Return 0 with every trainable vision parameter in its graph; norm statistics do not change."""
+        blank = lambda images: images.new_zeros(1, *images.shape[1:])  # an empty tensor still has an image's shape
         features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
             patches = self.patches(
@@ -254,14 +257,14 @@ class VLM(nn.Module):
 
 
 def run(part: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:
-    """`part(x, *more)`, without an autograd graph while nothing before or in the part learns."""
+    """Return `part(x, *more)`, without building an autograd graph if neither `x` nor the part needs gradients."""
     learns = x.requires_grad or any(p.requires_grad for p in part.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
         return part(x, *more)
 
 
 def tiles_of(layouts: Layouts) -> Bool[Tensor, "I"] | None:
-    """Which of the images' views are tiles: all but each image's first. None where every view is an image."""
+    """Return which views are tiles (all but the first of each image), or None if every view is an image."""
     if layouts is None:
         return None
     tiles = layouts[:, 0] * layouts[:, 1]

@@ -1,4 +1,4 @@
-"""Run a configuration: a chain of stages, each found or trained, then evaluation and report."""
+"""Run a configuration: a chain of stages, each found finished or trained, then evaluation and report."""
 
 from fastvlm.pipeline.chain import Pipeline
 

@@ -38,11 +38,11 @@ from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
 
 
 class Pipeline:
-    """Runs a configuration: `run()` trains the stages that are not trained yet and evaluates the result.
+    """A run of a configuration: `run()` trains the stages that are not trained yet and evaluates the result.
 
-    `lineage` says for every part where its weights come from; a stage's hash covers its own configuration, its data,
-    its code and the lineage of the parts it computes with, and nothing else. So a stage that only reads text is shared
-    by runs with different encoders.
+    `lineage` records where each part's weights come from. A stage's hash covers its own configuration, data, code,
+    precision and seed and the lineage of the parts it computes with, and nothing else, so that runs with different
+    encoders share a stage that only reads text.
     """
 
     def __init__(self, config: DictConfig):
@@ -58,7 +58,7 @@ class Pipeline:
         self.tracking, self.run_id = None, None
 
     def run(self) -> dict:
-        """Returns the run's results (also in results.json): metrics, table, seconds per stage."""
+        """Train and evaluate; return the run's results (also in results.json): metrics, table, seconds per stage."""
         self.hardware.apply()
         join_ranks(self.hardware)
         begun, made = time.time(), self.made()
@@ -72,7 +72,7 @@ class Pipeline:
         for name, stage in self.config.stages.items():
             check_size(name, stage, self.model)
             count_learned(name, stage, self.model)
-        if is_first_rank():  # what cannot be built takes no name
+        if is_first_rank():  # only now: a configuration that cannot be built claims no name
             claim_run_dir(self.run_dir, runs=self.runs, resolved=self.resolved)
         say(run_summary(self.config, self.model, self.hardware, run_dir=self.run_dir))
         for line in memory_notes(self.config, self.model, self.hardware):
@@ -105,7 +105,7 @@ class Pipeline:
 
     @contextmanager
     def tracked(self, made: dict) -> Iterator[None]:
-        """Record the block as a run in MLflow, if configured, with the status it ends in."""
+        """Record the block as a run in MLflow, if configured, with its final status."""
         if self.tracking is None:
             yield
             return
@@ -121,8 +121,7 @@ class Pipeline:
             end_study(self.tracking, self.config, status)
 
     def made(self) -> dict:
-        """Code, configuration, hardware and libraries of the results, by which a finished cell of a study is
-        recognised."""
+        """Return code, configuration, hardware and libraries of the results; they identify a study's finished cell."""
         hw = self.hardware
         kind = torch.cuda.get_device_name() if hw.accelerator == "gpu" else hw.accelerator
         ran = {"ranks": hw.num_ranks, "accelerator": kind, "precision": hw.precision, "threads": hw.threads}
@@ -136,12 +135,14 @@ class Pipeline:
         }
 
     def counts(self, name: str) -> bool:
-        """Whether a stage counts in the run's cost: one with a seed of its own stands in for a pretrained part and does
-        not."""
+        """Return whether a stage counts towards the run's cost.
+
+        A stage with its own seed trains a stand-in for a pretrained part and does not count.
+        """
         return self.config.stages[name].get("seed") is None
 
     def run_stage(self, name: str, config: DictConfig) -> dict:
-        """Train one stage, or find it trained; either way the model holds its handoff afterwards."""
+        """Train one stage, or find it finished; either way the model then has the weights of its handoff."""
         begun = time.time()
         stage = StageRun(self, name=name, config=config)
         manifest, found = stage.complete()
@@ -158,7 +159,7 @@ class Pipeline:
         }
 
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
-        """Add the task's evaluation to the results, on the first rank."""
+        """Add the task's evaluation to the results; called on the first rank only."""
         folders = {part: str(folder) for part, folder in self.folders.items()}
         write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
         self.model.to(self.hardware.device).eval()

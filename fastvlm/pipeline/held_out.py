@@ -1,4 +1,4 @@
-"""What the model is asked at every validation: held-out samples, and questions that are timed."""
+"""What the model is asked at every validation: held-out samples and timed questions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from fastvlm.tokens import Tokenizer
 def held_out_records(
     mixture: Mixture, tokenizer: Tokenizer, num: int, *, transform: ImageTransform
 ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-    """Validation samples of a mixture's sources in turn, with the views (v, 3, H, W) of each of their images; sources
-    of which types and filters leave nothing are passed over."""
+    """Return up to `num` validation samples, source by source, with the views (v, 3, H, W) of each of their images.
+
+    Sources of which types and filters leave nothing are skipped.
+    """
     reader, found, there = ShardReader(), [], []
     for source in (s for s in mixture.sources.values() if s.has_split("val")):
         index = source.load("val", tokenizer)
@@ -29,7 +31,7 @@ def held_out_records(
             if len(rows):
                 there.append((source, index, rows))
     for source, index, rows in there:
-        # Spread over the split, whose questions stand type by type.
+        # Spread over the split, in which questions are ordered by type.
         for row in rows[:: max(1, len(rows) // max(1, num // len(there)))][: -(-num // len(there))]:
             raw = index.read(int(row), reader)
             images = [transform(data) for data in raw.images] if source.images else []
@@ -47,7 +49,7 @@ def generate_answers(
     transform: ImageTransform,
     device: str,
 ) -> list[str]:
-    """The model's answer to each record, whose reference is left out, and its images."""
+    """Return the model's answer to each record and its images; the reference answer is not shown to it."""
     from fastvlm.inference.engine import Engine
 
     engine = Engine(model, tokenizer, image_size=image_size, transform=transform, device=device)
@@ -57,13 +59,13 @@ def generate_answers(
 def answer_speed(
     model: VLM, *, images: int, tokenizer: Tokenizer, image_size: int, transform: ImageTransform, device: str
 ) -> dict[str, float]:
-    """`speed/...` as `fastvlm.bench` measures it: `ttft_ms` and `ttft_p95_ms` (reading the file included),
-    `tokens_per_second`, `second_question`; CPU time where the device is one thread of a CPU.
+    """Measure `speed/...` as `fastvlm.bench` does: `ttft_ms` and `ttft_p95_ms` (including reading the file),
+    `tokens_per_second`, `second_question`; in CPU time if the device is one thread of a CPU.
 
-    The cost is that of `images` + 3 answers of 16 tokens and of 2 x `images` + 14 passes through the encoder.
+    This costs `images` + 3 answers of 16 tokens and 2 x `images` + 14 passes through the encoder.
 
     Args:
-        images: each is asked about once for the first figures, and twice for the last.
+        images: number of images; each is asked about once for the first metrics and twice for the last.
     """
     from fastvlm.bench.speed import measure_speed
     from fastvlm.inference.clock import Clock

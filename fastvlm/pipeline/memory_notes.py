@@ -1,4 +1,4 @@
-"""Estimate each stage's memory on a device before a run; where it does not fit, name the keys that reduce it."""
+"""Estimate each stage's memory on a device before a run; if it does not fit, name the keys that reduce it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: bool = True) -> list[str]:
-    """One line per stage, and a second one for a stage that will not fit.
+    """Return one line per stage, and a second one for a stage that will not fit; nothing for small models.
 
     Args:
         known: whether the device's memory is known.
@@ -31,7 +31,7 @@ def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: b
     for name, stage in config.stages.items():
         try:
             need = stage_memory(name, stage, model, hardware)
-        except Exception as error:  # noqa: BLE001  whatever a model does that cannot be done without numbers
+        except Exception as error:  # noqa: BLE001  a model may do anything that fails without values
             lines.append(f"memory   {name}: not known before it runs ({type(error).__name__} without numbers)")
             continue
         lines.append(f"memory   {name}: {need} of {f'{has / GIB:.2f}' if known else 'what hardware.memory_gib says'}")
@@ -42,7 +42,7 @@ def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: b
 
 
 def planned_hardware(options: DictConfig) -> tuple[Hardware, bool]:
-    """The hardware a configuration names, even if this machine lacks it, and whether its memory is known."""
+    """Return the hardware a configuration names, even if this machine lacks it, and whether its memory is known."""
     plain = OmegaConf.to_container(options, resolve=True)
     needs = plain.get("devices", "auto")
     needs = 1 if needs == "auto" else int(needs)
@@ -51,14 +51,14 @@ def planned_hardware(options: DictConfig) -> tuple[Hardware, bool]:
         plain["accelerator"] = "cpu"
         if plain.get("precision", "auto") == "auto":
             plain["precision"] = "bf16-mixed"
-    if plain.get("strategy") == "deepspeed_zero3":  # shares as FSDP2 does, and need not be installed to be planned
+    if plain.get("strategy") == "deepspeed_zero3":  # shards as FSDP2 does; may not be installed here
         plain["strategy"] = "fsdp"
     known = not elsewhere or plain.get("memory_gib") is not None
     return instantiate(OmegaConf.create(plain), key="hardware"), known
 
 
 def stage_memory(name: str, stage: DictConfig, model: VLM, hardware: Hardware) -> Memory:
-    """The estimate for one stage: full rows, and as many images as they have room for."""
+    """Estimate one stage with full rows and as many images as they have room for."""
     plain = OmegaConf.to_container(stage, resolve=True)
     freezing = build_freezing(name, plain, quantise=hardware.quantise, path=Path("unused"))
     rows = rows_at_once(stage, hardware)
@@ -82,12 +82,12 @@ def stage_memory(name: str, stage: DictConfig, model: VLM, hardware: Hardware) -
 
 
 def rows_at_once(stage: DictConfig, hardware: Hardware) -> int:
-    """Rows of one micro-batch on one device."""
+    """Return the rows of one micro-batch on one device."""
     return max(1, stage.batch_size // hardware.num_ranks // hardware.micro_batches(stage.batch_size))
 
 
 def keys_that_mend(name: str, stage: DictConfig, hardware: Hardware, *, largest: str) -> list[str]:
-    """Keys that make a stage's largest share of memory smaller, the cheapest first."""
+    """Return keys that reduce a stage's largest share of memory, the cheapest first."""
     here, keys = f"stages.{name}", []
     shard = [] if hardware.shards or hardware.num_ranks == 1 else ["hardware.strategy=fsdp"]
     if largest in ("activations", "logits"):

@@ -16,14 +16,14 @@ from fastvlm.models.vlm import VLM
 
 
 def say(message: str) -> None:
-    """Print, on the first rank alone."""
+    """Print on the first rank only."""
     if is_first_rank():
         print(message, flush=True)
 
 
 def quiet_lightning() -> None:
     """Silence Lightning's advice about workers and loggers, which this program decides itself."""
-    # gcsfs, which Lightning imports where it is installed, speaks of its experiments.
+    # gcsfs, which Lightning imports if it is installed, logs about its experimental features.
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "gcsfs"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
@@ -34,7 +34,7 @@ def quiet_lightning() -> None:
 
 
 def run_summary(config: DictConfig, model: VLM, hardware: Hardware, *, run_dir: Path) -> str:
-    """Four lines: where, the parts and their parameters, the stages, the hardware."""
+    """Return four lines: the run directory, the parts and their parameters, the stages, the hardware."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
     parts = ", ".join(f"{name} {type(model.parts[name]).__name__} {n / 1e6:.2f}M" for name, n in counts.items())
     return (
@@ -46,12 +46,12 @@ def run_summary(config: DictConfig, model: VLM, hardware: Hardware, *, run_dir: 
 
 
 def stage_summary(name: str, config: dict, plan: Plan, *, folders: dict[str, Path], resume: Path | None) -> str:
-    """A stage's length, what learns, where its parts come from, and remarks on its data.
+    """Return a stage's length, what learns, where its parts come from, and remarks on its data.
 
     Args:
-        config: the stage's, resolved.
-        folders: part -> the handoff it was loaded from; others are new.
-        resume: the checkpoint the stage resumes from.
+        config: the stage's resolved configuration.
+        folders: part -> the handoff it was loaded from; other parts are new.
+        resume: the checkpoint to resume from; None: start at step 0.
     """
     loaded = ", ".join(f"{p} <- {Path(folders[p]).parent.name}" for p in config["parts"] if p in folders)
     new = ", ".join(p for p in config["parts"] if p not in folders)
@@ -67,7 +67,7 @@ def stage_summary(name: str, config: dict, plan: Plan, *, folders: dict[str, Pat
 
 
 def learning(stage: dict) -> list[str]:
-    """What learns by a stage's configuration: part, method and rate."""
+    """Return what learns according to a stage's configuration: part, method and rate."""
     rates = {p: r["lr"] if isinstance(r, dict) else r for p, r in stage["trainable"].items()}
     out = [f"{part} {rate:g}" for part, rate in rates.items() if rate is not None]
     if lora := stage["lora"]:

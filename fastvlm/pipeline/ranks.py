@@ -1,8 +1,8 @@
-"""What the ranks of a run agree on beside Lightning's training: the first one decides, the others do as it does.
+"""Agreement between the ranks of a run outside Lightning's training: the first rank decides, the others follow.
 
-Started by Lightning itself, the first rank runs alone up to its first training, and all it decided lies on the disk
-when the others begin. Started by torchrun or srun they run side by side from the first line: a checkpoint that the
-first one is still copying is not there for the second.
+If Lightning starts the ranks, the first one runs alone up to its first training, and everything it decided is on disk
+when the others begin. If torchrun or srun starts them, they run in parallel from the first line: a checkpoint that the
+first rank is still copying does not exist yet for the second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastvlm.pipeline.messages import quiet_lightning
 
 
 def join_ranks(hardware: Hardware) -> None:
-    """Connect ranks that were all started at once; Lightning finds the connection and makes no other."""
+    """Connect ranks that were all started at once; Lightning then reuses the process group."""
     if hardware.num_ranks == 1:
         return
     import lightning as L
@@ -22,7 +22,7 @@ def join_ranks(hardware: Hardware) -> None:
     from lightning.pytorch.strategies import DDPStrategy
 
     quiet_lightning()
-    # Of all strategies the connection is the same, and this one asks for no model.
+    # The process group is the same for all strategies, and this one needs no model to create it.
     plain = DDPStrategy(process_group_backend=None if hardware.device == "cuda" else "gloo")
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     strategy = L.Trainer(**hardware.trainer() | {"strategy": plain}, **quiet).strategy
@@ -31,8 +31,10 @@ def join_ranks(hardware: Hardware) -> None:
 
 
 def agree(value: Any) -> Any:
-    """What the first rank passes, on every rank; a rank that is alone, or not connected yet, keeps its own. All ranks
-    must come here, and none goes on before the first has."""
+    """Return the first rank's value on every rank; a rank that is alone or not connected yet keeps its own.
+
+    All ranks must call this, and none continues before the first one has called it.
+    """
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):

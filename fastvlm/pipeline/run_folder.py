@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, and the links to it."""
+"""The folder of a run: its configuration and the links to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
     """Refuse a run directory that holds another configuration.
 
     Raises:
-        ValueError: naming the first keys that differ.
+        ValueError: it does; names the first keys that differ.
     """
     path = run_dir / "config.yaml"
     if path.exists() and not resolved["overwrite"]:
@@ -39,12 +39,12 @@ def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
 
 
 def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
-    """Take a run directory for a configuration; `runs/latest` points at it then."""
+    """Claim a run directory for a configuration and point `runs/latest` at it."""
     path = run_dir / "config.yaml"
     run_dir.mkdir(parents=True, exist_ok=True)
-    # What stands in the run directory is true of this command from here on.
+    # From here on, the content of the run directory belongs to this command.
     (run_dir / "lineage.json").unlink(missing_ok=True)
-    if resolved["overwrite"]:  # what it ended in belongs to the configuration that is replaced
+    if resolved["overwrite"]:  # the old results belong to the replaced configuration
         for name in ("results.json", "report.html"):
             (run_dir / name).unlink(missing_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
@@ -52,7 +52,7 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
 
 
 def differences_that_count(theirs: dict, ours: dict) -> list[str]:
-    """Differences between two resolved configurations that make them different runs."""
+    """Return the differences between two resolved configurations that make them different runs."""
     silent = [rf"({'|'.join(INCIDENTAL)})\b", r"[^:]*\.cache_features:"]
     if ours["data"]["on_change"] != "refuse":
         silent.append(MIXTURE)
@@ -60,7 +60,7 @@ def differences_that_count(theirs: dict, ours: dict) -> list[str]:
 
 
 def differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys at which two plain configurations differ, with both values."""
+    """Yield the dotted keys at which two plain configurations differ, with both values."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted({*theirs, *ours}, key=str):
             yield from differences(theirs.get(key), ours.get(key), f"{prefix}{key}.")
@@ -71,7 +71,7 @@ def differences(theirs: Any, ours: Any, prefix: str = "") -> Iterator[str]:
 
 
 def point(link: Path, *, at: Path) -> None:
-    """Make or replace a relative link to a folder, atomically."""
+    """Create or replace a relative link to a folder, atomically."""
     link.parent.mkdir(parents=True, exist_ok=True)
     beside = link.with_name(f".{link.name}.{os.getpid()}")
     beside.symlink_to(os.path.relpath(at, link.parent), target_is_directory=True)

@@ -14,9 +14,10 @@ SPLITS = ("train", "val", "test")
 
 
 def check_shards(config: DictConfig) -> None:
-    """
+    """Check that the shards of every source exist.
+
     Raises:
-        ValueError: a stage's source has no train shards, or one of the task none at all.
+        ValueError: a stage's source has no train shards, or a source of the task has none at all.
     """
     for name, stage in config.stages.items():
         with in_stage(name):
@@ -31,7 +32,7 @@ def check_shards(config: DictConfig) -> None:
 
 
 def sources_of(config: DictConfig | ListConfig | None, *, key: str) -> Iterator[tuple[str, Source]]:
-    """Every source a configuration names, with the key it stands at."""
+    """Yield every source in a configuration with its key."""
     if not isinstance(config, DictConfig):
         return
     if str(config.get("_target_", "")).endswith(".Source"):

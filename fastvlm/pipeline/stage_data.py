@@ -26,15 +26,15 @@ def build_data(
     seed: int,
     plan_cache: Path | None,
 ) -> MixtureDataModule:
-    """The data module of a stage.
+    """Build the data module of a stage.
 
     Args:
-        options: of reading, the configuration's `data`.
-        seed: of the stage; the order's is drawn from it and the stage's name.
-        plan_cache: where plans that took seconds are kept.
+        options: the configuration's `data`.
+        seed: the stage's seed; that of the data order is derived from it and the stage's name.
+        plan_cache: folder for plans that took seconds to make; None: not cached.
 
     Raises:
-        ValueError: a row has no room for an image, or the language model none for a row.
+        ValueError: a row has no room for an image, or the language model has none for a row.
     """
     slots = check_size(name, stage, model)
     return MixtureDataModule(
@@ -81,10 +81,10 @@ def in_stage(name: str) -> Iterator[None]:
 
 
 def check_size(name: str, stage: DictConfig, model: VLM) -> int:
-    """Slots of a view, once the stage's image size suits the model and its rows have room for an image.
+    """Check that a stage's image size suits the model and its rows have room for an image; return the slots of a view.
 
     Raises:
-        ValueError: naming the stage and the keys to change.
+        ValueError: names the stage and the keys to change.
     """
     try:
         slots = slots_of(stage, model)
@@ -95,8 +95,10 @@ def check_size(name: str, stage: DictConfig, model: VLM) -> int:
 
 
 def slots_of(stage: DictConfig, model: VLM) -> int:
-    """Positions a view takes. Only a stage that feeds images to the language model has slots; no other may depend on
-    their number."""
+    """Return the positions that a view takes: 1 in a stage that does not feed images to the language model.
+
+    Such a stage has no slots and must not depend on their number.
+    """
     reads_images = {"encoder", "llm"} <= set(stage.parts)
     return model.num_visual_tokens(stage.image_size) if reads_images else 1
 
@@ -105,7 +107,7 @@ def check_room(name: str, stage: DictConfig, *, slots: int, positions: int | Non
     """Check that a row has room for an image, and the language model for a row.
 
     Raises:
-        ValueError: with both numbers and the keys that change them.
+        ValueError: gives both numbers and the keys that change them.
     """
     if slots >= stage.max_tokens:
         raise ValueError(

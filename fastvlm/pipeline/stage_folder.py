@@ -1,4 +1,4 @@
-"""The folder of a stage: its lock, its identity, and what an interrupted stage left there."""
+"""The folder of a stage: its lock, its identity, and what an interrupted run left there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastvlm.pipeline.ranks import agree
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Two cells that share a stage train it once: the second waits here and then finds it finished."""
+    """Hold the lock of a stage's folder: of two cells that share a stage, the second waits here, then finds it done."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         waiting = False
-        while not agree(not is_first_rank() or try_lock(lock)):  # not in the kernel: other ranks wait no hours in vain
+        while not agree(not is_first_rank() or try_lock(lock)):  # polls: no broadcast of `agree` may wait for hours
             if not waiting:
                 say(f"waiting for another run that is training {folder.name}")
             waiting = True
@@ -40,12 +40,13 @@ def try_lock(file: IO) -> bool:
 
 
 def stopped_before(link: Path, identity: dict) -> Path | None:
-    """The folder of a run's earlier stage if it differs from the present one in nothing but its data: interrupted, or
-    finished after its data were planned anew.
+    """Return the folder of a run's earlier stage if it differs from the present one only in its data, else None.
+
+    That stage was interrupted, or was finished after its data had been planned anew.
 
     Args:
-        link: of the run to its stage.
-        identity: of the stage that is asked for.
+        link: the run's link to its stage.
+        identity: identity of the requested stage.
     """
     folder, of_data = link.resolve(), {"data": None, "augment": None}
     theirs = read_identity(folder)
@@ -61,14 +62,14 @@ def read_identity(folder: Path) -> dict | None:
 
 
 def augment_changes(before: dict, now: dict) -> list[str]:
-    """What differs in the augmentation of the sources that two identities of a stage have in common, a line each."""
+    """Return one line per source that two identities of a stage share but augment differently."""
     old, new = (identity.get("augment", {}) for identity in (before, now))
     words = {name: [", ".join(kinds[name]) or "none" for kinds in (old, new)] for name in old if name in new}
     return [f"augmentation of {name} {a} -> {b}" for name, (a, b) in words.items() if a != b]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    # DeepSpeed's are folders, whole when the last file is written.
+    # DeepSpeed's checkpoints are folders, complete once `latest` is written.
     found = [path for path in folder.glob("step=*.ckpt") if not path.is_dir() or (path / "latest").exists()]
     found.sort(key=step_of)
     return found[-1] if found else None
@@ -79,7 +80,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def take_over(stopped: Path, checkpoint: Path, folder: Path) -> None:
-    """Begin a stage's folder with the metrics and the checkpoint of another; the checkpoint appears whole."""
+    """Begin a stage's folder with the metrics and the checkpoint of another, which appears complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if (stopped / "metrics.jsonl").exists():
         shutil.copyfile(stopped / "metrics.jsonl", folder / "metrics.jsonl")

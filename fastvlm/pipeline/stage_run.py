@@ -1,4 +1,4 @@
-"""One stage of a run: found finished, resumed, or trained."""
+"""One stage of a run: found finished, resumed or trained."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 class StageRun:
     """A stage with its plan, ready to be completed.
 
-    Its `identity` is what its weights depend on, and its folder is named by the hash of that.
+    Its `identity` is everything its weights depend on; its folder is named after the hash of that.
 
     Args:
-        pipeline: the run; its model holds what the stages before this one handed on.
+        pipeline: the run; its model holds what the previous stages handed on.
         name: the stage's key in `stages`.
-        config: the stage's.
+        config: the stage's configuration.
     """
 
     def __init__(self, pipeline: Pipeline, *, name: str, config: DictConfig):
@@ -70,15 +70,15 @@ class StageRun:
 
     @property
     def link(self) -> Path:
-        """From the run to the stage's folder."""
+        """Path of the run's link to the stage's folder."""
         return self.pipeline.run_dir / "stages" / self.name
 
     def identify(self) -> dict:
-        """Everything the stage's weights depend on, and nothing else."""
+        """Return everything the stage's weights depend on, and nothing else."""
         run, config = self.pipeline, OmegaConf.to_container(self.config, resolve=True)
         config.pop("cache_features")  # the same function, computed earlier
-        config.pop("mixture")  # the plan's fingerprint says what the data are, wherever they lie
-        config.pop("seed")  # stands below
+        config.pop("mixture")  # the plan's fingerprint identifies the data, wherever they are
+        config.pop("seed")  # given below
         identity = {
             "stage": self.name,
             "config": config,
@@ -93,10 +93,10 @@ class StageRun:
         return identity
 
     def complete(self) -> tuple[dict, bool]:
-        """Train the stage, or find it trained.
+        """Train the stage, or find it finished.
 
         Returns:
-            The manifest of its handoff, and whether it was found.
+            The manifest of its handoff, and whether it was found finished.
         """
         if (stopped := agree(stopped_before(self.link, self.identity))) and stopped != self.folder:
             self.go_on_from(stopped)
@@ -113,16 +113,16 @@ class StageRun:
         return manifest, found
 
     def go_on_from(self, stopped: Path) -> None:
-        """Data changed under an interrupted stage: refuse, begin anew, or plan the rest from what has been seen.
+        """Handle data that changed under an interrupted stage: refuse, restart, or plan the rest from what was seen.
 
         Raises:
-            ValueError: with `data.on_change=refuse`, naming what changed.
+            ValueError: with `data.on_change=refuse`; names what changed.
         """
         before, checkpoint = read_description(stopped), newest_checkpoint(stopped)
         if before is None:
             return
         augmented = augment_changes(read_identity(stopped), self.identity)
-        # Planned anew by an earlier run of this command.
+        # An earlier run of this command has planned it anew.
         if before["base"] == self.data.plan.base and before["after"] and not augmented:
             self.replan(Seen.load(stopped))
             return
@@ -142,7 +142,7 @@ class StageRun:
         self.replan(seen_before(stopped, step))
         say(f"\n{self.name}: planned anew from step {step}: {changed}")
         if is_first_rank():
-            # Before the link turns to it: a rank that comes later finds the same plan there.
+            # Before the link points to it, so that a rank that comes later finds the same plan there.
             self.folder.mkdir(parents=True, exist_ok=True)
             write_plan(self.data.plan, self.folder, identity=self.identity)
             take_over(stopped, checkpoint, self.folder)

@@ -41,10 +41,10 @@ class Training:
     """One stage's training, resumed from its newest checkpoint if there is one.
 
     Args:
-        stage: what is trained, on which data, and the folder for what comes of it.
+        stage: what is trained, on which data, and the folder for its outputs.
 
     Raises:
-        ValueError: `cache_features` where no rank holds the whole encoder; a setting that DeepSpeed does not support.
+        ValueError: `cache_features` if no rank holds the whole encoder; a setting that DeepSpeed does not support.
     """
 
     def __init__(self, stage: StageRun):
@@ -62,7 +62,7 @@ class Training:
         self.metrics = Metrics(self.pipeline.config.log_every, path=self.folder / "metrics.jsonl")
         self.clock = StepClock()
         size = {"image_size": self.config.image_size, "length": self.config.max_tokens}
-        # A whole pretrained model has a chain of its own between its parts.
+        # The forward pass of a pretrained VLM is its own, so its operations are not counted.
         whole = bool(self.pipeline.config.vlm)
         self.forward = None if whole else count_forward(self.pipeline.model, parts=list(self.config.parts), **size)
         self.resume = agree(newest_checkpoint(self.folder))
@@ -70,10 +70,10 @@ class Training:
         self.trainer = self.build_trainer()
 
     def run(self) -> None:
-        """Train to the last step; the handoff is written then.
+        """Train to the last step, after which the handoff is written.
 
         Raises:
-            KeyboardInterrupt: it was interrupted; the newest checkpoint is kept.
+            KeyboardInterrupt: training was interrupted; the newest checkpoint is kept.
         """
         say(stage_summary(self.name, self.plain, self.plan, folders=self.pipeline.folders, resume=self.resume))
         if is_first_rank():
@@ -100,7 +100,7 @@ class Training:
         checkpoint = {"ckpt_path": str(self.resume), "weights_only": False} if self.resume else {}
         try:
             self.trainer.fit(self.module, datamodule=self.stage.data, **checkpoint)
-        except SystemExit:  # what Lightning makes of a Ctrl-C, with a status that says failed
+        except SystemExit:  # Lightning turns Ctrl-C into this, with a failure status
             if not self.trainer.interrupted:
                 raise
         if self.trainer.interrupted or self.trainer.global_step < self.plan.num_steps:
@@ -123,7 +123,7 @@ class Training:
         )
 
     def build_logger(self):
-        """The stage's logger; after an interruption it continues the same MLflow run. None without tracking."""
+        """Return the stage's logger, None without tracking; a resumed stage continues its MLflow run."""
         tracking = self.pipeline.tracking
         if not tracking:
             return None
@@ -151,7 +151,7 @@ class Training:
         )
 
     def build_callbacks(self) -> list[L.Callback]:
-        """In the order in which Lightning calls them: freezing comes first, because the others read what learns."""
+        """Return the callbacks in calling order: freezing comes first, because the others read what learns."""
         checkpoints = ModelCheckpoint(
             dirpath=self.folder,
             filename="{step}",
@@ -189,7 +189,7 @@ class Training:
         )
 
     def samples(self) -> list[Samples]:
-        """Held-out samples drawn at every validation: one callback, or none where no rank could answer."""
+        """Return the callback that draws held-out samples at every validation; none if no rank could answer."""
         num = self.pipeline.config.num_samples
         if not num or not self.can_answer("no samples are drawn"):
             return []
@@ -198,14 +198,14 @@ class Training:
         return [Samples(num, generate=partial(generate_answers, **self.engine_options()), records=records)]
 
     def answer_speed(self) -> list[AnswerSpeed]:
-        """Time to first token after every validation: one callback, or none where no rank could answer."""
+        """Return the callback that measures answer speed after every validation; none if no rank could answer."""
         images = self.pipeline.config.speed_images
         if not images or not self.can_answer("no speed is measured"):
             return []
         return [AnswerSpeed(partial(answer_speed, images=images, **self.engine_options()))]
 
     def can_answer(self, otherwise: str) -> bool:
-        """Whether the stage uses the language model and a rank holds the whole model; if not, say what is left out."""
+        """Return whether the stage has a language model and each rank holds all parts; if sharded, say `otherwise`."""
         if "llm" not in self.config.parts:
             return False
         if self.hardware.shards:
@@ -218,7 +218,7 @@ class Training:
         return options | {"image_size": self.config.image_size, "transform": build_transform(self.config)}
 
     def manifest(self) -> dict:
-        """The handoff's manifest, without metrics."""
+        """Return the handoff's manifest, without metrics."""
         run, identity = self.pipeline, self.stage.identity
         trained = [part for part in self.config.parts if part in run.lineage]
         return {
@@ -237,7 +237,7 @@ class Training:
     def finish(self) -> dict[str, float]:
         """Merge adapters into plain weights after the last step, and return the metrics for the manifest."""
         last = self.metrics.last
-        # What learns is known until the adapters are merged.
+        # Before the adapters are merged, after which it is not known what learned.
         cost = {} if self.forward is None else stage_cost(self.forward, learned_shares(self.pipeline.model), self.plan)
         cost["cost/seconds"] = float(last.get("train/seconds", 0.0))
         cost["cost/step_ms"] = self.clock.step_ms
@@ -249,7 +249,7 @@ class Training:
         return known | cost | (self.score_text() if "llm" in self.config.parts else {})
 
     def score_text(self) -> dict[str, float]:
-        """Perplexity on the task's held-out text: how much language the stage has cost."""
+        """Return the perplexity on the task's held-out text, which shows how much language ability the stage cost."""
         task, model = self.pipeline.task, self.pipeline.model
         if task is None or getattr(task, "text", None) is None:
             return {}
@@ -258,7 +258,7 @@ class Training:
 
 
 def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) -> StageFreezing:
-    """The StageFreezing callback of a stage's resolved configuration, with the hardware's `quantise`."""
+    """Build the StageFreezing callback of a stage's resolved configuration, with the hardware's `quantise`."""
     return StageFreezing(
         stage["trainable"],
         path=path,
@@ -284,9 +284,10 @@ def count_learned(name: str, stage: DictConfig, model: VLM) -> int:
 
 
 def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:
-    """
+    """Check that a stage's settings work with DeepSpeed's flat shards.
+
     Raises:
-        ValueError: a setting of the stage does not work with DeepSpeed's flat shards.
+        ValueError: one of them does not.
     """
     here, instead = f"stages.{name}", "or share the weights by hardware.strategy=fsdp"
     kind = stage.optimizer.get("_target_", "").rsplit(".", 1)[-1]

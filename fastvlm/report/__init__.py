@@ -1,4 +1,4 @@
-"""One self-contained page about a run: what came out, how each stage went, and how to make it again."""
+"""One self-contained page about a run: its results, the course of each stage, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def write_report(
     summary: str = "",
     filename: str = "report.html",
 ) -> Path:
-    """Write `<run_dir>/report.html`; whatever is missing is named as missing.
+    """Write `<run_dir>/report.html`; the page names whatever is missing.
 
     Args:
-        run_dir: the run; `config.yaml`, `results.json` and `provenance.json` there fill in what is not given.
+        run_dir: the run's folder; its `config.yaml`, `results.json` and `provenance.json` supply what is not given.
         title: heading.
         stages: in order, `{"name", "dir"}` and optionally `"seconds"` (of this run) and `"reused"` (found finished).
         results: the content of results.json; its predictions' images are relative to `run_dir`.
-        provenance: the content of a provenance.json; else that of the run, else of the last stage that has one.
+        provenance: the content of a provenance.json; None: the run's, or that of the last stage that has one.
         config: resolved configuration, as YAML text or plain dicts.
         summary: a paragraph of plain text below the title.
 
     Returns:
-        the path of the page.
+        The path of the page.
     """
     run_dir = Path(run_dir)
     results = dict(results) if results is not None else read_json(run_dir / "results.json") or {}
@@ -68,7 +68,7 @@ def write_report(
 
     spent = {r.name: r.seconds for r in records} | seconds
     total = seconds.get("total") or sum(v for k, v in spent.items() if is_number(v) and k != "total") or None
-    # Every stage's proof lists the whole model, so one of them is enough to count it.
+    # Every stage's freezing.json lists the whole model, so one of them is enough to count the parameters.
     rows = next((r.freezing["rows"] for r in reversed(records) if r.freezing and r.freezing.get("rows")), [])
     parameters = sum(row.get("parameters") or 0 for row in rows) or None
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG and CSS: their colours follow the reader's light or dark theme."""
+"""Charts as inline SVG and CSS, with colours that follow the reader's light or dark theme."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Line:
 
 
 def thin(xs: Sequence, ys: Sequence, *, most: int = 300) -> tuple[list, list]:
-    """At most `most` points: means over equal bins; values that are not finite are dropped."""
+    """Reduce a series to at most `most` points by means over equal bins; values that are not finite are dropped."""
     pairs = [(x, y) for x, y in zip(xs, ys) if y is not None and math.isfinite(y)]
     size = math.ceil(len(pairs) / most) or 1
     bins = [pairs[i : i + size] for i in range(0, len(pairs), size)]
@@ -33,7 +33,7 @@ def thin(xs: Sequence, ys: Sequence, *, most: int = 300) -> tuple[list, list]:
 
 
 def smooth(ys: Sequence) -> list[float]:
-    """Exponential mean over about a twelfth of the points, corrected for its start: few points are hardly smoothed."""
+    """Return an exponential moving average over about a twelfth of the points, bias-corrected at its start."""
     weight = min(0.92, max(0.0, 1 - 12 / max(1, len(ys))))
     out, total, mass = [], 0.0, 0.0
     for y in ys:
@@ -43,7 +43,7 @@ def smooth(ys: Sequence) -> list[float]:
 
 
 def ticks(low: float | int, high: float | int, *, log: bool = False, most: int = 5) -> list:
-    """Round numbers inside [low, high]."""
+    """Return round numbers inside [low, high]."""
     if log:
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for factors in ((1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
@@ -59,14 +59,14 @@ def ticks(low: float | int, high: float | int, *, log: bool = False, most: int =
 
 
 def short(value: float | int) -> str:
-    """A tick's label."""
+    """Format a tick's label."""
     if value and abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.4g}"
 
 
 def line_chart(lines: Sequence[Line], *, title: str, x: str = "optimiser step", y: str = "", zero: bool = False) -> str:
-    """A figure with a legend; a range of more than a factor of 8 gets a logarithmic axis."""
+    """Render a chart with a legend; values that span more than a factor of 8 get a logarithmic axis, unless `zero`."""
     drawn = [(line, *thin(line.xs, line.ys)) for line in lines]
     drawn = [(line, xs, ys) for line, xs, ys in drawn if xs]
     if not drawn:
@@ -128,7 +128,7 @@ def bar(
     marks: dict | None = None,
     colour: int = 0,
 ) -> str:
-    """A share in [0, 1] as a bar, its interval as a whisker, other shares as marks (`{css class: value}`)."""
+    """Render a share in [0, 1] as a bar, its interval as a whisker, other shares as marks (`{css class: value}`)."""
 
     def percent(v: float | int) -> float:
         return round(100 * min(1.0, max(0.0, v)), 2)

@@ -12,7 +12,7 @@ MOST = 10  # names shown of each kind
 
 
 def left_out_section(stages: Sequence[StageRecord]) -> str:
-    """A row for each stage, source and reason, with the count and the first names."""
+    """Render a table row for each stage, source and reason, with the count and the first names."""
     rows = []
     for stage in stages:
         plan = read_json(stage.folder / "shares.json") or {}

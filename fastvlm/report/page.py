@@ -1,4 +1,4 @@
-"""The page around the sections: one file, no script, nothing fetched; light or dark as the reader has it."""
+"""The page around the sections: one file without scripts or external resources, in the reader's light or dark theme."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ td.wide{min-width:110px}dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{mar
 
 
 def make_page(title: str, sections: list[tuple[str, str, str]], *, lead: str, footer: str) -> str:
-    """The whole document from (anchor, heading, HTML) sections."""
+    """Build the whole document from (anchor, heading, HTML) sections."""
     style = STYLE.replace("LIGHT", _variables(LIGHT)).replace("DARK", _variables(DARK))
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in sections)
     body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{html}</section>' for anchor, name, html in sections)
@@ -107,9 +107,9 @@ def _variables(colours: tuple[str, ...]) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]], *, numeric: Collection[int] = (), num_sums: int = 0) -> str:
-    """A table that scrolls sideways on a narrow screen; its cells are HTML.
+    """Render a table that scrolls sideways on a narrow screen; its cells are HTML.
 
-    Columns in `numeric` stand right, the last `num_sums` rows stand out.
+    Columns in `numeric` are right-aligned, the last `num_sums` rows are in bold.
     """
     head = "".join(f"<th{' class=n' if i in numeric else ''}>{escape(c)}</th>" for i, c in enumerate(columns))
     body = []
@@ -123,5 +123,5 @@ def table(columns: list[str], rows: list[list[str]], *, numeric: Collection[int]
 
 
 def none(text: str) -> str:
-    """Says that a piece is missing."""
+    """Say that a piece is missing."""
     return f'<p class="none">{escape(text)}</p>'

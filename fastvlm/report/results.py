@@ -1,4 +1,4 @@
-"""The report's first half: what came out, and answers with their pictures."""
+"""The report's first half: the results, and answers with their images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLIND = {"removed": "image removed", "swapped": "image of another question", "ma
 
 
 def embed_image(path: Path, *, most: int = 360) -> str | None:
-    """A picture as a data address, at most `most` pixels wide or high; None when it cannot be read."""
+    """Return an image as a data URL, at most `most` pixels wide or high; None if it cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -35,7 +35,7 @@ def percent(value: Any, *, digits: int = 1) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """75 -> '1 min 15 s'."""
+    """Format seconds: 75 -> '1 min 15 s'."""
     if not is_number(seconds):
         return "–"
     if seconds < 60:
@@ -45,19 +45,19 @@ def duration(seconds: Any) -> str:
 
 
 def score_key(row: dict) -> str:
-    """The key of a row's score, whatever the benchmark calls it: the first number that is none of the known others."""
+    """Return the key of a row's score, whose name depends on the benchmark: the first number not among `known`."""
     known = {"type", "n", "low", "high", "mean", "nll", "nll_swapped", *BLIND}
     return next((k for k, v in row.items() if k not in known and is_number(v)), "accuracy")
 
 
 def mean(rows: list[dict], key: str) -> float | int | None:
-    """Mean over question types, each counted once."""
+    """Return the mean over question types, each counted once."""
     values = [row[key] for row in rows if is_number(row.get(key))]
     return sum(values) / len(values) if values else None
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """The table's own means (`"mean": true`), or one over all types; the last is the headline."""
+    """Return the table's own means (`"mean": true`), or one over all types; the last is the headline."""
     own = [row for row in rows if row.get("mean")]
     if own or len(rows) < 2:
         return own or rows
@@ -66,7 +66,7 @@ def summarise(rows: list[dict]) -> list[dict]:
 
 
 def headline(results: dict, *, seconds: float | int | None, parameters: int | None) -> str:
-    """The few numbers one looks for."""
+    """Render the run's most important numbers."""
     rows, cards = results.get("table") or [], []
     if rows:
         last = summarise(rows)[-1]
@@ -90,7 +90,7 @@ def headline(results: dict, *, seconds: float | int | None, parameters: int | No
 
 
 def results_section(results: dict | None) -> str:
-    """Accuracy per question type with what a model scores that does not look."""
+    """Render accuracy per question type beside the blind baselines (`BLIND`)."""
     if not results:
         return none("No results.json: the evaluation has not run.")
     html = ""
@@ -144,7 +144,7 @@ def _result_row(row: dict, *, key: str, columns: list[str]) -> list[str]:
 
 
 def choose_predictions(predictions: list[dict], *, most: int = 6) -> tuple[list[dict], list[dict]]:
-    """Right and wrong ones, of every type in turn, in the order they come: nothing is picked for its looks."""
+    """Choose right and wrong answers: of every type in turn, in the given order, so that none is picked by hand."""
 
     def in_turn(rows: list[dict]) -> list[dict]:
         kinds: dict[str, list[dict]] = {}
@@ -162,7 +162,7 @@ def choose_predictions(predictions: list[dict], *, most: int = 6) -> tuple[list[
 
 
 def predictions_section(results: dict | None, *, folder: Path) -> str:
-    """Answers with pictures; image paths are relative to the run directory."""
+    """Render answers with their images, whose paths are relative to the run directory."""
     predictions = (results or {}).get("predictions") or []
     if not predictions:
         return none("No predictions were kept.")
@@ -187,7 +187,7 @@ def _answer_card(row: dict, *, folder: Path) -> str:
         blind = row.get(f"prediction_{key}", row.get(key))
         if blind is not None:
             lines.append((name, f'<span class="soft">{_clip(blind)}</span>'))
-    prompt = str(row.get("prompt") or "").replace("<image>", " ").strip()  # the picture stands beside it
+    prompt = str(row.get("prompt") or "").replace("<image>", " ").strip()  # the image is shown beside it
     facts = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in lines)
     return (
         f'<div class="answer">{picture}<div><p class="type">{escape(str(row.get("type", "")))}</p>'

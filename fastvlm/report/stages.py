@@ -1,4 +1,4 @@
-"""The report's second half: each stage's curves, shares, speed, freezing proof and handoff; how it all was made."""
+"""The report's second half: each stage's curves, shares, speed, freezing check and handoff; provenance of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The readable lines of metrics.jsonl, by step."""
+    """Return the readable lines of metrics.jsonl, sorted by step."""
     records = []
     try:
         lines = path.read_text().splitlines()
@@ -39,7 +39,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class StageRecord:
-    """What one stage left in its folder; every piece may be missing."""
+    """What one stage left in its folder; any piece may be missing."""
 
     def __init__(self, name: str, folder: Path, *, seconds: float | int | None = None, reused: bool = False):
         self.name, self.folder, self.reused = name, folder, reused
@@ -48,7 +48,7 @@ class StageRecord:
         self.manifest = read_json(folder / "handoff" / "manifest.json") or read_json(folder / "manifest.json")
         self.provenance = read_json(folder / "provenance.json")
         self.sheets = sorted((folder / "samples").glob("step-*.png"))
-        # What this run spent on it; a reused stage cost nothing now, but its training took what its metrics say.
+        # Time that this run spent on it (next to nothing for a reused stage); if unknown, its training time.
         self.seconds = seconds if seconds is not None else self.last("train/seconds")
 
     def series(self, key: str) -> tuple[list, list]:
@@ -59,7 +59,7 @@ class StageRecord:
         return next((r[key] for r in reversed(self.records) if is_number(r.get(key))), None)
 
     def middle(self, key: str) -> float | int | None:
-        """Median of the records, without the first step and its warm-up."""
+        """Return the median of the records, without the first step and its warm-up."""
         values = [r[key] for r in self.records if is_number(r.get(key)) and r["step"] > 1]
         return statistics.median(values) if values else self.last(key)
 
@@ -73,7 +73,7 @@ class StageRecord:
 
 
 def chain(stages: list[StageRecord]) -> str:
-    """The pipeline as a row of boxes."""
+    """Render the pipeline as a row of boxes."""
     boxes = []
     for stage in stages:
         steps = f"{stage.num_steps:,} steps" if stage.num_steps else "no metrics"
@@ -135,9 +135,9 @@ def _charts(stage: StageRecord) -> str:
 def _lines_chart(
     stage: StageRecord, prefix: str, *, title: str, y: str = "", smoothed: bool = False, zero: bool = False
 ) -> str:
-    """One line for every metric below `prefix`."""
+    """Render one line for every metric below `prefix`."""
     lines = []
-    # A source has one colour: that of its row in the table of shares.
+    # A source has the same colour as in the table of shares.
     order = {name: i for i, name in enumerate(stage.sources("train/share/"))} if prefix == "train/loss/" else {}
     for i, name in enumerate(sorted(stage.sources(prefix), key=lambda name: order.get(name, len(order)))):
         xs, ys = thin(*stage.series(prefix + name))
@@ -165,7 +165,7 @@ def _shares(stage: StageRecord) -> str:
 
 
 def freezing_table(stage: StageRecord) -> str:
-    """Per part: how many tensors learn and moved, how many are frozen and kept their bytes."""
+    """Render for each part how many tensors learn and changed, and how many are frozen and kept their bytes."""
     rows = (stage.freezing or {}).get("rows")
     if not rows:
         return none("No freezing.json: nothing proves what learnt.")
@@ -236,7 +236,7 @@ def _count(value: float | int | None) -> str:
 
 
 def timing_section(stages: list[StageRecord], seconds: dict[str, Any]) -> str:
-    """Where the time went."""
+    """Render where the time went."""
     spent = {stage.name: stage.seconds for stage in stages if is_number(stage.seconds)}
     spent |= {key: value for key, value in seconds.items() if is_number(value) and key != "total"}
     if not spent:
@@ -256,7 +256,7 @@ def timing_section(stages: list[StageRecord], seconds: dict[str, Any]) -> str:
 
 
 def handoff_section(stages: list[StageRecord]) -> str:
-    """What each stage handed on, and from whom it came."""
+    """Render what each stage handed on, and from which stages its parts came."""
     rows, components = [], []
     for stage in stages:
         manifest = stage.manifest
@@ -300,7 +300,7 @@ def _hash(value: Any) -> str:
 
 
 def provenance_section(provenance: dict | None, config: str | None) -> str:
-    """How to make it again."""
+    """Render how to reproduce the run."""
     html = ""
     if provenance:
         git, hardware = provenance.get("git") or {}, provenance.get("hardware") or {}

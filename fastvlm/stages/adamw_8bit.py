@@ -1,4 +1,4 @@
-"""AdamW whose moments take one byte each."""
+"""AdamW with moments of one byte each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def adamw_8bit(
     min_8bit_size: int = 4096,
     paged: bool = False,
 ) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW with blockwise dynamic 8-bit moments. Source: Dettmers et al., arXiv:2110.02861.
+    """Build bitsandbytes' AdamW with blockwise dynamic 8-bit moments. Source: Dettmers et al., arXiv:2110.02861.
 
     Args:
-        min_8bit_size: tensors with fewer numbers keep moments of 32 bits.
-        paged: moments may be moved to the host when a GPU is full.
+        params: parameter groups.
+        min_8bit_size: tensors with fewer elements keep 32-bit moments.
+        paged: allow moments to be paged to host memory when a GPU is full.
 
     Raises:
         ValueError: bitsandbytes is not installed.

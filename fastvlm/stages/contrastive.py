@@ -1,4 +1,4 @@
-"""CLIP's objective: an image and its caption agree, and disagree with the rest of the batch."""
+"""CLIP's objective: match each image with its caption among the images and captions of a batch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from fastvlm.stages.stage import Stage
 
 
 class ContrastiveStage(Stage):
-    """`open_clip`'s ClipLoss between mean-pooled patches and the language model's mean hidden state of the caption.
+    """Contrastive loss between mean-pooled patches and the language model's mean hidden state of the caption.
 
-    Every row must hold one image and its text (`packing: false`). The two projections and the temperature are not
-    handed on. Source: Radford et al., arXiv:2103.00020; `open_clip.loss.ClipLoss`.
+    Every row must hold one image and its text (`packing: false`). All ranks' images and captions are compared. The two
+    projections and the temperature are not part of the handoff. Source: Radford et al., arXiv:2103.00020;
+    `open_clip.loss.ClipLoss`.
 
     Args:
-        dim: width of the shared space.
-        gather: let every rank see all ranks' images and captions, with gradients.
+        dim: width of the shared embedding space.
+        gather: has no effect; features are always gathered from all ranks, with gradients.
     """
 
     def __init__(self, model: nn.Module, *, dim: int = 128, gather: bool = True, **stage):
@@ -44,7 +45,7 @@ class ContrastiveStage(Stage):
                 "set packing=false and image.tiles=null and choose a mixture of captions"
             )
         image = self.image_projection(self.model.patches(batch).mean(1))
-        # The caption alone: image slots are masked out like padding, else the text tower could look.
+        # Mask image slots like padding, so that only the caption is encoded.
         text_mask = (batch.segment_ids > 0) & (batch.input_ids != self.model.image_token_id)
         ids = batch.input_ids.masked_fill(~text_mask, 0)
         hidden = self.model.llm.hidden(self.model.llm.embed(ids), batch.position_ids, text_mask.long())

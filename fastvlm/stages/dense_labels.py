@@ -1,7 +1,7 @@
-"""Teach an encoder what every cell of an image shows, from label maps known from rendering.
+"""Train an encoder to classify every cell of an image, with label maps known from rendering.
 
-It replaces the pretrained encoder from which the papers start: contrastive training from scratch would take hours, this
-takes a minute.
+It stands in for the pretrained encoder from which the papers start: contrastive training from scratch would take hours,
+this takes a minute.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastvlm.stages.stage import Stage
 class DenseLabelStage(Stage):
     """Cross-entropy of a linear head on the encoder's patches against label maps.
 
-    The logits are resized to the label map's grid, as segmentation does. The head is not handed on.
+    The logits are resized to the label map's grid, as in segmentation. The head is not part of the handoff.
 
     Args:
-        num_classes: classes of each label channel, in order; class 0 is background.
-        background_weight: weight of background cells, which are most of an image.
+        num_classes: number of classes of each label channel, in order; class 0 is background.
+        background_weight: loss weight of background cells, which make up most of an image.
     """
 
     def __init__(self, model: nn.Module, *, num_classes: list[int], background_weight: float = 0.25, **stage):
@@ -63,8 +63,11 @@ class DenseLabelStage(Stage):
         return losses.sum(), denominator, losses, {"source": source, **extra}
 
     def patches(self, batch: Batch) -> Tensor:
-        """Patches of every image. An encoder with a branch for tiles sees each image twice, as a global view and as a
-        tile: without tiles in the mixture that branch would learn nothing."""
+        """Return the patches (I, N, D_v) of every view, or (2 I, N, D_v) for an encoder with a branch for tiles.
+
+        Such an encoder gets each image as a global view and as a tile, because without tiles in the mixture the branch
+        would not be trained.
+        """
         if not getattr(self.model.encoder, "reads_views", False):
             return self.model.patches(batch)
         images = batch.pixel_values

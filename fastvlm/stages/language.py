@@ -1,4 +1,4 @@
-"""Next-token prediction on the learned tokens: base, align, dense and instruct are this stage with other settings."""
+"""Next-token prediction on the learned tokens, used by the stages base, align, dense and instruct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastvlm.stages.stage import Stage
 
 
 class LanguageStage(Stage):
-    """Loss: sum over learned tokens / learned tokens of the whole optimiser step (all ranks, all micro-batches)."""
+    """Next-token loss: sum over learned tokens / learned tokens of the optimiser step (all ranks and micro-batches)."""
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor | int, Tensor, dict[str, Tensor]]:
         hidden = self.model.hidden(batch)
@@ -25,8 +25,8 @@ class LanguageStage(Stage):
         if take := getattr(self.model.encoder, "take_auxiliary", None):
             auxiliary, more = take()
             measured |= more
-            if auxiliary is not None:  # weighted so that the step's is the mean over learned tokens
+            if auxiliary is not None:  # weighted by tokens, so that the step averages it over learned tokens
                 total = total + auxiliary * (batch.num_learned if batch.num_images else 0)
-        # A mean over images: NaN, which counts nowhere, where there are none.
+        # These are means over images; without images report NaN, which `Losses` ignores.
         extra |= {k: v if batch.num_images else torch.full_like(v, torch.nan) for k, v in measured.items()}
         return total, max(1, batch.num_answer_tokens), loss.losses, extra

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices, AdamW for everything else, as one optimiser."""
+"""One optimiser that uses Muon for hidden matrices and AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` on the groups whose `kind` is "matrix", `torch.optim.AdamW` on the rest.
+    """`torch.optim.Muon` for groups whose `kind` is "matrix", `torch.optim.AdamW` for the rest.
 
-    Muon orthogonalises the momentum of a matrix; embeddings, heads, convolutions, vectors and adapters stay with AdamW.
-    Its step is scaled to AdamW's usual size, so one learning rate serves both. Source: Jordan et al.,
-    https://kellerjordan.github.io/posts/muon/; the scaling: Liu et al., arXiv:2502.16982, section 2.2.
+    Muon orthogonalises the momentum of a matrix; embeddings, heads, convolutions, vectors and adapters use AdamW.
+    Muon's step is scaled to AdamW's usual size, so one learning rate serves both. Source: Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/; for the scaling, Liu et al., arXiv:2502.16982, section 2.2.
 
     Args:
-        params: groups as `Stage.configure_optimizers` makes them, each with `kind`.
-        betas, weight_decay: AdamW's; the weight decay is Muon's too.
-        momentum: Muon's, with Nesterov's look-ahead.
+        params: parameter groups with `kind`, as built by `Stage.configure_optimizers`.
+        betas: AdamW's coefficients.
+        weight_decay: weight decay of both.
+        momentum: Muon's Nesterov momentum.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.share()
 
     def share(self) -> None:
-        """Let both inner optimisers share this one's state and groups, so that a schedule that sets a rate here sets it
-        there, and the saved state has the form of any optimiser's."""
+        """Share this optimiser's state and groups with both inner ones.
+
+        Learning rates set by a scheduler then reach them, and `state_dict` has an optimiser's usual format.
+        """
         for optimizer in self.inner:
             ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
             optimizer.param_groups = [g for g in self.param_groups if ours.issuperset(map(id, g["params"]))]

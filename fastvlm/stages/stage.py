@@ -20,15 +20,16 @@ from fastvlm.models.trainable import set_mode
 def learning_rate_factor(
     step: int, *, num_steps: int, warmup_steps: int, decay: str, final: float, decay_steps: int | None = None
 ) -> float:
-    """Factor on the peak learning rate at a step, counted from 0: linear warm-up, then one of
+    """Return the factor on the peak learning rate at a step, counted from 0: linear warm-up, then `decay`.
 
-    `cosine`, `linear`: down to `final` over all that is left.
-    `constant`: the peak.
-    `wsd`, `wsd_sqrt`: the peak, and over the last `decay_steps` (a fifth of the stage if null) down to `final`, by a
-        line or as 1 - sqrt(progress). Hu et al., arXiv:2404.06395, section 4; Haegele et al., arXiv:2405.18392.
+    `cosine`, `linear`: decay to `final` over the remaining steps.
+    `constant`: stay at the peak.
+    `wsd`, `wsd_sqrt`: stay at the peak, then decay to `final` over the last `decay_steps` (None: a fifth of the
+        stage), linearly or as 1 - sqrt(progress). Hu et al., arXiv:2404.06395, section 4; Haegele et al.,
+        arXiv:2405.18392.
 
     Raises:
-        ValueError: another `decay`.
+        ValueError: `decay` is unknown.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -50,19 +51,19 @@ def learning_rate_factor(
 
 
 class Stage(L.LightningModule):
-    """Base of all stages: the optimiser over what learns, the schedule, and frozen parts kept in eval mode.
+    """Base class of stages: optimises the trainable parameters, runs the schedule, keeps frozen parts in eval mode.
 
-    `learning_rates` (parameter name -> peak rate) is filled in by the StageFreezing callback before the optimiser is
-    made; without it nothing may learn. So is `learning_settings`, which may add a parameter's own `weight_decay` and
-    `warmup_steps`. A subclass says what the loss is, in `objective`.
+    Before the optimiser is created, the StageFreezing callback fills in `learning_rates` (parameter name -> peak rate)
+    and `learning_settings`, which may add `weight_decay` and `warmup_steps` of single parameters; without
+    `learning_rates` the stage refuses to create an optimiser. Subclasses define the loss in `objective`.
 
     Args:
         model: the VLM.
         name: the stage's key in `stages`.
         num_steps: optimiser steps of the whole stage.
-        optimizer: called with parameter groups.
+        optimizer: factory called with parameter groups.
         warmup_steps, decay, final, decay_steps: see `learning_rate_factor`.
-        seed: every step draws its randomness (dropout, noise) from (seed, step), so that a resumed run repeats it.
+        seed: with stage name and step, seeds each step's randomness (dropout, noise), so that a resumed run repeats it.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class Stage(L.LightningModule):
         )
         self.learning_rates: dict[str, float] = {}
         self.learning_settings: dict[str, dict[str, float]] = {}
-        self.whole: list[nn.Module] = []  # the plain model while a sharded copy learns; a list hides it from the module
+        self.whole: list[nn.Module] = []  # the unsharded model while a sharded copy trains; a list is not registered
 
     def configure_model(self) -> None:
-        """Under FSDP2 or DeepSpeed, train a sharded copy; `gather_weights` brings what was learned back into the model.
-        FSDP2 is applied here; DeepSpeed shards the copy itself when the optimiser is made."""
+        """Under FSDP2 or DeepSpeed, train a sharded copy, from which `gather_weights` updates the model.
+
+        FSDP2 is applied here; DeepSpeed shards the copy itself when the optimiser is created.
+        """
         if self.whole or (self.device_mesh is None and not self.by_deepspeed):
             return
         self.whole.append(self.model.to("cpu"))
@@ -109,17 +112,17 @@ class Stage(L.LightningModule):
         return self._trainer is not None and getattr(self._trainer.strategy, "zero_stage_3", False)
 
     def on_train_end(self) -> None:
-        if self.by_deepspeed:  # before its tear-down takes the shards to the CPU, where they cannot meet
+        if self.by_deepspeed:  # before teardown moves the shards to the CPU, where they cannot be gathered
             self.gather_weights()
 
     def gather_weights(self) -> None:
-        """Gather what was learned into the whole model, if it was trained in shards. Every rank must call it."""
+        """Gather trained weights into the unsharded model, if a sharded copy was trained. Every rank must call this."""
         if self.whole:
             gather(self.model, self.whole[0])
             self.model = self.whole.pop()
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The loss as a sum, and the denominator of the whole optimiser step (all ranks and micro-batches).
+        """Compute the summed loss and the denominator of the whole optimiser step (all ranks and micro-batches).
 
         Returns:
             (loss sum, denominator, per-unit losses (U,), {"source": (U,) source index of each unit, ...}).
@@ -145,7 +148,7 @@ class Stage(L.LightningModule):
         for parameter, rate, part, own in rows:
             matrix = parameter.ndim == 2 and id(parameter) not in tables and part != "head"
             kind = "matrix" if matrix else "table" if parameter.ndim >= 2 else "vector"
-            # Biases, norms and scales are vectors: weight decay would only shrink them (as in nanoGPT, timm).
+            # No weight decay on vectors (biases, norms and scales), as in nanoGPT and timm.
             decay = 0.0 if kind == "vector" else own.get("weight_decay")
             groups.setdefault((part, rate, kind, decay, own.get("warmup_steps")), []).append(parameter)
         optimizer = self.make_optimizer(
@@ -163,7 +166,7 @@ class Stage(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the objective itself; they learn with the stage and are not handed on."""
+        """Return parameters of the objective itself, which are trained but not part of the handoff."""
         return [p for name, p in self.named_parameters() if not name.startswith("model.")]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -180,7 +183,7 @@ class Stage(L.LightningModule):
         # DDP averages gradients over ranks and Lightning divides by the accumulated micro-batches; the denominator
         # already counts all of them, so both are undone here.
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches if self._trainer is not None else 1
-        if self.by_deepspeed:  # it divides once more by what it accumulates itself
+        if self.by_deepspeed:  # DeepSpeed divides by the accumulated micro-batches once more
             scale *= self.trainer.accumulate_grad_batches
         out["loss"] = out["loss"] * scale
         return out

@@ -1,1 +1,1 @@
-"""Studies: a paper's ablation as one command that ends in a verdict. `python -m fastvlm.study` makes the reports."""
+"""Studies: rerun a paper's ablation with one command that ends in a verdict. `python -m fastvlm.study` reports them."""

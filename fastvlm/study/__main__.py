@@ -1,11 +1,11 @@
-"""Studies: make their pages again, or look at one.
+"""Studies: list them, write their reports again, or list the cells of one.
 
-python -m fastvlm.study                          the studies there are; how many cells ran here, how many are published
-python -m fastvlm.study report=llava_align       results.csv, plots, README.md, verdicts at every scale that ran
-    from=runs|csv|mlflow|auto                    where its cells are; auto: run directories, else results.csv
-    uri=sqlite:////path/to/mlflow.db             with from=mlflow: the store, if not that of the run directories
-python -m fastvlm.study report=all               all of them, and experiments/README.md (from=runs|csv|auto)
-python -m fastvlm.study cells=llava_align        a line a cell: done, or the command that runs it alone (scale=paper)
+python -m fastvlm.study                          list the studies; how many cells ran here, how many are published
+python -m fastvlm.study report=llava_align       write results.csv, plots, README.md; verdicts at every scale that ran
+    from=runs|csv|mlflow|auto                    where to read cells; auto: run directories, else results.csv
+    uri=sqlite:////path/to/mlflow.db             with from=mlflow: the store, if not the one among the run directories
+python -m fastvlm.study report=all               report all studies and write experiments/README.md (from=runs|csv|auto)
+python -m fastvlm.study cells=llava_align        one line per cell: done, or the command that runs it (scale=paper)
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ KEYS = ("report", "from", "uri", "cells", "scale")
 
 
 def main(arguments: list[str]) -> None:
-    """Raises:
-    ValueError: a key that is none, or that the command given would not read.
+    """Run the command that the arguments give.
+
+    Raises:
+        ValueError: an unknown key, or one that the command does not use.
     """
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read(arguments: list[str]) -> dict[str, str]:
-    """key -> value, all of which the command reads."""
+    """Parse `key=value` arguments; a key that the command does not use is a ValueError."""
     given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -73,8 +75,10 @@ def read(arguments: list[str]) -> dict[str, str]:
 
 
 def list_studies() -> None:
-    """Raises:
-    ValueError: studies that cannot be read, after the list of the others.
+    """Print one line per study.
+
+    Raises:
+        ValueError: studies that cannot be read, once the others are listed.
     """
     faults = unreadable()
     for name in study_names():
@@ -108,7 +112,7 @@ def again(name: str, scale: str, arm: str, seed: int) -> str:
 
 
 def command(arguments: list[str]) -> int:
-    """`main` on a command line: the exit status, and a line for what ended it."""
+    """Run `main`, print an error as one line, and return the exit status."""
     try:
         main(arguments)
     except (ValueError, OSError) as error:

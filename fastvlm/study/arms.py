@@ -1,4 +1,4 @@
-"""A study's arms: named lists of command-line overrides, for each scale. Light: every command of a sweep imports it."""
+"""A study's arms: named lists of command-line overrides, per scale. Imports little: every command imports it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SCALES = ("micro", "paper")
 
 @dataclass(frozen=True)
 class Study:
-    """experiments/<name>/study.yaml.
+    """The content of experiments/<name>/study.yaml.
 
     Args:
-        question: the comment it opens with.
-        arms: scale -> arm -> overrides, those of `all` included.
-        grid: hydra.sweeper.params.
+        question: the file's first comment other than `@package`.
+        arms: scale -> arm -> overrides, including those of `all`.
+        grid: hydra.sweeper.params: key -> values.
     """
 
     name: str
@@ -33,8 +33,10 @@ class Study:
     grid: dict[str, str]
 
     def overrides(self, arm: str, scale: str) -> list[str]:
-        """Raises:
-        ValueError: no such scale or arm, with the ones there are.
+        """Return the overrides of an arm.
+
+        Raises:
+            ValueError: no such scale or arm; lists the ones that exist.
         """
         if scale not in self.arms:
             raise ValueError(f"scale={scale}: experiment={self.name} has {', '.join(self.arms)}")
@@ -49,22 +51,22 @@ class Study:
         return self.arms[scale][arm]
 
     def elsewhere(self, arm: str, scale: str) -> bool:
-        """Whether another scale has this arm and this one has not."""
+        """Return whether another scale has this arm and this one does not."""
         return arm not in self.arms.get(scale, {}) and any(arm in arms for arms in self.arms.values())
 
 
 def study_names(root: Path = STUDIES) -> list[str]:
-    """All experiments whose file has arms, in alphabetical order; files that cannot be read are left out."""
+    """Return all experiments whose file has arms, in alphabetical order; files that cannot be read are skipped."""
     return [name for name, found in experiments(root).items() if found is True]
 
 
 def unreadable(root: Path = STUDIES) -> list[str]:
-    """What is wrong, a line each, with the files of experiments that cannot be read."""
+    """Return one line per experiment file that cannot be read, saying what is wrong with it."""
     return [found for found in experiments(root).values() if isinstance(found, str)]
 
 
 def experiments(root: Path) -> dict[str, bool | str]:
-    """Name -> whether the experiment is a study, or what is wrong with its file."""
+    """Map each experiment's name to whether it is a study, or to what is wrong with its file."""
     found: dict[str, bool | str] = {}
     for file in sorted(root.glob("*/study.yaml")):
         try:
@@ -75,8 +77,10 @@ def experiments(root: Path) -> dict[str, bool | str]:
 
 
 def has_arms(file: Path) -> bool:
-    """Raises:
-    ValueError: the file is no YAML mapping.
+    """Return whether an experiment's file has arms.
+
+    Raises:
+        ValueError: the file is not a YAML mapping.
     """
     plain = read_yaml(file)
     if not isinstance(plain, dict):
@@ -88,7 +92,7 @@ def load_study(name: str, *, root: Path = STUDIES) -> Study:
     """Read a study.
 
     Raises:
-        ValueError: no such study; a key that is none, a scale without arms, an arm that is no list of overrides.
+        ValueError: no such study; an unknown key, a scale without arms, an arm that is not a list of overrides.
     """
     file = root / name / "study.yaml"
     if not is_study(name, root=root):
@@ -136,7 +140,7 @@ def read_grid(plain: dict[str, Any], *, file: Path) -> dict[str, str]:
 
 
 def overrides_of(given: Any, *, key: str, file: Path) -> list[str]:
-    """A list of overrides; nothing is none."""
+    """Check and return a list of overrides; None gives an empty list."""
     if given is None:
         return []
     if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
@@ -145,25 +149,27 @@ def overrides_of(given: Any, *, key: str, file: Path) -> list[str]:
 
 
 def is_study(name: str, *, root: Path = STUDIES) -> bool:
-    """Raises:
-    ValueError: its file is no YAML mapping.
+    """Return whether this experiment exists and has arms.
+
+    Raises:
+        ValueError: its file is not a YAML mapping.
     """
     file = root / name / "study.yaml"
     return file.is_file() and has_arms(file)
 
 
 def grid_arms(study: Study) -> list[str]:
-    """The arms its grid names, of whatever scale."""
+    """Return the arms that the grid names, of any scale."""
     return [arm.strip() for arm in study.grid.get("arm", "").split(",") if arm.strip()]
 
 
 def key_of(override: str) -> str:
-    """What an override sets: `a.b` of `++a.b=1`, `stages.align.mixture` of `mixture@stages.align.mixture=x`."""
+    """Return the key that is set: `a.b` of `++a.b=1`, `stages.align.mixture` of `mixture@stages.align.mixture=x`."""
     return override.split("=", 1)[0].lstrip("+~").split("@")[-1]
 
 
 def merge(first: list[str], then: list[str]) -> list[str]:
-    """Overrides in order; a later one replaces an earlier one of the same key."""
+    """Concatenate two lists of overrides; those in `then` replace those in `first` with the same key."""
     keys = {key_of(o) for o in then}
     return [o for o in first if key_of(o) not in keys] + then
 
@@ -174,14 +180,14 @@ def value_of(arguments: list[str], key: str) -> str | None:
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """`experiment=<study> arm=<arm> [scale=...] [seed=...]` with the arm's overrides written out; all else unchanged.
+    """Replace `arm=<arm>` of a study by the arm's overrides; return other command lines unchanged.
 
-    What stands on the command line itself wins over the arm. A sweep (-m) is left to its cells, each of which comes
-    here; it gets those arms of the grid that its scale has. The run gets the name of its cell, so that it is found
-    again.
+    Overrides on the command line take precedence over the arm's. A sweep (-m) is not expanded, since each of its cells
+    calls this function; its arms are limited to those of the grid that its scale has. The run is named after its cell,
+    so that it is found again.
 
     Raises:
-        ValueError: an arm or a scale of no study; no such study, arm or scale.
+        ValueError: an arm or a scale without a study; no such study, arm or scale.
     """
     if any(a.lstrip("+").startswith("study.applied=") for a in arguments):
         return arguments
@@ -193,9 +199,9 @@ def expand(arguments: list[str]) -> list[str]:
                 f"{of_study[0]} is one of a study's: add experiment=<study>, one of {', '.join(study_names())}"
             )
         return arguments
-    known = is_study(study_name)  # here a file that is no YAML is one line; Hydra would end in a traceback
+    known = is_study(study_name)  # invalid YAML is a one-line error here; Hydra would print a traceback
     if of_study and not known and "," not in study_name:
-        load_study(study_name)  # says that it is none, with the nearest
+        load_study(study_name)  # raises, naming the nearest study
     if {"-m", "--multirun"} & set(arguments):
         return with_arms_of_scale(arguments, study_name) if known else arguments
     if arm is None:
@@ -212,13 +218,15 @@ def expand(arguments: list[str]) -> list[str]:
 
 
 def applied(study: Study, arm: str) -> list[str]:
-    """Notes the arm in the configuration and takes all arms out of it: what they interpolate may not be there."""
+    """Return overrides that record the arm and remove all arms, whose interpolations may not resolve."""
     return [f"++study.applied={arm}", *(f"~study.{scale}" for scale in study.arms)]
 
 
 def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:
-    """The command of a study's grid, with `arm=` where the grid names arms that only another scale has. An arm that
-    none has stays in, to be refused; arms on the command line are the user's own."""
+    """Add `arm=<arms of this scale>` to a sweep's command if the grid names arms that only another scale has.
+
+    An arm that no scale has is kept, to be refused later. Arms given on the command line are left as they are.
+    """
     given = {key_of(argument) for argument in arguments}
     if {"arm", "hydra.sweeper.params.arm"} & given:
         return arguments
@@ -228,7 +236,7 @@ def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:
     return arguments if here == named or not here else [*arguments, f"arm={','.join(here)}"]
 
 
-# What a cell may differ in and still be the same cell: what names it, and what only tells where and how it runs.
+# Keys that do not make another cell: those that name it, and those that say where and how it runs.
 SILENT = ("experiment", "arm", "scale", "seed", "hardware", "logger", "overwrite", "name", "dry_run", "num_samples")
 SILENT += ("speed_images", "log_every", "checkpoint_every", "paths", "hydra", "objective")
 
@@ -238,14 +246,14 @@ def is_silent(override: str) -> bool:
 
 
 def cell_name(study: str, scale: str, arm: str, seed: str | int, extra: list[str] = ()) -> str:
-    """Name, and folder below runs/, of a cell; what was changed beside the arm is part of it."""
-    # No character that Hydra's grammar would read: the name is handed on as an override.
+    """Return a cell's name, which is its folder below runs/; `extra` are overrides besides the arm's."""
+    # The name is passed on as an override, so it must not contain characters of Hydra's grammar.
     tail = "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '_', o.lstrip('+'))}" for o in extra)
     return f"studies/{study}/{scale}/{arm}-seed{seed}{tail}"
 
 
 def split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """(options with the values that follow them, such as `--cfg job`; overrides)."""
+    """Split arguments into (options with the values that follow them, such as `--cfg job`; overrides)."""
     options, overrides, rest = [], [], iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):

@@ -1,4 +1,4 @@
-"""One cell of a study or sweep: whether it is done, and the number it is worth to a sweeper."""
+"""One cell of a study or sweep: find its results if it is done, and compute the objective for a sweeper."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from fastvlm.study.recorded import CELL, NOTE, record_finished
 
 
 def finished_cell(config: DictConfig) -> dict | None:
-    """Results of this cell where it is done: same configuration, same code. A run outside a sweep or study is not
-    looked for: it evaluates again, as it always did."""
+    """Return the results of this cell if it is done with the same configuration and code, else None.
+
+    Always None outside a sweep or study, where a run evaluates again, and with `overwrite=true`.
+    """
     in_sweep = config.study is not None or CELL in os.environ
     if not in_sweep or config.overwrite:
         return None
-    if config.get("vlm"):  # what a pretrained model settles is part of the configuration
+    if config.get("vlm"):  # the keys that a pretrained model fills in are part of the configuration
         from fastvlm.build import settle_views
 
         settle_views(config)
@@ -28,10 +30,10 @@ def finished_cell(config: DictConfig) -> dict | None:
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     results = finished(run_dir, resolved)
     if results is None and (other := elsewhere(runs, resolved)) is not None:
-        # The same cell under another study's name, a baseline most often: its results are these.
+        # The same cell under another study's name, most often a baseline: reuse its results.
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         if not run_dir.exists():
-            shutil.copytree(other, run_dir, symlinks=True, ignore=shutil.ignore_patterns(NOTE))  # its own run's
+            shutil.copytree(other, run_dir, symlinks=True, ignore=shutil.ignore_patterns(NOTE))  # names the other run
         else:
             for name in ("results.json", "config.yaml", "lineage.json"):
                 shutil.copyfile(other / name, run_dir / name)
@@ -45,10 +47,10 @@ def finished_cell(config: DictConfig) -> dict | None:
 
 
 def objective(results: dict, *, names: list[str]) -> float | list[float] | None:
-    """What the sweeper is told: the metric, or a list where it weighs several.
+    """Return the named metric for the sweeper, or a list of several; None for a run without metrics.
 
     Raises:
-        ValueError: a metric this run has not, unless it is the one metric of the default and there was no task.
+        ValueError: the run has metrics, but not this one.
     """
     metrics = results["metrics"]
     if not metrics:

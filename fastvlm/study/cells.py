@@ -1,4 +1,4 @@
-"""A study's results: one row a cell, from run directories, results.csv or MLflow."""
+"""A study's results: one row per cell, from run directories, results.csv or MLflow."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastvlm.study.composed import Composed, composed
 
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
 COST = ("steps", "tokens", "views", "flops", "seconds")
-# Left out of results.csv: what the questions score without looking, type by type.
+# Left out of results.csv: the blind baselines' scores for each question type, and counts.
 NOT_KEPT = re.compile(r"test/exact_match_(removed|swapped|majority)/(?!mean$)|test/num_questions|test/text_tokens")
-# What two runs of one cell on one machine may differ in.
+# Metrics that may differ between two runs of one cell on one machine.
 TIMES = re.compile(r"seconds$|_ms\b|_per_second$|speed/")
-# Of the stage trained last: its row in the results, and the unit it is shown in.
+# Metrics of the stage trained last: name -> (key in the results' cost, divisor for the unit shown).
 TRAINED = {"train/memory_mib": ("held_bytes", 2**20), "train/step_ms": ("step_ms", 1), "train/learned": ("learned", 1)}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study: what it was, what it cost, what it reached."""
+    """One run of a study: what was run (keys of `ABOUT`), what it cost (keys of `COST`) and its metrics."""
 
     about: dict[str, str]
     cost: dict[str, float]
@@ -43,10 +43,10 @@ class Cell:
 
 
 def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
-    """(arm, seed) of every cell of the grid that this scale has.
+    """Return (arm, seed) of every cell of the grid that this scale has.
 
     Raises:
-        ValueError: the grid names an arm that does not exist, or seeds that are none.
+        ValueError: the grid names an arm that does not exist, or invalid seeds.
     """
     here = [arm for arm in grid_arms(study) if not study.elsewhere(arm, scale)]
     for arm in here:
@@ -55,7 +55,7 @@ def planned(study: Study, *, scale: str) -> list[tuple[str, int]]:
 
 
 def num_ran(study: Study, runs: Path, *, scale: str) -> int:
-    """Run directories of this study that hold results, of whatever configuration."""
+    """Count the run directories of this study that hold results, of any configuration."""
     folders = [runs / cell_name(study.name, scale, *cell) for cell in ran(study, runs, scale=scale)]
     return sum((folder / "results.json").is_file() for folder in folders)
 
@@ -81,13 +81,12 @@ def from_results(results: dict, *, scale: str, arm: str, seed: int) -> Cell:
 
 
 def six_digits(value: float) -> float:
-    """As results.csv keeps it: a page is the same, to the last digit, wherever its cells are read from."""
+    """Round as results.csv does, so that a page is the same to the last digit wherever its cells are read from."""
     return float(f"{value:.6g}")
 
 
 def trained(results: dict) -> dict[str, float]:
-    """`train/...` of the stage that was trained last: what it held from step to step, a step's time, the parameters
-    that learned."""
+    """Return `train/...` of the stage trained last: memory held between steps, time per step, learned parameters."""
     last = next(reversed(results.get("cost", {}).values()), {})
     return {name: last[key] / unit for name, (key, unit) in TRAINED.items() if key in last}
 
@@ -97,7 +96,7 @@ OTHER = "was run with another configuration"
 
 @dataclass(frozen=True)
 class Missing:
-    """A cell that is not to be had, and why."""
+    """A cell without usable results, and why."""
 
     arm: str
     seed: int
@@ -108,8 +107,10 @@ class Missing:
 
 
 def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list[Missing]]:
-    """Cells that run directories hold, those of seeds beyond the grid's too, and what they lack of the grid: a run of
-    another configuration than its arm is composed to now is none of its cells."""
+    """Read a study's cells from its run directories, including seeds outside the grid; return them and what is missing.
+
+    A run counts as missing if its configuration is not the one that its arm composes to now.
+    """
     cells, missing = [], []
     for arm, seed in wanted(study, ran(study, runs, scale=scale), scale=scale):
         run_dir = runs / cell_name(study.name, scale, arm, seed)
@@ -118,7 +119,7 @@ def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list
             missing.append(Missing(arm, seed, "has not run"))
             continue
         cell, own = from_results(results, scale=scale, arm=arm, seed=seed), composed(study, scale=scale, arm=arm)
-        if own.fault:  # told in a remark of the page
+        if own.fault:  # a remark on the page says so
             cells.append(cell)
         elif now(run_dir, results["made"], own, seed=seed):
             cells.append(replace(cell, about=cell.about | {"config": own.hash(seed)}))
@@ -128,8 +129,10 @@ def read_runs(study: Study, runs: Path, *, scale: str) -> tuple[list[Cell], list
 
 
 def ran(study: Study, runs: Path, *, scale: str) -> list[tuple[str, int]]:
-    """(arm, seed) of every run directory that is a cell of this study, begun or done; one in which more was changed
-    than the arm is none, and none is the empty one of a dry run."""
+    """Return (arm, seed) of every run directory that is a cell of this study, begun or done.
+
+    Runs with more changed than the arm and the empty directories of dry runs do not count.
+    """
     folder = (runs / cell_name(study.name, scale, "arm", 0)).parent
     begun = [path.name for path in folder.glob("*-seed*") if path.is_dir() and any(path.iterdir())]
     matches = [re.fullmatch(r"(.+)-seed(\d+)", name) for name in begun]
@@ -138,14 +141,16 @@ def ran(study: Study, runs: Path, *, scale: str) -> list[tuple[str, int]]:
 
 
 def wanted(study: Study, found: Iterable[tuple[str, int]], *, scale: str) -> list[tuple[str, int]]:
-    """The cells of the grid and those found beside it, by arm and seed."""
+    """Return the cells of the grid and those found outside it, sorted by arm and seed."""
     places = {arm: place for place, arm in enumerate(study.arms.get(scale, {}))}
     return sorted({*planned(study, scale=scale), *found}, key=lambda cell: (places[cell[0]], cell[1]))
 
 
 def now(run_dir: Path, made: dict, arm: Composed, *, seed: int) -> bool:
-    """Whether a run's results are of the configuration that its arm has now. One that ran where data lie elsewhere is
-    known by its config.yaml, if that is still what the results were made by."""
+    """Return whether a run's results belong to the present configuration of its arm.
+
+    A run with other data paths is recognised by its config.yaml, if the results were made with that.
+    """
     if arm.knows(made["config"], seed=seed):
         return True
     try:
@@ -156,11 +161,11 @@ def now(run_dir: Path, made: dict, arm: Composed, *, seed: int) -> bool:
 
 
 def write_csv(file: Path, cells: list[Cell]) -> None:
-    """All cells of one study, sorted by scale, arm and seed: the same cells make the same bytes."""
+    """Write all cells of one study, sorted by scale, arm and seed: the same cells give the same bytes."""
     names = sorted({name for cell in cells for name in cell.metrics})
     with replacing(file) as part, open(part, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        # Results of before libraries were noted keep their form.
+        # Results from before library versions were recorded keep their columns.
         about = [*ABOUT, *(key for key in LIBRARIES if any(cell.about.get(key) for cell in cells))]
         writer.writerow([*about, *COST, *names])
         for cell in sorted(cells, key=lambda c: (c.about["scale"], c.arm, c.seed)):
@@ -173,8 +178,10 @@ def write_csv(file: Path, cells: list[Cell]) -> None:
 
 
 def read_csv(file: Path, *, scale: str | None = None) -> list[Cell]:
-    """Raises:
-    ValueError: the file is not one of these, with the line that is not.
+    """Read the cells of a results.csv; none if the file is missing.
+
+    Raises:
+        ValueError: not a results.csv, or a malformed or duplicate line, with its number.
     """
     if not file.is_file():
         return []
@@ -206,16 +213,16 @@ def _of_row(row: dict[str, str]) -> Cell:
 
 
 def check_one_origin(cells: list[Cell], *, command: str) -> None:
-    """Refuse to pair results that two versions of the code or of a library made, or two kinds of hardware.
+    """Refuse to pair results from different versions of the code or of a library, accelerators or precisions.
 
-    Two commits whose code that trains and scores is the same are one origin. What older results do not say is taken to
+    Commits with the same training and scoring code are the same version. What older results do not record is taken to
     be the same.
 
     Args:
         command: runs the study; the cells' seeds are added to it.
 
     Raises:
-        ValueError: naming both sides, with the command that makes them one.
+        ValueError: names both sides and the command that runs the outdated cells again.
     """
     changed = "between which code that decides numbers has changed"
     kinds = {"code": ("of commit", changed), "accelerator": ("on", ""), "precision": ("in", "")}

@@ -1,4 +1,4 @@
-"""What a study is to decide: experiments/<study>/claims.yaml, one entry a claim."""
+"""What a study decides: experiments/<study>/claims.yaml, one entry per claim."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ class Claim:
 
     Args:
         claim: the sentence.
-        paper, table: where it comes from.
-        metric: decides; `beside` is shown with it. Rows of fastvlm/study/metrics.py.
-        direction: of the metric in the first arm against the second: higher, lower, same.
-        steps: [first, second] arm at equal optimiser steps, all stages that an arm trains itself counted. Steps that
-            are not equal are told wherever the verdict is, which is then that of the arms as planned.
-        planned: the pair as the papers run it, where its arms take unequal steps by intent and `steps` (or `compute`
-            alone) names others.
-        compute: the pair at equal operations; left out where the first of these pairs has about as many.
-        margin: `same` needs one; with a direction, what the difference must exceed, below 0 for "no worse than".
-        factor: how many times lower or higher the metric must be at least, in place of a margin: for times and sizes,
+        paper, table: its source.
+        metric: the metric that decides; those in `beside` are only shown. Rows of fastvlm/study/metrics.py.
+        direction: the metric of the first arm compared with the second: higher, lower or same.
+        steps: [first, second] arm at equal optimiser steps, summed over the stages that an arm trains itself. If the
+            steps are not equal, the verdict is one of the arms as planned and is shown with both numbers.
+        planned: the pair as the paper runs it, if its arms take unequal steps on purpose; `steps` or `compute` then
+            name other arms.
+        compute: the pair at equal operations; may be omitted if `planned`, else `steps`, has about equal operations.
+        margin: for `same`, the largest difference allowed (above 0, required); for higher or lower, what the
+            difference must exceed, below 0 for "no worse than".
+        factor: replaces `margin`: by what factor the metric must at least be higher or lower. For times and sizes,
             whose differences mean nothing on another machine. Decided on logarithms.
         size: the paper's difference in words.
-        optimum: [first, second], each arm -> the value it was given: the claim is then not about the metric but about
-            the value at which it is best, on a log scale; `steps` names an arm of each for the cost.
-        figures: the paper's numbers, rows of paper.csv by their `key`.
+        optimum: [first, second], each arm -> the value it was given. The claim is then about the value at which the
+            metric is best, on a log scale, not about the metric; `steps` names an arm of each for the cost.
+        figures: the paper's numbers: values of `key` in paper.csv.
     """
 
     claim: str
@@ -59,38 +60,36 @@ class Claim:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """The first pair: what the claim is about before steps or operations are made equal."""
+        """The first pair: the one that the claim is about before steps or operations are made equal."""
         first, second = self.planned or self.steps
         return first, second
 
     @property
     def arms(self) -> set[str]:
-        """All it is decided on."""
+        """All arms that decide it."""
         return {*self.planned, *self.steps, *self.compute, *(arm for one in self.optimum for arm in one)}
 
     def lacks(self, arms: Collection[str]) -> list[str]:
-        """Arms of its first pair that are none of these: without them it is no claim at this scale."""
+        """Return the arms of its first pair or optimum that are not in `arms`; without them it cannot be decided."""
         first = dict.fromkeys((*self.pair, *(arm for one in self.optimum for arm in one)))
         return [arm for arm in first if arm not in arms]
 
     @property
     def sized(self) -> bool:
-        """Whether it says how large the difference is, in the units of `metric`: of another metric its size says
-        nothing."""
+        """Whether it says how large the difference is, in units of `metric`; this does not apply to other metrics."""
         return self.direction == "same" or self.margin != 0 or self.factor not in (None, 1)
 
 
 def load_claims(study: Study, *, scale: str = "micro") -> list[Claim]:
-    """A study's claims whose first pair this scale has."""
+    """Return a study's claims whose first pair exists at this scale."""
     return [claim for claim in all_claims(study) if not claim.lacks(study.arms.get(scale, {}))]
 
 
 def all_claims(study: Study) -> list[Claim]:
-    """Read and check a study's claims, of whatever scale.
+    """Read and check a study's claims, of all scales.
 
     Raises:
-        ValueError: no file or no claim in it, an unknown key or metric, a pair whose arm exists at no scale, a
-            direction that is none.
+        ValueError: no file or no claim in it, an unknown key, metric or direction, an arm that exists at no scale.
     """
     file = study.folder / "claims.yaml"
     if not file.is_file():
@@ -145,7 +144,7 @@ def check(claim: Claim, study: Study, *, where: str) -> None:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a paper, with how far to trust it."""
+    """One number of a paper; `status` says how reliable it is."""
 
     key: str
     table: str
@@ -156,10 +155,10 @@ class Figure:
 
 
 def load_figures(folder: Path) -> dict[str, Figure]:
-    """paper.csv of a study by key: key, table, setting, metric, value, status.
+    """Read a study's paper.csv (key, table, setting, metric, value, status) into key -> figure; empty without a file.
 
     Raises:
-        ValueError: other columns than these, an unknown status, or a key that stands twice.
+        ValueError: other columns than these, an unknown status, or a duplicate key.
     """
     file = folder / "paper.csv"
     figures: dict[str, Figure] = {}

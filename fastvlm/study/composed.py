@@ -1,4 +1,4 @@
-"""A study's arms as study.yaml and conf/ compose them now: whose results are theirs, and what two arms stand on."""
+"""A study's arms as study.yaml and conf/ compose them now: which results and which stand-in parts belong to them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastvlm.config import check, composition, explain
 from fastvlm.identity import hash_of, identity, portable_hash
 from fastvlm.study.arms import Study, applied, cell_name, merge
 
-SEED = 987_654_321  # stands for the seed in what is resolved once for all of them
-NAMES = {"llm": "language model"}  # of parts, in a sentence; the others are called what they are
+SEED = 987_654_321  # placeholder: a configuration is resolved once for all seeds
+NAMES = {"llm": "language model"}  # parts whose name in a sentence is not their key
 
 
 class Composed:
-    """One arm at one scale. Composed once: seeds differ in what interpolates `seed` alone.
+    """One arm at one scale, composed once: seeds differ only where the configuration interpolates `seed`.
 
     Args:
-        config: composed and checked.
-        fault: why it cannot be; nothing is known of its cells then.
+        config: composed and checked; None if that failed.
+        fault: why it failed; nothing is then known about the arm's cells.
     """
 
     def __init__(self, config: DictConfig | None, *, fault: str = ""):
@@ -39,16 +39,15 @@ class Composed:
         return self._resolved[seed]
 
     def hash(self, seed: int) -> str:
-        """What `config` says in results.csv: the same wherever data and runs lie."""
+        """Return the `config` column of results.csv, which does not depend on where data and runs are."""
         return portable_hash(self.resolved(seed))
 
     def knows(self, config: str, *, seed: int) -> bool:
-        """Whether this is the hash of its configuration, as results.csv has it or as a run here has."""
+        """Return whether `config` is the hash of this arm's configuration, as in results.csv or as in a run here."""
         return config in (self.hash(seed), hash_of(identity(self.resolved(seed))))
 
     def stand_ins(self, seed: int) -> dict[str, str]:
-        """Part -> hash of the stage that trains what stands in for its pretrained weights: one with a seed of its
-        own."""
+        """Map each stand-in for a pretrained part to the hash of the stage that trains it: one with its own seed."""
         whole, found = self.resolved(seed), {}
         for stage in whole["stages"].values():
             if stage.get("seed") is None:
@@ -61,7 +60,7 @@ class Composed:
 
 
 def with_seed(node: Any, seed: int) -> Any:
-    """A copy of what was resolved with `SEED`, for this seed: a number of its own, or part of a text."""
+    """Copy what was resolved with `SEED`, with this seed in its place, as a number or within a string."""
     if isinstance(node, dict):
         return {key: with_seed(value, seed) for key, value in node.items()}
     if isinstance(node, list):
@@ -72,7 +71,7 @@ def with_seed(node: Any, seed: int) -> Any:
 
 
 def composed(study: Study, *, scale: str, arm: str) -> Composed:
-    """An arm as it is composed now; the same object at every call while study.yaml stays as it is."""
+    """Compose an arm; returns the same object until study.yaml changes."""
     text = (study.folder / "study.yaml").read_text(encoding="utf-8")
     key = (study.name, text, scale, arm, composition.CONF)
     if key not in _COMPOSED:
@@ -107,9 +106,10 @@ def _compose(study: Study, *, scale: str, arm: str) -> Composed:
 
 
 def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, frozenset[str], list[str]]:
-    """(the cells, those of the arms' present configuration with its hash; arms of the others; remarks about them).
+    """Find the cells, published or recorded earlier, that belong to another configuration than their arm has now.
 
-    Of results that were published or recorded earlier: they are shown, and what they are of is said.
+    Returns:
+        All cells, those of the present configuration with its hash; the arms of the others; remarks about them.
     """
     known, others, faults = [], {}, {}
     for cell in cells:
@@ -136,8 +136,10 @@ def told_apart(study: Study, cells: Sequence, *, scale: str) -> tuple[list, froz
 
 
 def one_training(first: Iterable[Composed], second: Iterable[Composed]) -> tuple[str, ...]:
-    """Parts in whose stand-ins two sides differ, while each arm has one training of it for all its seeds: what
-    another training would change is in no interval over seeds. Empty where an arm cannot be composed."""
+    """Return the parts whose stand-ins differ between two sides and were trained once for all seeds of an arm.
+
+    An interval over seeds leaves out what another training would change. Empty if an arm cannot be composed.
+    """
     sides = [list(first), list(second)]
     arms = [arm for side in sides for arm in side]
     if any(arm.fault for arm in arms):

@@ -1,4 +1,4 @@
-"""From rows to what they say of a claim: which cells are a pair, on which basis, and the verdict."""
+"""Decide claims from cells: which cells form a pair, on which basis they are compared, and the verdict."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fastvlm.study.claims import Claim
 from fastvlm.study.metrics import HIGHER, LOWER, metric_of
 from fastvlm.study.verdicts import Verdict, decide, decide_same, describe_only
 
-# Within these shares of each other steps and operations count as equal.
+# Steps and operations count as equal if they differ by no more than these shares.
 EQUAL_STEPS = 0.02
 EQUAL_COMPUTE = 0.05
 
 
 @dataclass(frozen=True)
 class Decided:
-    """A claim, one of its metrics, on one basis, and what the seeds say.
+    """The verdict on one metric of a claim on one basis.
 
     Args:
-        basis: steps or compute, where they are equal; planned, where the arms take what they take.
-        steps: optimiser steps of the two arms, means over seeds; None where one has not run.
-        verdict: None where nothing can be said; `why` then says why, `short` in few words.
+        basis: `steps` or `compute` if these are equal; `planned` if the arms are compared as they are.
+        steps: optimiser steps of the two arms, means over seeds; None if one has not run.
+        verdict: None if there is none; `why` then says why, `short` in a few words.
         as_factor: the verdict's numbers are natural logarithms of a factor.
-        below: parts, in words, that differ between the arms and of which each arm has one training for all seeds.
-        other: cells of these arms are of another configuration than theirs is now.
+        below: names of parts that differ between the arms and were trained once for all seeds of an arm.
+        other: some cells of these arms have another configuration than their arm has now.
     """
 
     claim: Claim
@@ -46,13 +46,13 @@ class Decided:
 
     @property
     def compared(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The arms on either side."""
+        """The arms on each side."""
         first, second = self.claim.optimum or [[arm] for arm in self.pair]
         return tuple(first), tuple(second)
 
     @property
     def on(self) -> str:
-        """The basis in words that may follow a verdict; unequal steps are told."""
+        """The basis in words that can follow a verdict, with the steps if they are unequal."""
         if self.basis != "planned":
             return f"at equal {self.basis}"
         if self.steps is None:
@@ -65,8 +65,10 @@ def by_seed(cells: list[Cell], arm: str, metric: str) -> dict[int, float]:
 
 
 def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dict[int, float]:
-    """Seed -> log2 of the value at which the metric is best: the vertex of the parabola through the best arm and its
-    neighbours on a log scale, the arm itself at an end of the range."""
+    """Map each seed to log2 of the value at which the metric is best.
+
+    This is the vertex of the parabola through the best arm and its neighbours; at an end of the range, the best arm.
+    """
     arms = sorted(values, key=values.__getitem__)
     sign = -1.0 if metric_of(metric).better == HIGHER else 1.0
     scores = [by_seed(cells, arm, metric) for arm in arms]
@@ -83,14 +85,15 @@ def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dic
 
 
 def decide_claim(claim: Claim, cells: list[Cell], *, arms: Collection[str] | None = None) -> list[Decided]:
-    """Every metric of a claim on every basis; the deciding metric first. A claim about a cost, and a law over sizes,
-    have no equal compute.
+    """Decide every metric of a claim on every basis, the deciding metric first.
+
+    A claim about a cost or an optimum is not decided at equal compute.
 
     Args:
         arms: those that the cells' scale has; None: all.
 
     Raises:
-        ValueError: cells of the claim's arms, none of which has the metric that decides.
+        ValueError: the claim's arms have run, but no cell has the deciding metric.
     """
     mine = [cell for cell in cells if cell.arm in claim.arms]
     known = sorted({name for cell in mine for name in cell.metrics})
@@ -164,7 +167,7 @@ def decide_pair(
 
 
 def near(one: float, other: float, share: float) -> bool:
-    """Whether two counts are within this share of each other; 0 is a count that nobody made."""
+    """Return whether two counts differ by at most this share; a count of 0 is unknown and equals nothing."""
     return bool(one and other) and abs(one / other - 1) <= share
 
 
@@ -174,24 +177,24 @@ def machine(cells: list[Cell], arm: str, seed: int) -> tuple[str, ...]:
 
 
 def judge(claim: Claim, metric: str, ours: list[float], theirs: list[float]) -> Verdict:
-    """What paired values say; a difference is counted so that above 0 speaks for the claim, as first minus second where
-    the claim is that two arms are the same, or the metric has no good side.
+    """Decide on paired values of two arms.
 
-    A metric beside the one that decides has its own good side. It gets no verdict where it has none, or where the claim
-    says how large a difference is: that size is not one in its units.
+    Differences above 0 support the claim; if it says that the arms are the same, or the metric has no better direction,
+    they are first minus second. A metric shown beside the deciding one is judged by its own better direction. It gets
+    no verdict if it has none, or if the claim gives a size, which is not in its units.
     """
     decides, better = metric == claim.metric, metric_of(metric).better
     side = claim.direction
     if not decides and not claim.optimum and claim.direction != "same":
         claimed = metric_of(claim.metric).better
-        # Of two metrics with a good side: does the claim favour that of the deciding one, or speak against it?
+        # A claim that its first arm is worse on the deciding metric favours the worse direction here, too.
         against = claimed is not None and claim.direction != claimed
         side = {HIGHER: LOWER, LOWER: HIGHER}.get(better) if against else better
     sign = -1.0 if side == LOWER else 1.0
     if claim.factor and decides:
         if bad := [value for value in (*ours, *theirs) if value <= 0]:
             raise ValueError(f"the claim '{claim.claim}' is about a factor, but {metric} is {bad[0]:g} in a cell")
-        # A smaller factor than the claimed one speaks against the claim, not only the wrong sign.
+        # A factor smaller than claimed counts against the claim, not only one in the other direction.
         factor = math.log(claim.factor)
         v = decide([sign * math.log(a / b) - factor for a, b in zip(ours, theirs)])
         return replace(v, mean=v.mean + factor, low=v.low + factor, high=v.high + factor)

@@ -1,7 +1,7 @@
-"""Everything of a run but its data, weights and training: `dry_run=true` proves a configuration on any machine.
+"""Check a configuration without data, weights or training (`dry_run=true`), on any machine.
 
-Parts are built in their own sizes on torch's meta device, which holds shapes and no numbers; trainable patterns are
-matched, mixtures built, and the stages' sizes, operations and memory told.
+Parts are built at full size on torch's meta device, which holds shapes but no values. Trainable patterns are matched,
+mixtures are built, and each stage's sizes, operations and memory are printed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastvlm.study.arms import load_study
 
 
 def dry_run(config: DictConfig) -> None:
-    """Check one configuration, or with a study and no arm all of its arms at this scale; say their sizes.
+    """Check one configuration, or all arms of a study at this scale if no arm is given; print their sizes.
 
     Raises:
         ValueError: the first thing that would not run.
     """
     if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # a library's words to its developers
+        warnings.filterwarnings("ignore", category=FutureWarning)  # these address a library's developers
     if config.study is None or config.arm is not None:
         describe(config)
         return
@@ -46,7 +46,11 @@ def dry_run(config: DictConfig) -> None:
 
 
 def describe(config: DictConfig, *, memory: bool = True) -> list[dict[str, float | int]]:
-    """Print and return the stages' sizes: `learns`, `steps`, `tokens`, `flops`; with `memory`, print what they hold."""
+    """Print and return each stage's `learns` (parameters), `steps`, `tokens` (per view), `flops` (forward, per step).
+
+    Args:
+        memory: also print an estimate of the memory that each stage needs.
+    """
     settle_views(config)
     model = build_without_weights(config)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts.items()}
@@ -79,10 +83,10 @@ def describe_stage(name: str, stage: DictConfig, model: VLM) -> dict[str, float 
     slots = check_size(name, stage, model)
     tokens = slots if reads else 0
     step = 0.0
-    if not isinstance(model, PretrainedVLM):  # which has a chain of its own between its parts
+    if not isinstance(model, PretrainedVLM):  # its forward pass is its own, so its operations are not counted
         forward = count_forward(model, parts=list(stage.parts), image_size=stage.image_size, length=stage.max_tokens)
         row = forward.linear * stage.max_tokens + forward.square * stage.max_tokens**2
-        step = stage.batch_size * (row + sum(forward.view.values()))  # one view a row, no gradients
+        step = stage.batch_size * (row + sum(forward.view.values()))  # one view per row, forward only
     steps = stage.steps
     length = f"{steps:,} steps" if steps else f"{stage.epochs:g} epochs (steps are known once the shards are here)"
     size = f"{stage.batch_size:,} rows of {stage.max_tokens:,}"
@@ -108,10 +112,10 @@ def present(path) -> str:
 
 
 def build_without_weights(config: DictConfig) -> VLM:
-    """The VLM of a configuration on the meta device.
+    """Build the VLM of a configuration on the meta device.
 
     Raises:
-        ValueError: the language model is neither in PUBLISHED nor a folder here.
+        ValueError: the language model is neither in PUBLISHED nor a local folder.
     """
     if config.vlm is not None:
         if config.vlm["_target_"].endswith("pretrained.from_pretrained"):
@@ -129,7 +133,7 @@ def build_without_weights(config: DictConfig) -> VLM:
 
 
 def bare(config: DictConfig) -> DictConfig:
-    """A part's configuration without the weights it would load, in every constructor below it."""
+    """Return a part's configuration without the keys that load weights, in nested constructor calls, too."""
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
 
     def strip(node):
@@ -140,7 +144,7 @@ def bare(config: DictConfig) -> DictConfig:
         target = str(node.get("_target_", ""))
         kept = {k: strip(v) for k, v in node.items() if k not in ("checkpoint", "pretrained")}
         if "open_clip" in target:
-            kept["device"] = "meta"  # create_model moves to a device of its own
+            kept["device"] = "meta"  # create_model moves the model to a device itself
         return kept
 
     return OmegaConf.create(strip(plain))
@@ -172,7 +176,7 @@ def bare_llm(config: DictConfig, *, tokenizer: DictConfig) -> tuple[DictConfig, 
 
 
 def vocabulary(tokenizer: DictConfig) -> int:
-    """Rows of an embedding for this tokenizer; a usual number of them where it is not here yet."""
+    """Return the number of embedding rows for this tokenizer; 32,000 if it is not on this machine."""
     try:
         with torch.device("cpu"):
             return len(instantiate(tokenizer, key="tokenizer"))

@@ -1,4 +1,4 @@
-"""How long a grid took by the clock: grid.json, noted by each sweep below runs/, published beside results.csv."""
+"""Wall-clock time of a grid: grid.json, written by each sweep below runs/ and published beside results.csv."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FILE = "grid.json"
 
 @dataclass(frozen=True)
 class Sweep:
-    """One `train.py -m` of a study, to its end or its Ctrl-C.
+    """One `train.py -m` of a study, until it ended or was interrupted.
 
     Args:
-        minutes: from its first cell to its page.
-        at_once: cells side by side; None where a launcher does not say.
-        cells: `<arm>-seed<n>` of those that ended in it; what was found done is none.
+        minutes: wall-clock time, from its start to the end of its last cell.
+        at_once: cells that ran in parallel; None if the launcher does not say.
+        cells: `<arm>-seed<n>` of those that finished in it, without those that were done before.
     """
 
     scale: str
@@ -33,7 +33,7 @@ class Sweep:
 
 
 def began(run_dir: Path) -> float | None:
-    """When the run began that a run directory's results are of, 0 where they do not say; None without results."""
+    """Return when the run began that made a directory's results, in epoch seconds (0: unknown); None without any."""
     results = read_results(run_dir)
     if results is None:
         return None
@@ -42,17 +42,17 @@ def began(run_dir: Path) -> float | None:
 
 
 def cells_since(study: Study, runs: Path, *, scale: str, begun: float) -> tuple[str, ...]:
-    """Cells of a study that began, and have ended, since then."""
+    """Return the cells of a study that began at `begun` or later and have finished."""
     names = []
     for arm, seed in sorted(ran(study, runs, scale=scale)):
         at = began(runs / cell_name(study.name, scale, arm, seed))
-        if at is not None and at >= int(begun):  # noted in whole seconds
+        if at is not None and at >= int(begun):  # recorded in whole seconds
             names.append(f"{arm}-seed{seed}")
     return tuple(names)
 
 
 def read_sweeps(file: Path) -> list[Sweep]:
-    """The sweeps a grid.json tells of; none without one."""
+    """Read the sweeps of a grid.json; none if it is missing or unreadable."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,7 +67,7 @@ def write_sweeps(file: Path, sweeps: Iterable[Sweep]) -> None:
 
 
 def note(file: Path, sweep: Sweep) -> None:
-    """Add a sweep; an earlier one all of whose cells it ran again is no part of the grid any more."""
+    """Add a sweep to the file, and remove earlier ones if it ran all of their cells again."""
     if not sweep.cells:
         return
     again = {(sweep.scale, cell) for cell in sweep.cells}
@@ -76,14 +76,14 @@ def note(file: Path, sweep: Sweep) -> None:
 
 
 def of_cells(sweeps: Iterable[Sweep], cells: Iterable[Cell]) -> list[Sweep]:
-    """Those sweeps in which some of these cells ran, with them alone."""
+    """Return the sweeps in which some of these cells ran, each reduced to these cells."""
     known = {(cell.about["scale"], f"{cell.arm}-seed{cell.seed}") for cell in cells}
     kept = [replace(one, cells=tuple(c for c in one.cells if (one.scale, c) in known)) for one in sweeps]
     return [one for one in kept if one.cells]
 
 
 def say_grid(sweeps: Sequence[Sweep], cells: Sequence[Cell], *, scale: str) -> str:
-    """The grid by the clock in a line; empty where it is not known."""
+    """Say in one line how long the grid took; empty if that is not known."""
     sweeps = of_cells([one for one in sweeps if one.scale == scale], cells)
     if not sweeps:
         return ""

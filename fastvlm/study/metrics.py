@@ -1,4 +1,4 @@
-"""Every metric a claim may name: which way is better, whether it is a cost, what a page calls it."""
+"""The metrics that a claim may name: which direction is better, whether it is a cost, and its label on a page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Metric:
     """One row of the table.
 
     Args:
-        better: higher, lower, or None where neither is: a claim then says which it favours, and beside another metric
-            it gets no verdict.
-        label: on a page; "" for the name itself.
-        cost: what an arm takes, not what it reaches. A claim about a cost has no equal compute.
-        timed: it depends on the machine it ran on.
+        better: higher, lower, or None if neither is: a claim then says which it favours, and the metric gets no verdict
+            if it is only shown beside another.
+        label: its name on a page; "" for the metric's own name.
+        cost: it measures what an arm takes, not what it reaches. Claims about it are not decided at equal compute.
+        timed: it depends on the machine.
     """
 
     better: str | None
@@ -28,7 +28,7 @@ class Metric:
     timed: bool = False
 
 
-# By name; `*` stands for question types, sources, benchmarks. The first that fits counts.
+# `*` stands for question types, sources, benchmarks. An exact name counts first, then the first pattern that matches.
 METRICS = {
     "test/answer_nll": Metric(LOWER, "answer NLL"),
     "test/exact_match/mean": Metric(HIGHER, "exact match"),
@@ -39,7 +39,7 @@ METRICS = {
     "test/answer_nll/shots/0": Metric(LOWER, "answer NLL, no example"),
     "test/answer_nll/shots/2": Metric(LOWER, "answer NLL, 2 examples"),
     "test/answer_nll/shots/4": Metric(LOWER, "answer NLL, 4 examples"),
-    # How much lower than without examples.
+    # How much lower the NLL is than without examples.
     "test/answer_nll_gain/4": Metric(HIGHER, "gain of 4 examples"),
     "test/answer_nll_gain/*": Metric(HIGHER),
     "test/exact_match/shots/4": Metric(HIGHER, "exact match, 4 examples"),
@@ -56,7 +56,7 @@ METRICS = {
     "train/step_ms": Metric(LOWER, "training step, ms", cost=True, timed=True),
     "train/learned": Metric(LOWER, "parameters that learn", cost=True),
     "test/answer_nll/*": Metric(LOWER),
-    # With another image before it: how much worse says how much the image is used.
+    # How much worse the NLL is with another image, which shows how much the image is used.
     "test/answer_nll_gap": Metric(HIGHER),
     "test/answer_nll_swapped": Metric(None),
     "test/answer_length_reference": Metric(None),
@@ -66,7 +66,7 @@ METRICS = {
     "test/exact_match_majority/mean": Metric(None),
     "test/text_bits_per_byte": Metric(LOWER),
     "test/nll/*": Metric(LOWER),
-    # Of several benchmarks with this many examples: the mean of their main figures.
+    # Mean of the main figures of several benchmarks with this many examples.
     "test/benchmarks/shots/*": Metric(HIGHER),
     # Benchmarks: test/<task>/<metric>[/<group>]; after examples test/<task>/shots/<k>/<metric>[/<group>].
     "test/*/answer_length": Metric(None),
@@ -85,10 +85,10 @@ METRICS = {
 
 
 def metric_of(name: str) -> Metric:
-    """The row of a metric.
+    """Return a metric's row of the table.
 
     Raises:
-        ValueError: the table has no such metric, with the nearest it has.
+        ValueError: there is no such metric; names the nearest one.
     """
     found = _find(name)
     if found is None:

@@ -1,4 +1,4 @@
-"""Plots of a study: every arm's seeds beside its mean, and what accuracy costs in time."""
+"""Plots of a study: each arm's seeds and mean, and accuracy against time to first token."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastvlm.study.verdicts import mean_interval
 
 
 def make_plots(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, folder: Path, scale: str) -> list[str]:
-    """Write `<scale>.svg`, and `<scale>_pareto.svg` where a claim is about time to first token; their names."""
+    """Write `<scale>.svg`, and `<scale>_pareto.svg` if a claim is about time to first token; return the names."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # The same numbers make the same bytes.
+    # The same numbers give the same bytes.
     style = {"svg.hashsalt": study.name, "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
     style |= {"axes.spines.right": False}
     arms = [arm for arm in study.arms[scale] if any(cell.arm == arm for cell in cells)]
@@ -71,8 +71,7 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
 
 
 def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
-    """Exact match against milliseconds to the first token, with their intervals; the arms whose means none other beats
-    in both are joined."""
+    """Plot exact match against time to first token (ms) with intervals, and join the Pareto front of the means."""
     points = {}
     for arm in arms:
         mine = [c for c in cells if c.arm == arm and {"test/ttft_ms", "test/exact_match/mean"} <= c.metrics.keys()]
@@ -99,14 +98,14 @@ def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
     places = {arm: axis.transData.transform(point) for arm, point in means.items()}
     for arm, (x, y) in places.items():
         others = [place for other, place in places.items() if other != arm]
-        crowded = any(0 <= right - x < 60 and -6 < up - y < 14 for right, up in others)  # pixels; the label below then
+        crowded = any(0 <= right - x < 60 and -6 < up - y < 14 for right, up in others)  # pixels; label goes below
         offset = (5, -10) if crowded else (5, 4)
         axis.annotate(arm, means[arm], textcoords="offset points", xytext=offset, fontsize=8, zorder=4)
     return figure
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, worth) those that no other point matches at no more cost and no less worth, by rising cost."""
+    """Return the Pareto front of (cost, worth) by rising cost: every other point costs more or is worth less."""
     front: list[tuple[float, float]] = []
     for cost, worth in sorted(set(points), key=lambda p: (p[0], -p[1])):
         if not front or worth > front[-1][1]:

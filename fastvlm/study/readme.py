@@ -1,4 +1,4 @@
-"""A study's README.md and the catalogue of all studies, from its cells and verdicts."""
+"""Render a study's README.md and the catalogue of all studies from cells and verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlm.study.grid import Sweep, say_grid
 from fastvlm.study.metrics import label_of
 from fastvlm.study.verdicts import AGREES, ALPHA, DISAGREES, MOST_SEEDS, OPEN, POWER, SHOWN, Verdict, fewest_seeds
 
-# What every table of arms has, where a task yields it.
+# Columns of every table of arms, if the task yields them.
 EVERYWHERE = (
     *("test/answer_nll", "test/exact_match/mean", "test/text_perplexity", "test/nll/captions"),
     *("test/nll/interleaved/1", "test/nll/long_form", "test/answer_length", "test/ttft_ms"),
@@ -22,7 +22,7 @@ EVERYWHERE = (
 
 
 def number(value: float, *, digits: int = 3) -> str:
-    """Three significant digits, without an exponent where none is needed."""
+    """Format with three significant digits, without an exponent where none is needed."""
     if not math.isfinite(value):
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -32,7 +32,7 @@ def number(value: float, *, digits: int = 3) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Format the mean and standard deviation over seeds."""
     if not values:
         return "-"
     return number(mean(values)) + (f" ± {number(stdev(values), digits=2)}" if len(values) > 1 else "")
@@ -47,7 +47,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def shown_metrics(cells: Sequence[Cell], claims: Sequence[Claim]) -> list[tuple[str, str]]:
-    """What the table of arms has: what every study shows, and what this one's claims turn on."""
+    """Return (metric, label) for the table of arms: what every study shows, and the metrics of this one's claims."""
     named = [m for claim in claims for m in (claim.metric, *claim.beside)]
     have = {name for cell in cells for name in cell.metrics}
     return [(m, label_of(m)) for m in dict.fromkeys((*EVERYWHERE, *named)) if m in have]
@@ -70,7 +70,7 @@ def arms_table(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, 
 
 
 def say_verdict(decided: Decided) -> str:
-    """One cell of the table of verdicts."""
+    """Format one cell of the table of verdicts."""
     if decided.verdict is None:
         return f"- ({decided.why})"
     v = decided.verdict
@@ -83,14 +83,14 @@ def say_verdict(decided: Decided) -> str:
 
 
 def say_needed(verdict: Verdict) -> str:
-    """How many seeds an open question would need."""
+    """Say how many seeds an open question would need."""
     if verdict.num_seeds == 1:
         return f"one seed has no spread; {fewest_seeds()} are the fewest that can decide"
     return f"about {verdict.needed} seeds would tell" if verdict.needed else f"{MOST_SEEDS:,} seeds would not tell"
 
 
 def amount(decided: Decided) -> str:
-    """Mean and interval of what was decided: a difference, or a factor."""
+    """Format the mean and interval of what was decided: a difference, or a factor."""
     v = decided.verdict
     values = [math.exp(min(x, 700.0)) if decided.as_factor else x for x in (v.mean, v.low, v.high)]
     mean, low, high = map(number, values)
@@ -98,9 +98,11 @@ def amount(decided: Decided) -> str:
 
 
 def headline(decided: Sequence[Decided]) -> str:
-    """The verdict of a claim in a few words: that of the deciding metric, on every basis on which it differs or whose
-    steps are not equal; what an open question would need with it, of what each arm has one training only, and whether
-    cells are of another configuration."""
+    """Summarise a claim's verdict, that of its deciding metric, in a few words.
+
+    The basis is given if verdicts differ between bases or steps are unequal. In parentheses follow the seeds that an
+    open question needs, parts that an arm trained only once, and whether cells have another configuration.
+    """
 
     def outcome(one: Decided) -> str:
         if one.verdict is None:
@@ -121,7 +123,7 @@ def headline(decided: Sequence[Decided]) -> str:
 
 
 def say_ours(deciding: Sequence[Decided]) -> str:
-    """The amounts of a claim's deciding metric; on every basis, where they are not the same on all."""
+    """Format the amounts of a claim's deciding metric, for each basis unless they are the same on all."""
     known = [d for d in deciding if d.verdict]
     if not known:
         return deciding[0].why
@@ -131,7 +133,7 @@ def say_ours(deciding: Sequence[Decided]) -> str:
 
 
 def say_below(decided: Sequence[Decided]) -> list[str]:
-    """Of what each arm has one training only, pair by pair unless it holds for all."""
+    """Say which parts an arm trained only once for all seeds, pair by pair unless it holds for all pairs."""
     told = list(dict.fromkeys((d.pair, d.below) for d in decided if d.verdict))
     lines = []
     for parts in dict.fromkeys(below for _, below in told if below):
@@ -188,7 +190,7 @@ def readme(
     remarks: dict[str, list[str]],
     sweeps: Sequence[Sweep] = (),
 ) -> str:
-    """README.md of a study: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
+    """Render a study's README.md: question, verdicts beside the paper's figures, arms with their cost, where it ran."""
     lines = [f"# {study.name}", "", study.question, ""]
     lines += ["```sh", f"python train.py -m experiment={study.name}   # the grid; done cells are not run again"]
     arm = next(iter(study.arms["micro"] if "micro" in study.arms else study.arms["paper"]))
@@ -232,7 +234,7 @@ RULES = (
 
 
 def caption(plots: Sequence[str]) -> list[str]:
-    """What the plots of a page show."""
+    """Explain what the plots of a page show."""
     if not plots:
         return []
     said = (
@@ -247,7 +249,7 @@ def caption(plots: Sequence[str]) -> list[str]:
 
 
 def say_left_out(claim: Claim, lacks: Sequence[str]) -> str:
-    """The line of a claim whose first pair a scale does not have."""
+    """Format the line of a claim whose first pair a scale does not have."""
     arms = " and ".join(f"`{arm}`" for arm in lacks)
     return f"- {claim.claim} ({claim.paper}, {claim.table}): {arms} {'are' if lacks[1:] else 'is'} no arm at this scale"
 
@@ -260,7 +262,7 @@ def paper_table(figures: dict[str, Figure]) -> list[str]:
 
 
 def origin(cells: Sequence[Cell]) -> str:
-    """Where and by what the cells were made, in a line."""
+    """Say in one line at which commits and on which machines the cells ran."""
     commits = {c.about["commit"][:9] + ("-dirty" if "dirty" in c.about["commit"] else "") for c in cells}
     keys = ("accelerator", "cpu", "threads", "precision")
     machines = {"{}: {}, {} thread(s), {}".format(*(c.about[k] for k in keys)) for c in cells}
@@ -268,7 +270,7 @@ def origin(cells: Sequence[Cell]) -> str:
 
 
 def catalogue(entries: Sequence[dict[str, str]]) -> str:
-    """experiments/README.md: a line a claim, over all studies."""
+    """Render experiments/README.md: one line per claim, over all studies."""
     lines = [
         "# Studies",
         "",
@@ -285,7 +287,7 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
 
 
 def tally(outcomes: Sequence[str]) -> str:
-    """How many claims came out how, and in how many chance might say so."""
+    """Count the claims by outcome, and say how many verdicts chance alone would give."""
     said = {AGREES: "agree", DISAGREES: "disagree", OPEN: "are not resolved", "": "have no verdict"}
     counts = [f"{outcomes.count(one)} {words}" for one, words in said.items() if one in outcomes]
     chance = max(1, round(ALPHA * len(outcomes)))

@@ -1,4 +1,4 @@
-"""A study in MLflow: a run of its own, its cells nested below it, stages below those; and back from there to rows."""
+"""Studies in MLflow: a run per study, with its cells nested below it and their stages below those; read cells back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTE = "mlflow.json"
 
 
 def flat_cost(results: dict) -> dict[str, float]:
-    """`cost/...` over the stages of a run, and `train/...` of its last, as metrics."""
+    """Return the metrics `cost/...`, summed over a run's stages, and `train/...` of its last stage."""
     stages = list(results.get("cost", {}).values())
     if not stages:
         return {}
@@ -27,7 +27,10 @@ def flat_cost(results: dict) -> dict[str, float]:
 
 
 def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | None:
-    """Start the MLflow run of a pipeline. A study's cell goes below the study and, done again, on in its own run."""
+    """Start the MLflow run of a pipeline and return its id.
+
+    A study's cell is nested below the study's run; a repeated cell continues its own run.
+    """
     tags = {"commit": made["commit"], "code": made["code"], "seed": str(config.seed)}
     tags["config"] = portable_hash(resolved)
     if config.study is None:
@@ -43,13 +46,13 @@ def begin(tracking, config: DictConfig, *, made: dict, resolved: dict) -> str | 
 
 
 def end_study(tracking, config: DictConfig, status: str) -> None:
-    """End the study's own run with its only cell; in a sweep that is the sweep's to do."""
+    """End the study's MLflow run after a single cell; in a sweep, the sweep ends it."""
     if config.study is not None and CELL not in os.environ:
         tracking.finish(tracking.study_run(config.study.name, scale=config.scale), status)
 
 
 def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_dir: Path) -> None:
-    """Give a cell that was done before, perhaps under another study's name or without a logger, its MLflow run."""
+    """Log a cell that was done before, perhaps under another study's name or without a logger, to MLflow."""
     note = run_dir / NOTE
     uri = config.logger.get("uri")
     if uri is None or (note.exists() and json.loads(note.read_text()).get("uri") == uri):
@@ -65,7 +68,7 @@ def record_finished(config: DictConfig, *, results: dict, resolved: dict, run_di
 
 
 def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], verdicts: Sequence[str]) -> None:
-    """The study's table, plots and page as artifacts of its run, its verdicts as its description; and its end."""
+    """Log a study's table, plots and page as artifacts of its run and its verdicts as description; end the run."""
     run_id = tracking.study_run(study.name, scale=scale)
     for file in files:
         tracking.log_artifact(run_id, file)
@@ -74,10 +77,10 @@ def log_report(tracking, study: Study, *, scale: str, files: Sequence[Path], ver
 
 
 def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvlm") -> tuple[list[Cell], list[Missing]]:
-    """The finished cells of a study that an MLflow store holds, and what it lacks of the grid.
+    """Read the finished cells of a study from an MLflow store; return them and the missing cells of the grid.
 
     Raises:
-        ValueError: the store has no such experiment.
+        ValueError: the store does not exist, or has no such experiment.
     """
     from fastvlm.tracking import absolute_uri, import_mlflow
 
@@ -99,7 +102,7 @@ def read_mlflow(study: Study, *, scale: str, uri: str, experiment: str = "fastvl
         name = cell_name(study.name, scale, arm, seed)
         if (
             arm in study.arms.get(scale, {}) and run.data.tags.get("cell", name) == name
-        ):  # nothing changed beside the arm
+        ):  # nothing but the arm was changed
             newest.setdefault((arm, seed), run)
     cells, missing = [], []
     for arm, seed in wanted(study, newest, scale=scale):

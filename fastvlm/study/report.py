@@ -1,4 +1,4 @@
-"""Make a study's results.csv, plots, README.md and the catalogue; each from what the one before it says."""
+"""Write a study's results.csv, plots and README.md, and the catalogue of all studies."""
 
 from __future__ import annotations
 
@@ -29,8 +29,14 @@ def runs_folder() -> Path:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Cells of one scale, what is missing, arms with cells of another configuration, what is to be said of them, and
-    whether they are those that ran here."""
+    """The cells of one scale.
+
+    Args:
+        missing: cells of the grid without results.
+        others: arms with cells of another configuration.
+        remarks: sentences about these for the page.
+        ran_here: the cells come from run directories.
+    """
 
     cells: list[Cell]
     missing: list[Missing]
@@ -40,7 +46,7 @@ class Gathered:
 
 
 def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> Gathered:
-    """Cells of one scale from `runs`, `csv`, `mlflow`, or `auto`: run directories where there is one, else results.csv.
+    """Collect the cells of one scale from `runs`, `csv`, `mlflow`, or `auto`: run directories if any, else results.csv.
 
     Raises:
         ValueError: an unknown source.
@@ -64,12 +70,14 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
 
 
 def report(name: str, *, source: str = "auto", uri: str | None = None, root: Path = STUDIES) -> dict:
-    """Write results.csv, plots and README.md of a study: into its folder, or below runs/ where the folder's results
-    have cells that are not here, so that a part never replaces the whole.
+    """Write results.csv, plots and README.md of a study.
+
+    They go into its folder, or below runs/ if the folder's results.csv has cells that are missing here: a partial
+    result never replaces a complete one.
 
     Returns:
-        By scale, of those that ran: `verdicts` (a line a claim) and `missing` (cells); `remarks`, `files` (the page
-        first), `entries` of the catalogue.
+        For each scale that ran, `verdicts` (one line per claim) and `missing` (cells); `remarks`; `files` (the page
+        first); `entries` of the catalogue.
 
     Raises:
         ValueError: an arm, a metric or a figure that does not exist; cells of two origins.
@@ -87,7 +95,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
     cells_of = {scale: one.cells for scale, one in found.items()}
     out, remarks = place_of(study, cells_of)
     kept = [cell for cells in cells_of.values() for cell in cells]
-    if kept:  # before anything is decided: what has run is never lost to a claim that cannot be
+    if kept:  # first, so that a claim that cannot be decided loses no results
         write_csv(out / "results.csv", kept)
     sweeps = grid_of(study, found, out=out)
     results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {
@@ -124,8 +132,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
 
 
 def grid_of(study: Study, found: dict[str, Gathered], *, out: Path) -> list[Sweep]:
-    """The sweeps these cells ran in, as the runs here note them, else as it was published; and publish them beside
-    results.csv."""
+    """Return the sweeps in which these cells ran, as recorded below runs/ or else as published; write them to `out`."""
     here = runs_folder() / "studies" / study.name / FILE
     sweeps = []
     for scale, one in found.items():
@@ -138,8 +145,7 @@ def grid_of(study: Study, found: dict[str, Gathered], *, out: Path) -> list[Swee
 
 
 def decide(study: Study, claims: list[Claim], found: Gathered, *, scale: str) -> list[list[Decided]]:
-    """Every claim decided, each with the parts whose one training an arm is in no interval, and with whether its cells
-    are of another configuration."""
+    """Decide every claim; add the parts that an arm trained only once and whether cells have another configuration."""
 
     def known(one: Decided) -> Decided:
         other = any(arm in found.others for side in one.compared for arm in side)
@@ -153,8 +159,10 @@ def decide(study: Study, claims: list[Claim], found: Gathered, *, scale: str) ->
 
 
 def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:
-    """(folder of the page, what to say of it): the study's own, unless its results.csv has cells, of arms that there
-    still are, that these lack."""
+    """Return the page's folder and remarks on it.
+
+    It is the study's own, unless results.csv there has cells, of arms that still exist, that are missing here.
+    """
 
     def keys(cells: Iterable[Cell]) -> set[tuple[str, str, int]]:
         return {(c.about["scale"], c.arm, c.seed) for c in cells if c.arm in study.arms.get(c.about["scale"], {})}
@@ -169,7 +177,7 @@ def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[
 
 
 def say(made: dict) -> list[str]:
-    """What a command prints of a report: verdicts and missing cells of every scale that ran."""
+    """Return the lines that a command prints about a report: verdicts and missing cells of every scale that ran."""
     lines = [] if made["verdicts"] else ["no cell has run"]
     for scale, verdicts in made["verdicts"].items():
         lines += [f"scale={scale}", *(f"  {line}" for line in (*verdicts, *made["missing"][scale]))]
@@ -177,7 +185,7 @@ def say(made: dict) -> list[str]:
 
 
 def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> list[dict[str, str]]:
-    """The study's lines of the catalogue: one a claim, for each scale that was run."""
+    """Return the study's lines of the catalogue: one per claim for each scale that ran, or of the first if none ran."""
     figures = load_figures(study.folder)
     ran = [scale for scale, (cells, _) in results.items() if cells] or list(results)[:1]
     lines = []
@@ -209,10 +217,10 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
 
 
 def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, str]]:
-    """Every study's page, and experiments/README.md over all of them.
+    """Write every study's page, and experiments/README.md over all of them.
 
     Raises:
-        ValueError: studies whose page could not be made, once the others' are; the catalogue is without them.
+        ValueError: studies whose page failed, once the others are written; the catalogue leaves them out.
     """
     lines, faults = [], unreadable(root)
     for name in study_names(root):

@@ -1,4 +1,4 @@
-"""What a study's sweep does before its first cell, after each and after its last; the launcher calls them."""
+"""Hooks of a study's sweep, called by the launcher: before its first cell, after each cell, and after its last."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastvlm.study.report import report, runs_folder, say
 
 
 def prepare(config: DictConfig, jobs: list[list[str]]) -> None:
-    """Check arms and claims, and make the MLflow store and the study's run once, before cells open it side by side.
+    """Check arms and claims, and create the MLflow store and the study's run before cells open it in parallel.
 
     Raises:
-        ValueError: an arm, a claim or a metric that is wrong, told before anything has run.
+        ValueError: an arm, a claim or a metric is wrong; raised before anything runs.
     """
     study = load_study(config.study.name)
     for arm in dict.fromkeys(value_of(job, "arm") for job in jobs):
@@ -35,11 +35,13 @@ def prepare(config: DictConfig, jobs: list[list[str]]) -> None:
 
 
 def check_yield(config: DictConfig, job: Sequence[str]) -> None:
-    """After a cell: whether its task yielded what claims about its arm are decided on. Most of a grid need not run to
-    find that it did not. A grid with other settings than the study's own decides nothing, and is not asked.
+    """Check after a cell that its task yielded the metrics that decide the claims about its arm.
+
+    Otherwise the lack would be noticed only after the whole grid. A grid with other settings than the study's own
+    decides nothing and is not checked.
 
     Raises:
-        ValueError: naming claim, arm and metric, with the nearest there is.
+        ValueError: names claim, arm and metric, and the nearest metric.
     """
     name, arm = value_of(expand(list(job)), "name"), value_of(list(job), "arm")
     results = read_results(Path(config.paths.runs) / str(name))
@@ -57,19 +59,19 @@ def check_yield(config: DictConfig, job: Sequence[str]) -> None:
 
 
 def changed(changes: Sequence[str]) -> list[str]:
-    """Keys that make other cells of a grid than the study's own."""
+    """Return the overridden keys that make a grid's cells other than the study's own."""
     return sorted({key_of(o) for o in changes if not is_silent(o)})
 
 
 def time_grid(
     config: DictConfig, changes: Sequence[str], *, begun: float, at_once: int | None, jobs: Sequence[list[str]] = ()
 ) -> None:
-    """Say how long a sweep took by the clock and what it ran; note it for the page, where the grid is the study's own.
+    """Print how long a sweep took and what it ran; record it for the page if the grid is the study's own.
 
     Args:
         changes: the overrides of the sweep's cells.
-        begun: seconds since the epoch.
-        at_once: cells side by side, where that is known.
+        begun: when it started, seconds since the epoch.
+        at_once: cells that run in parallel; None: unknown.
         jobs: the overrides of each cell.
     """
     study, runs = load_study(config.study.name), Path(config.paths.runs).resolve()
@@ -91,8 +93,9 @@ def cell_of(study: Study, scale: str, job: list[str]) -> str:
 
 
 def conclude(config: DictConfig, changes: Sequence[str]) -> None:
-    """Table, plots, page and verdicts of the study, here and in MLflow. A grid with other settings than the study's
-    own leaves its page alone.
+    """Write table, plots, page and verdicts of the study, here and to MLflow.
+
+    A grid with other settings than the study's own leaves its page as it is.
 
     Args:
         changes: the overrides of the sweep's cells.
@@ -113,7 +116,7 @@ def conclude(config: DictConfig, changes: Sequence[str]) -> None:
 
 
 def end(config: DictConfig, status: str) -> None:
-    """End the study's own run in MLflow, where there is one."""
+    """End the study's own run in MLflow, if there is one."""
     store = tracking(config)
     run_id = store.study_run(config.study.name, scale=config.scale)
     if run_id is not None:

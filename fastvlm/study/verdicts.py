@@ -1,6 +1,6 @@
 """From paired seeds to a verdict: exact sign-flip tests, intervals, and how many seeds an open question would need.
 
-Pure functions of numbers. A difference is always counted so that above 0 speaks for the claim.
+Pure functions of numbers. Differences are always signed so that above 0 supports the claim.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-ALPHA = 0.05  # of the sign-flip test on each side, and of the interval on both together
+ALPHA = 0.05  # level of the one-sided sign-flip test on each side, and of the two-sided interval
 POWER = 0.8
 MOST_SEEDS = 1000
 AGREES, DISAGREES, OPEN, SHOWN = "agrees", "disagrees", "not resolved", "difference"
-# Above this many seeds the sign flips are drawn, not enumerated.
+# Above this many seeds the sign flips are sampled, not enumerated.
 ENUMERATE_UP_TO = 16
 DRAWS = 100_000
-# Up to this many seeds the power of the sign-flip test is drawn, above it is the t-test's.
+# Up to this many seeds the power of the sign-flip test is simulated; above, that of the t-test is used.
 DRAWN_UP_TO = 10
 
 Differences = Sequence[float] | np.ndarray
 
 
 def sign_flip_p(differences: Differences, *, seed: int = 0) -> float:
-    """P(mean >= the observed mean) if every difference might as well have had the other sign: exact up to 16 seeds,
-    from 100,000 draws above (the observed one counted in, so it is never 0).
+    """Return P(mean >= the observed mean) if each difference were equally likely to have the other sign.
 
+    Exact up to 16 seeds, above from 100,000 samples (the observed signs are one of them, so it is never 0).
     Source: Fisher's randomisation test for paired samples (The Design of Experiments, section 21).
 
     Raises:
-        ValueError: no differences, or one that is no finite number.
+        ValueError: no differences, or one that is not a finite number.
     """
     d = _checked(differences)
     if len(d) <= ENUMERATE_UP_TO:
@@ -41,12 +41,12 @@ def sign_flip_p(differences: Differences, *, seed: int = 0) -> float:
         signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, size=(DRAWS, len(d)))
         signs[0] = 1
     sums = signs @ d
-    # Sums of the same numbers in another order differ in the last bits; a tie is a tie.
+    # The tolerance keeps ties, although sums in another order differ in the last bits.
     return float((sums >= d.sum() - 1e-9 * np.abs(d).sum()).mean())
 
 
 def mean_interval(differences: Differences, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Student's interval for the mean of the differences; infinite with a single one."""
+    """Return Student's t interval for the mean of the differences; infinite with a single one."""
     d = _checked(differences)
     if len(d) < 2:
         return -math.inf, math.inf
@@ -55,16 +55,19 @@ def mean_interval(differences: Differences, *, confidence: float = 0.95) -> tupl
 
 
 def fewest_seeds(alpha: float = ALPHA) -> int:
-    """Below this many seeds no outcome whatever has a sign-flip p of `alpha`: 2 ** -n is its smallest value."""
+    """Return the fewest seeds with which a sign-flip p can be as small as `alpha`: its smallest value is 2 ** -n."""
     return math.ceil(math.log2(1 / alpha))
 
 
 def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """Seeds with which paired differences of this deviation would, with this power, be told to lie beyond every bound
-    that they are `distances` away from (one for "better", two for "the same"), by both tests of a verdict.
+    """Return the number of seeds with which both tests of a verdict would reach this power; None: over 1,000, or never.
 
-    The t-test's power is exact; the sign-flip test, which is as strong with many seeds, costs a few more
-    where they are few (with five, all must have one sign), and is drawn up to 10. None: over 1,000, or never.
+    The t-test's power is exact. The sign-flip test is as strong with many seeds, but needs a few more if there are few
+    (with five, all must have one sign); its power is simulated up to 10.
+
+    Args:
+        distances: from the mean difference to each bound it must clear: one for "better", two for "the same".
+        deviation: standard deviation of the paired differences.
     """
     if not math.isfinite(deviation) or min(distances) <= 0:
         return None
@@ -76,7 +79,7 @@ def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALP
     def enough(n: int) -> bool:
         critical = stats.t.ppf(1 - alpha / 2, n - 1)
         missed = [float(stats.nct.cdf(critical, n - 1, effect * math.sqrt(n))) for effect in effects]
-        missed = [0.0 if math.isnan(m) else m for m in missed]  # so large an effect that scipy's series overflows
+        missed = [0.0 if math.isnan(m) else m for m in missed]  # scipy's series overflows for very large effects
         return sum(missed) <= 1 - power
 
     first, last = max(2, least), MOST_SEEDS
@@ -91,12 +94,13 @@ def seeds_needed(distances: Differences, *, deviation: float, alpha: float = ALP
 
 
 def joint_power(effects: Sequence[float], n: int, *, alpha: float = ALPHA, draws: int = 2000) -> float:
-    """Share of samples of `n` normal differences that pass the t-test and the sign-flip test against every bound; the
-    same at every call.
+    """Return the share of simulated samples of `n` normal differences that pass both tests against every bound.
+
+    Deterministic: the noise has a fixed seed.
 
     Args:
-        effects: how far the mean lies from each bound, in deviations: from the only one, or from the one below it and
-            the one above.
+        effects: distance of the mean from each bound, in standard deviations: from the only one, or from the lower and
+            the upper one.
     """
     noise = np.random.default_rng(0).normal(size=(draws, DRAWN_UP_TO))[:, :n]
     passed = np.ones(draws, dtype=bool)
@@ -106,7 +110,7 @@ def joint_power(effects: Sequence[float], n: int, *, alpha: float = ALPHA, draws
 
 
 def _passes(d: np.ndarray, *, alpha: float) -> np.ndarray:
-    """Which rows of differences both tests tell to be above 0."""
+    """Return which rows of differences both tests find to be above 0."""
     n = d.shape[1]
     signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     total = d.sum(axis=1)
@@ -117,14 +121,14 @@ def _passes(d: np.ndarray, *, alpha: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What paired seeds say of one claim.
+    """The outcome of one claim on paired seeds.
 
     Args:
-        outcome: agrees, disagrees or not resolved; `difference` of a metric that is only shown.
-        num_seeds: pairs.
-        mean, low, high: of the difference in favour of the claim, and its 95 % interval, which decides.
-        p: sign-flip p of the outcome's side (the smaller side's where not resolved).
-        needed: seeds an open question would need; None where it is not open, never, or beyond 1,000.
+        outcome: agrees, disagrees or not resolved; `difference` for a metric that is only shown.
+        num_seeds: number of pairs.
+        mean, low, high: the difference in favour of the claim and its 95 % interval, which decides.
+        p: sign-flip p on the outcome's side; if not resolved, the smaller of both sides (for `same`, the larger).
+        needed: seeds an open question would need; None if it is not open, or if 1,000 are too few.
     """
 
     outcome: str
@@ -137,13 +141,13 @@ class Verdict:
 
 
 def decide(differences: Differences, *, margin: float = 0.0, alpha: float = ALPHA) -> Verdict:
-    """Whether the arm that a claim favours is better by more than `margin`.
+    """Decide whether the arm that a claim favours is better by more than `margin`.
 
-    Agrees: the sign-flip test rejects "no better than the margin" at `alpha` and the whole interval of the mean lies
-    above the margin. Disagrees: the same the other way round, against 0: the favoured arm is worse (against a margin
-    below 0, which makes the claim "no worse than that", against the margin). Both tests must say so: with few seeds the
-    first ignores how large differences are and the second believes them normal. Where nothing differs, about one
-    case in twenty still gets a verdict, both sides together.
+    Agrees: the sign-flip test rejects "no better than the margin" at `alpha`, and the whole interval of the mean lies
+    above the margin. Disagrees: by the same tests the difference is below 0, or below a negative margin (which makes
+    the claim "no worse than that"). Both tests are required because, with few seeds, the first ignores how large the
+    differences are and the second assumes that they are normal. If nothing differs, about one case in twenty still gets
+    a verdict, counting both sides.
     """
     d = _checked(differences)
     floor = min(margin, 0.0)
@@ -154,17 +158,19 @@ def decide(differences: Differences, *, margin: float = 0.0, alpha: float = ALPH
     if against <= alpha and high < floor:
         return _verdict(DISAGREES, d, against)
     mean = float(d.mean())
-    # Between 0 and a margin above it neither side is ever told: the distance is below 0 there.
+    # For a mean between 0 and a positive margin no number of seeds decides: the distance is negative.
     distance = mean - margin if mean > floor else floor - mean
     return _verdict(OPEN, d, min(for_it, against), seeds_needed([distance], deviation=_deviation(d), alpha=alpha))
 
 
 def decide_same(differences: Differences, *, margin: float, alpha: float = ALPHA) -> Verdict:
-    """Whether two arms are the same but for `margin`: two one-sided tests (Schuirmann 1987), each exact, and the whole
-    interval as in `decide` within the margin. Disagrees where the difference is larger than the margin.
+    """Decide whether two arms differ by less than `margin`.
+
+    Agrees: two one-sided sign-flip tests (Schuirmann 1987) at `alpha`, and the whole interval, as in `decide`, lies
+    within the margin. Disagrees: by both tests the difference is larger than the margin.
 
     Raises:
-        ValueError: a margin of 0 or less: nothing is ever shown to be equal.
+        ValueError: a margin of 0 or less, with which nothing can be shown to be equal.
     """
     if margin <= 0:
         raise ValueError(f"margin={margin}: a claim that two arms are the same needs a margin above 0")
@@ -191,7 +197,7 @@ def _verdict(outcome: str, d: np.ndarray, p: float, needed: int | None = None) -
 
 
 def describe_only(differences: Differences) -> Verdict:
-    """Mean, interval and sign-flip p (the smaller side's), and no outcome: of a metric that decides nothing."""
+    """Return mean, interval and sign-flip p (of the smaller side) but no outcome, for a metric that is only shown."""
     d = _checked(differences)
     return _verdict(SHOWN, d, min(sign_flip_p(d), sign_flip_p(-d)))
 

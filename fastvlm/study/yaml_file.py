@@ -1,4 +1,4 @@
-"""A YAML file that somebody wrote, as plain values; what is wrong in it is one line."""
+"""Read hand-written YAML files as plain values; a mistake in one is a one-line error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def read_yaml(file: Path) -> Any:
-    """What a file holds, interpolations as they stand.
+    """Return a file's content with interpolations unresolved.
 
     Raises:
-        ValueError: it is no YAML, with file, line and what is wrong there.
+        ValueError: not valid YAML; names file, line and problem.
     """
     try:
         return OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")), resolve=False)
@@ -27,10 +27,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def mapping(node: dict[str, Any], key: str, *, file: Path, prefix: str = "") -> dict[str, Any]:
-    """What stands below a key, which is there.
+    """Return the mapping at a key, which must exist.
 
     Raises:
-        ValueError: no keys of its own.
+        ValueError: the value is not a mapping.
     """
     if not isinstance(node[key], dict):
         raise ValueError(f"{file}: {prefix}{key}={node[key]} must hold keys of its own")
@@ -38,8 +38,10 @@ def mapping(node: dict[str, Any], key: str, *, file: Path, prefix: str = "") -> 
 
 
 def only(node: dict[str, Any], keys: Sequence[str], *, file: Path, prefix: str) -> None:
-    """Raises:
-    ValueError: a key that is none of these.
+    """Check that a mapping has no other keys than these.
+
+    Raises:
+        ValueError: it has one.
     """
     for key in node:
         if key not in keys:

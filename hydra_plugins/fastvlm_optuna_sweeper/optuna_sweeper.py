@@ -1,8 +1,8 @@
-"""A sweeper that searches: Optuna proposes values, cells tell it what they were worth.
+"""A Hydra sweeper that searches: Optuna proposes values, and cells report their objective.
 
-`hydra-optuna-sweeper` is bound to Optuna 2, whose storage does not work beside the SQLAlchemy that MLflow needs, and
-without storage a search cannot go on. This one keeps its trials in a file, weighs several objectives, and runs through
-whatever launcher is chosen.
+`hydra-optuna-sweeper` requires Optuna 2, whose storage does not work with the SQLAlchemy that MLflow needs, and without
+storage a search cannot be continued. This sweeper stores its trials in a file, supports several objectives, and works
+with any launcher.
 """
 
 import json
@@ -27,16 +27,19 @@ SAMPLERS = ("tpe", "random", "nsga2", "gp")
 
 @dataclass
 class OptunaSweeperConfig:
-    """`hydra/sweeper=optuna`. Ranges stand in `params` or on the command line, in Hydra's words: `choice(4,16)`,
-    `range(1,5)`, `interval(1e-4,1e-2)`, `tag(log,interval(1e-4,1e-2))`."""
+    """Configuration of `hydra/sweeper=optuna`.
+
+    Ranges are given in `params` or on the command line, in Hydra's syntax: `choice(4,16)`, `range(1,5)`,
+    `interval(1e-4,1e-2)`, `tag(log,interval(1e-4,1e-2))`.
+    """
 
     _target_: str = "hydra_plugins.fastvlm_optuna_sweeper.optuna_sweeper.OptunaSweeper"
     directions: list[str] = field(default_factory=lambda: ["maximize"])  # of the run's `objective`, one each
     n_trials: int = 20
-    batch: int = 1  # trials proposed at once; a parallel launcher runs them side by side
+    batch: int = 1  # trials proposed at once, which the launcher may run in parallel
     sampler: str = "tpe"
     seed: int = 0
-    study: str | None = None  # name of the search; null: made of what is searched. What else a trial rests on is added
+    study: str | None = None  # name of the search; null: the searched keys. A hash of the other settings is appended
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,7 +47,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSw
 
 
 class OptunaSweeper(Sweeper):
-    """Proposes, launches, tells; the same command goes on until `n_trials` have ended."""
+    """Proposes and launches trials and reports their results; the same command continues until `n_trials` are done."""
 
     def __init__(
         self,
@@ -96,14 +99,14 @@ class OptunaSweeper(Sweeper):
             directions=self.directions,
             load_if_exists=True,
         )
-        self.launcher.raise_failed = False  # a failed trial is told to the search, which goes on
+        self.launcher.raise_failed = False  # a failed trial is reported to the search, which continues
         while (left := self.n_trials - self.ended(study, optuna)) > 0:
             trials = [study.ask(searched) for _ in range(min(self.batch, left))]
             jobs = [[*fixed, *(f"{key}={trial.params[key]}" for key in searched)] for trial in trials]
             try:
                 cells = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
             except BaseException:
-                for trial in trials:  # they never ended; the next run proposes afresh
+                for trial in trials:  # they did not end; the next run proposes new ones
                     study.tell(trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
                 raise
             for trial, cell in zip(trials, cells):
@@ -111,7 +114,7 @@ class OptunaSweeper(Sweeper):
         self.conclude(study, folder / f"{label}.json")
 
     def settings(self, fixed: list[str], searched: dict[str, Any]) -> str:
-        """A hash of ranges, overrides and objectives: with others, trials are those of another search."""
+        """Return a hash of ranges, overrides and objectives; if one of them differs, it is another search."""
         from fastvlm.identity import hash_of
         from fastvlm.study.arms import is_silent
 
@@ -120,9 +123,9 @@ class OptunaSweeper(Sweeper):
         return hash_of([kept, ranges, self.directions, str(self.config.get("objective"))])[:8]
 
     def ranges(self, arguments: list[str], distributions) -> tuple[list[str], dict[str, Any]]:
-        """(overrides that every trial has, what is searched by key)."""
+        """Split overrides into (those that every trial has, key -> distribution to search)."""
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        # Hydra hands a group's file on as strings; a number or list there is one value.
+        # `params` are parsed like the command line; a number or list there is a single value.
         given = [f"{key}={value}" for key, value in self.params.items()]
         overrides: list[Override] = parser.parse_overrides([*given, *arguments])
         parsed = {o.get_key_element().lstrip("+"): o for o in overrides}
@@ -137,7 +140,7 @@ class OptunaSweeper(Sweeper):
             elif isinstance(value, RangeSweep):
                 whole = all(float(v).is_integer() for v in (value.start, value.stop, value.step))
                 kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-                # Hydra's range ends before its stop.
+                # Hydra's range excludes its stop.
                 steps = math.ceil(round((value.stop - value.start) / value.step, 9)) - 1
                 low, high = sorted((value.start, round(value.start + value.step * steps, 12)))
                 searched[key] = kind(low, high, step=abs(value.step))
@@ -151,7 +154,7 @@ class OptunaSweeper(Sweeper):
         return fixed, searched
 
     def make_sampler(self, samplers, journal: Path):
-        # A search that goes on must not draw its first proposals again.
+        # A continued search must not draw its first proposals again, so its seed depends on the journal's length.
         seed = self.seed + (len(journal.read_bytes().splitlines()) if journal.exists() else 0)
         return {
             "tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(2, self.n_trials // 3))),
@@ -165,8 +168,10 @@ class OptunaSweeper(Sweeper):
         return len(study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]))
 
     def tell(self, study, trial, cell, optuna) -> None:
-        """Raises:
-        ValueError: the run's `objective` has another number of metrics than `directions`.
+        """Report a cell's result to the search.
+
+        Raises:
+            ValueError: `objective` and `directions` differ in number, or more than `n_trials` trials have failed.
         """
         if cell.status is not JobStatus.COMPLETED or cell.return_value is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -182,7 +187,7 @@ class OptunaSweeper(Sweeper):
         study.tell(trial, [float(value) for value in values])
 
     def conclude(self, study, file: Path) -> None:
-        """Say and write the best trial, or with several objectives those that no other beats in all of them."""
+        """Print and write the best trial, or with several objectives the Pareto front."""
         best = study.best_trials if len(self.directions) > 1 else [study.best_trial]
         best = sorted(best, key=lambda trial: trial.values)
         names = list(self.config.get("objective", ["objective"]))

@@ -1,8 +1,8 @@
-"""A launcher that gives every cell of a sweep a process of its own.
+"""A Hydra launcher that runs every cell of a sweep in its own process.
 
-Lightning's DDP starts its other ranks by running the command line again; under `-m` each of them would replay the whole
-sweep, and with a sampling sweeper train with other values in silence. A cell in its own process is a plain single run:
-its ranks agree, its memory is its own, and its failure leaves the other cells alone.
+Lightning's DDP starts its other ranks by running the command line again. Under `-m` each of them would repeat the whole
+sweep, and with a sampling sweeper would silently train with other values. A cell in its own process is a plain single
+run: its ranks agree, its memory is separate, and its failure does not affect other cells.
 """
 
 import json
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ProcessLauncherConfig:
-    """`hydra.launcher.parallel`: cells at once; null is one, and for a study as many as there are GPUs, else cores.
+    """`hydra.launcher.parallel`: cells run at once; null: one, or for a study as many as GPUs (else cores) allow.
 
-    `hydra.launcher.warm`: cells fork from a process that has the libraries imported, which saves each of them seconds;
-    null is yes where there is no GPU (a driver must not be forked) and more than one cell.
+    `hydra.launcher.warm`: fork cells from a process that has imported the libraries, which saves seconds per cell;
+    null: if there is more than one cell, on Linux without a GPU (whose driver must not be forked).
     """
 
     _target_: str = "hydra_plugins.fastvlm_process_launcher.process_launcher.ProcessLauncher"
@@ -49,10 +49,10 @@ ConfigStore.instance().store(group="hydra/launcher", name="process", node=Proces
 
 
 class ProcessLauncher(Launcher):
-    """Each cell runs as `python <script> <overrides>`; its objective comes back through a file.
+    """Runs each cell as `python <script> <overrides>`; its objective comes back through a file.
 
-    One at a time they share this terminal. Several at a time each get a log file, an equal share of the cores (or a GPU
-    of their own), and a line here when they begin and end.
+    One at a time, cells share this terminal. In parallel, each gets a log file, an equal share of the cores (or its own
+    GPUs), and a line here when it begins and ends.
     """
 
     def __init__(self, parallel: int | None = None, warm: bool | None = None):
@@ -61,7 +61,7 @@ class ProcessLauncher(Launcher):
         if warm not in (None, True, False):
             raise ValueError(f"hydra.launcher.warm={warm} must be true, false or null")
         self.parallel, self.warm = parallel, warm
-        self.raise_failed = True  # a sweeper that is told of failures sets it to False
+        self.raise_failed = True  # False: the sweeper handles failures itself
         self.running: set[subprocess.Popen | WarmProcess] = set()
         self.python: WarmPython | None = None
 
@@ -109,12 +109,12 @@ class ProcessLauncher(Launcher):
             conclude(self.config, changes)
         failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
         if failed and self.raise_failed:
-            # Raised once all have had their turn; the same command again runs the failed ones alone.
+            # Raised once all cells have run; the same command again runs only the failed ones.
             raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
         return cells
 
     def slots(self, num_jobs: int) -> list[dict[str, str]]:
-        """The environment of each cell that runs at the same time as others: its threads, its GPU."""
+        """Return the environment of each of the cells that run in parallel: its threads and GPUs."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = self.config.get("hardware", {}).get("devices", "auto")
         ranks = devices if isinstance(devices, int) else 1
@@ -126,7 +126,7 @@ class ProcessLauncher(Launcher):
         number = max(1, min(number, num_jobs))
         if number == 1:
             return [{}]
-        # A cell on GPUs has this many threads a rank; one without shares them among its ranks itself.
+        # On GPUs this is per rank; on a CPU a cell divides its threads among its ranks itself.
         share = cores // (number * ranks) if gpus else cores // number
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, share)))
         slots = [{"OMP_NUM_THREADS": str(threads)} for _ in range(number)]
@@ -150,14 +150,14 @@ class ProcessLauncher(Launcher):
         except KeyboardInterrupt:
             for future in futures:
                 future.cancel()
-            for process in list(self.running):  # a terminal has told them too; a `kill` of this process has not
+            for process in list(self.running):  # a terminal signals them, too; a `kill` of this process does not
                 process.send_signal(signal.SIGINT)
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def cell(self, index: int, overrides: list[str], environment: dict[str, str], *, quiet: bool) -> JobReturn:
-        # Hydra hands `~group` on as `~group=null`, which asks for a group whose choice is null.
+        # Hydra passes `~group` on as `~group=null`, which matches only a group whose choice is null.
         overrides = [o.removesuffix("=null") if o.startswith("~") else o for o in overrides]
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
@@ -213,9 +213,11 @@ class ProcessLauncher(Launcher):
 
 
 def in_turns(jobs: list[tuple[int, list[str]]], *, at_once: int) -> list[tuple[int, list[str]]]:
-    """Cells of a study by their seeds, as many seeds as cells run at once, and by their arms within: arms that are
-    paired run close together, so that a slow hour of the machine falls on all of them and not on one, and cells side
-    by side have no stage to wait for in each other."""
+    """Order a study's cells by groups of `at_once` seeds, and by arm within each group.
+
+    Paired arms then run close together, so that a slow hour of the machine affects all of them, and parallel cells do
+    not wait for each other's stages.
+    """
     from fastvlm.study.arms import value_of
 
     seeds = list(dict.fromkeys(value_of(overrides, "seed") for _, overrides in jobs))
@@ -223,7 +225,7 @@ def in_turns(jobs: list[tuple[int, list[str]]], *, at_once: int) -> list[tuple[i
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs a cell may be given, without importing torch."""
+    """Return the names of the GPUs that cells may use, without importing torch."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in given.split(",") if name.strip()]
     try:

@@ -1,6 +1,6 @@
-"""Where `experiment=<study>` is found: experiments/<study>/study.yaml, one folder a study.
+"""Hydra config source that finds `experiment=<study>` in experiments/<study>/study.yaml, one folder per study.
 
-Hydra's own file source would want `experiments/experiment/<study>.yaml`, away from the study's claims and results.
+Hydra's file source would need `experiments/experiment/<study>.yaml`, away from the study's claims and results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ GROUP = "experiment"
 
 
 class StudiesSource(ConfigSource):
-    """`studies://<folder>` on the search path."""
+    """Reads `studies://<folder>` on Hydra's search path."""
 
     @staticmethod
     def scheme() -> str:

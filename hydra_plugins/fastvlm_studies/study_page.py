@@ -1,4 +1,4 @@
-"""A study's page under launchers of other hands (joblib, submitit), made when the sweep has ended."""
+"""Make a study's page after a sweep with a third-party launcher (joblib, submitit)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class StudyPage(Callback):
-    """Checks a study and makes its MLflow run before the cells, its page after them; a cell that fails ends the sweep
-    there, and `python -m fastvlm.study report=<study>` makes the page of what has run."""
+    """Checks a study and creates its MLflow run before the cells, and makes its page after them.
+
+    A failed cell ends the sweep; `python -m fastvlm.study report=<study>` then makes the page of what has run.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         if not ours(config):
@@ -37,7 +39,7 @@ class StudyPage(Callback):
 
 
 def ours(config: DictConfig) -> bool:
-    """Whether this is the sweep of a study whose launcher knows nothing of studies."""
+    """Return whether this is a study's sweep with a launcher that does not know about studies."""
     return config.get("study") is not None and "ProcessLauncher" not in config.hydra.launcher._target_
 
 
@@ -46,7 +48,7 @@ def grid(config: DictConfig) -> dict[str, Any]:
 
 
 def told(step, *arguments: Any) -> None:
-    """Hydra makes a warning of what a callback raises; a mistake is to end the command in one line."""
+    """Run a step and exit with one line on a mistake; Hydra would turn what a callback raises into a warning."""
     try:
         step(*arguments)
     except ValueError as error:

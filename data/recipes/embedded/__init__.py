@@ -1,4 +1,4 @@
-"""The embedded data set: every family of the field, from real data that scikit-learn and Python carry. No download."""
+"""The embedded data set: nine families of VLM training data, built without downloads from scikit-learn and Python."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ SHEET_SAMPLES = 12
 
 
 def recipe_hash(*, seed: int = 0, scale: float = 1.0) -> str:
-    """Changes with the recipe's code, the data's versions, seed and scale. Imports nothing heavy."""
+    """Hash the recipe's source files, the library versions, seed and scale; imports nothing heavy."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     versions = [metadata.version(package) for package in ("numpy", "scikit-learn", "tokenizers")]
-    # The prose is that of this Python's own documentation.
+    # The prose comes from this Python's documentation, so its version matters.
     digest.update(json.dumps([versions, sys.version_info[:3], seed, scale]).encode())
     return digest.hexdigest()[:16]
 
 
 def prepare(path: Path, *, seed: int = 0, workers: int = 2, scale: float = 1.0) -> dict:
-    """Build the data set into `path`, an empty folder; what `data/prepare.py` calls.
+    """Build the data set in `path`, an empty folder; called by `data/prepare.py`.
 
     Args:
-        seed: of everything that is drawn.
-        workers: processes; they change the time and nothing else.
+        seed: random seed of everything that is drawn.
+        workers: number of processes; affects only the time.
         scale: share of the full number of records, for tests.
 
     Returns:
-        counts: family -> split -> records, and what a model needs to know of the label maps.
+        counts (family -> split -> records), image_size in pixels, label_sets (names of the classes), build_seconds.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from data.recipes.embedded.families import FAMILIES, TRAIN_COUNTS, compose_split, record_texts
@@ -49,17 +49,17 @@ def prepare(path: Path, *, seed: int = 0, workers: int = 2, scale: float = 1.0) 
     documents = split_documents()
     texts = ["\n".join(paragraphs) for _, paragraphs in documents["train"]]
     for family in TRAIN_COUNTS:
-        # A tenth of what is drawn is plenty for its few words; the prose takes the other merges.
+        # A tenth of the drawn records covers their few words; the remaining merges go to the prose.
         limit = max(200, round(TRAIN_COUNTS[family] * scale / 10))
         for composed, _ in compose_split(family, "train", seed=seed, limit=min(limit, 1000)):
             texts += record_texts(composed.record)
     train_tokenizer(texts, path / "tokenizer")
 
-    # The largest first, so that the workers end together.
+    # Largest first, so that the workers finish together.
     cost = lambda task: TRAIN_COUNTS.get(task[0], 1000) if task[1] == "train" else 0
     tasks = sorted(((f, s) for f in FAMILIES for s in SPLITS), key=cost, reverse=True)
     arguments = [(path, family, split, seed, scale) for family, split in tasks]
-    Tokenizer(str(path / "tokenizer"), template="roles")  # imports before the fork what every worker needs
+    Tokenizer(str(path / "tokenizer"), template="roles")  # imports what every worker needs before the fork
     if workers > 1:
         with open_pool(workers) as pool:
             counts = list(pool.map(write_split, *zip(*arguments)))
@@ -77,7 +77,7 @@ def prepare(path: Path, *, seed: int = 0, workers: int = 2, scale: float = 1.0) 
 
 
 def write_split(path: Path, family: str, split: str, seed: int, scale: float) -> int:
-    """Write and index one split of one family; returns its number of records."""
+    """Write and index one split of one family; return its number of records."""
     from data.recipes.embedded.families import compose_split, draw, draw_labels
     from data.recipes.embedded.sheet import write_sheet
     from data.recipes.embedded.world import load_world
@@ -109,7 +109,7 @@ def write_split(path: Path, family: str, split: str, seed: int, scale: float) ->
 
 
 def text_records(split: str, tokenizer, scale: float):
-    """Key and record of every chunk of real prose of a split."""
+    """Yield (key, record) for every chunk of a split's prose."""
     from data.recipes.embedded.text import cut_chunks, split_documents
 
     number = 0

@@ -1,6 +1,6 @@
-"""The nine sources: what a record of each holds, for training and for evaluation.
+"""Records of the nine families, for training and for evaluation.
 
-A record is a pure function of (seed, family, split, number), so neither workers nor the size of a build change it.
+A record is a pure function of (seed, family, split, number), independent of workers and of the build's scale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.recipes.embedded.questions import (
 )
 from data.recipes.embedded.world import Scene, World, encode_png, label_map, load_world, render
 
-TRAIN_COUNTS = {  # records; `text` has what there is
+TRAIN_COUNTS = {  # records; `text` is not listed, since it has as many as its documents give
     "captions": 8000,
     "interleaved": 3000,
     "text_qa": 22000,
@@ -33,9 +33,9 @@ TRAIN_COUNTS = {  # records; `text` has what there is
 }
 FAMILIES = ("captions", "interleaved", "text", "text_qa", "short_qa", "reading", "charts", "long_form", "cells")
 PER_TYPE = {"val": 60, "test": 100}  # records of each question type
-HELD_OUT = {"val": 300, "test": 300}  # records of families without questions
+HELD_OUT = {"val": 300, "test": 300}  # records of each family without questions
 IMAGE = {"type": "image"}
-GRID_TURNS = ("count", "nth", "nth", "position", "max", "min", "has", "has", "list")  # how often each is asked
+GRID_TURNS = ("count", "nth", "nth", "position", "max", "min", "has", "has", "list")  # repeated types are likelier
 REQUESTS = ("describe the picture in detail.", "tell me everything you see.")
 
 
@@ -53,7 +53,7 @@ def text_part(text: str) -> dict:
 
 
 def random_digits(count: int, rng: Random) -> list[int]:
-    """Half of the time uniform, otherwise with a uniform largest or smallest digit, so that both can be any."""
+    """Draw digits: half of the time uniform, else with a uniform largest or smallest digit, so each can be any."""
     kind = rng.random()
     if kind < 0.5:
         return [rng.randrange(10) for _ in range(count)]
@@ -62,7 +62,7 @@ def random_digits(count: int, rng: Random) -> list[int]:
 
 
 def bounded_digits(count: int, bound: int, *, largest: bool, rng: Random) -> list[int]:
-    """Digits whose largest (or smallest) is `bound`."""
+    """Draw digits whose largest (or smallest) is `bound`."""
     digits = [rng.randint(0, bound) if largest else rng.randint(bound, 9) for _ in range(count)]
     digits[rng.randrange(count)] = bound
     return digits
@@ -83,7 +83,7 @@ def pick_kind(rng: Random, **shares: float) -> str:
 
 
 def training_turns(scene: Scene, rng: Random) -> list[tuple[str, int | None]]:
-    """Distinct (type, argument) of a training conversation: up to four on a grid, all there is on the others."""
+    """Draw the distinct (type, argument) pairs of a training conversation, at most four."""
     if scene.kind == "chart":
         kinds = ["tallest", "shortest", "bars"]
         rng.shuffle(kinds)
@@ -107,7 +107,10 @@ def training_turns(scene: Scene, rng: Random) -> list[tuple[str, int | None]]:
 
 
 def target_scene(world: World, kind: str, number: int, rng: Random) -> tuple[Scene, int | None]:
-    """The scene of evaluation question `number` of a type, its answers taken in turn so that none is a good guess."""
+    """Return scene and argument of evaluation question `number` of a type.
+
+    Answers are taken in turn, so that no answer is a good guess.
+    """
     argument = None
     if kind in ("tallest", "shortest"):
         scene = world.chart(rng.sample(range(10), rng.randint(2, 5)), rng)
@@ -144,7 +147,7 @@ def target_scene(world: World, kind: str, number: int, rng: Random) -> tuple[Sce
 def conversation(
     scene: Scene, turns: list[tuple[str, int | None]], rng: Random, *, in_words: bool, single: bool
 ) -> dict:
-    """Questions about a picture, or about its description where `in_words`."""
+    """Compose a conversation about a picture, or about its description if `in_words`."""
     messages = []
     for i, (kind, argument) in enumerate(turns):
         question = ask(kind, argument, rng)
@@ -158,7 +161,7 @@ def conversation(
 
 
 def compose(family: str, world: World, number: int, rng: Random) -> Composed:
-    """Record `number` of a family in the world's split; see FAMILIES."""
+    """Compose record `number` of a family in the world's split; see FAMILIES."""
     key = f"{world.split}-{number:06d}"
     if family in FAMILY_TYPES:
         if world.split == "train":
@@ -212,7 +215,7 @@ def compose(family: str, world: World, number: int, rng: Random) -> Composed:
 
 
 def count_records(family: str, split: str, scale: float) -> int:
-    """How many records of a drawn family a build of this scale holds; evaluation keeps the types balanced."""
+    """Return the number of records of a family other than `text` at this scale; evaluation keeps types balanced."""
     if split == "train":
         return max(8, round(TRAIN_COUNTS[family] * scale))
     if family in FAMILY_TYPES:
@@ -223,7 +226,7 @@ def count_records(family: str, split: str, scale: float) -> int:
 def compose_split(
     family: str, split: str, *, seed: int, scale: float = 1.0, limit: int | None = None
 ) -> Iterator[tuple[Composed, Random]]:
-    """All records of a drawn family's split with the generator each is drawn with."""
+    """Yield the records of a split of a family other than `text`, each with its random generator."""
     world = load_world(split)
     count = count_records(family, split, scale)
     for number in range(count if limit is None else min(count, limit)):
@@ -232,7 +235,7 @@ def compose_split(
 
 
 def draw(composed: Composed, world_scans, rng: Random) -> list[bytes]:
-    """The record's images as PNG files."""
+    """Render the record's images as PNG files."""
     images = []
     for shown in composed.shown:
         if isinstance(shown, Scene):
@@ -243,12 +246,12 @@ def draw(composed: Composed, world_scans, rng: Random) -> list[bytes]:
 
 
 def draw_labels(composed: Composed) -> list[bytes]:
-    """The dense label maps of the record's scenes as PNG files."""
+    """Encode the dense label maps of the record's scenes as PNG files."""
     return [encode_png(label_map(scene)) for scene in composed.shown]
 
 
 def record_texts(record: dict) -> list[str]:
-    """A record's pieces of text, each as the tokenizer will meet it."""
+    """Return a record's texts as the tokenizer will receive them."""
     contents = [m["content"] for m in record["messages"]] if "messages" in record else [record["document"]]
     texts = []
     for content in contents:

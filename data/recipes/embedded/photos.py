@@ -1,7 +1,7 @@
-"""Crops of scikit-learn's two photographs, with descriptions that follow from where the crop lies.
+"""Crops of scikit-learn's two photographs, described by their position.
 
-What stands where was marked by hand, in pixels of the 640 x 427 originals. The left part of each photograph trains, the
-upper right validates, the lower right tests; a crop never leaves its region.
+The positions of objects were marked by hand, in pixels of the 640 x 427 originals. The left part of each photograph is
+for training, the upper right for validation, the lower right for testing; a crop never leaves its region.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REGIONS = {  # x0, y0, x1, y1
     "china": {"train": (0, 0, 205, 427), "val": (205, 0, 420, 212), "test": (205, 212, 420, 427)},
     "flower": {"train": (0, 0, 310, 427), "val": (310, 0, 600, 212), "test": (310, 212, 600, 427)},
 }
-BLOOMS = ((305, 220, 136), (375, 430, 78))  # centre and radius; the second looks in from below
+BLOOMS = ((305, 220, 136), (375, 430, 78))  # centre and radius; the second centre is below the image
 
 
 @functools.cache
@@ -29,17 +29,17 @@ def load_photo(name: str) -> np.ndarray:
 
 
 def choose_crop(name: str, split: str, rng: Random) -> tuple[int, int, int]:
-    """A square inside the split's region: x, y, side."""
+    """Draw a square inside the split's region; return (x, y, side) in pixels."""
     x0, y0, x1, y1 = REGIONS[name][split]
     side = rng.randint(120, 200)
     return rng.randint(x0, x1 - side), rng.randint(y0, y1 - side), side
 
 
 def describe_crop(name: str, crop: tuple[int, int, int]) -> str:
-    """What the crop shows, true by its place."""
+    """Return a description of the crop that follows from its position."""
     x, y, side = crop
     if name == "china":
-        # The tower's roofs and walls fill x 65..350 below y 75; above them is sky, right of them a lake.
+        # The tower's roofs and walls fill x 65..350 below y 75; sky is above them, a lake to their right.
         text = "a photograph of a temple in china."
         if y < 45:
             text += " the sky above."
@@ -56,7 +56,7 @@ def describe_crop(name: str, crop: tuple[int, int, int]) -> str:
 
 
 def render_crop(name: str, crop: tuple[int, int, int]) -> np.ndarray:
-    """The crop as uint8 (96, 96, 3)."""
+    """Return the crop resized to uint8 (96, 96, 3)."""
     from PIL import Image
 
     x, y, side = crop

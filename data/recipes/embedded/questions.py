@@ -1,7 +1,7 @@
-"""Descriptions, questions and answers; the same words for a picture and for its description in text.
+"""Descriptions, questions and answers, with the same words for a picture and for its description in text.
 
-A small model answers about pictures only what it has learnt to answer about sentences, so `describe` is at once the
-caption of a picture and the premise of the text-only questions.
+A small model can answer about pictures only what it has learnt to answer about sentences, so `describe` is both the
+caption of a picture and the premise of text-only questions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def describe(scene: Scene, *, colours: bool = False) -> str:
-    """The caption: count and content, in reading order."""
+    """Return the caption: count and content, in reading order."""
     digits = scene.digits
     if scene.kind == "grid":
         text = f"{plural(len(digits), 'digit')}: {spell(digits)}."
@@ -64,7 +64,7 @@ def describe(scene: Scene, *, colours: bool = False) -> str:
 
 
 def describe_at_length(scene: Scene) -> str:
-    """Several sentences that say everything."""
+    """Return a full description in several sentences."""
     digits = scene.digits
     if scene.kind == "grid":
         sentences = [f"the picture shows {plural(len(digits), 'digit')}"]
@@ -88,7 +88,7 @@ def describe_at_length(scene: Scene) -> str:
 
 
 def choose_argument(scene: Scene, kind: str, rng: Random) -> int | None:
-    """What a question asks about: an index of a digit or a line, a digit to look for, or nothing."""
+    """Draw what a question asks about: the index of a digit or line, a digit to look for, or None."""
     if kind in ("nth", "position"):
         return rng.randrange(len(scene.digits))
     if kind == "read_line":
@@ -101,13 +101,13 @@ def choose_argument(scene: Scene, kind: str, rng: Random) -> int | None:
 
 
 def ask(kind: str, argument: int | None, rng: Random) -> str:
-    """The question in one of its phrasings."""
+    """Return the question in a random phrasing."""
     word = {"nth": ORDINALS, "read_line": ORDINALS, "position": CORNERS}.get(kind)
     return rng.choice(PHRASES[kind]).format(word[argument] if word else argument)
 
 
 def answer(scene: Scene, kind: str, argument: int | None = None) -> str:
-    """The one right answer."""
+    """Return the only correct answer."""
     digits = scene.digits
     if kind in ("count", "bars"):
         return NUMBERS[len(digits)]

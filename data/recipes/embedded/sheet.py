@@ -1,4 +1,4 @@
-"""Contact sheets: a family's first training records, enlarged, with their words underneath, to be looked at."""
+"""Contact sheets for inspection: a family's first training records, enlarged, with their text below."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.recipes.embedded.world import BAR, COLOUR_NAMES
 
-WIDTH = 300  # pixels a sample
-SIDE = 288  # an image of 96 pixels, three times
+WIDTH = 300  # pixels per sample
+SIDE = 288  # pixels of an image: 96, enlarged three times
 LINE = 17
 
 
 def lines_of(record: dict) -> list[str]:
-    """The record's words as lines; images appear as [image]."""
+    """Return the record's text as wrapped lines; images appear as [image]."""
     if "document" in record:
         turns = [("", record["document"])]
     else:
@@ -32,7 +32,7 @@ def lines_of(record: dict) -> list[str]:
 
 
 def paint_cells(labels: bytes) -> Image.Image:
-    """A label map as a picture: the digit of each cell on its colour."""
+    """Draw a label map: the class of each cell on a tint of its colour."""
     cells = Image.open(io.BytesIO(labels)).convert("RGB")
     step = SIDE // cells.width
     picture = Image.new("RGB", (SIDE, SIDE), "white")
@@ -49,7 +49,7 @@ def paint_cells(labels: bytes) -> Image.Image:
 
 
 def write_sheet(samples: list[tuple[dict, list[bytes], list[bytes]]], path: Path, *, columns: int = 4) -> None:
-    """Write one PNG of `samples`: (record, images, label maps), a sample a column."""
+    """Write one PNG of `samples`, each (record, images, label maps), in rows of `columns` samples."""
     font = ImageFont.load_default(size=13)
     tiles = []
     for record, images, maps in samples:

@@ -1,6 +1,6 @@
-"""Real prose without a download: Python's own language reference and the descriptions of scikit-learn's data sets.
+"""Real prose without a download: Python's language reference and the descriptions of scikit-learn's data sets.
 
-Documents are split before they are cut, so held-out text comes from documents no training text was taken from.
+Documents are assigned to splits before they are cut, so no document has both training and held-out text.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-MAX_TOKENS = 120  # a chunk; a longer sentence is cut between words
+MAX_TOKENS = 120  # per chunk; a longer sentence is cut between words
 
 
 def load_documents() -> dict[str, str]:
-    """Name -> text, in a fixed order. The reference varies a little between versions of Python."""
+    """Return name -> text in a fixed order; the reference varies slightly between Python versions."""
     from pydoc_data.topics import topics
 
     documents = {f"topic-{name}": text for name, text in sorted(topics.items())}
@@ -24,17 +24,17 @@ def load_documents() -> dict[str, str]:
 
 
 def split_documents() -> dict[str, list[tuple[str, list[str]]]]:
-    """Split -> (name, paragraphs) of its documents: every eighth is held out, shared fairly between val and test."""
+    """Return split -> [(name, paragraphs), ...]; every eighth document is held out; val and test are about equal."""
     documents = [(name, split_paragraphs(text)) for name, text in load_documents().items()]
     length = lambda document: sum(map(len, document[1]))
     splits = {"train": [d for i, d in enumerate(documents) if i % 8 != 7], "val": [], "test": []}
-    for document in sorted(documents[7::8], key=length, reverse=True):  # the longest first, each to the shorter side
+    for document in sorted(documents[7::8], key=length, reverse=True):  # longest first, each to the shorter split
         splits[min(("test", "val"), key=lambda s: sum(map(length, splits[s])))].append(document)
     return splits
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """Prose paragraphs with their white space collapsed; headings' rules, tables and grammars are left out."""
+    """Return prose paragraphs with collapsed white space; heading underlines, tables and grammars are left out."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", text):
         block = " ".join(re.sub(r"^\s*[*=\-~^+#]{3,}\s*$", "", block, flags=re.M).split())
@@ -49,7 +49,7 @@ def split_sentences(paragraph: str) -> list[str]:
 
 
 def cut_chunks(paragraphs: list[str], count_tokens) -> list[str]:
-    """Chunks of at most MAX_TOKENS: whole paragraphs where they fit, else sentences, else words.
+    """Split paragraphs into chunks of at most MAX_TOKENS: whole paragraphs if they fit, else sentences, else words.
 
     Args:
         count_tokens: text -> number of tokens.

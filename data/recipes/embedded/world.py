@@ -1,7 +1,7 @@
-"""The drawn world: scanned digits in grids and lines, bar charts of real tables, crops of two photographs.
+"""Composed images: scanned digits in grids and lines, and bar charts of real tables.
 
-Every image is 96 x 96. Digits stand in fixed reading-order slots, because slots are what a small model learns to read.
-Scans and table rows are split before anything is drawn, so no picture of one split shares a scan with another.
+Every image is 96 x 96. Digits stand in fixed slots in reading order, which a small model can learn to read. Scans and
+table rows are assigned to splits before anything is drawn, so images of different splits share no scan.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from random import Random
 import numpy as np
 
 SIZE = 96  # pixels, both sides
-CELL = 8  # pixels a cell of a label map: 12 x 12 cells an image
-LEVELS = 8  # of ink, half as many as the scans have: the files are a third smaller and look the same
+CELL = 8  # pixels per cell of a label map: 12 x 12 cells per image
+LEVELS = 8  # of ink, half as many as in the scans: files are a third smaller and look the same
 SPLITS = ("train", "val", "test")
 SCANS = {"train": range(0, 1297), "val": range(1297, 1547), "test": range(1547, 1797)}  # file order of the digits
 
@@ -25,7 +25,7 @@ INK = {"red": (200, 35, 35), "green": (25, 135, 45), "blue": (35, 60, 200)}
 CLASS_NAMES = ("background", *(f"digit {d}" for d in range(10)), "bar")  # channel 0 of a label map
 COLOUR_NAMES = ("none", *COLOURS)  # channel 1
 BAR = CLASS_NAMES.index("bar")
-AXIS = 1 + LEVELS * len(COLOURS)  # palette entry of a chart's base line; 0 is the paper
+AXIS = 1 + LEVELS * len(COLOURS)  # palette entry of a chart's base line; entry 0 is the paper
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Glyph:
     y: int
     size: int
     colour: str
-    warp: tuple[float, float, float] | None = None  # turn (radians), slant, stretch
+    warp: tuple[float, float, float] | None = None  # rotation (radians), slant, stretch
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `groups` are its digits in reading order, one list a line.
+    """What a picture shows; `groups` are its digits in reading order, one tuple per line.
 
     kind is `grid` (1-4 digits in a 2 x 2 grid), `line` (3-4 digits), `lines` (two lines of 2-4) or `chart` (2-5 bars,
     `groups[0]` the digits under them, `tallest` and `shortest` indices of bars).
@@ -80,7 +80,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Table:
-    """One split of a table: columns, how rows order by each column, and rows by class (empty for a regression)."""
+    """One split of a table: columns, row indices sorted by each column, and rows by class (empty for a regression)."""
 
     name: str
     features: list[str]
@@ -90,7 +90,7 @@ class Table:
 
 
 class World:
-    """The real data of one split, and the scenes composed of it.
+    """The real data of one split, and methods that compose scenes from it.
 
     Args:
         split: train, val or test.
@@ -106,15 +106,17 @@ class World:
         self.tables = [load_table(name, split) for name in ("iris", "wine", "breast_cancer", "diabetes")]
 
     def glyph(self, digit: int, x: int, y: int, size: int, colour: str, rng: Random) -> Glyph:
-        """A scan of the digit. Training glyphs are turned, slanted and stretched a little: 1,297 scans are few, and
-        the held-out ones, which stay as they are, come from other hands."""
+        """Draw a scan of the digit; training glyphs are slightly rotated, slanted and stretched.
+
+        There are only 1,297 training scans, and the held-out ones, which are not warped, are by other writers.
+        """
         warp = None
         if self.split == "train":
             warp = (rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25), rng.uniform(0.85, 1.15))
         return Glyph(rng.choice(self.by_digit[digit]), digit, x, y, size, colour, warp)
 
     def grid(self, digits: list[int], rng: Random) -> Scene:
-        """1-4 digits of 26-36 px, in the order top left, top right, bottom left, bottom right."""
+        """Place 1-4 digits of 26-36 px, in the order top left, top right, bottom left, bottom right."""
         one_colour = rng.choice(COLOURS) if rng.random() < 0.6 else None
         glyphs = []
         for slot, digit in enumerate(digits):
@@ -124,11 +126,11 @@ class World:
         return Scene("grid", (tuple(digits),), tuple(glyphs))
 
     def line(self, digits: list[int], rng: Random) -> Scene:
-        """3-4 digits of 22-24 px in one line, anywhere from top to bottom."""
+        """Place 3-4 digits of 22-24 px in one line at any height."""
         return Scene("line", (tuple(digits),), tuple(self._write(digits, rng.randint(2, SIZE - 26), rng)))
 
     def lines(self, first: list[int], second: list[int], rng: Random) -> Scene:
-        """Two lines of 2-4 digits, one in each half."""
+        """Place two lines of 2-4 digits, one in each half."""
         glyphs = [*self._write(first, rng.randint(2, 22), rng), *self._write(second, rng.randint(50, 70), rng)]
         return Scene("lines", (tuple(first), tuple(second)), tuple(glyphs))
 
@@ -143,7 +145,7 @@ class World:
         return glyphs
 
     def chart(self, labels: list[int], rng: Random) -> Scene:
-        """A bar for each label: group means of a bootstrapped feature of a real table, on a stretched axis."""
+        """Draw a bar for each label: bootstrapped group means of a real table's feature, on a stretched axis."""
         heights = self.bar_heights(len(labels), rng)
         pitch = 24 if len(labels) <= 4 else 19
         glyphs, bars = [], []
@@ -156,13 +158,13 @@ class World:
         return Scene("chart", (tuple(labels),), tuple(glyphs), tuple(bars), tallest, shortest)
 
     def bar_heights(self, num_bars: int, rng: Random) -> list[int]:
-        """Pixels; the tallest and the shortest stand off from the rest by at least 7."""
+        """Draw bar heights in pixels; the tallest and the shortest differ from all others by at least 7."""
         while True:
             table = rng.choice(self.tables)
             column = table.columns[rng.randrange(len(table.columns))]
             if len(table.classes) == num_bars and rng.random() < 0.5:
                 groups = table.classes
-            else:  # as many equal groups along another feature
+            else:  # equal groups of the rows sorted by a random feature
                 order = rng.choice(table.order)
                 edges = [len(order) * i // num_bars for i in range(num_bars + 1)]
                 groups = [order[a:b] for a, b in zip(edges, edges[1:])]
@@ -180,13 +182,13 @@ class World:
 
 @functools.cache
 def load_world(split: str) -> World:
-    """The world of a split, made once a process."""
+    """Return the world of a split, built once per process."""
     return World(split)
 
 
 @functools.cache
 def load_table(name: str, split: str) -> Table:
-    """A table's rows of one split: of six rows, four train, one validates, one tests."""
+    """Load a table's rows of one split: of every six rows, four are in train, one in val and one in test."""
     from sklearn import datasets
 
     data = getattr(datasets, f"load_{name}")()
@@ -201,7 +203,7 @@ def load_table(name: str, split: str) -> Table:
 
 @functools.cache
 def upsample(size: int) -> np.ndarray:
-    """Bilinear interpolation from 8 to `size` samples as a (size, 8) matrix."""
+    """Return the (size, 8) matrix of linear interpolation from 8 to `size` samples."""
     at = np.clip((np.arange(size) + 0.5) * 8 / size - 0.5, 0, 7)
     left = np.minimum(at.astype(int), 6)
     matrix = np.zeros((size, 8), np.float32)
@@ -211,7 +213,7 @@ def upsample(size: int) -> np.ndarray:
 
 
 def draw_scan(scan: np.ndarray, size: int, warp: tuple[float, float, float] | None) -> np.ndarray:
-    """A scan (8, 8) at (size, size), bilinear; with `warp` turned, slanted and stretched about its centre."""
+    """Resize a scan (8, 8) to (size, size) bilinearly; `warp` rotates, slants and stretches it about its centre."""
     if warp is None:
         matrix = upsample(size)
         return matrix @ scan @ matrix.T
@@ -219,7 +221,7 @@ def draw_scan(scan: np.ndarray, size: int, warp: tuple[float, float, float] | No
     at = (np.arange(size, dtype=np.float32) + 0.5) * 8 / size - 4
     y, x = at[:, None], at[None, :]
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    row = (cos * y - sin * x) / np.float32(stretch) + 3.5 + 1  # into the scan with a border of one empty sample
+    row = (cos * y - sin * x) / np.float32(stretch) + 3.5 + 1  # + 1: the scan is padded by one empty sample
     column = cos * x + sin * y + np.float32(slant) * y + 3.5 + 1
     row, column = np.clip(row, 0, 8.999), np.clip(column, 0, 8.999)
     top, left = row.astype(np.int64), column.astype(np.int64)
@@ -231,9 +233,9 @@ def draw_scan(scan: np.ndarray, size: int, warp: tuple[float, float, float] | No
 
 
 def render(scene: Scene, scans: np.ndarray, rng: Random) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene: palette indices uint8 (96, 96) and the palette uint8 (P, 3).
+    """Draw a scene; return palette indices uint8 (96, 96) and the palette uint8 (P, 3).
 
-    Every ink owns as many palette entries as it has levels, so a picture is one byte a pixel and compresses well.
+    Every ink has one palette entry per level, so a picture takes one byte per pixel and compresses well.
     """
     pixels = np.zeros((SIZE, SIZE), np.uint8)
     palette = np.zeros((1 + AXIS, 3), np.float32)
@@ -257,14 +259,14 @@ def render(scene: Scene, scans: np.ndarray, rng: Random) -> tuple[np.ndarray, np
 
 
 def label_map(scene: Scene) -> np.ndarray:
-    """Dense labels uint8 (12, 12, 3): a cell belongs to the object whose box covers its centre.
+    """Return dense labels uint8 (12, 12, 3): a cell belongs to the object whose box covers its centre.
 
-    Channel 0 indexes CLASS_NAMES, channel 1 COLOUR_NAMES, channel 2 is empty.
+    Channel 0 indexes CLASS_NAMES, channel 1 COLOUR_NAMES; channel 2 is zero.
     """
     cells = np.zeros((SIZE // CELL, SIZE // CELL, 3), np.uint8)
     for thing in (*scene.bars, *scene.glyphs):
         width, height = (thing.width, thing.height) if isinstance(thing, Bar) else (thing.size, thing.size)
-        # Cell i has its centre at pixel 8 i + 4; the first one at or after a box's start is (start + 3) // 8.
+        # Cell i has its centre at pixel 8 i + 4; the first cell centred at or after a box's start is (start + 3) // 8.
         rows = slice((thing.y + 3) // CELL, (thing.y + height + 3) // CELL)
         columns = slice((thing.x + 3) // CELL, (thing.x + width + 3) // CELL)
         cells[rows, columns, 0] = BAR if isinstance(thing, Bar) else 1 + thing.digit
@@ -273,9 +275,9 @@ def label_map(scene: Scene) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray, palette: np.ndarray | None = None, level: int = 1) -> bytes:
-    """A PNG file of uint8 (h, w) palette indices or (h, w, 3) RGB; several times faster than a general encoder.
+    """Encode uint8 (h, w) palette indices or (h, w, 3) RGB as PNG, several times faster than a general encoder.
 
-    https://www.w3.org/TR/png-3/: signature, IHDR, PLTE, IDAT of rows behind a filter byte of 0, IEND.
+    Format (https://www.w3.org/TR/png-3/): signature, IHDR, PLTE, IDAT with rows that begin with filter byte 0, IEND.
     """
     height, width = pixels.shape[:2]
     rows = np.zeros((height, 1 + pixels[0].size), np.uint8)

@@ -1,4 +1,4 @@
-"""Load an encoder's weights from a local file, strictly, in the formats they are published in."""
+"""Load an encoder's weights strictly from a local file, in any of the formats they are published in."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastvlm.models.hub import fetch, refuse_differences
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a checkpoint into `model`. Its keys may have any common prefix, or be in the format the model was published
-    in: timm converts OpenAI's and open_clip's CLIP, Meta's DINOv2, Apple's MobileCLIP and others. Every weight of the
-    model must be there; classifier, pooling and other towers are ignored. Learned positions of another grid are
-    interpolated.
+    """Load a checkpoint into `model`, in place.
+
+    Its keys may have any common prefix, or be in the format the model was published in: timm converts OpenAI's and
+    open_clip's CLIP, Meta's DINOv2, Apple's MobileCLIP and others. Every weight of the model must be present; extra
+    ones (classifier, pooling, other towers) are ignored. Learned positions of another grid are interpolated.
 
     Raises:
-        ValueError: the file cannot be read or is of another model; the tensors that are missing or of another shape
-            are listed.
+        ValueError: the file cannot be read, or tensors are missing or of another shape; the message lists them.
     """
     if not Path(path).is_file():
         raise ValueError(f"encoder.checkpoint={path}: no such file; name a .safetensors or .pt file of its weights")
@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     state = below_prefix(state, wanted)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
-        # Of another model's weights it makes nothing, or an exception of any kind: both are told below.
+        # For another model's weights it returns nothing useful or raises anything; both are reported below.
         with torch.no_grad(), suppress(Exception):
             state = convert(state, model)
     if not any(key in wanted for key in state):
@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 
 
 def below_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state's entries below the prefix at which the wanted keys stand, or all of them."""
+    """Strip the prefix under which `state` holds the wanted keys; return all of `state` if there is none."""
     first = next(iter(wanted))
     held = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)]
     if not held:

@@ -1,9 +1,10 @@
-"""An encoder that an image may leave early: each of its stages can feed the language model, and a gate says which does.
+"""An early-exit encoder: each of its stages can feed the language model, and learned gates choose which one does.
 
-The gates halt as PonderNet's (arXiv 2107.05407, section 2.1): with lambda_k the probability of leaving at exit k for
-those that came so far, exit k is taken with p_k = lambda_k * prod_{j<k} (1 - lambda_j), the last with what is left. In
-training an exit is drawn from p and learns straight through; what p is expected to cost is a loss of its own. In
-inference an image leaves at the first exit with lambda_k above a threshold, and what stands behind is not computed.
+The gates follow PonderNet (arXiv 2107.05407, section 2.1): with lambda_k the probability of leaving at exit k for
+images that reach it, exit k is taken with p_k = lambda_k * prod_{j<k} (1 - lambda_j), and the last exit with the
+remaining probability. In training an exit is sampled from p with a straight-through gradient, and the expected compute
+under p is an extra loss. In inference an image leaves at the first exit with lambda_k above a threshold, and the later
+stages are not computed for it.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ MEASURED = ("vision_tokens", "vision_gflops", "exit")
 
 
 class EarlyExitEncoder(nn.Module):
-    """Patches of the encoder's end, or of an earlier stage through a head that brings them to the same width.
+    """Encoder whose images may leave after an earlier stage, through a head that maps to the final width.
 
-    An image that leaves at an exit with fewer tokens than the end has stands in the last of its N places; those before
+    If an exit has fewer tokens than the encoder's end, they take the last of the N positions. The positions before them
     are zero, and the VLM hides them from attention and positions (`slots.py`), as it does for `token_select`.
 
     Args:
-        encoder: has `stage_dims`, `stage_strides`, `advance` and `finish`: FastViT here, a timm model with stages.
-        exits: stages, from 0, after which an image may leave; its end always is the last exit.
-        num_tokens: tokens of each exit, square numbers; None: as many as the end has, which any resampler takes.
-        threshold: an image leaves where its gate says more than this.
-        cost_weight: of the expected share of the whole encoder's FLOPs in the loss, in nats a learned token.
+        encoder: has `stage_dims`, `stage_strides`, `advance` and `finish`, as `FastViT` and timm models with stages do.
+        exits: stages, counted from 0, after which an image may leave; the encoder's end is always the last exit.
+        num_tokens: tokens of each exit, square numbers; None: as many as at the end, which any resampler accepts.
+        threshold: in inference an image leaves where its gate's probability exceeds this.
+        cost_weight: weight in the loss, in nats per learned token, of the expected share of the whole encoder's FLOPs.
 
     Attributes:
         drops_tokens: whether images may have fewer than N tokens.
 
     Raises:
-        ValueError: an encoder without stages, exits that are not its stages in order, tokens that are no square or
-            differ in number from the exits; (num_patches, forward) an exit with more tokens than the end.
+        ValueError: the encoder has no stages, `exits` are not earlier stages in order, or `num_tokens` are not one
+            square number per exit; (num_patches, forward) an exit has more tokens than the end.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class EarlyExitEncoder(nn.Module):
         self.tokens = None if num_tokens is None else list(num_tokens)
         self.out_dim, self.stride, self.mean, self.std = encoder.out_dim, encoder.stride, encoder.mean, encoder.std
         self.heads = nn.ModuleList(exit_head(dims[stage], encoder.out_dim) for stage in exits)
-        # At first every exit is as likely as any other: 1/K leave at the first, 1/(K-1) of the rest at the second, ...
+        # All K exits start equally likely: 1/K leave at the first, 1/(K-1) of the rest at the second, ...
         left = range(len(exits) + 1, 1, -1)
         self.gates = nn.ModuleList(gate(dims[stage], share=1 / k) for stage, k in zip(exits, left))
-        self._twin = [meta_twin(self)]  # in a list, so that it is no part of the module
+        self._twin = [meta_twin(self)]  # in a list, so that it is not registered as a submodule
         self._flops: dict[int, list[int]] = {}
         self._cost: Tensor | None = None
         self._measured: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ class EarlyExitEncoder(nn.Module):
         return self.encoder.num_patches(image_size)
 
     def tokens_at(self, image_size: int) -> list[int]:
-        """Tokens of an image that leaves at each exit, the end last."""
+        """Return the number of tokens at each exit, the encoder's end last."""
         whole = self.encoder.num_patches(image_size)
         tokens = [whole] * len(self.exits) if self.tokens is None else self.tokens
         if max(tokens) > whole:
@@ -100,7 +101,7 @@ class EarlyExitEncoder(nn.Module):
         return [*tokens, whole]
 
     def flops_at(self, image_size: int) -> list[int]:
-        """FLOPs of an image that leaves at each exit, the end last; heads and gates included."""
+        """Return the FLOPs of an image at each exit, the encoder's end last, including heads and gates."""
         if image_size not in self._flops:
             twin, found = self._twin[0], []
             side = math.isqrt(self.encoder.num_patches(image_size))
@@ -114,7 +115,7 @@ class EarlyExitEncoder(nn.Module):
                         twin.gates[i](x.mean((2, 3)))
                         before = so_far()
                         twin.heads[i](cells(x, sides[i]))
-                        # An image pays for one head, that of the exit it takes.
+                        # An image runs only the head of the exit it takes.
                         found.append(so_far() - heads)
                         heads += so_far() - before
                 twin.encoder.finish(x)
@@ -136,8 +137,12 @@ class EarlyExitEncoder(nn.Module):
         return patches
 
     def take_auxiliary(self) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The last forward pass's own loss (nats a learned token; None where no gate learns) and its mean cost an
-        image: tokens, GFLOPs, number of the exit. A second call finds nothing."""
+        """Return and clear the last forward pass's cost loss and its mean cost per image.
+
+        Returns:
+            The loss (nats per learned token; None if no gate is trained), and the means of `MEASURED`: tokens, GFLOPs,
+            index of the exit. A second call returns (None, {}).
+        """
         cost, measured = self._cost, self._measured
         self._cost, self._measured = None, {}
         return cost, measured
@@ -145,7 +150,7 @@ class EarlyExitEncoder(nn.Module):
     def _all_exits(
         self, images: Float[Tensor, "I 3 H W"]
     ) -> tuple[Float[Tensor, "I N D"], Int[Tensor, "I"], Float[Tensor, "I K"]]:
-        """Training: every stage is computed, one exit an image is taken."""
+        """Run all stages and sample one exit per image (training)."""
         x, outs, logits = images, [], []
         n = self.num_patches(images.shape[-1])
         for stage in range(len(self.encoder.stage_dims)):
@@ -157,16 +162,16 @@ class EarlyExitEncoder(nn.Module):
         outs.append(rearrange(self.encoder.finish(x), "i d h w -> i (h w) d"))
         p = exit_probabilities(torch.stack(logits, dim=1).float())
         taken = torch.multinomial(p.detach(), 1).squeeze(1)
-        weight = F.one_hot(taken, p.shape[1]) + (p - p.detach())  # exactly 0 and 1 in value, the gradient of p
+        weight = F.one_hot(taken, p.shape[1]) + (p - p.detach())  # values exactly 0 and 1, gradient of p
         patches = sum(w[:, None, None].to(out.dtype) * out for w, out in zip(weight.unbind(1), outs))
         return patches, taken, p
 
     def _leave(self, images: Float[Tensor, "I 3 H W"]) -> tuple[Float[Tensor, "I N D"], Int[Tensor, "I"]]:
-        """Inference: images leave the batch on the way."""
+        """Remove images from the batch as they leave (inference)."""
         n, x = self.num_patches(images.shape[-1]), images
         here = torch.arange(len(images), device=images.device)
         taken = torch.full_like(here, len(self.exits))
-        if images.is_meta:  # without numbers nothing is decided: every image goes all the way
+        if images.is_meta:  # gates have no values to compare: run every image to the end
             for stage in range(len(self.encoder.stage_dims)):
                 x = self.encoder.advance(stage, x)
             return rearrange(self.encoder.finish(x), "i d h w -> i (h w) d"), taken
@@ -195,15 +200,15 @@ class EarlyExitEncoder(nn.Module):
         return self.heads[i](cells(x, math.isqrt(self._num(i, n))))
 
     def reparameterize(self) -> EarlyExitEncoder:
-        """Folds the encoder's branches, in place, for inference."""
+        """Fold the encoder's branches in place for inference."""
         self.encoder.reparameterize()
         return self.eval()
 
 
 def exit_probabilities(logits: Float[Tensor, "I E"]) -> Float[Tensor, "I K"]:
-    """Probability of each exit and of the end, from the gates of those that come so far; each row sums to 1."""
+    """Turn gate logits into the probability of each exit and of the end; each row sums to 1."""
     leave, stay = F.logsigmoid(logits), F.logsigmoid(-logits).cumsum(dim=1)
-    before = F.pad(stay, (1, 0))  # log probability of coming to exit k
+    before = F.pad(stay, (1, 0))  # log probability of reaching exit k
     return (before + F.pad(leave, (0, 1))).exp()
 
 
@@ -216,7 +221,7 @@ def exit_head(in_dim: int, out_dim: int) -> nn.Module:
 
 
 def gate(dim: int, *, share: float) -> nn.Module:
-    """A map's mean -> the logit of leaving here; `share` of the images at first."""
+    """Build a gate from a map's mean to the logit of leaving; initially the probability is `share`."""
     linear = nn.Linear(dim, 1)
     nn.init.zeros_(linear.weight)
     nn.init.constant_(linear.bias, math.log(share / (1 - share)))

@@ -1,10 +1,11 @@
-"""FastViT: a hybrid encoder, convolutions where the map is large and attention where it is small.
+"""FastViT: a hybrid encoder with convolutions where the map is large and attention where it is small.
 
-The form is FastViTHD's (FastVLM, arXiv 2412.13303, section 3; FastViT, arXiv 2303.14189): MobileOne stem, RepMixer
-stages, then attention stages behind a conditional position encoding. `reparameterize` folds its branches for inference.
+The architecture is FastViTHD's (FastVLM, arXiv 2412.13303, section 3; FastViT, arXiv 2303.14189): a MobileOne stem,
+RepMixer stages, then attention stages after a conditional position encoding. `reparameterize` folds its branches for
+inference.
 
-On a CPU this lives on channels-last memory, and its depthwise convolutions stay in float32 under bf16 autocast: both
-measured, the second because bf16's backward of a strided depthwise convolution is 15 times slower.
+On a CPU two choices were measured to be faster: channels-last memory, and depthwise convolutions kept in float32 under
+bf16 autocast, because bf16's backward of a strided depthwise convolution is 15 times slower.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from fastvlm.models.encoders.fastvit_blocks import AttentionBlock, MobileOne, Pa
 
 
 class FastViT(nn.Module):
-    """Encoder: normalised images -> patches, one per cell of `stride` x `stride` pixels, in row-major order.
+    """Encoder from normalised images to patches, one per cell of `stride` x `stride` pixels, in row-major order.
 
     Args:
         dims: width of each stage; each stage after the first halves the map.
-        depths: blocks of each stage; 0 leaves only the way down.
-        attention: which stages attend; the others mix by RepMixer.
-        stem_stride: 2 or 4, the reduction before the first stage.
-        mlp_ratio: hidden width of a ConvFFN over its own.
-        out_dim: width of the patches, a multiple of the last of `dims`.
-        kernel: of the depthwise convolutions in ConvFFN and between stages.
-        layer_scale: initial share of a block's branch in its output: 1e-5 for long training, near 1 for short.
-        mean, std: of the images this encoder was or will be trained on, per channel, for values in [0, 1].
+        depths: blocks in each stage; 0 leaves only the downsampling.
+        attention: whether each stage uses attention; the others use RepMixer.
+        stem_stride: stride of the stem, 2 or 4.
+        mlp_ratio: hidden width of a ConvFFN relative to its input.
+        out_dim: width of the patches, a multiple of the last of `dims`; None: the last of `dims`.
+        kernel: kernel size of the depthwise convolutions in ConvFFN and between stages.
+        layer_scale: initial LayerScale of a block's branches: 1e-5 for long training, near 1 for short.
+        mean, std: pixel statistics this encoder was or will be trained with, per channel, for values in [0, 1].
 
     Raises:
-        ValueError: the stages' lists differ in length, a stride or width is impossible, or (forward) the image is not a
-            multiple of the stride.
+        ValueError: `dims`, `depths` and `attention` differ in length, a stride or width is impossible, or (forward) the
+            image size is not a multiple of the stride.
     """
 
     def __init__(
@@ -101,18 +102,18 @@ class FastViT(nn.Module):
         return rearrange(self.final(self.stages(x)), "i d h w -> i (h w) d")
 
     def advance(self, stage: int, x: Float[Tensor, "I C H W"]) -> Float[Tensor, "I D h w"]:
-        """The map of stage i from that of stage i - 1, or from images: width stage_dims[i], stride stage_strides[i]."""
+        """Compute the map of stage i (stage_dims[i], stage_strides[i]) from that of stage i - 1, or from images."""
         if stage == 0:
             x = self.stem(x.contiguous(memory_format=torch.channels_last))
         return self.stages[self.ends[stage] : self.ends[stage + 1]](x)
 
     def finish(self, x: Float[Tensor, "I C h w"]) -> Float[Tensor, "I D h w"]:
-        """What stands behind the last stage."""
+        """Apply the final convolution to the map of the last stage."""
         return self.final(x)
 
     @torch.no_grad()
     def reparameterize(self) -> FastViT:
-        """Folds all branches and norms, in place, for inference: outputs stay what they were in `eval()`."""
+        """Fold all branches and norms in place for inference; outputs equal those of `eval()`."""
         for block in self.modules():
             if isinstance(block, AttentionBlock) and isinstance(block.norm, nn.BatchNorm2d):
                 block.fold_norm_into_qkv()

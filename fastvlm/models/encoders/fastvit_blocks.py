@@ -1,8 +1,8 @@
-"""The blocks of FastViT: parallel branches while training, one convolution each in inference.
+"""The blocks of FastViT: parallel branches in training, one convolution each in inference.
 
 MobileOne (arXiv 2206.04040), RepMixer, ConvFFN and the conditional position encoding of FastViT (arXiv 2303.14189).
-Every block with branches has `folded()`, the plain module that computes the same in `eval()`. The order of modules is
-that of `timm.models.fastvit`, so weights can be copied one after the other.
+Every block with branches has `folded()`, which returns a plain module that computes the same as the block in `eval()`.
+Modules are in the order of `timm.models.fastvit`, so weights can be copied one after the other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# Up to this many positions plain matrix products beat the fused kernel on a CPU, forward and backward.
+# Up to this many positions plain matrix products are faster than the fused kernel on a CPU, forward and backward.
 PLAIN_ATTENTION_UP_TO = 512
 
 
 def fold_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of `norm(conv(x))` in inference, for a kernel with output channels first."""
+    """Return kernel and bias of `norm(conv(x))` in inference, for a kernel with output channels first."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return weight * scale.view(-1, *[1] * (weight.ndim - 1)), norm.bias - norm.running_mean * scale
 
@@ -34,7 +34,7 @@ def plain_conv(weight: Tensor, bias: Tensor, *, stride: int, groups: int) -> nn.
 
 
 def identity_kernel(dim: int, groups: int, kernel: int, like: Tensor) -> Tensor:
-    """The convolution that returns its input."""
+    """Return the kernel of a convolution that returns its input."""
     weight = torch.zeros(dim, dim // groups, kernel, kernel, dtype=like.dtype, device=like.device)
     index = torch.arange(dim, device=like.device)
     weight[index, index % (dim // groups), kernel // 2, kernel // 2] = 1
@@ -42,12 +42,12 @@ def identity_kernel(dim: int, groups: int, kernel: int, like: Tensor) -> Tensor:
 
 
 def float32_on_cpu(x: Tensor) -> AbstractContextManager:
-    """No autocast where bf16 is the slower one; nothing on other devices."""
+    """Disable autocast on a CPU, where bf16 depthwise convolutions are slower; do nothing on other devices."""
     return torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext()
 
 
 class ConvNorm(nn.Module):
-    """Convolution and BatchNorm."""
+    """Convolution followed by BatchNorm."""
 
     def __init__(self, in_dim: int, out_dim: int, *, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()
@@ -57,8 +57,8 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         conv, stride = self.conv, self.conv.stride[0]
         if conv.kernel_size == (1, 1) and stride > 1:
-            # The same numbers from fewer pixels. Besides, torch 2.15's strided 1 x 1 weight gradient of a 3-channel
-            # channels-last image writes past its buffer on a CPU (from 96 px on) and kills the process.
+            # Slicing first gives the same result. It also avoids a crash of torch 2.15 on a CPU: the weight gradient of
+            # a strided 1 x 1 convolution of a 3-channel channels-last image writes past its buffer (from 96 px on).
             x, stride = x[..., ::stride, ::stride].contiguous(memory_format=torch.channels_last), 1
         run = lambda x: self.bn(F.conv2d(x, conv.weight, None, stride, conv.padding, 1, conv.groups))
         if conv.groups == 1:
@@ -74,7 +74,7 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Gates every channel by the mean of all of them (arXiv 1709.01507)."""
+    """Scales each channel by a gate computed from the spatial means of all channels (arXiv 1709.01507)."""
 
     def __init__(self, dim: int, *, ratio: int = 16):
         super().__init__()
@@ -86,9 +86,9 @@ class SqueezeExcite(nn.Module):
 
 
 class MobileOne(nn.Module):
-    """Sum of an identity, k x k and 1 x 1 branches, each normalised (arXiv 2206.04040).
+    """Sum of identity, k x k and 1 x 1 branches, each with BatchNorm (arXiv 2206.04040).
 
-    The branches exist where they can: identity at equal width and stride 1, 1 x 1 (`scale`) when k > 1.
+    The identity branch exists if the widths are equal and the stride is 1, the 1 x 1 branch (`scale`) if k > 1.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class LayerScale(nn.Module):
 
 
 class RepMixer(nn.Module):
-    """Mixes positions by one depthwise 3 x 3 convolution in inference: x + scale * (mixer(x) - norm(x))."""
+    """Token mixer x + scale * (mixer(x) - norm(x)); folds to one depthwise 3 x 3 convolution in inference."""
 
     def __init__(self, dim: int, *, kernel: int = 3, layer_scale: float):
         super().__init__()
@@ -165,7 +165,7 @@ class RepMixer(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Depthwise 7 x 7 convolution, then the two layers of a transformer's feed-forward, per position."""
+    """Depthwise convolution (7 x 7 by default), then a two-layer feed-forward at every position."""
 
     def __init__(self, dim: int, *, ratio: float, kernel: int = 7):
         super().__init__()
@@ -238,7 +238,7 @@ class AttentionBlock(nn.Module):
         return x + self.layer_scale_2(self.mlp(x))
 
     def fold_norm_into_qkv(self) -> None:
-        """norm(x) = scale * x + shift per channel, so the projection behind it can take both."""
+        """Fold the norm, a scale and shift per channel in inference, into the QKV projection that follows it."""
         old, norm = self.token_mixer.qkv, self.norm
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         shift = norm.bias - norm.running_mean * scale
@@ -249,7 +249,7 @@ class AttentionBlock(nn.Module):
 
 
 class RepCPE(nn.Module):
-    """Conditional position encoding: the positions are what a depthwise 7 x 7 convolution adds (arXiv 2102.10882)."""
+    """Conditional position encoding: adds the output of a depthwise convolution to its input (arXiv 2102.10882)."""
 
     def __init__(self, dim: int, *, kernel: int = 7):
         super().__init__()
@@ -266,7 +266,7 @@ class RepCPE(nn.Module):
 
 
 class LargeKernelConv(nn.Module):
-    """Depthwise large and 3 x 3 kernels side by side (arXiv 2203.06717), halving the map."""
+    """Parallel grouped convolutions with a large and a 3 x 3 kernel (arXiv 2203.06717); by default halves the map."""
 
     def __init__(self, in_dim: int, out_dim: int, *, kernel: int, stride: int = 2):
         super().__init__()
@@ -287,7 +287,7 @@ class LargeKernelConv(nn.Module):
 
 
 class PatchEmbed(nn.Sequential):
-    """Halves the map and changes its width, between two stages."""
+    """Downsampling between two stages: halves the map and changes its width."""
 
     def __init__(self, in_dim: int, out_dim: int, *, kernel: int):
         super().__init__(LargeKernelConv(in_dim, out_dim, kernel=kernel), MobileOne(out_dim, out_dim, kernel=1))

@@ -1,7 +1,8 @@
-"""Two encoders for two granularities: Ferret-v2's (arXiv 2404.07973, section 3.2), or both on every view, fused.
+"""Two encoders for two granularities: one per kind of view as in Ferret-v2 (arXiv 2404.07973, section 3.2), or fused.
 
-Ferret-v2: F_g = CLIP(I_g) of the global view, F_l = DINOv2(I_l) of the tiles, and a projector each, H_g = MLP_g(F_g)
-and H_l = MLP_l(F_l): the two see images of different granularity and were trained on different objectives.
+Ferret-v2 encodes the global view with CLIP, F_g = CLIP(I_g), and the tiles with DINOv2, F_l = DINOv2(I_l). Each has its
+own projector, H_g = MLP_g(F_g) and H_l = MLP_l(F_l), because the two encoders see images of different granularity and
+were trained on different objectives.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ FUSIONS = ("views", "concat", "sum", "attention")
 
 
 class MultiGranularityEncoder(nn.Module):
-    """Patches of width `dim` from a coarse and a fine encoder, each behind its own statistics.
+    """A coarse and a fine encoder whose patches share one width; each applies its own pixel statistics.
 
     Args:
-        coarse: sees global views; CLIP in Ferret-v2.
-        fine: sees tiles; DINOv2 in Ferret-v2.
-        fusion: `views`: the global view through `coarse`, tiles through `fine`, each with an MLP of its own. The others
-            run both on every view: `concat`: channels side by side, then an MLP; `sum`: of both MLPs; `attention`:
-            coarse patches ask the fine ones, and add what they are told.
+        coarse: encoder of global views; CLIP in Ferret-v2.
+        fine: encoder of tiles; DINOv2 in Ferret-v2.
+        fusion: `views`: global views go through `coarse`, tiles through `fine`, each followed by its own MLP. The other
+            fusions run both encoders on every view: `concat` concatenates channels before one MLP, `sum` adds the
+            outputs of both MLPs, `attention` adds cross-attention from coarse patches to fine ones.
         dim: width of the patches; None: that of `coarse`.
-        heads: of `attention`.
+        heads: attention heads of `fusion=attention`.
 
     Attributes:
-        reads_views: whether `forward` must be told which views are tiles.
+        reads_views: whether `forward` needs `is_tile`.
 
     Raises:
-        ValueError: an unknown fusion; (num_patches) the encoders' numbers of patches do not fit the fusion.
+        ValueError: an unknown fusion, or `heads` does not divide the width; (num_patches, forward) the encoders'
+            numbers of patches do not fit the fusion.
     """
 
-    mean: Sequence[float] = (0.0, 0.0, 0.0)  # the two differ in theirs, so each is applied here
+    mean: Sequence[float] = (0.0, 0.0, 0.0)  # the VLM only scales to [0, 1]; forward normalises for each encoder
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def __init__(
@@ -86,7 +88,7 @@ class MultiGranularityEncoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "I 3 H W"], is_tile: Bool[Tensor, "I"] | None = None
     ) -> Float[Tensor, "I N D"]:
-        """Without `is_tile` every view is a global one."""
+        """Encode views; `is_tile` None means that every view is a global one."""
         n = self.num_patches(images.shape[-1])
         if self.fusion == "views":
             if is_tile is None:
@@ -119,8 +121,10 @@ class MultiGranularityEncoder(nn.Module):
         return self._branch(self.fine, self.fine_mlp, self.normalised(images, "fine"))
 
     def _branch(self, encoder: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
-        """`head(encoder(images))`. A step without views of one kind still touches that kind's parameters: another rank
-        may have some, and would wait for this one's gradients."""
+        """Return `head(encoder(images))`, in training with all their parameters in the graph even without views.
+
+        Otherwise another rank that has such views would wait for this rank's gradients.
+        """
         if len(images):
             return head(encoder(images))
         if not (self.training and torch.is_grad_enabled()):
@@ -130,7 +134,7 @@ class MultiGranularityEncoder(nn.Module):
         return out[:0] + out.sum() * 0.0
 
     def reparameterize(self) -> MultiGranularityEncoder:
-        """Folds the branches of those encoders that have some, in place, for inference."""
+        """Fold the branches of those encoders that have some, in place, for inference."""
         for encoder in (self.coarse, self.fine):
             if hasattr(encoder, "reparameterize"):
                 encoder.reparameterize()

@@ -1,7 +1,7 @@
-"""Features of earlier stages beside those of the last: FastVLM's multi-scale option (arXiv 2412.13303, section 3.1).
+"""FastVLM's multi-scale features (arXiv 2412.13303, section 3.1): earlier stages in addition to the last one.
 
-Maps of earlier stages are pooled to the size of the last and concatenated in the channels; the paper's Table 2 compares
-average pooling with a depthwise convolution and takes the second.
+Maps of earlier stages are pooled to the size of the last and concatenated along the channels. The paper's Table 2
+compares average pooling with a depthwise convolution and chooses the latter.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ POOLS = ("depthwise", "average")
 
 
 class MultiScaleEncoder(nn.Module):
-    """The patches of an encoder with stages, and of each cell the features of earlier stages, pooled, in more channels.
+    """Encoder that concatenates the pooled features of earlier stages to its patches.
 
     Args:
-        encoder: has `stage_dims`, `stage_strides`, `advance` and `finish`: FastViT here, a timm model with stages.
-        stages: which earlier stages take part, from 0; None: all but the last.
-        pool: `average`, or `depthwise`: a convolution of stride and kernel one cell, which begins as the average.
+        encoder: has `stage_dims`, `stage_strides`, `advance` and `finish`, as `FastViT` and timm models with stages do.
+        stages: earlier stages to use, counted from 0; None: all but the last.
+        pool: `average`, or `depthwise`: a convolution with kernel and stride of one cell, initialised to the average.
 
     Raises:
-        ValueError: an encoder without stages, a stage that is not there or is the last, an unknown pool.
+        ValueError: the encoder has no stages, `stages` names one that does not exist or is the last, or `pool` is
+            unknown.
     """
 
     def __init__(self, encoder: nn.Module, *, stages: Sequence[int] | None = None, pool: str = "depthwise"):
@@ -62,16 +63,16 @@ class MultiScaleEncoder(nn.Module):
         return rearrange(torch.cat([self.encoder.finish(x), *pooled], dim=1), "i d h w -> i (h w) d")
 
     def reparameterize(self) -> MultiScaleEncoder:
-        """Folds the encoder's branches, in place, for inference."""
+        """Fold the encoder's branches in place for inference."""
         self.encoder.reparameterize()
         return self.eval()
 
 
 def stages_of(encoder: nn.Module) -> tuple[list[int], list[int]]:
-    """Widths and strides of an encoder's stages.
+    """Return the widths and strides of an encoder's stages.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the encoder has no stages.
     """
     if not all(hasattr(type(encoder), name) for name in ("advance", "finish")):
         raise ValueError(
@@ -81,7 +82,7 @@ def stages_of(encoder: nn.Module) -> tuple[list[int], list[int]]:
 
 
 def pooling(pool: str, dim: int, cell: int) -> nn.Module:
-    """From a map of `cell` x `cell` positions a patch to one of a position a patch."""
+    """Build a pooling that reduces every `cell` x `cell` positions of a map to one."""
     if pool == "average":
         return nn.AvgPool2d(cell)
     conv = nn.Conv2d(dim, dim, cell, cell, groups=dim)

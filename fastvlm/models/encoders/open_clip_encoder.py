@@ -1,4 +1,4 @@
-"""The image tower of an `open_clip` model as an encoder: CLIP, DFN, MetaCLIP and their like."""
+"""The image tower of an `open_clip` model as an encoder: CLIP, DFN, MetaCLIP and similar models."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from fastvlm.models.hub import fetch
 
 
 class OpenClipEncoder(nn.Module):
-    """Patches of one layer of a vision transformer, normalised as it was trained.
+    """Encoder that returns the patches of one layer of an open_clip vision transformer.
 
-    What no patch depends on (layers above, pooling, the text tower) is left out.
+    Modules that do not affect the patches (later layers, pooling, the text tower) are removed.
 
     Args:
         name: a model of `open_clip.list_models()`.
-        pretrained: a tag of open_clip (from the hub), or a checkpoint file of the whole model; None: random weights.
-        layer: which layer's output to take, from 0, or from the end; LLaVA takes the last but one, -2.
-        norm: the final norm behind that layer; None: behind the last layer only, as in the model itself.
-        class_token: keep the class token, in front of the patches.
-        mean, std: of the images, where they are not those of the checkpoint.
-        image_size: side of the images; positions of a pretrained model are interpolated to it once. None: its own.
-        interpolate: interpolate positions in every forward pass to whatever image comes.
+        pretrained: an open_clip tag (loaded from the hub), or a checkpoint file of the whole model; None: random
+            weights.
+        layer: layer whose output is taken, counted from 0, or from the end if negative; LLaVA uses -2.
+        norm: apply the final norm after that layer; None: only if it is the last layer, as in the model itself.
+        class_token: keep the class token, before the patches.
+        mean, std: pixel statistics per channel, for values in [0, 1]; None: those of the checkpoint.
+        image_size: side of the images in pixels; a pretrained model's positions are interpolated to it once. None: the
+            model's own.
+        interpolate: interpolate positions in every forward pass to the size of the images.
         gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations.
-        options: of `open_clip.create_model`.
+        options: further arguments of `open_clip.create_model`.
 
     Raises:
-        ValueError: no such model or layer, its weights are not to be had, or it is no plain vision transformer;
-            (forward, grid) another image size.
+        ValueError: no such model or layer, its weights cannot be loaded, or it is not a plain vision transformer;
+            (forward, grid) an unsupported image size.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What image sizes an encoder takes; what all encoders of pretrained models say of it in the same words."""
+"""Checks of image size, layer and pixel statistics that the encoders of pretrained models share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from __future__ import annotations
 def grid_of(
     image_size: int, *, stride: int, name: str, fixed: int | None = None, divides: bool = True
 ) -> tuple[int, int]:
-    """Rows and columns of the patches of a square image, `stride` pixels each.
+    """Return rows and columns of the patches, `stride` pixels each, of a square image.
 
     Args:
-        fixed: the one size there are positions for; None: any size.
-        divides: whether the size must be a multiple of the stride; else the rest at the border is cut off.
+        fixed: the only size with positions, in pixels; None: any size.
+        divides: whether the size must be a multiple of the stride; else the remainder at the border is ignored.
 
     Raises:
-        ValueError: naming the key that mends it.
+        ValueError: the size is not supported; the message says what to set instead.
     """
     if fixed not in (None, image_size):
         raise ValueError(
@@ -29,7 +29,7 @@ def grid_of(
 
 
 def layer_of(layer: int, depth: int, *, name: str) -> int:
-    """`layer` counted from 0.
+    """Return `layer`, which may be negative, as an index from 0.
 
     Raises:
         ValueError: there is no such layer.
@@ -40,10 +40,10 @@ def layer_of(layer: int, depth: int, *, name: str) -> int:
 
 
 def statistics(mean, std, *, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, for values in [0, 1].
+    """Return mean and standard deviation per channel, for values in [0, 1].
 
     Raises:
-        ValueError: either is not known, or has not three channels.
+        ValueError: either is None or not three numbers, or a deviation is not above 0.
     """
     for key, values in (("mean", mean), ("std", std)):
         if values is None:

@@ -1,4 +1,4 @@
-"""Any image model of `timm` as an encoder; FastViTHD, FastVLM's own, is its `fastvit_mci3`."""
+"""Any image model of `timm` as an encoder; FastVLM's FastViTHD is its `fastvit_mci3`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ from fastvlm.models.hub import fetch
 
 
 class TimmEncoder(nn.Module):
-    """Patches of one layer, without register tokens, normalised as the model was trained.
+    """Encoder that returns the patches of one layer of a timm model, without register tokens.
 
-    What no patch depends on (classifier, pooling, layers above the one taken) is left out.
+    Modules that do not affect the patches (classifier, pooling, later layers) are removed.
 
     Args:
         name: a model of `timm.list_models()`, or `name.tag` for one of its checkpoints.
         pretrained: load timm's weights of that name from the hub.
-        checkpoint: load these weights instead: a .safetensors or .pt file of the model itself, of a larger one that
-            holds it below some prefix (a CLIP, a whole VLM), or in the format it was published in.
-        layer: the transformer block whose output is taken, from 0, or from the end; LLaVA takes -2. Of a
-            convolutional or hybrid model only the end, -1.
-        norm: the transformer's final norm behind that layer; None: behind the last layer only, as in the model itself.
-        class_token: keep the class token, in front of the patches.
-        mean, std: of the images it was trained on, where the weights are not those timm has in mind.
-        image_size: side a transformer's learned positions are for; those of a checkpoint are interpolated to it once.
-        interpolate: interpolate positions in every forward pass to whatever image comes.
+        checkpoint: load these weights instead: a .safetensors or .pt file of the model itself, of a larger model that
+            contains it under some prefix (a CLIP, a whole VLM), or in the format it was published in.
+        layer: transformer block whose output is taken, counted from 0, or from the end if negative; LLaVA uses -2.
+            Convolutional and hybrid models support only -1, the end.
+        norm: apply the transformer's final norm after that layer; None: only if it is the last layer, as in the model
+            itself.
+        class_token: keep the class token, before the patches.
+        mean, std: pixel statistics per channel, for values in [0, 1]; None: those of timm's checkpoint.
+        image_size: image side in pixels for which a transformer has positions; those of a checkpoint are interpolated
+            to it once. None: the model's own.
+        interpolate: interpolate positions in every forward pass to the size of the images.
         gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
-        options: of `timm.create_model`, e.g. `embed_dim`, `depth`.
+        options: further arguments of `timm.create_model`, e.g. `embed_dim`, `depth`.
 
     Raises:
-        ValueError: no such model or layer, its weights are not to be had or do not fit, or a key it has no use for;
-            (forward, grid) an image size it cannot take.
+        ValueError: no such model or layer, its weights cannot be loaded or do not fit, or an argument does not apply to
+            it; (forward, grid) an unsupported image size.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class TimmEncoder(nn.Module):
         if self.class_token and getattr(model, "cls_token", None) is None:
             raise ValueError(f"encoder.class_token=true, but {self.name} has no class token; set it to false")
         model.reset_classifier(0, "")
-        # A norm behind the pooling is of no use to patches, but a model that pools their mean has no other.
+        # fc_norm normally follows pooling, but in models that pool by the mean it is the only final norm.
         if self.norm and isinstance(model.norm, nn.Identity):
             model.norm = getattr(model, "fc_norm", model.norm)
         model.fc_norm = nn.Identity()
@@ -106,7 +108,7 @@ class TimmEncoder(nn.Module):
         self.stride = embed.patch_size[0]
         fixed = getattr(embed, "strict_img_size", True) and embed.img_size is not None
         self.image_size: int | None = embed.img_size[0] if fixed else None
-        # SigLIP's 384 pixels are 27 patches of 14 and a rest: its patches stop short of the border.
+        # SigLIP's 384 pixels are 27 patches of 14 pixels with a remainder, which its patches do not cover.
         self.divides = not fixed
 
     def _refuse_for_maps(self, **given: bool) -> None:
@@ -129,26 +131,26 @@ class TimmEncoder(nn.Module):
         patches = features[:, self.num_prefix :]
         return torch.cat([features[:, :1], patches], dim=1) if self.class_token else patches
 
-    # ------------------------------------------------------------------------------------ stages, of those that have
+    # ------------------------------------------------------------------------------- stages, of models that have them
 
     @property
     def stage_dims(self) -> list[int]:
-        """Width of each stage's map. Raises ValueError where there are no stages."""
+        """Width of each stage's map. Raises ValueError if the model has no stages."""
         return [info["num_chs"] for info in self._stages()]
 
     @property
     def stage_strides(self) -> list[int]:
-        """Pixels a cell of each stage's map stands for, in one direction."""
+        """Stride of each stage's map in pixels."""
         return [info["reduction"] for info in self._stages()]
 
     def advance(self, stage: int, x: Float[Tensor, "I C H W"]) -> Float[Tensor, "I D h w"]:
-        """The map of stage i from that of stage i - 1, or from images."""
+        """Compute the map of stage i from that of stage i - 1, or from images."""
         if stage == 0:
             x = self.model.stem(x.contiguous(memory_format=torch.channels_last))
         return self.model.stages[stage](x)
 
     def finish(self, x: Float[Tensor, "I C h w"]) -> Float[Tensor, "I D h w"]:
-        """What stands behind the last stage."""
+        """Apply the model's final convolution or norm, if it has one, to the map of the last stage."""
         return getattr(self.model, "final_conv", getattr(self.model, "norm_pre", nn.Identity()))(x)
 
     def _stages(self) -> list[dict]:
@@ -160,11 +162,11 @@ class TimmEncoder(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> TimmEncoder:
-        """Folds branches and norms of a model that has them (FastViT), in place, for inference."""
+        """Fold branches and norms of a model that has them (FastViT), in place, for inference."""
         timm.models.reparameterize_model(self.eval().model, inplace=True)
         return self
 
 
 def channels_first(features: Tensor, dim: int) -> Float[Tensor, "I D h w"]:
-    """Hierarchical transformers of timm (Swin) put channels last, convolutional models first."""
+    """Return the map with channels first; timm's hierarchical transformers (Swin) put them last."""
     return features if features.shape[1] == dim else rearrange(features, "i h w d -> i d h w")

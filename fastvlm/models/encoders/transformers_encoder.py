@@ -17,22 +17,23 @@ from fastvlm.models.hub import fetch, known_config, refuse_incomplete
 
 
 class TransformersEncoder(nn.Module):
-    """Patches of one layer of a vision transformer, without register tokens, normalised as it was trained.
+    """Encoder that returns the patches of one layer of a vision transformer, without register tokens.
 
-    What no patch depends on (layers above the one taken, pooling, mask token) is left out.
+    Modules that do not affect the patches (later layers, pooling, mask token) are removed.
 
     Args:
         hf: the vision tower, e.g. `CLIPVisionModel`, `SiglipVisionModel`, `Dinov2Model`.
-        layer: whose output to take, from 0, or from the end; LLaVA takes -2.
-        norm: the final norm behind that layer; None: behind the last layer only.
-        class_token: keep the class token, in front of the patches.
-        mean, std: of the images it was or will be trained on, per channel, for values in [0, 1].
-        image_size: side of the images; the model's positions are interpolated to it. None: its own.
-        interpolate: interpolate positions to whatever image comes.
+        layer: layer whose output is taken, counted from 0, or from the end if negative; LLaVA uses -2.
+        norm: apply the final norm after that layer; None: only if it is the last layer.
+        class_token: keep the class token, before the patches.
+        mean, std: pixel statistics it was or will be trained with, per channel, for values in [0, 1].
+        image_size: side of the images in pixels; the model's positions are interpolated to it. None: the model's own.
+        interpolate: interpolate positions to the size of the images.
         gradient_checkpointing: recompute layers in the backward pass instead of keeping their activations.
 
     Raises:
-        ValueError: not a plain vision transformer, no such layer, no class token; (forward, grid) another image size.
+        ValueError: not a plain vision transformer, no such layer, or no class token; (forward, grid) an unsupported
+            image size.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class TransformersEncoder(nn.Module):
         self.layer = layer_of(layer, len(blocks), name=self.name)
         keep = self.layer == len(blocks) - 1 if norm is None else norm
         del blocks[self.layer + 1 :]
-        # Some towers return the last layer behind the norm, some before it: it is taken off, and put behind either.
+        # Some towers return the last layer's output after the norm, some before it, so the norm is applied here.
         self.norm = getattr(hf, final) if keep else nn.Identity()
         setattr(hf, final, nn.Identity())
         self.has_class = any(hasattr(hf.embeddings, token) for token in ("cls_token", "class_embedding"))
@@ -74,7 +75,7 @@ class TransformersEncoder(nn.Module):
         self.stride, own = (v if isinstance(v, int) else v[0] for v in (hf.config.patch_size, hf.config.image_size))
         self.image_size = image_size or own
         self.resizes = interpolate or self.image_size != own
-        # Towers whose positions are a table for one size ask for leave to interpolate it; the others do anyway.
+        # Towers with a table of positions interpolate it only on request; the others always do.
         asks = "interpolate_pos_encoding" in signature(hf.forward).parameters
         self.leave = {"interpolate_pos_encoding": True} if asks and self.resizes else {}
 
@@ -95,7 +96,7 @@ class TransformersEncoder(nn.Module):
 
 
 def leave_out_unread(hf: PreTrainedModel) -> None:
-    """Poolings and the token of masked training: weight that no patch depends on."""
+    """Remove pooling layers and the mask token, on which no patch depends."""
     if hasattr(hf, "head"):
         hf.use_head, hf.head = False, None
     if hasattr(hf, "pooler"):
@@ -105,30 +106,30 @@ def leave_out_unread(hf: PreTrainedModel) -> None:
 
 
 def from_config(model_type: str, *, config: Mapping[str, Any], **options: Any) -> TransformersEncoder:
-    """An encoder with random weights.
+    """Build an encoder with random weights.
 
     Args:
         model_type: a vision tower `transformers.AutoConfig` knows: clip_vision_model, siglip_vision_model, dinov2, ...
-        config: that configuration's own arguments, e.g. hidden_size, num_hidden_layers, image_size, patch_size.
-        options: of `TransformersEncoder`; mean and std must be given.
+        config: arguments of its configuration, e.g. hidden_size, num_hidden_layers, image_size, patch_size.
+        options: further arguments of `TransformersEncoder`; mean and std are required.
 
     Raises:
-        ValueError: the type or an argument is not known.
+        ValueError: the type or an argument is unknown.
     """
     known = known_config(model_type, config, key="encoder")
     return TransformersEncoder(AutoModel.from_config(known), **options)
 
 
 def from_pretrained(path: str, *, dtype: str = "float32", **options: Any) -> TransformersEncoder:
-    """An encoder with the weights of a folder that `save_pretrained` wrote, or of a hub id; of a model with other
-    towers (CLIP, SigLIP) the vision tower.
+    """Load an encoder with pretrained weights; of a model with several towers (CLIP, SigLIP), the vision tower.
 
     Args:
-        dtype: of the weights in memory.
-        options: of `TransformersEncoder`; mean and std are the checkpoint's where not given.
+        path: a folder that `save_pretrained` wrote, or a hub id.
+        dtype: dtype of the weights in memory.
+        options: further arguments of `TransformersEncoder`; mean and std default to the checkpoint's.
 
     Raises:
-        ValueError: no such model here and none to be had from the hub, or its weights are not whole.
+        ValueError: the model is found neither locally nor on the hub, or its weights are incomplete.
     """
 
     def build() -> tuple[PreTrainedModel, dict, dict]:
@@ -148,7 +149,7 @@ def from_pretrained(path: str, *, dtype: str = "float32", **options: Any) -> Tra
 
 
 def image_statistics(path: str) -> dict[str, list[float]]:
-    """Mean and deviation as the checkpoint's image processor has them; empty where it says nothing."""
+    """Return `mean` and `std` from the checkpoint's image processor; empty if it has none."""
     try:
         processor, _ = BaseImageProcessor.get_image_processor_dict(path)
     except OSError:

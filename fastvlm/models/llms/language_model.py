@@ -1,4 +1,4 @@
-"""A causal language model of `transformers` as embeddings -> hidden states -> logits, with packing and a cache."""
+"""A causal language model of `transformers`, split into embedding, decoder and head, with packing and a KV cache."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from fastvlm.models.hub import fetch, known_config, refuse_incomplete
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# Below this many positions plain matrix products beat the fused kernel on a CPU: its backward was 36 % of a step.
+# Up to this many positions plain matrix products are faster than the fused kernel on a CPU, whose backward took 36 % of
+# a step.
 EAGER_UP_TO = 512
 
 
 class LanguageModel(nn.Module):
-    """Wraps any decoder-only model of `transformers`.
+    """Wrapper of any decoder-only model of `transformers`.
 
     Args:
         hf: the model with its head, e.g. `LlamaForCausalLM`.
-        attention: `eager`, `sdpa`, `flex_attention`, `flash_attention_2` (the package flash-attn, a GPU and 16-bit
-            precision), or `auto`: eager for short rows on a CPU, sdpa otherwise. Cached decoding is sdpa's where
+        attention: `eager`, `sdpa`, `flex_attention`, `flash_attention_2` (needs the package flash-attn, a GPU and
+            16-bit precision), or `auto`: eager for short rows on a CPU, sdpa otherwise. Cached decoding uses sdpa where
             flex or flash is chosen.
         gradient_checkpointing: recompute the layers in the backward pass instead of keeping their activations.
-        compile: `torch.compile` each decoder layer, for lengths of any number: True, or one of torch's modes.
+        compile: `torch.compile` each decoder layer with dynamic lengths: True, or one of torch's modes.
 
     Raises:
-        ValueError: `attention` or `compile` is not known, flash-attn is not there, or the model changes logits after
+        ValueError: `attention` or `compile` is unknown, flash-attn is not installed, or the model changes logits after
             its head.
     """
 
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module):
             )
         if not isinstance(compile, bool) and compile not in COMPILE:
             raise ValueError(f"llm.compile={compile} is none of true, false, {', '.join(COMPILE)}")
-        # `head` must be the whole way from hidden states to logits, because the loss calls it on gathered positions.
+        # The loss calls `head` on gathered positions, so nothing may follow it.
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             if getattr(hf.config, key, None) not in (None, 1, 1.0):
                 raise ValueError(f"llm: {hf.config.model_type} sets {key} after its head, which is not supported")
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module):
 
     @property
     def dim(self) -> int:
-        """Width of the embeddings; of OPT-350m that is not the layers'."""
+        """Width of the embeddings, which may differ from that of the layers (OPT-350m)."""
         return self.hf.get_input_embeddings().weight.shape[1]
 
     @property
@@ -92,14 +93,14 @@ class LanguageModel(nn.Module):
         position_ids: Int[Tensor, "B S *axes"],
         segment_ids: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B S D"]:
-        """Last hidden states. A position sees itself and what stands before it in its own segment, nothing else.
+        """Return the last hidden states. A position attends only to itself and earlier positions of its segment.
 
-        Padding (segment 0) sees earlier padding, so that no row of the mask is empty and nothing becomes NaN.
+        Padding (segment 0) attends to earlier padding, so that no row of the mask is empty, which would give NaN.
         """
         if self._implementation(inputs_embeds, cached=False) == "flash_attention_2":
             return self._hidden_by_sequence(inputs_embeds, position_ids, segment_ids)
         mask = self._mask(segment_ids, inputs_embeds)
-        # A cache, even an empty one, would make transformers ignore the segments (findings.md, packed sequences).
+        # With a cache, even an empty one, transformers would ignore the segments.
         return self._decode(inputs_embeds, position_ids, mask, cache=None)
 
     # ------------------------------------------------------------------------------------------------ cached decoding
@@ -114,12 +115,12 @@ class LanguageModel(nn.Module):
         attention_mask: Int[Tensor, "B K"] | Bool[Tensor, "B K"],
         cache: DynamicCache | None = None,
     ) -> tuple[Float[Tensor, "B S D"], DynamicCache]:
-        """Appends S positions to the cache; returns their last hidden states and the grown cache.
+        """Append S positions to the cache; return their last hidden states and the cache.
 
         Args:
-            attention_mask: over all K = cached + S positions, in order of the cache; 0 hides a position. Rows may be
-                padded on the left or on the right, and differently each time.
-            cache: what an earlier call returned (it grows in place), or None to begin.
+            attention_mask: over all K = cached + S positions, in cache order; 0 hides a position. Rows may be padded on
+                either side, and differently in every call.
+            cache: the cache of an earlier call (extended in place); None starts a new one.
 
         Raises:
             ValueError: K is not cached + S.
@@ -130,7 +131,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} positions, the cache {cached} + {new}")
         keys = torch.arange(cached + new, device=inputs_embeds.device)
         queries = keys[cached:, None]
-        # A hidden position still sees itself: an empty row of the mask would be NaN.
+        # A hidden position still attends to itself: an empty row of the mask would give NaN.
         allowed = ((keys <= queries) & attention_mask.bool()[:, None]) | (keys == queries)
         return self._decode(inputs_embeds, position_ids, self._dense(allowed[:, None], inputs_embeds), cache), cache
 
@@ -141,7 +142,10 @@ class LanguageModel(nn.Module):
         position_ids: Int[Tensor, "B S"] | None = None,
         cache: DynamicCache | None = None,
     ) -> tuple[Float[Tensor, "B V"], DynamicCache]:
-        """Logits after each row's last visible position, and the cache. Positions count visible tokens by default."""
+        """Return the logits at each row's last visible position, and the cache.
+
+        `position_ids` None counts visible tokens.
+        """
         new = inputs_embeds.shape[1]
         visible = attention_mask.long()
         if position_ids is None:
@@ -154,11 +158,14 @@ class LanguageModel(nn.Module):
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _hidden_by_sequence(self, inputs_embeds: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """FlashAttention knows no mask: every segment of every row becomes a sequence of one long row."""
+        """Return the last hidden states by FlashAttention, which takes sequence lengths instead of a mask.
+
+        Every segment of every row becomes one sequence of a single long row.
+        """
         self._check_window(segment_ids)
         rows = torch.arange(len(segment_ids), device=segment_ids.device)[:, None]
         name = (rows * (segment_ids.max() + 1) + segment_ids).flatten()
-        # A segment need not stand together: slots left empty inside it are padding.
+        # A segment need not be contiguous: empty slots inside it are padding.
         order = name.argsort(stable=True)
         lengths = name[order].unique_consecutive(return_counts=True)[1]
         ends, longest = F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max())
@@ -196,12 +203,12 @@ class LanguageModel(nn.Module):
             eager = inputs_embeds.device.type == "cpu" and inputs_embeds.shape[1] <= EAGER_UP_TO
             chosen = "eager" if eager else "sdpa"
         elif chosen in ("flex_attention", "flash_attention_2") and cached:
-            chosen = "sdpa"  # flex compiles per length, a cache grows by one; flash takes no mask of several rows
+            chosen = "sdpa"  # flex would compile for every length of the cache; flash takes no mask
         self.hf.config._attn_implementation = chosen  # every layer reads it on each call
         return chosen
 
     def _mask(self, segment_ids: Tensor, inputs_embeds: Tensor) -> Any:
-        """Block-diagonal causal mask in the form the implementation wants."""
+        """Return the block-diagonal causal mask in the format of the attention implementation."""
         rows, length = segment_ids.shape
         self._check_window(segment_ids)
         if self._implementation(inputs_embeds, cached=False) == "flex_attention":
@@ -230,17 +237,18 @@ def from_config(
     compile: bool | str = False,
     **config: Any,
 ) -> LanguageModel:
-    """A language model with random weights.
+    """Build a language model with random weights.
 
     Args:
         model_type: a name `transformers.AutoConfig` knows: llama, qwen2, qwen3, ...
         vocab_size: rows of the embedding, the tokenizer's length.
-        config: that configuration's own arguments, e.g. hidden_size, num_hidden_layers.
+        attention, gradient_checkpointing, compile: as in `LanguageModel`.
+        config: arguments of its configuration, e.g. hidden_size, num_hidden_layers.
 
     Raises:
-        ValueError: the type or an argument is not known (transformers alone would keep a misspelt one and ignore it).
+        ValueError: the type or an argument is unknown (transformers would silently ignore a misspelt one).
     """
-    # No token is special by the library's default ids: the tokenizer says which are.
+    # Override the library's default ids: the tokenizer defines the special tokens.
     config = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config}
     hf = AutoModelForCausalLM.from_config(known_config(model_type, config, key="llm", vocab_size=vocab_size))
     return LanguageModel(hf, attention=attention, gradient_checkpointing=gradient_checkpointing, compile=compile)
@@ -255,15 +263,15 @@ def from_pretrained(
     compile: bool | str = False,
     dtype: str = "float32",
 ) -> LanguageModel:
-    """A language model with pretrained weights; its embedding grows if the tokenizer is larger.
+    """Load a language model with pretrained weights, and enlarge its embedding if the tokenizer is larger.
 
     Args:
-        path: a folder `save_pretrained` wrote, or a hub id.
-        vocab_size: the tokenizer's length. A larger embedding (padded vocabularies) stays as it is.
-        dtype: of the weights in memory; float32 lets mixed precision keep exact ones.
+        path: a folder that `save_pretrained` wrote, or a hub id.
+        vocab_size: the tokenizer's length. A larger embedding (padded vocabularies) is kept.
+        dtype: dtype of the weights in memory; with float32, mixed precision trains float32 master weights.
 
     Raises:
-        ValueError: no such model here and none to be had from the hub, or its weights are not whole.
+        ValueError: the model is found neither locally nor on the hub, or its weights are incomplete.
     """
     more = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True, "output_loading_info": True}
     hf, info = fetch(

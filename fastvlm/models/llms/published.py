@@ -1,4 +1,4 @@
-"""Sizes of published language models, as their config.json on the hub states them: all that a plan needs of them."""
+"""Sizes of published language models, from their config.json on the hub, so that planning needs no download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TIED = {"tie_word_embeddings": True}
 def sizes(
     model_type: str, vocabulary: int, positions: int, layers: tuple[int, int, int, int, int], **more: Any
 ) -> dict[str, Any]:
-    """Arguments of `from_config`; `layers` are width, depth, heads, heads of keys, width of the feed-forward layer."""
+    """Return arguments of `from_config`; `layers` is width, depth, heads, key-value heads, feed-forward width."""
     dim, depth, heads, key_heads, hidden = layers
     inner = {"ffn_dim": hidden} if model_type == "opt" else {"intermediate_size": hidden}
     return {

@@ -1,4 +1,4 @@
-"""Whole vision-language models of `transformers`, taken apart into our four parts."""
+"""Pretrained vision-language models of `transformers`, split into the four parts of `VLM`."""
 
 from fastvlm.models.pretrained.load import from_pretrained, without_weights
 from fastvlm.models.pretrained.traditional import traditional

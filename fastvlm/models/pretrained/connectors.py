@@ -1,4 +1,4 @@
-"""Between a pretrained vision tower and its language model: what becomes of patches, and of several views."""
+"""Projectors and resamplers of pretrained models, and how they arrange the visual tokens of several views."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Connector(nn.Module):
-    """A projector of `transformers`, and the vector that ends a line of tiles, where the model has one."""
+    """A projector of `transformers`, with the newline vector that ends a row of tokens, if the model has one."""
 
     def __init__(self, hf: nn.Module, *, out_dim: int, newline: nn.Parameter | None = None):
         super().__init__()
@@ -25,7 +25,7 @@ class Connector(nn.Module):
 
 
 class MergerConnector(Connector):
-    """Qwen2-VL's merger: norms every patch, puts those of a block side by side, and projects."""
+    """Qwen2-VL's merger: normalises every patch, concatenates the patches of a block, and projects."""
 
     def forward(self, tokens: Float[Tensor, "I M D_v"]) -> Float[Tensor, "I M D_t"]:
         norm = self.hf.ln_q.weight.shape[0]
@@ -34,7 +34,7 @@ class MergerConnector(Connector):
 
 
 class BlockResampler(nn.Module):
-    """`factor`^2 consecutive patches side by side: the tower has them in blocks already."""
+    """Concatenates every `factor`^2 consecutive patches, which the tower already orders by block."""
 
     def __init__(self, *, in_dim: int, factor: int):
         super().__init__()
@@ -48,22 +48,23 @@ class BlockResampler(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- several views of one image
-# An arrangement takes the visual tokens of an image's views (v, m, D), global view first, and its layout; it returns
-# the sequence (T, D) that the language model reads. It says how many slots a view needs at most (`slots`).
+# An arrangement maps the visual tokens of an image's views (v, m, D), global view first, and the image's layout to the
+# sequence (T, D) that the language model reads. Its `slots` is the largest number of slots a view needs.
 
 Arrangement = Callable[[Tensor, tuple[int, int, int, int]], Tensor]
 
 
 class SpatialUnpad:
-    """LLaVA-NeXT and LLaVA-OneVision: the tiles as one map, its padding cut off, every row closed by a newline vector.
+    """Arrangement of LLaVA-NeXT and LLaVA-OneVision: the tiles as one unpadded map, a newline vector after every row.
 
     Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/ and arXiv 2408.03326; the lengths are those of
     `LlavaNextProcessor` and `LlavaOnevisionProcessor`.
 
     Args:
-        newline: (D,).
-        max_tiles: a map of more than so many tiles' tokens is shrunk to about that (anyres_max_9 means 9); None: never.
-        one_tile: an image whose best grid is 1 x 1 has its one tile behind the global view; they are the same view.
+        newline: the newline vector (D,).
+        max_tiles: maps with more than this many tiles' tokens are downsampled to about that many (9 for anyres_max_9);
+            None: never.
+        one_tile: whether an image with a 1 x 1 grid repeats its global view as its single tile.
     """
 
     def __init__(self, newline: nn.Parameter, *, max_tiles: int | None = None, one_tile: bool = False):
@@ -92,7 +93,7 @@ class SpatialUnpad:
 
 
 def unpad(grid: Float[Tensor, "D h w"], height: int, width: int) -> Float[Tensor, "D h2 w2"]:
-    """Without the rows or columns that hold only padding, for an image of this size in pixels, centred."""
+    """Remove rows or columns that contain only padding around a centred image of `height` x `width` pixels."""
     rows, columns = grid.shape[1:]
     if width / height > columns / rows:
         inside = int(round(height * (columns / width), 7))
@@ -104,19 +105,19 @@ def unpad(grid: Float[Tensor, "D h w"], height: int, width: int) -> Float[Tensor
 
 
 class Separated:
-    """Idefics3 and SmolVLM: words of the vocabulary say which tile is which; the global view comes last.
+    """Arrangement of Idefics3 and SmolVLM: text tokens before each tile name it, and the global view comes last.
 
     Args:
-        words: (rows, columns) -> the ids an image of that grid becomes, `image_id` for each visual token.
-        embed: ids -> embeddings.
-        image_id: the id that stands for a visual token.
+        words: maps (rows, columns) to the ids of an image with that grid, with `image_id` for each visual token.
+        embed: maps ids to embeddings.
+        image_id: the id of a visual token.
     """
 
     def __init__(self, words: Callable[[int, int], list[int]], *, embed: Callable[[Tensor], Tensor], image_id: int):
         self.words, self.embed, self.image_id = words, embed, image_id
 
     def slots(self, tokens: int) -> int:
-        return tokens + 4  # a view's two words, the one behind the last, a line end
+        return tokens + 4  # two tokens before a view, one after the last view, one line end
 
     def __call__(self, views: Float[Tensor, "v m D"], layout: tuple[int, int, int, int] | None) -> Float[Tensor, "T D"]:
         rows, columns = (0, 0) if len(views) == 1 else layout[:2]

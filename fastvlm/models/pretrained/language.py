@@ -1,4 +1,4 @@
-"""Language models of pretrained vision-language models, with what is special in their attention and positions."""
+"""Language models of pretrained vision-language models, with their special attention masks and positions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NO_FLASH = "vlm.attention=flash_attention_2 knows neither PaliGemma's mask nor Q
 
 
 def with_head(decoder: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
-    """A causal language model of the decoder's own class around a decoder and a head that are there already.
+    """Combine an existing decoder and head into the causal language model class of that decoder.
 
     Raises:
-        ValueError: `transformers` has no such class for this decoder.
+        ValueError: `transformers` has no causal language model class for this decoder.
     """
     with torch.device("meta"):
         try:
@@ -25,12 +25,12 @@ def with_head(decoder: PreTrainedModel, head: nn.Module) -> PreTrainedModel:
             raise ValueError(f"vlm: {decoder.config.model_type} has no causal language model in transformers") from None
     setattr(hf, hf.base_model_prefix, decoder)
     hf.set_output_embeddings(head)
-    hf.config = decoder.config  # the layers read their attention's name from this very object
+    hf.config = decoder.config  # the layers read the attention implementation from this very object
     return hf
 
 
 class DecoderWithHead(PreTrainedModel):
-    """The same where the decoder has no causal class of its own: Qwen2-VL's."""
+    """Causal language model from a decoder without a causal class in `transformers` (Qwen2-VL) and a head."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -52,7 +52,7 @@ class DecoderWithHead(PreTrainedModel):
 
 
 class MRoPELanguageModel(LanguageModel):
-    """Positions have three axes (B, S, 3): time, height, width; on text all three are the same (arXiv 2409.12191)."""
+    """Language model with positions (B, S, 3) for time, height and width, equal on text (arXiv 2409.12191)."""
 
     def _hidden_by_sequence(self, *args) -> Tensor:
         raise ValueError(NO_FLASH)
@@ -66,20 +66,21 @@ class MRoPELanguageModel(LanguageModel):
 def image_positions(
     counted: Int[Tensor, "B S"], is_slot: Bool[Tensor, "B S"], starts: Bool[Tensor, "B S"], *, side: int
 ) -> Int[Tensor, "B S 3"]:
-    """M-RoPE: an image of side x side tokens takes `side` positions of its own, spread over height and width.
+    """Compute M-RoPE positions: an image of side x side tokens spans `side` positions in height and in width.
 
     Args:
-        counted: positions counted token by token, restarting where a sample starts.
-        is_slot: where visual tokens stand; every image has side^2 slots in a row.
-        starts: first positions of samples.
+        counted: positions counted token by token, restarting with every sample.
+        is_slot: True on visual tokens; every image has side^2 consecutive slots.
+        starts: True on the first position of every sample.
+        side: side of the grid of visual tokens.
     """
     slots = is_slot.long().cumsum(dim=1)
-    # Slots before each position in its own sample: all before it less those before the sample's start.
+    # Slots before each position within its sample: all slots before it minus those before the sample's start.
     before = slots - is_slot.long()
     at_start = torch.where(starts, before, torch.zeros_like(before)).cummax(dim=1).values
     before = before - at_start
     images, inside = before // side**2, before % side**2
-    saved = (side**2 - side) * images  # what the whole images before have not used
+    saved = (side**2 - side) * images  # positions that earlier complete images do not use
     plain = (counted - saved)[..., None].expand(-1, -1, 3)
     corner = counted - saved - inside
     spread = torch.stack([corner, corner + inside // side, corner + inside % side], dim=-1)
@@ -87,14 +88,14 @@ def image_positions(
 
 
 class PrefixLanguageModel(LanguageModel):
-    """Attention that sees all of the prompt, both ways, and the answer causally (PaliGemma, arXiv 2407.07726).
+    """Prefix language model: bidirectional attention over the prompt, causal over the answer (arXiv 2407.07726).
 
-    What is read into an empty cache is the prompt; what follows is the answer. In training `hidden` is told where each
-    sample's answer starts.
+    In decoding, what is read into an empty cache is the prompt, and what follows is the answer. In training,
+    `hidden_with_prefix` is told which positions are the prompt.
     """
 
     prefix: Bool[Tensor, "B S"] | None = None
-    whole_prompts = True  # keys of a prompt's start are of no use under another end
+    whole_prompts = True  # cached keys of a prompt's beginning depend on its end, so prefixes cannot be reused
 
     def _hidden_by_sequence(self, *args) -> Tensor:
         raise ValueError(NO_FLASH)
@@ -130,7 +131,7 @@ class PrefixLanguageModel(LanguageModel):
 
 
 def prefix_of(labels: Int[Tensor, "B S"], segment_ids: Int[Tensor, "B S"], ignore: int) -> Bool[Tensor, "B S"]:
-    """What stands before the first learned token of its sample; a sample that learns nothing is all prompt."""
+    """Mark positions before the first learned token of their sample; without learned tokens, the whole sample."""
     learned = labels != ignore
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     earlier = torch.ones(labels.shape[1], labels.shape[1], dtype=torch.bool, device=labels.device).tril()

@@ -1,4 +1,4 @@
-"""From a folder or hub id of a vision-language model to our four parts, by the `model_type` of its configuration."""
+"""Load a pretrained vision-language model as the four parts of `VLM`, by the `model_type` of its configuration."""
 
 from __future__ import annotations
 
@@ -34,18 +34,21 @@ def from_pretrained(
     gradient_checkpointing: bool = False,
     dtype: str = "float32",
 ) -> PretrainedVLM:
-    """A pretrained vision-language model.
+    """Load a pretrained vision-language model.
 
     Args:
-        path: a folder `save_pretrained` wrote, or a hub id.
-        model_type: what the configuration must say; None takes any of `FAMILIES`.
-        vision_tower: where `path` holds an original LLaVA without its CLIP (LLaVA-1.5): folder or hub id of that.
-        vocab_size: the tokenizer's length; the embedding grows where a template has tokens the model has not.
-        attention: as `LanguageModel` takes it.
-        dtype: of the weights in memory; float32 lets mixed precision keep exact ones.
+        path: a folder that `save_pretrained` wrote, a folder with an original LLaVA or ml-fastvlm checkpoint, or a hub
+            id.
+        model_type: the required `model_type`; None: any of `FAMILIES`.
+        vision_tower: folder or hub id of the CLIP for an original LLaVA checkpoint without it (LLaVA-1.5).
+        vocab_size: the tokenizer's length; the embedding is enlarged if a template adds tokens.
+        attention: as in `LanguageModel`.
+        gradient_checkpointing: recompute the language model's layers in the backward pass.
+        dtype: dtype of the weights in memory; with float32, mixed precision trains float32 master weights.
 
     Raises:
-        ValueError: no model there, another `model_type`, one that is not known here, or weights of other shapes.
+        ValueError: no model there, another or an unsupported `model_type`, or weights that are missing or of other
+            shapes.
     """
     if original_config(path) is not None:
         hf = grown(load_original(path, vision_tower=vision_tower, dtype=dtype), vocab_size)
@@ -65,9 +68,10 @@ def from_pretrained(
 
 
 def known_config(path: str, *, model_type: str | None = None) -> PreTrainedConfig:
-    """
+    """Load a model's configuration and check its `model_type`.
+
     Raises:
-        ValueError: no model there, another `model_type`, or one that is not known here.
+        ValueError: no model there, or another or an unsupported `model_type`.
     """
     config = fetch(lambda: AutoConfig.from_pretrained(path), what=f"vlm.path={path}", mend=OFFLINE)
     if model_type not in (None, config.model_type):
@@ -91,10 +95,12 @@ def without_weights(
     dtype: str = "float32",
     **others: object,
 ) -> PretrainedVLM:
-    """The same model as `from_pretrained` on torch's meta device, from its configuration alone: shapes, no numbers.
+    """Build the model of `from_pretrained` on the meta device, from its configuration alone.
+
+    Original LLaVA and ml-fastvlm checkpoints are loaded and then moved to the meta device.
 
     Raises:
-        ValueError: as `from_pretrained`, but for the weights.
+        ValueError: as `from_pretrained`, except for errors of the weights.
     """
     if original_config(path) is not None:
         return from_pretrained(path, attention=attention, dtype=dtype, **others).to("meta")
@@ -117,10 +123,10 @@ def checkpointed(model: PretrainedVLM, wanted: bool) -> PretrainedVLM:
 
 
 def take_apart(hf: PreTrainedModel, *, path: str, attention: str = "auto") -> PretrainedVLM:
-    """The parts of a model of one of the `FAMILIES`; its modules are taken over, not copied.
+    """Split a model of one of the `FAMILIES` into parts, which reuse its modules without copying.
 
     Args:
-        path: where its processor's files lie.
+        path: folder or hub id with its processor's files.
     """
     return FAMILIES[hf.config.model_type](hf, path, attention)
 
@@ -134,7 +140,7 @@ def option_for(model_type: str) -> str:
 
 
 def tower_of(hf: PreTrainedModel, path: str, **options) -> nn.Module:
-    """LLaVA's kinds of vision tower."""
+    """Return the encoder for a LLaVA-style model's vision tower: CLIP, SigLIP or a timm model."""
     config, tower, views = hf.config, hf.model.vision_tower, read_views(path, hf.config)
     kind = config.vision_config.model_type
     common = {"mean": views.mean, "std": views.std}
@@ -162,7 +168,7 @@ def plain_language(hf: PreTrainedModel, attention: str, cls: type[LanguageModel]
 
 
 def build_llava(hf: PreTrainedModel, path: str, attention: str) -> PretrainedVLM:
-    """LLaVA-1.5 (arXiv 2310.03744), LLaVA-1.6, LLaVA-OneVision (arXiv 2408.03326), FastVLM (arXiv 2412.13303)."""
+    """Build LLaVA-1.5 (arXiv 2310.03744), LLaVA-1.6, LLaVA-OneVision (2408.03326) or FastVLM (2412.13303)."""
     config = hf.config
     encoder, llm = tower_of(hf, path), plain_language(hf, attention)
     newline = getattr(hf.model, "image_newline", None)
@@ -211,7 +217,7 @@ def build_paligemma(hf: PreTrainedModel, path: str, attention: str) -> Pretraine
 
 
 def build_idefics3(hf: PreTrainedModel, path: str, attention: str) -> PretrainedVLM:
-    """Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299)."""
+    """Build Idefics3 (arXiv 2408.12637) or SmolVLM (arXiv 2504.05299)."""
     config, views = hf.config, read_views(path, hf.config)
     vision = config.vision_config
     encoder = WholeTower(
@@ -247,7 +253,7 @@ def build_idefics3(hf: PreTrainedModel, path: str, attention: str) -> Pretrained
 
 
 def tile_words(rows: int, columns: int, view: str) -> str:
-    """What Idefics3's and SmolVLM's processors write for an image: its tiles row by row, then the global view."""
+    """Return an image's text as written by Idefics3's and SmolVLM's processors: tiles by row, then the global view."""
     around, whole = "<fake_token_around_image>", "<global-img>"
     lines = ["".join(f"{around}<row_{r + 1}_col_{c + 1}>{view}" for c in range(columns)) + "\n" for r in range(rows)]
     return "".join(lines) + ("\n" if rows else "") + f"{around}{whole}{view}{around}"

@@ -1,4 +1,4 @@
-"""Weights that do not fit, as one line with a list."""
+"""One-line errors that list the weights that do not fit a model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ LISTED = 5
 
 
 def refuse_misfits(told: dict[str, Any], what: str) -> None:
-    """
-    Args:
-        told: what `from_pretrained(output_loading_info=True)` says.
+    """Raise ValueError listing missing and mismatched weights.
 
-    Raises:
-        ValueError: weights are missing or of other shapes; a list of them.
+    Args:
+        told: the report of `from_pretrained(output_loading_info=True)`.
+        what: the checkpoint's name in the message.
     """
     wrong = [f"{name} {tuple(there)} is {tuple(here)} here" for name, there, here in told.get("mismatched_keys", ())]
     refuse(wrong + [f"{name} is missing" for name in sorted(told.get("missing_keys", ()))], what)
 
 
 def refuse_state(model: nn.Module, state: dict[str, Tensor], *, what: str) -> None:
-    """
-    Raises:
-        ValueError: `state` is not the model's; a list of what differs.
-    """
+    """Raise ValueError listing the differences unless `state` has exactly the model's names and shapes."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     there = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [f"{k} {there[k]} is {own[k]} here" for k in there if k in own and there[k] != own[k]]

@@ -1,8 +1,8 @@
-"""Checkpoints as github.com/haotian-liu/LLaVA and github.com/apple/ml-fastvlm write them, as stock classes.
+"""Load checkpoints in the formats of github.com/haotian-liu/LLaVA and github.com/apple/ml-fastvlm as stock classes.
 
-Their config.json names a `mm_vision_tower`; their weights are those of the language model with `model.mm_projector`,
-sometimes `model.vision_tower` and `model.image_newline` beside it. The image token is none of their vocabulary: it gets
-the first id behind it.
+Their config.json names a `mm_vision_tower`. Their weights are those of the language model, `model.mm_projector`, and
+sometimes `model.vision_tower` and `model.image_newline`. Their vocabulary lacks the image token, which gets the first
+id after it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastvlm.models.hub import fetch
 from fastvlm.models.pretrained.misfits import refuse_state
 
 IMAGE_TOKEN = "<image>"
-# mm_vision_tower of ml-fastvlm, without the size at its end -> timm
+# ml-fastvlm's mm_vision_tower without the size at its end -> timm model
 MOBILECLIP = {"mobileclip_l": "fastvit_mci3"}
 TEXTS = {
     "llava_qwen2": "qwen2",
@@ -35,7 +35,7 @@ TEXTS = {
 
 
 def original_config(path: str) -> dict[str, Any] | None:
-    """config.json of an original checkpoint in a folder; None where it is none."""
+    """Return the config.json of an original checkpoint in a folder; None if there is no such checkpoint."""
     file = Path(path) / "config.json"
     if not file.exists():
         return None
@@ -44,14 +44,14 @@ def original_config(path: str) -> dict[str, Any] | None:
 
 
 def load_original(path: str, *, vision_tower: str | None = None, dtype: str = "float32") -> hf.PreTrainedModel:
-    """The checkpoint as FastVlm (FastViTHD tower), LlavaNext (with a newline vector) or Llava.
+    """Load a checkpoint as FastVlm (FastViTHD tower), LlavaNext (with a newline vector) or Llava.
 
     Args:
-        vision_tower: folder or hub id of the CLIP, where the checkpoint has no tower of its own (LLaVA-1.5); None takes
-            the name in its configuration.
+        vision_tower: folder or hub id of the CLIP, if the checkpoint lacks its tower (LLaVA-1.5); None: the name in the
+            checkpoint's configuration.
 
     Raises:
-        ValueError: no such checkpoint, a kind that is not known, or weights that are missing or of other shapes.
+        ValueError: no such checkpoint, an unsupported kind, or weights that are missing or of other shapes.
     """
     config = original_config(path)
     if config is None:
@@ -99,7 +99,7 @@ def tokenizer_of(path: str):
 
 
 def text_config(config: dict[str, Any], *, rows: int) -> hf.PreTrainedConfig:
-    """The language model's own configuration, with room for the image token."""
+    """Return the language model's configuration, with a vocabulary of at least `rows` ids."""
     kind = TEXTS[config["model_type"]]
     known = hf.AutoConfig.for_model(kind)
     given = {key: value for key, value in config.items() if hasattr(known, key) and key not in ("model_type", "dtype")}
@@ -112,7 +112,7 @@ def text_config(config: dict[str, Any], *, rows: int) -> hf.PreTrainedConfig:
 
 
 def language(state: dict[str, Tensor], *, rows: int) -> dict[str, Tensor]:
-    """The language model's weights, and the mean of its embeddings for rows it has not."""
+    """Return the language model's weights, filling missing vocabulary rows with the mean of the existing ones."""
     out = {}
     for name, value in state.items():
         if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.")) and "rotary_emb" not in name:
@@ -158,10 +158,10 @@ def fast_vlm(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], 
 
 
 def to_timm(state: dict[str, Tensor], trunk: nn.Module) -> dict[str, Tensor]:
-    """Apple's names of a FastViT as timm's: timm's own conversion, and what it does not know of folded models."""
+    """Rename Apple's FastViT weights to timm's names, including folded models, which timm's conversion lacks."""
     state = {name.replace("lkb_reparam", "reparam_conv"): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not name.startswith("head.")}
-    # A folded position encoding has lost its name: network.<i>.reparam_conv is the one of its stage.
+    # Folding drops the name of a position encoding: it is network.<i>.reparam_conv.
     encodings = sorted({int(m[1]) for n in state if (m := re.match(r"network\.(\d+)\.reparam_conv\.", n))})
     moved = {re.sub(r"^(network\.\d+)\.reparam_conv\.", r"\1.pe.reparam_conv.", n): v for n, v in state.items()}
     out = {}
@@ -177,7 +177,7 @@ def llava(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], *, 
     own = {key: value for key, value in own.items() if not key.endswith("position_ids")}
     mend = "the checkpoint was trained on that tower and does not hold it: set vlm.vision_tower=<folder of that CLIP>"
     if own and not given and not Path(tower).is_dir():
-        # The checkpoint has the weights; only sizes are asked of the tower's configuration.
+        # The checkpoint has the tower's weights, so its sizes can be read from them without the CLIP.
         vision = clip_sizes(own)
     else:
         clip = fetch(
@@ -207,7 +207,7 @@ def llava(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], *, 
             [3 * side, side],
             [side, 3 * side],
         ]
-        # LLaVA writes (width, height), transformers (height, width).
+        # LLaVA stores (width, height), transformers (height, width).
         grids = [[height, width] for width, height in grids] if config.get("image_grid_pinpoints") else grids
         stock = hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(image_grid_pinpoints=grids, **common))
         return stock, wanted | {"model.image_newline": newline}
@@ -216,7 +216,7 @@ def llava(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], *, 
 
 
 def clip_sizes(state: dict[str, Tensor]) -> hf.CLIPVisionConfig:
-    """The configuration of an OpenAI CLIP tower, from the shapes of its weights; its heads are 64 wide."""
+    """Infer the configuration of an OpenAI CLIP tower, whose heads are 64 wide, from the shapes of its weights."""
     patch = state["embeddings.patch_embedding.weight"]
     side = int((len(state["embeddings.position_embedding.weight"]) - 1) ** 0.5)
     layers = {int(m[1]) for name in state if (m := re.match(r"encoder\.layers\.(\d+)\.", name))}
@@ -234,7 +234,7 @@ def clip_sizes(state: dict[str, Tensor]) -> hf.CLIPVisionConfig:
 
 
 def processor_of(config: hf.PreTrainedConfig, path: str) -> hf.ProcessorMixin:
-    """The processor that goes with `load_original`'s model, as the original preprocesses (`image_aspect_ratio`)."""
+    """Return the processor for `load_original`'s model, which preprocesses like the original (`image_aspect_ratio`)."""
     tokenizer = tokenizer_of(path)
     raw = original_config(path) or {}
     pad = raw.get("image_aspect_ratio") == "pad"

@@ -1,4 +1,4 @@
-"""Vision towers of pretrained models as encoders: normalised views -> patches."""
+"""Vision towers of pretrained models as encoders from normalised views to patches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 
 class Tower(nn.Module):
-    """What the towers share: the grid of a square view.
+    """Base of the towers, which defines the grid of a square view.
 
     Args:
-        hf: the tower as `transformers` made it.
-        mean, std: of the images it was trained on, for values in [0, 1].
-        patch: pixels of a patch's side.
+        hf: the tower built by `transformers`.
+        mean, std: pixel statistics it was trained with, for values in [0, 1].
+        patch: side of a patch in pixels.
         out_dim: width of the patches.
-        image_size: the only side it has positions for; None: any multiple of `multiple`.
-        multiple: what the side is a multiple of; None: the patch.
+        image_size: the only supported side of a view in pixels; None: any multiple of `multiple`.
+        multiple: required divisor of the side, in pixels; None: `patch`.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Tower(nn.Module):
 
 
 class LayerTower(Tower):
-    """CLIP or SigLIP, with the outputs of chosen layers side by side (LLaVA, arXiv 2310.03744: the last but one).
+    """CLIP or SigLIP, with the outputs of chosen layers concatenated (LLaVA, arXiv 2310.03744, uses layer -2).
 
-    Layers above the highest chosen one, and the norm behind them, are put aside: nothing would read them. `whole` puts
+    Layers after the last chosen one, and unused norm and head, are detached, because nothing reads them. `whole` puts
     them back for saving.
 
     Args:
-        layers: indexes as `transformers` counts hidden states: 0 is the embedding, -1 the last layer's output.
-        class_token: keep it.
-        norm: take the last layer's output behind the tower's final norm instead (PaliGemma).
+        layers: indexes as in `transformers`' hidden states: 0 is the embedding, -1 the last layer's output.
+        class_token: keep CLIP's class token; refused, because it has no place in the grid.
+        norm: apply the tower's final norm to the last chosen layer's output (PaliGemma).
     """
 
     def __init__(self, hf: nn.Module, *, layers: Sequence[int], class_token: bool, norm: bool = False, **sizes):
@@ -85,10 +85,10 @@ class LayerTower(Tower):
             if isinstance(part := getattr(hf, name, None), nn.Module) and not (norm and name == "post_layernorm"):
                 aside[name] = part
                 setattr(hf, name, nn.Identity())
-        self._aside = (aside,)  # in a tuple, so that they are no modules of this one
+        self._aside = (aside,)  # in a tuple, so that they are not registered as submodules
 
     def whole(self) -> nn.Module:
-        """The tower with what was put aside in its place again; this encoder is of no use afterwards."""
+        """Put the detached modules back and return the complete tower; this encoder must not be used afterwards."""
         for name, part in self._aside[0].items():
             if name == "encoder.layers":
                 self.hf.encoder.layers.extend(part)
@@ -110,7 +110,7 @@ class LayerTower(Tower):
 
 
 class WholeTower(Tower):
-    """Idefics3's and SmolVLM's SigLIP (arXiv 2408.12637), and timm's models (FastViTHD): all of it is read."""
+    """A tower whose final output is used: SigLIP of Idefics3 and SmolVLM (arXiv 2408.12637), or a timm model."""
 
     def whole(self) -> nn.Module:
         return self.hf
@@ -122,7 +122,7 @@ class WholeTower(Tower):
 
 
 class Qwen2VLTower(Tower):
-    """Qwen2-VL's tower (arXiv 2409.12191) without its merger; patches stand block by block of those to be merged."""
+    """Qwen2-VL's tower (arXiv 2409.12191) without its merger; patches are ordered by the blocks to be merged."""
 
     def __init__(self, hf: nn.Module, **sizes):
         config = hf.config
@@ -135,7 +135,7 @@ class Qwen2VLTower(Tower):
     def forward(self, images: Float[Tensor, "I 3 H W"]) -> Float[Tensor, "I N D"]:
         self.check(images)
         height, width = self.grid(images.shape[-1])
-        # A still image is a film of as many equal frames as a patch is deep.
+        # Patches span several frames, so a still image is repeated as that many.
         patches = rearrange(
             images[:, :, None].expand(-1, -1, self.frames, -1, -1),
             "i c t (h a p) (w b q) -> (i h w a b) (c t p q)",
@@ -149,6 +149,6 @@ class Qwen2VLTower(Tower):
         return rearrange(hidden, "(i n) d -> i n d", i=len(images))
 
     def in_order(self, patches: Float[Tensor, "I N D"]) -> Float[Tensor, "I N D"]:
-        """The same patches row by row."""
+        """Return the patches in row-major order."""
         side = int(patches.shape[1] ** 0.5) // self.merge
         return rearrange(patches, "i (h w a b) d -> i (h a w b) d", h=side, a=self.merge, b=self.merge)

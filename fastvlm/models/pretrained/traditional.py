@@ -1,4 +1,4 @@
-"""The traditional mode: a CLIP and a language model that never met, with words between them."""
+"""The traditional mode: a CLIP and a language model, not trained together, connected by text labels."""
 
 from __future__ import annotations
 
@@ -35,22 +35,24 @@ def traditional(
     gradient_checkpointing: bool = False,
     dtype: str = "float32",
 ) -> PretrainedVLM:
-    """An image becomes the words CLIP finds most like it, and the language model reads those words.
+    """Build a model in which CLIP picks the labels most similar to an image and the language model reads their text.
 
-    Zero-shot classification as in CLIP (arXiv 2103.00020, section 3.1): labels are embedded as text, and the image's
-    nearest ones stand, in order, in the image's slots of the prompt.
+    This is CLIP's zero-shot classification (arXiv 2103.00020, section 3.1): labels are embedded as text, and the
+    image's nearest ones, in order of similarity, fill the image's slots in the prompt.
 
     Args:
         clip: folder or hub id of a CLIP or SigLIP, with both towers.
-        llm: folder or hub id of a causal language model; `tokenizer` is its own.
-        labels: names of what an image may show, or a text file with one a line.
-        num_labels: how many of them an image becomes.
-        num_tokens: slots of an image; longer words are cut off.
-        photo: what CLIP reads for a label.
-        said: what the language model reads for the labels, joined by commas.
+        llm: folder or hub id of a causal language model.
+        labels: names of what an image may show, or a text file with one per line.
+        tokenizer: the language model's tokenizer.
+        num_labels: number of labels per image.
+        num_tokens: slots per image; longer text is cut off.
+        photo: text that CLIP embeds for a label, with `{}` for the label.
+        said: text that the language model reads, with `{}` for the labels joined by commas.
+        attention, gradient_checkpointing, dtype: as in the language model's `from_pretrained`; `dtype` also of CLIP.
 
     Raises:
-        ValueError: no model or processor there, another kind of model, no labels, or no `{}` where a label goes.
+        ValueError: no model or processor there, another kind of model, no labels, or no `{}` in `photo` or `said`.
     """
     if isinstance(labels, str):
         try:
@@ -86,7 +88,7 @@ def traditional(
         return_tensors="pt",
     )
     with torch.no_grad():
-        # Nor does it mask the padding.
+        # SigLIP does not mask padding.
         seen = {"input_ids": ids["input_ids"]} if both.config.model_type == "siglip" else ids
         texts = both.eval().get_text_features(**seen).pooler_output
     encoder = PooledTower(both, mean=processor.image_mean, std=processor.image_std)
@@ -104,7 +106,7 @@ def traditional(
 
 
 class PooledTower(nn.Module):
-    """A CLIP's image tower and projection: a view becomes one vector."""
+    """CLIP's image tower and projection, which map a view to one vector."""
 
     def __init__(self, clip: nn.Module, *, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -132,7 +134,7 @@ class PooledTower(nn.Module):
 
 
 class Likeness(nn.Module):
-    """Cosine of an image's vector with every label's."""
+    """Cosine similarity of an image's vector with every label's."""
 
     def __init__(self, texts: Float[Tensor, "L D"]):
         super().__init__()
@@ -143,7 +145,7 @@ class Likeness(nn.Module):
 
 
 class Words:
-    """The arrangement: the most likely labels of the global view, as the language model's own words."""
+    """Arrangement that embeds the global view's most similar labels as text for the language model."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a pretrained model's own image processor does, as far as our transform does it: read from its files."""
+"""Read the settings of `ImageTransform` that match a pretrained model's own image processor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fastvlm.models.pretrained.originals import original_config, processor_of
 
 @dataclass(frozen=True)
 class Views:
-    """
+    """How a pretrained model's images become views.
+
     Args:
-        mean, std: of the pixels in [0, 1].
-        image_size: side of a view, pixels.
-        image: keys of a stage's `image` (`ImageConfig`): how a file becomes views.
+        mean, std: pixel statistics, for values in [0, 1].
+        image_size: side of a view in pixels.
+        image: keys of a stage's `image` (`ImageConfig`).
     """
 
     mean: tuple[float, ...]
@@ -27,7 +28,7 @@ class Views:
 
 
 def views_at(path: str, *, key: str = "vlm.path") -> Views:
-    """`read_views` of what lies at a path; no weights are read."""
+    """Return the views of the model at a path, without reading its weights."""
     if (raw := original_config(path)) is not None:
         return original_views(raw)
     mend = "name a folder with config.json, or a hub id while online"
@@ -35,9 +36,10 @@ def views_at(path: str, *, key: str = "vlm.path") -> Views:
 
 
 def read_views(path: str, config: PreTrainedConfig) -> Views:
-    """
+    """Read a model's views from its configuration and its image processor's.
+
     Args:
-        path: the model's folder or hub id, with its image processor's configuration.
+        path: the model's folder or hub id.
 
     Raises:
         ValueError: there is no image processor.
@@ -78,7 +80,7 @@ def read_views(path: str, config: PreTrainedConfig) -> Views:
 
 
 def original_views(raw: dict) -> Views:
-    """The same of an original LLaVA or ml-fastvlm configuration, from which no tower is built yet."""
+    """Read the views, without mean and std, from an original LLaVA or ml-fastvlm configuration."""
     name = str(raw["mm_vision_tower"])
     end = re.search(r"(\d+)$", name)
     if end is None:

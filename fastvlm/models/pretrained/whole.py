@@ -1,4 +1,4 @@
-"""A pretrained vision-language model as our VLM: the same four parts, and what is special in how they join."""
+"""A pretrained vision-language model as a `VLM` of four parts, with its own way of joining them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastvlm.tokens import IGNORE_INDEX
 
 
 class PretrainedVLM(VLM):
-    """Freezing, LoRA, stages, handoff, generation and evaluation take it as they take ours.
+    """A pretrained model that freezing, LoRA, stages, handoff, generation and evaluation treat like any `VLM`.
 
     Args:
-        arrangement: how the visual tokens of an image's views become one sequence; None: one view behind the other.
-        image_axes: images take positions on three axes (M-RoPE), as wide as their grid of visual tokens.
+        arrangement: maps the visual tokens of an image's views to one sequence; None: concatenate the views.
+        image_axes: whether images have positions on three axes (M-RoPE), as wide as their grid of visual tokens.
         config: the model's own configuration.
-        restore: gives back the model in its own class, for saving; this VLM is of no use afterwards.
+        restore: returns the model in its own class, for saving; this VLM must not be used afterwards.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class PretrainedVLM(VLM):
         return tokens if self.arrangement is None else self.arrangement.slots(tokens)
 
     def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
-        """Every image's sequence in the slots of its views, from the first on; the slots behind it are zero.
+        """Put every image's sequence into the first slots of its views; the remaining slots are zero.
 
         Raises:
-            ValueError: the layouts are not of these views.
+            ValueError: the layouts do not match the number of views.
         """
         if self.arrangement is None:
             return visual
@@ -102,19 +102,19 @@ class PretrainedVLM(VLM):
         return image_positions(position_ids, is_slot, position_ids == 0, side=side_of_images(is_slot))
 
     def save_pretrained(self, folder: str | Path, **views) -> None:
-        """Write it in its own class; this VLM is of no use afterwards. The processor's files stay where they lie."""
+        """Save the model in its own class, without its processor; this VLM must not be used afterwards."""
         self.restored().save_pretrained(folder)
 
     def restored(self) -> nn.Module:
-        """The model in its own class again, with the weights as they are now."""
+        """Return the model in its own class, with the current weights."""
         return self._restore(self)
 
 
 def side_of_images(is_slot: Bool[Tensor, "B S"]) -> int:
-    """Side of the grid of visual tokens, where every run of slots is one square image.
+    """Return the side of the grid of visual tokens, where every run of slots is one square image.
 
     Raises:
-        ValueError: the runs are no equal squares.
+        ValueError: the runs are not squares of one size.
     """
     first = is_slot & ~F.pad(is_slot, (1, 0))[:, :-1]
     runs, slots = int(first.sum()), int(is_slot.sum())

@@ -1,8 +1,8 @@
 """Cross-modal adapter: visual tokens attend to each other and to learned queries before they are projected.
 
-Forms of attention: full; linear in the number of tokens (arXiv 2006.16236, equations 4 and 5); sparse, a local window
+Kinds of attention: full; linear in the number of tokens (arXiv 2006.16236, equations 4 and 5); sparse, a local window
 (Longformer, arXiv 2004.05150, section 3.1); strided (Sparse Transformer, arXiv 1904.10509, section 4.2). The last two
-are computed in blocks, so their cost is that of the pairs which see each other.
+are computed in blocks, so their cost grows with the number of attended pairs only.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ FORMS = ("full", "linear", "sparse", "strided")
 
 
 class CrossModalAdapter(nn.Module):
-    """Residual blocks of attention and feed-forward at the vision's width, before-normalised, then Linear.
+    """Pre-norm residual blocks of attention and feed-forward at the vision width, followed by a linear layer.
 
-    Tokens count in reading order. The learned queries are keys and values that every token sees in every form: a memory
-    on the language's side, and the way from one window to the next.
+    Distances between tokens are counted in reading order. The learned queries act as extra keys and values that every
+    token attends to, whatever the kind of attention.
 
     Args:
         attention: `full`, `linear`, `sparse` or `strided`.
-        depth: blocks.
-        heads: of the attention; they divide `in_dim`.
-        num_queries: learned queries of each block; 0: tokens attend among themselves only.
-        window: sparse: how far a token sees, to either side.
-        stride: strided: a token sees those a multiple of `stride` away; the side of the grid makes it its column.
-        mlp_ratio: hidden width of the feed-forward over `in_dim`.
-        norm: end in a LayerNorm.
+        depth: number of blocks.
+        heads: attention heads; must divide `in_dim`.
+        num_queries: learned queries of each block; 0: tokens attend only to each other.
+        window: for `sparse`: the largest distance, on either side, at which tokens attend to each other.
+        stride: for `strided`: tokens attend to those a multiple of `stride` away; with the side of the grid, to their
+            column.
+        mlp_ratio: hidden width of the feed-forward relative to `in_dim`.
+        norm: end with a LayerNorm.
 
     Raises:
-        ValueError: `attention` is not known, `heads` does not divide `in_dim`, or a size is below what it may be.
+        ValueError: `attention` is unknown, `heads` does not divide `in_dim`, or `window`, `stride` or `num_queries` is
+            too small.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class AdapterBlock(nn.Module):
 def linear_attention(
     q: Float[Tensor, "I heads M d"], k: Float[Tensor, "I heads K d"], v: Float[Tensor, "I heads K d"]
 ) -> Float[Tensor, "I heads M d"]:
-    """Weights f(q) . f(k) over their sum, f = elu + 1, without ever making the M x K matrix."""
+    """Attend with weights f(q) . f(k), normalised to sum to 1, f = elu + 1, without forming the M x K matrix."""
     f_q, f_k = F.elu(q) + 1, F.elu(k) + 1
     summary = f_k.mT @ v  # (I, heads, d, d)
     total = f_q @ f_k.sum(dim=2)[..., None]  # (I, heads, M, 1)
@@ -118,7 +120,7 @@ def linear_attention(
 def window_attention(
     q: Float[Tensor, "I heads M d"], own: tuple[Tensor, Tensor], seen_by_all: tuple[Tensor, Tensor], *, window: int
 ) -> Float[Tensor, "I heads M d"]:
-    """Softmax over the tokens at most `window` away and over what all see. Chunks of `window` see three chunks."""
+    """Attend to `seen_by_all` and to tokens at most `window` away, in chunks of `window` that read three chunks."""
     count, device = q.shape[2], q.device
     chunks = -(-count // window)
     behind = chunks * window - count
@@ -135,7 +137,7 @@ def window_attention(
     )
     i = torch.arange(chunks * window, device=device).view(chunks, window, 1)
     j = (torch.arange(chunks, device=device) * window)[:, None, None] + torch.arange(-window, 2 * window, device=device)
-    # Queries behind the end see themselves: an empty row of the mask would be NaN.
+    # Padding queries at the end attend to themselves: an empty row of the mask would give NaN.
     visible = ((i - j).abs() <= window) & (j >= 0) & ((j < count) | (i == j))
     visible = F.pad(visible, (0, seen_by_all[0].shape[2]), value=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -145,7 +147,7 @@ def window_attention(
 def strided_attention(
     q: Float[Tensor, "I heads M d"], own: tuple[Tensor, Tensor], seen_by_all: tuple[Tensor, Tensor], *, stride: int
 ) -> Float[Tensor, "I heads M d"]:
-    """Softmax over the tokens a multiple of `stride` away and over what all see."""
+    """Attend to `seen_by_all` and to tokens a multiple of `stride` away."""
     count, device = q.shape[2], q.device
     behind = -count % stride
     q, k, v = (rearrange(F.pad(x, (0, 0, 0, behind)), "i heads (n s) d -> i heads s n d", s=stride) for x in (q, *own))

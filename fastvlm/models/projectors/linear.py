@@ -9,14 +9,14 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 class LinearProjector(nn.Sequential):
-    """Optionally a norm, then Linear.
+    """A linear layer, optionally preceded by a norm.
 
     Args:
-        bias: of the linear layer; Idefics3, SmolVLM and Gemma 3 have none.
-        norm: before the linear layer: `layer`, `rms` (Gemma 3) or None.
+        bias: whether the linear layer has a bias; in Idefics3, SmolVLM and Gemma 3 it has none.
+        norm: norm before the linear layer: `layer`, `rms` (Gemma 3) or None.
 
     Raises:
-        ValueError: `norm` is not known.
+        ValueError: `norm` is unknown.
     """
 
     def __init__(self, *, in_dim: int, out_dim: int, bias: bool = True, norm: str | None = None):

@@ -1,4 +1,4 @@
-"""A few layers from the vision width to the text width (LLaVA-1.5, arXiv 2310.03744), normalised at the end."""
+"""An MLP from the vision width to the text width (LLaVA-1.5, arXiv 2310.03744)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class MLPProjector(nn.Sequential):
-    """Linear, GELU, Linear, LayerNorm.
+    """MLP; by default Linear, GELU, Linear, LayerNorm.
 
     Args:
-        norm: end in a LayerNorm, so that visual tokens have one scale whatever the encoder's; False is LLaVA-1.5's own.
-        depth: linear layers, the activation between them.
+        norm: end with a LayerNorm, so that the scale of visual tokens does not depend on the encoder; LLaVA-1.5 has
+            none.
+        depth: number of linear layers, with the activation between them.
         activation: `gelu`, or `silu` as in Honeybee's readout.
-        input_norm: begin with a LayerNorm, as InternVL does behind its pixel shuffle.
+        input_norm: begin with a LayerNorm, as InternVL does after its pixel shuffle.
 
     Raises:
-        ValueError: `depth` is below 1, or `activation` is not known.
+        ValueError: `depth` is below 1, or `activation` is unknown.
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Adaptive average pooling to a rectangle of visual tokens, without parameters; Gemma 3's pooling where it divides."""
+"""Adaptive average pooling to a rectangle of visual tokens, without parameters.
+
+It equals Gemma 3's pooling where the side of the grid of tokens divides that of the patches.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,16 @@ from fastvlm.models.resamplers.counts import check_at_most, nearest, side_of
 
 
 class AdaptivePoolResampler(nn.Module):
-    """`num_tokens` cells in the rectangle of rows x columns that is nearest to a square, each the mean of its patches.
+    """Average pooling to the rows x columns closest to a square that give `num_tokens` cells.
 
-    At a square number this is `resampler=avgpool` without its learned positions; 32, 72 or 162 work as well.
+    For a square number this is `resampler=avgpool` without its learned positions; 32, 72 or 162 work as well.
 
     Args:
-        num_tokens: rows x columns with columns at most twice the rows: longer cells would be strips of the image.
+        num_tokens: rows x columns with columns at most twice the rows, because longer cells would be strips.
 
     Raises:
-        ValueError: `num_tokens` has no such rectangle, it does not fit in the patches' grid, or that is no square.
+        ValueError: `num_tokens` has no such rectangle, it does not fit in the grid of patches, or that grid is not
+            square.
     """
 
     def __init__(self, *, in_dim: int, num_tokens: int):
@@ -52,7 +56,7 @@ class AdaptivePoolResampler(nn.Module):
 
 
 def rectangle(num_tokens: int) -> tuple[int, int]:
-    """(rows, columns), rows <= columns, as near to a square as the divisors allow."""
+    """Return (rows, columns), rows <= columns, as close to a square as the divisors allow."""
     rows = next(r for r in range(math.isqrt(num_tokens), 0, -1) if num_tokens % r == 0)
     return rows, num_tokens // rows
 

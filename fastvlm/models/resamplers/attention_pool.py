@@ -1,4 +1,4 @@
-"""Attention pooling: learned queries read the patches once (MM1, arXiv 2403.09611, section 3.1; CoCa, 2205.01917)."""
+"""Attention pooling: one cross-attention (MM1, arXiv 2403.09611, section 3.1; CoCa, arXiv 2205.01917)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fastvlm.models.resamplers.counts import check_at_most, check_positive
 
 
 class AttentionPoolResampler(nn.Module):
-    """One cross-attention from `num_tokens` learned queries to the patches, both normalised; nothing behind it.
+    """One cross-attention from `num_tokens` learned queries to the patches, both normalised first.
 
     Args:
-        num_tokens: visual tokens of an image, at most the number of patches.
-        dim: width of the visual tokens; None is the encoder's.
-        heads: of the attention; they divide `dim`.
+        num_tokens: visual tokens per view, at most the number of patches.
+        dim: width of the visual tokens; None: the encoder's.
+        heads: attention heads; must divide the width.
 
     Raises:
-        ValueError: `heads` does not divide the width, or `num_tokens` is below 1 or more than there are patches.
+        ValueError: `heads` does not divide the width, or `num_tokens` is below 1 or exceeds the number of patches.
     """
 
     def __init__(self, *, in_dim: int, num_tokens: int, dim: int | None = None, heads: int = 8):

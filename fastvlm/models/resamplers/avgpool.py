@@ -15,11 +15,11 @@ class AvgPoolResampler(nn.Module):
     """Adaptive average pooling of a square grid.
 
     Args:
-        num_tokens: visual tokens of an image, a square number, at most the number of patches.
-        positions: add a learned vector per visual token; a pooled cell alone does not say where it was.
+        num_tokens: visual tokens per view, a square number, at most the number of patches.
+        positions: add a learned position vector to each visual token, because pooling loses the position.
 
     Raises:
-        ValueError: `num_tokens` is not a square, is more than there are patches, or the patches are no square grid.
+        ValueError: `num_tokens` is not a square or exceeds the number of patches, or these form no square grid.
     """
 
     def __init__(self, *, in_dim: int, num_tokens: int, positions: bool = True):

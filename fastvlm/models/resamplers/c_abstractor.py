@@ -1,4 +1,4 @@
-"""C-Abstractor: convolutions, adaptive pooling, convolutions (Honeybee, arXiv 2312.06742, section 3.2)."""
+"""C-Abstractor: convolutions before and after adaptive pooling (Honeybee, arXiv 2312.06742, section 3.2)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from fastvlm.models.resamplers.positions import GridPositions
 
 
 class CAbstractorResampler(nn.Module):
-    """Bottleneck blocks with squeeze-excite, pooling to the grid of visual tokens, the same blocks again.
+    """Bottleneck blocks with squeeze-excite before and after pooling to the grid of visual tokens.
 
-    Honeybee's own two-layer readout is `projector=mlp projector.activation=silu projector.norm=false`.
+    Honeybee's two-layer readout is `projector=mlp projector.activation=silu projector.norm=false`.
 
     Args:
-        num_tokens: visual tokens of an image, a square number, at most the number of patches. Honeybee: 144.
-        dim: width of the blocks and of the visual tokens; None is the encoder's. Honeybee: 1024.
-        depth: blocks before the pooling, and as many behind it.
-        positions: side of the grid of learned positions added to the patches; other grids interpolate them; 0: none.
+        num_tokens: visual tokens per view, a square number, at most the number of patches. Honeybee: 144.
+        dim: width of the blocks and of the visual tokens; None: the encoder's. Honeybee: 1024.
+        depth: number of blocks before the pooling, and again after it.
+        positions: side of the grid of learned positions added to the patches, interpolated for other grids; 0: none.
 
     Raises:
-        ValueError: `num_tokens` is not a square or more than there are patches, or those are no square grid.
+        ValueError: `depth` is below 1, `num_tokens` is not a square or exceeds the number of patches, or the patches
+            form no square grid.
     """
 
     def __init__(self, *, in_dim: int, num_tokens: int, dim: int | None = None, depth: int = 3, positions: int = 24):
@@ -34,7 +35,7 @@ class CAbstractorResampler(nn.Module):
         side, dim = check_square(num_tokens), in_dim if dim is None else dim
         self.num_tokens, self.out_dim = num_tokens, dim
         self.positions = GridPositions(positions, in_dim) if positions else None
-        # timm's RegNet stage is the block Honeybee's authors took: 1 x 1, depthwise 3 x 3, squeeze-excite, 1 x 1.
+        # Honeybee's authors use timm's RegNet stage: 1 x 1, depthwise 3 x 3, squeeze-excite, 1 x 1.
         options = dict(stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
         self.net = nn.Sequential(
             RegStage(depth, in_dim, dim, **options),

@@ -1,4 +1,4 @@
-"""`num_tokens` has one meaning in every resampler: the visual tokens an image yields. What fits is checked here."""
+"""Checks of `num_tokens`, which in every resampler is the number of visual tokens per view."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 
 def side_of(num_patches: int) -> int:
-    """Side of the square grid the patches form; encoders see square images.
+    """Return the side of the square grid that the patches form; encoders take square images.
 
     Raises:
-        ValueError: they form none.
+        ValueError: the patches form no square grid.
     """
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
@@ -24,10 +24,10 @@ def is_square(number: int) -> bool:
 
 
 def check_square(num_tokens: int) -> int:
-    """Side of the square grid of visual tokens.
+    """Return the side of the square grid of visual tokens.
 
     Raises:
-        ValueError: their number is no square.
+        ValueError: `num_tokens` is not a square number.
     """
     side = math.isqrt(max(num_tokens, 0))
     if num_tokens < 1 or side**2 != num_tokens:
@@ -37,10 +37,10 @@ def check_square(num_tokens: int) -> int:
 
 
 def check_at_most(num_tokens: int, num_patches: int) -> int:
-    """`num_tokens`, where an image has that many patches.
+    """Return `num_tokens` if there are at least as many patches.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: there are fewer.
     """
     if num_patches < num_tokens:
         raise ValueError(
@@ -51,7 +51,7 @@ def check_at_most(num_tokens: int, num_patches: int) -> int:
 
 
 def check_positive(num_tokens: int) -> int:
-    """`num_tokens` itself.
+    """Return `num_tokens` if it is at least 1.
 
     Raises:
         ValueError: it is below 1.
@@ -62,7 +62,7 @@ def check_positive(num_tokens: int) -> int:
 
 
 def nearest(num_tokens: int, fits: Callable[[int], bool], *, up_to: int | None = None) -> str:
-    """The numbers next to `num_tokens`, below and above, that fit: "36 and 49", for messages."""
+    """Return the nearest fitting numbers below and above `num_tokens`, such as "36 and 49", for messages."""
     last = 4 * max(num_tokens, 1) if up_to is None else up_to
     below = next((n for n in range(min(num_tokens - 1, last), 0, -1) if fits(n)), None)
     above = next((n for n in range(max(num_tokens, 0) + 1, last + 1) if fits(n)), None)

@@ -1,6 +1,6 @@
-"""D-Abstractor: queries that read the map at points they choose (Honeybee, arXiv 2312.06742, section 3.2).
+"""D-Abstractor: a resampler with deformable attention (Honeybee, arXiv 2312.06742, section 3.2).
 
-Deformable attention is Deformable DETR's (arXiv 2010.04159, equation 2) on one level, in plain PyTorch.
+The attention is that of Deformable DETR (arXiv 2010.04159, equation 2) on one feature level, in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastvlm.models.resamplers.positions import GridPositions
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads `points` places a head around its reference point: bilinear samples, weights that sum to 1."""
+    """Attention of each head to `points` bilinearly sampled locations around a query's reference point."""
 
     def __init__(self, dim: int, *, heads: int, points: int):
         super().__init__()
@@ -26,7 +26,7 @@ class DeformableAttention(nn.Module):
         self.offsets = nn.Linear(dim, heads * points * 2)
         self.weights = nn.Linear(dim, heads * points)
         self.value, self.out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        # Head h begins by looking in direction h, its p-th point p patches away.
+        # Initially head h looks in direction h, with its p-th point p patches away.
         angles = torch.arange(heads) * (2 * math.pi / heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -43,13 +43,13 @@ class DeformableAttention(nn.Module):
     def forward(
         self, queries: Float[Tensor, "I M D"], references: Float[Tensor, "M 2"], patches: Float[Tensor, "I N D"]
     ) -> Float[Tensor, "I M D"]:
-        """`references` are (x, y) in [0, 1] of the map."""
+        """Attend from the queries to the patches; `references` are (x, y) in [0, 1] of the map."""
         side = side_of(patches.shape[1])
         value = rearrange(self.value(patches), "i (h w) (heads d) -> (i heads) d h w", h=side, heads=self.heads)
         offsets = rearrange(self.offsets(queries), "i m (heads p xy) -> (i heads) m p xy", heads=self.heads, xy=2)
         weights = rearrange(self.weights(queries), "i m (heads p) -> (i heads) 1 m p", heads=self.heads).softmax(-1)
         places = references[:, None] + offsets / side  # (I heads, M, P, 2)
-        # Places in half precision would be off by more than a patch.
+        # In half precision the locations would be off by more than a patch.
         exact = torch.promote_types(places.dtype, torch.float32)
         sampled = F.grid_sample(value.to(exact), 2 * places.to(exact) - 1, align_corners=False)  # (I heads, d, M, P)
         read = reduce(sampled * weights, "ih d m p -> ih d m", "sum").to(patches.dtype)
@@ -57,7 +57,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableBlock(nn.Module):
-    """Queries attend to each other, to the map and pass a feed-forward; each residual, then normalised."""
+    """Self-attention of the queries, deformable attention to the map and feed-forward, each residual with post-norm."""
 
     def __init__(self, dim: int, *, heads: int, points: int, hidden: int):
         super().__init__()
@@ -74,20 +74,20 @@ class DeformableBlock(nn.Module):
 
 
 class DAbstractorResampler(nn.Module):
-    """Learned tokens, placed by the pooled map and learned reference points, read the map by deformable attention.
+    """Learned tokens that read the map by deformable attention around learned reference points.
 
     Args:
-        num_tokens: visual tokens of an image, a square number, at most the number of patches. Honeybee: 144.
-        dim: width inside and of the visual tokens; None is the encoder's. Honeybee: 1024.
-        depth: blocks.
-        heads: of both attentions; they divide the width.
-        points: places a head reads.
-        mlp_ratio: hidden width of the feed-forward over `dim`.
-        positions: side of the grid of learned positions added to the patches; other grids interpolate them; 0: none.
+        num_tokens: visual tokens per view, a square number, at most the number of patches. Honeybee: 144.
+        dim: width of the blocks and of the visual tokens; None: the encoder's. Honeybee: 1024.
+        depth: number of blocks.
+        heads: heads of both attentions; must divide the width.
+        points: locations each head samples.
+        mlp_ratio: hidden width of the feed-forward relative to `dim`.
+        positions: side of the grid of learned positions added to the patches, interpolated for other grids; 0: none.
 
     Raises:
-        ValueError: `num_tokens` is not a square or more than there are patches, those are no square grid, or `heads`
-            does not divide the width.
+        ValueError: `num_tokens` is not a square or exceeds the number of patches, the patches form no square grid, or
+            `heads` does not divide the width.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class DAbstractorResampler(nn.Module):
         edge = 0.5 / (positions or self.side)  # the centre of the first patch
         line = torch.linspace(edge, 1 - edge, self.side)
         y, x = torch.meshgrid(line, line, indexing="ij")
-        # One-dimensional, so that neither weight decay nor Muon draws the points from their places.
+        # One-dimensional, so that neither weight decay nor Muon is applied to the reference points.
         self.references = nn.Parameter(torch.stack([x, y], dim=-1).flatten())
         options = dict(heads=heads, points=points, hidden=int(dim * mlp_ratio))
         self.blocks = nn.ModuleList(DeformableBlock(dim, **options) for _ in range(depth))
@@ -128,7 +128,7 @@ class DAbstractorResampler(nn.Module):
         if self.positions is not None:
             patches = self.positions(patches)
         grid = rearrange(patches, "i (h w) d -> i d h w", h=side_of(patches.shape[1]))
-        # What is to be seen at its cell says where a query stands, as Honeybee's released configuration has it.
+        # The pooled map serves as the queries' position embedding, as in Honeybee's released configuration.
         where = rearrange(F.adaptive_avg_pool2d(grid, self.side), "i d h w -> i (h w) d")
         references = rearrange(self.references, "(m xy) -> m xy", xy=2)
         tokens = self.tokens.expand(patches.shape[0], -1, -1)

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class IdentityResampler(nn.Module):
-    """Passes patches on. Their number, and so the sequence's length, follows the image size.
+    """Resampler that returns the patches unchanged, so their number follows the image size.
 
     Args:
-        num_tokens: what an image must yield: any other number of patches is refused. None takes whatever comes.
+        num_tokens: the only number of patches accepted; None: any.
 
     Raises:
         ValueError: (num_tokens_out, forward) `num_tokens` is given and is not the number of patches.
     """
 
-    keeps_empty = True  # a zero patch, which an encoder left empty, is a zero token
+    keeps_empty = True  # a zero patch (a position the encoder left empty) stays a zero token
 
     def __init__(self, *, in_dim: int, num_tokens: int | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Learned queries that attend to the patches (Perceiver resampler of Flamingo, arXiv 2204.14198, section 2.1)."""
+"""The Perceiver resampler of Flamingo (arXiv 2204.14198, section 2.1): learned queries attend to the patches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvlm.models.resamplers.counts import check_at_most, check_positive
 
 
 class CrossAttentionBlock(nn.Module):
-    """Queries attend to patches and to themselves, then a feed-forward; both before-normalised and residual."""
+    """Attention of queries to patches and queries, then a feed-forward; both pre-norm and residual."""
 
     def __init__(self, dim: int, *, heads: int, mlp_ratio: float):
         super().__init__()
@@ -36,17 +36,17 @@ class CrossAttentionBlock(nn.Module):
 
 
 class PerceiverResampler(nn.Module):
-    """Compresses any number of patches to `num_tokens` visual tokens.
+    """Resampler from any number of patches to `num_tokens` visual tokens.
 
     Args:
-        num_tokens: visual tokens of an image, at most the number of patches.
-        depth: blocks of cross-attention and feed-forward.
-        heads: of the attention; they divide `in_dim`.
-        mlp_ratio: hidden width of the feed-forward over `in_dim`.
-        positions: add a learned vector per visual token to the result as well.
+        num_tokens: visual tokens per view, at most the number of patches.
+        depth: number of blocks of cross-attention and feed-forward.
+        heads: attention heads; must divide `in_dim`.
+        mlp_ratio: hidden width of the feed-forward relative to `in_dim`.
+        positions: also add a learned vector to each visual token of the output.
 
     Raises:
-        ValueError: `heads` does not divide `in_dim`, or `num_tokens` is more than there are patches.
+        ValueError: `heads` does not divide `in_dim`, or `num_tokens` is below 1 or exceeds the number of patches.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Neighbouring patches side by side in one wide token (Idefics3, arXiv 2408.12637; SmolVLM, 2504.05299; InternVL)."""
+"""Pixel shuffle of patches into wider tokens (Idefics3, arXiv 2408.12637; SmolVLM, arXiv 2504.05299; InternVL)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastvlm.models.resamplers.counts import side_of
 
 
 class PixelShuffleResampler(nn.Module):
-    """Every `factor` x `factor` block of patches becomes one token of `factor`^2 times the width; nothing is lost.
+    """Resampler that concatenates every `factor` x `factor` block of patches to one token, `factor`^2 times as wide.
 
     Args:
-        factor: side of a block; the grid's side is a multiple of it. The width is fixed by it, so the number of tokens
-            follows from the image size.
-        num_tokens: what an image must yield: any other number is refused. None takes what the image size gives.
+        factor: side of a block; must divide the side of the grid. It fixes the width, so the number of tokens follows
+            from the image size.
+        num_tokens: the only number of visual tokens per view accepted; None: any.
 
     Raises:
-        ValueError: (num_tokens_out, forward) the patches are no square grid, `factor` does not divide its side, or
-            `num_tokens` is given and is not what comes out.
+        ValueError: `factor` is below 1; (num_tokens_out, forward) the patches form no square grid, `factor` does not
+            divide its side, or `num_tokens` is given and differs from the result.
     """
 
     def __init__(self, *, in_dim: int, factor: int = 2, num_tokens: int | None = None):

@@ -1,4 +1,4 @@
-"""Learned positions of a grid, for resamplers whose patches must say where they were."""
+"""Learned 2D position embeddings, for resamplers that would otherwise lose where a patch was."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastvlm.models.resamplers.counts import side_of
 
 
 class GridPositions(nn.Module):
-    """Adds a learned vector to every patch; a grid of another side gets them interpolated.
+    """Adds a learned vector to every patch, interpolated if the grid has another side.
 
     Args:
-        side: of the square grid the vectors belong to.
+        side: side of the square grid of learned vectors.
         dim: width of a patch.
 
     Raises:
@@ -37,7 +37,7 @@ class GridPositions(nn.Module):
 
 
 def linear_weights(old: int, new: int) -> Float[Tensor, "new old"]:
-    """Matrix of antialiased linear interpolation: one product has the same gradient on every device and run."""
-    # Not one column each: torch 2.15 on the CPU interpolates maps of width 1 wrongly.
+    """Return the matrix of antialiased linear interpolation; its product has a deterministic gradient everywhere."""
+    # Interpolated as one map, because torch 2.15 on the CPU interpolates maps of width 1 wrongly.
     cells = torch.eye(old).view(1, 1, old, old)
     return F.interpolate(cells, size=(new, old), mode="bilinear", antialias=True)[0, 0]

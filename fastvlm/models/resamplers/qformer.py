@@ -1,4 +1,4 @@
-"""The Q-Former of BLIP-2 (arXiv 2301.12597, section 3.1), image side, as `transformers` has it."""
+"""The image side of BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), from `transformers`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fastvlm.models.resamplers.counts import check_at_most, check_positive
 
 
 class QFormerResampler(nn.Module):
-    """BERT layers over learned queries; every `cross_every`-th also attends to the patches.
+    """BERT layers over learned queries; every `cross_every`-th layer also attends to the patches.
 
-    The defaults are BLIP-2's sizes, and the weights below `qformer` have the names of `Blip2QFormerModel`.
+    The defaults are BLIP-2's sizes, and the weights under `qformer` have the names of `Blip2QFormerModel`.
 
     Args:
-        num_tokens: visual tokens of an image, at most the number of patches. BLIP-2: 32.
-        dim: width inside and of the visual tokens.
-        depth: layers.
-        heads: of the attentions; they divide `dim`.
-        mlp_ratio: hidden width of the feed-forward over `dim`.
-        cross_every: layers from one cross-attention to the next, the first layer has one.
-        dropout: in attention and behind every projection.
+        num_tokens: visual tokens per view, at most the number of patches. BLIP-2: 32.
+        dim: width of the layers and of the visual tokens.
+        depth: number of layers.
+        heads: attention heads; must divide `dim`.
+        mlp_ratio: hidden width of the feed-forward relative to `dim`.
+        cross_every: layers from one cross-attention to the next, starting with the first layer.
+        dropout: dropout in attention and after every projection.
 
     Raises:
-        ValueError: `heads` does not divide `dim`, or `num_tokens` is below 1 or more than there are patches.
+        ValueError: `heads` does not divide `dim`, or `num_tokens` is below 1 or exceeds the number of patches.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Token merging: the most similar patches become one (ToMe, arXiv 2210.09461, section 3 and appendix D)."""
+"""Token merging: the most similar patches are averaged (ToMe, arXiv 2210.09461, section 3 and appendix D)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastvlm.models.resamplers.counts import check_at_most, check_positive
 
 
 class TokenMergeResampler(nn.Module):
-    """Bipartite soft matching, step by step, until `num_tokens` are left. Without parameters; any grid.
+    """Bipartite soft matching, repeated until `num_tokens` are left. It has no parameters and takes any grid.
 
-    ToMe sits in an encoder's layers and compares attention keys; behind the encoder it is the patches themselves that
+    ToMe merges inside an encoder's layers and compares attention keys; here, after the encoder, the patches themselves
     are compared. Tokens stay in reading order, because the language model reads them in order.
 
     Args:
-        num_tokens: visual tokens of an image, at most the number of patches.
-        share: of the tokens that one step may merge away, at most a half; smaller steps match better and cost more.
+        num_tokens: visual tokens per view, at most the number of patches.
+        share: largest share of the tokens merged in one step, at most 0.5; smaller steps match better and cost more.
 
     Raises:
-        ValueError: `share` is not in (0, 0.5], or `num_tokens` is below 1 or more than there are patches.
+        ValueError: `share` is not in (0, 0.5], or `num_tokens` is below 1 or exceeds the number of patches.
     """
 
     def __init__(self, *, in_dim: int, num_tokens: int, share: float = 0.5):
@@ -46,11 +46,14 @@ class TokenMergeResampler(nn.Module):
 def merge(
     tokens: Float[Tensor, "I N D"], sizes: Float[Tensor, "I N 1"], *, num: int
 ) -> tuple[Float[Tensor, "I M D"], Float[Tensor, "I M 1"]]:
-    """One step: of the tokens at even places the `num` most similar to one at an odd place are averaged into it.
+    """Merge `num` tokens: those at even indexes most similar to one at an odd index are averaged into it.
 
     Args:
-        sizes: how many patches a token stands for: it weighs as much in the mean.
-        num: M = N - num; at most N // 2.
+        sizes: number of patches merged into each token so far, its weight in the mean.
+        num: tokens to remove, at most N // 2, so M = N - num.
+
+    Returns:
+        The remaining tokens in reading order, and their sizes.
     """
     directions = F.normalize(tokens.detach(), dim=-1)
     similarity, partner = (directions[:, ::2] @ directions[:, 1::2].mT).max(dim=-1)  # (I, even places)
@@ -60,7 +63,7 @@ def merge(
     sums = torch.zeros_like(tokens).scatter_add(1, target.expand_as(tokens), tokens * sizes)
     counts = torch.zeros_like(sizes).scatter_add(1, target, sizes)
     gone = torch.zeros_like(target[..., 0], dtype=torch.bool).scatter(1, 2 * chosen, True)
-    # A stable sort of the flags keeps the reading order of what is left.
+    # A stable sort of the flags keeps the remaining tokens in reading order.
     left = gone.long().argsort(dim=1, stable=True)[:, : tokens.shape[1] - num, None]
     counts = counts.gather(1, left)
     return sums.gather(1, left.expand(-1, -1, tokens.shape[2])) / counts, counts

@@ -1,8 +1,8 @@
-"""Token selection: a learned score says which patches the language model reads.
+"""Token selection: a learned score decides which patches the language model reads.
 
-The scorer is DynamicViT's (arXiv 2106.02034, section 3.2): what a patch shows beside what the whole image shows. The
-choice is a hard top k; it learns by the top k with entropy, whose mask is a sigmoid around one threshold an image (the
-two-state optimal transport of arXiv 2002.06504).
+The scorer is DynamicViT's (arXiv 2106.02034, section 3.2), on features of the patch and of the whole image. The choice
+is a hard top-k; its gradient is that of the entropy-regularised top-k, whose mask is a sigmoid around one threshold per
+image (the two-state optimal transport of arXiv 2002.06504).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ GRADIENTS = ("straight_through", "soft")
 class TokenSelectResampler(nn.Module):
     """Keeps the patches with the highest learned scores, in reading order.
 
-    With `min_tokens` every image has a number of its own: the fewest patches that hold `coverage` of the scores'
-    softmax, between `min_tokens` and `num_tokens`. Scores come from pixels and from weights that learn, so no plan made
-    before reading can know that number: an image keeps `num_tokens` slots in the text, its tokens stand in the last of
-    them, and the slots before are zero. The VLM hides zero slots from attention and from positions, which gives the
-    same logits as leaving them out, and generation does leave them out.
+    With `min_tokens` the number varies per view: the fewest patches that hold `coverage` of the scores' softmax,
+    between `min_tokens` and `num_tokens`. The data plan cannot know it before pixels are read, so a view keeps
+    `num_tokens` slots in the text: its tokens take the last ones and the slots before them are zero. The VLM hides zero
+    slots from attention and positions, which gives the same logits as removing them; generation does remove them.
 
     Args:
-        num_tokens: visual tokens of an image: exactly so many, or with `min_tokens` at most.
-        min_tokens: at least so many; None: every image keeps `num_tokens`.
-        coverage: share of the softmax of scores that is enough; only with `min_tokens`.
-        gradient: `straight_through` passes chosen patches as they are and learns as if they were weighted by the soft
-            mask; `soft` weights them by it in earnest.
-        temperature: of the soft mask and of the softmax, in units of the score.
-        positions: side of the grid of learned positions added to the patches; other grids interpolate them; 0: none.
+        num_tokens: visual tokens per view; the maximum if `min_tokens` is set.
+        min_tokens: smallest number of visual tokens per view; None: every view has `num_tokens`.
+        coverage: share of the scores' softmax that the kept patches must reach; only with `min_tokens`.
+        gradient: `straight_through` passes the chosen patches unchanged, with the gradient of patches weighted by the
+            soft mask; `soft` does weight them by it.
+        temperature: temperature of the soft mask and of the softmax, in units of the score.
+        positions: side of the grid of learned positions added to the patches, interpolated for other grids; 0: none.
 
     Attributes:
-        mean_kept: tokens the images of the last forward pass kept on average.
+        mean_kept: mean number of tokens kept per view in the last forward pass.
 
     Raises:
-        ValueError: numbers of tokens that do not fit each other or the patches, or an unknown `gradient`.
+        ValueError: `num_tokens` and `min_tokens` do not fit each other or the number of patches, or another argument is
+            out of range.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TokenSelectResampler(nn.Module):
         self.positions = GridPositions(positions, in_dim) if positions else None
         hidden = max(8, in_dim // 4)
         self.local = nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, 2 * hidden), nn.GELU())
-        # No bias at the end: the same number added to every score changes no choice.
+        # No final bias: a constant added to every score does not change the choice.
         self.score = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.GELU(), nn.Linear(hidden, 1, bias=False))
         self.mean_kept = torch.tensor(float("nan"))
 
@@ -89,7 +89,7 @@ class TokenSelectResampler(nn.Module):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def counts(self, scores: Float[Tensor, "I N"]) -> Int[Tensor, "I"]:
-        """How many patches each image keeps."""
+        """Return how many patches each view keeps."""
         if self.min_tokens is None:
             return torch.full(scores.shape[:1], self.num_tokens, device=scores.device)
         shares = (scores.detach() / self.temperature).softmax(dim=1).topk(self.num_tokens).values
@@ -105,7 +105,7 @@ class TokenSelectResampler(nn.Module):
         self.mean_kept = counts.float().mean()
         best = scores.topk(self.num_tokens, dim=1).indices
         kept = torch.arange(self.num_tokens, device=best.device) < counts[:, None]
-        # The last slot must hold a token: the text behind the image is predicted from it.
+        # The last slot must hold a token, because the text after the image is predicted from it.
         index = torch.where(kept, best, -1).sort(dim=1).values  # empty slots first, then reading order
         kept, index = index >= 0, index.clamp(min=0)
         gate = soft_top_k(scores, counts, temperature=self.temperature).gather(1, index)
@@ -116,13 +116,13 @@ class TokenSelectResampler(nn.Module):
 
 
 def soft_top_k(scores: Float[Tensor, "I N"], counts: Int[Tensor, "I"], *, temperature: float) -> Float[Tensor, "I N"]:
-    """The mask in [0, 1] that maximises scores . mask + temperature * entropy and sums to `counts`.
+    """Return the mask in [0, 1] that maximises scores . mask + temperature * entropy and sums to `counts`.
 
-    It is sigmoid((score - threshold) / temperature); the threshold is found by bisection, and its gradient follows from
-    the sum that stays: d threshold / d score_j = w_j / sum(w) with w = mask * (1 - mask).
+    It is sigmoid((score - threshold) / temperature) with the threshold found by bisection. The threshold's gradient
+    follows from the constant sum: d threshold / d score_j = w_j / sum(w) with w = mask * (1 - mask).
     """
     with torch.no_grad():
-        # 40 temperatures from the last score a sigmoid is 0 or 1 to the last digit.
+        # 40 temperatures beyond the extreme scores the sigmoid is numerically 0 or 1.
         low, high = scores.amin(1) - 40 * temperature, scores.amax(1) + 40 * temperature
         for _ in range(64):
             middle = (low + high) / 2
