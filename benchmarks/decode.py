@@ -4,8 +4,8 @@
     python benchmarks/decode.py levers=none,packed,bf16+packed tokens=32 prompt=288 repeats=3
 
 For each lever (combine with +), `generate` and the engine are timed in turn in one process, on the same weights with
-that lever applied. The last column compares the engine with `generate` of the first model in `levers`, which should be
-`none`. Seconds are one thread's CPU time (threads=1 on a CPU) or wall time.
+that lever applied. The last column compares the engine with `generate` of the model without levers, which is always
+timed first. Seconds are one thread's CPU time (threads=1 on a CPU) or wall time.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     plain = None
     print("| levers | generate | engine | engine / generate, same weights | engine / generate, no lever |")
     print("|---|---|---|---|---|")
-    for lever in options["levers"].split(","):
+    for lever in ["none", *(lever for lever in options["levers"].split(",") if lever != "none")]:
         model = None
         model = build(SUBJECTS["fastvlm-256"]).to(options["device"])
         apply_levers(model, lever.replace("+", ","))

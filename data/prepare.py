@@ -40,6 +40,7 @@ import json  # noqa: E402
 import pkgutil  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import time  # noqa: E402
 from concurrent.futures.process import BrokenProcessPool  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -240,7 +241,7 @@ def prepare_parts(
     unknown = [key for key in options if key not in keys]
     if unknown:
         raise ValueError(f"{unknown[0]}=...: {source} has no such key{suggest(unknown[0], list(keys))}")
-    rows = options.pop("rows", None) or getattr(keys.get("rows"), "default", 0)
+    rows = options.pop("rows", getattr(keys.get("rows"), "default", 0))
     if "rows" in keys and rows < 1:
         raise ValueError(f"rows={rows} must be 1 or more")
     state = json.dumps([source, path, splits, val, rows, options], sort_keys=True, default=str)
@@ -380,6 +381,7 @@ def describe_fault(error: Exception) -> str:
 
 def main(words: list[str]) -> int:
     if not words or any(w in ("-h", "--help", "help") for w in words):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly under `| head`
         print(describe_recipes())
         return 0
     try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
 import os
 import subprocess
+import tokenize
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -40,19 +43,44 @@ CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing
 SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
 # The libraries whose versions a result's numbers depend on most.
 LIBRARIES = ("torch", "transformers")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @cache
 def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Hash the source files in `code`, by default those that determine what a stage learns."""
+    """Return the hash of the source code that determines what a stage learns, or of other files; see `code_of`."""
     package = ROOT / "fastvlm"
     files = sorted(
         f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
     )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+        digest.update(f"{file.relative_to(package).as_posix()}\0{code_of(file)}".encode())
     return digest.hexdigest()[:16]
+
+
+def code_of(file: Path) -> str:
+    """Return the source of a Python file without docstrings, comments and blank lines.
+
+    A hash of it stays the same when only words change, and does not depend on the version of Python.
+    """
+    return _code_of(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _code_of(source: str) -> str:
+    lines, dropped = source.splitlines(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            words = node.body[0]
+            if not lines[words.lineno - 1][: words.col_offset].strip():  # not behind `def f():` on one line
+                dropped.update(range(words.lineno, words.end_lineno + 1))
+    for kind, _, (row, column), _, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        if kind == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        if kind in (tokenize.COMMENT, tokenize.NL) and not lines[row - 1].strip():
+            dropped.add(row)
+    return "\n".join(line for row, line in enumerate(lines, 1) if row not in dropped)
 
 
 # Pages and results that a study writes while the next one runs do not make the code dirty.

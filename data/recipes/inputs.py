@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.recipes.record import Part
+from fastvlm.identity import code_of
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -88,7 +89,7 @@ def hash_code(source: str) -> str:
         waiting |= set(IMPORTED.findall(find_module(name).read_text())) - names
     state = hashlib.sha256()
     for file in [*map(find_module, sorted(names)), ROOT / "fastvlm/data/shards.py", ROOT / "fastvlm/data/decode.py"]:
-        state.update(file.read_bytes())
+        state.update(code_of(file).encode())
     return state.hexdigest()[:16]
 
 

@@ -99,7 +99,10 @@ def load_component(part: nn.Module, name: str, folder: Path, manifest: dict, *, 
         )
     missing, _ = load_model(part, str(path), strict=False)
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors of `{name}`, the first is {sorted(missing)[0]}")
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors of `{name}`, the first is {sorted(missing)[0]}; "
+            f"choose the {name} it was trained with, or drop the handoff"
+        )
 
 
 class StageHandoff(L.Callback):

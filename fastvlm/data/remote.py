@@ -104,7 +104,7 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
         more = f" and {len(given) - 1} more" if len(given) > 1 else ""
         raise ValueError(f"{given[0]}{more}: shards={names} is for a folder, and this path names its own; drop shards=")
     is_file = named or "{" in one
-    if names is not None and "*" not in names:
+    if names is not None and not any(c in names for c in "*?["):
         given = [f"{one.rstrip('/')}/{names}"]
     elif is_remote(one) and not is_file:
         return list_folder(one, split, names or f"{split}-*.tar")

@@ -151,7 +151,8 @@ class Source:
                 )
         for name, bounds in self.filters.items():
             number = index.number(name)[rows]
-            if len(rows) and np.isnan(number).all():
+            missing_kept = bounds.get("missing", "drop") == "keep"
+            if len(rows) and np.isnan(number).all() and not missing_kept:
                 there = ", ".join(sorted(pc.unique(index.numbers.keys).to_pylist()))
                 raise NothingLeft(
                     f"source {self.name}: no sample in {self.path}, split {index.split}, has the number "
@@ -159,7 +160,7 @@ class Source:
                     f"height{', ' if there else ''}{there}"
                 )
             keep = (number >= bounds.get("min", -np.inf)) & (number <= bounds.get("max", np.inf))
-            keep |= np.isnan(number) & (bounds.get("missing", "drop") == "keep")
+            keep |= np.isnan(number) & missing_kept
             left_out[f"filtered by {name}"], rows = rows[~keep], rows[keep]
         if capped and self.max_samples is not None and index.split == "train" and len(rows) > self.max_samples:
             rows = np.sort(rows[shuffled(len(rows), "subset", self.name)[: self.max_samples]])

@@ -44,7 +44,12 @@ def answer_speed(
     Args:
         second: ask another question about the same image first, with the engine's stores enabled.
         tokens: length of every answer.
+
+    Raises:
+        ValueError: there is no question.
     """
+    if not questions:
+        raise ValueError("task.sources: its first source has no question with an image, whose answer could be timed")
     with one_thread(engine.device), engine.measured(Clock.steady(engine.device), store_bytes=STORE if second else 0):
         image, prefill, speed = ask_alone(engine, questions, tokens=tokens, repeats=repeats, second=second)
     both = [a + b for a, b in zip(image, prefill)]

@@ -20,6 +20,7 @@ from fastvlm.evaluation.answering import Asked, answer_window, fingerprint_model
 from fastvlm.evaluation.predictions import read_rows, write_predictions
 from fastvlm.evaluation.prompts import Prompt, answer_of, split_question
 from fastvlm.evaluation.protocol import Protocol
+from fastvlm.evaluation.questions import spread
 from fastvlm.evaluation.scores import describe, make_result
 from fastvlm.inference.engine import Engine
 from fastvlm.inference.memory import ImageStore
@@ -133,8 +134,8 @@ class Benchmark:
             )
         index = self.source.load(self.split, tokenizer)
         rows, _ = self.source.select(index)
-        if self.limit is not None and self.limit < len(rows):
-            rows = rows[np.linspace(0, len(rows) - 1, self.limit).round().astype(int)]
+        if self.limit is not None:
+            rows = rows[spread(len(rows), self.limit)]
         if not len(rows):
             raise ValueError(f"task {self.name}: the {self.split} split of {self.source.path} holds no question")
         return index, [rows[i : i + self.window] for i in range(0, len(rows), self.window)]
@@ -288,8 +289,7 @@ class Benchmark:
     def shown(self, windows: Sequence[np.ndarray]) -> frozenset[int]:
         """Return the rows that get a thumbnail, spread over the split."""
         rows = np.concatenate(windows)
-        places = np.linspace(0, len(rows) - 1, min(self.thumbnails, len(rows))).round().astype(int)
-        return frozenset(rows[places].tolist())
+        return frozenset(rows[spread(len(rows), self.thumbnails)].tolist())
 
     def row_of(self, question: Asked) -> dict:
         """Return a question's row for the predictions file, without the model's answer."""

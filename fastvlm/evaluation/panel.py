@@ -14,7 +14,7 @@ from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answer_speed import first_token_ms
 from fastvlm.evaluation.likelihood import token_nll
-from fastvlm.evaluation.questions import Question, first_of_types
+from fastvlm.evaluation.questions import Question, first_of_types, spread
 from fastvlm.evaluation.short_answers import ShortAnswers
 from fastvlm.inference.engine import Engine
 from fastvlm.models.vlm import VLM
@@ -77,7 +77,7 @@ class Panel(ShortAnswers):
     def score_records(self, engine: Engine, name: str, source: Source) -> dict[str, float]:
         index = source.load(self.split, engine.tokenizer)
         rows, _ = source.select(index)
-        rows = rows[:: max(1, len(rows) // self.records)][: self.records]
+        rows = rows[spread(len(rows), self.records)]
         reader = ShardReader()
         raws = [index.read(int(row), reader) for row in rows]
         reader.close()

@@ -31,9 +31,10 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
     """
     folder, name = out / "predictions", result["task"]
     folder.mkdir(parents=True, exist_ok=True)
-    for row in result["predictions"]:
+    for place, row in enumerate(result["predictions"]):
         if thumbnail := row.pop("thumbnail", ""):
-            file = Path(name) / (re.sub(r"[^\w-]+", "-", row["key"]) + ".jpg")
+            key = re.sub(r"[^\w-]+", "-", row["key"])  # two keys may differ in what is replaced
+            file = Path(name) / f"{key}-{place}.jpg"
             (folder / name).mkdir(exist_ok=True)
             (folder / file).write_bytes(base64.b64decode(thumbnail.split(",", 1)[1]))
             row["image"] = file.as_posix()

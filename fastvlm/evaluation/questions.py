@@ -105,6 +105,13 @@ def read_questions(
     return questions
 
 
+def spread(count: int, at_most: int) -> np.ndarray:
+    """Return up to `at_most` of the places 0 to count - 1, evenly spread and in order."""
+    if at_most >= count:
+        return np.arange(count)
+    return np.linspace(0, count - 1, at_most).round().astype(int)
+
+
 def first_of_types(questions: Sequence[Question], *, source: str, count: int) -> list[Question]:
     """Return the first `count` questions of each type of a source, in order."""
     taken: dict[str, int] = defaultdict(int)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -217,7 +219,9 @@ class ShortAnswers:
         """
         if self.text is None:
             raise ValueError("task.text names no source, so there is no held-out text to score")
-        texts = read_texts(self.text.load(self.split, tokenizer), limit=self.text_limit)
+        index = self.text.load(self.split, tokenizer)
+        rows, _ = self.text.select(index)
+        texts = read_texts(index, rows=rows[: self.text_limit])
         score = text_perplexity(model, tokenizer, texts, window=self.text_window)
         return {
             "test/text_perplexity": score["perplexity"],
@@ -233,22 +237,23 @@ def save_examples(predictions: list[dict], questions: Sequence[Question], *, fol
         key = (prediction["type"], bool(prediction["correct"]))
         if key in chosen or not question.images:
             continue
-        # Keys are only unique within a source.
-        path = Path("predictions") / f"{question.source}-{question.key}.png"
+        # Keys are only unique within a source, and two of them may differ in what a file name cannot hold.
+        name = re.sub(r"[^\w.-]+", "-", f"{question.source}-{question.key}")
+        path = Path("predictions") / f"{name}-{len(chosen)}.png"
         Image.fromarray(question.images[0][0].permute(1, 2, 0).numpy()).save(folder / path)
         chosen[key] = prediction | {"image": path.as_posix()}
     return [chosen[key] for key in sorted(chosen)]
 
 
-def read_texts(index: SourceIndex, *, limit: int | None = None) -> list[str]:
-    """Return the documents of a text source, in order.
+def read_texts(index: SourceIndex, *, rows: np.ndarray) -> list[str]:
+    """Return the documents in these rows of a text source, in order.
 
     Raises:
         ValueError: a record is not a text-only document.
     """
     reader, texts = ShardReader(), []
-    for row in range(index.num_samples)[:limit]:
-        raw = index.read(row, reader)
+    for row in rows:
+        raw = index.read(int(row), reader)
         if "document" not in raw.record or raw.images:
             raise ValueError(f"{index.folder}: {raw.key} is not a document of text alone, so it has no text perplexity")
         texts.append(plain_text(raw.record["document"]))

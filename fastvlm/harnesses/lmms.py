@@ -73,12 +73,18 @@ class FastVLM(lmms):
         for group in tqdm(groups, desc="fastvlm", disable=self.rank != 0):
             records, images = zip(*(self._read(request) for request in group))
             options = group[0].args[2]
+            if int(options.get("num_beams") or 1) > 1:
+                beams = f"num_beams={options['num_beams']}"
+                raise ValueError(f"task {group[0].args[4]} asks for {beams}, but this model decodes without beams")
             until = options.get("until") or []
+            sampled = bool(options.get("do_sample"))
             generations = self.engine.generate(
                 records,
                 images,
                 max_new_tokens=int(options.get("max_new_tokens") or self.max_new_tokens),
-                temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
+                temperature=float(options.get("temperature") or 0) if sampled else 0.0,
+                top_k=int(options.get("top_k") or 0) if sampled else 0,
+                top_p=float(options.get("top_p") or 1) if sampled else 1.0,
                 stop=[until] if isinstance(until, str) else until,
             )
             for generation in generations:

@@ -241,8 +241,12 @@ class Dialogue:
         if not self.messages:
             raise ValueError("there is no message to answer again")
         # A new seed, so that a sampled answer differs; at temperature 0 it stays the same.
-        self.options["seed"] = self.options.get("seed", 0) + 1
-        self.messages[-1] = _assistant(self._answer(self.messages[:-1], self.images))
+        before, self.options = self.options, self.options | {"seed": self.options.get("seed", 0) + 1}
+        try:
+            self.messages[-1] = _assistant(self._answer(self.messages[:-1], self.images))
+        except BaseException:
+            self.options = before
+            raise
 
     def set(self, assignments: str) -> None:
         """Change options given as `key=value ...`; print all of them if there are none.

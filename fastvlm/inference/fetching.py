@@ -25,7 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes, urlsplit
 
-DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<options>(;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
+DATA_URL = re.compile(
+    r"(?i:data):(?P<type>[\w.+-]+/[\w.+-]+)?(?P<options>(;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII
+)
 NAMES, IMAGES = 8, 16  # concurrent DNS look-ups and image downloads, over all requests
 
 

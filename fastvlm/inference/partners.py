@@ -93,11 +93,11 @@ class Remote:
         self._connect = lambda: (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(
             parts.hostname, parts.port, timeout=timeout
         )
-        models = json.loads(self._request("GET", "/v1/models").read())
+        listed = self._request("GET", "/v1/models").read()
         try:
-            self.model: str = models["data"][0]["id"]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{address}: /v1/models lists no model") from None
+            self.model: str = json.loads(listed)["data"][0]["id"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ValueError(f"{address}: /v1/models lists no model; is it an OpenAI-compatible server?") from None
 
     def ask(self, messages: Sequence[dict], images: Sequence[bytes], options: dict) -> Generator[str, None, Spent]:
         """See `Local.ask`; options have the same names.

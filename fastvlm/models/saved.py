@@ -22,7 +22,7 @@ from fastvlm.models.hub import fetch
 from fastvlm.models.llms.language_model import LanguageModel
 from fastvlm.models.slots import empty_slots, take_out
 from fastvlm.models.splice import splice
-from fastvlm.models.vlm import VLM
+from fastvlm.models.vlm import VLM, tiles_of
 
 WEIGHTS = "model.safetensors"
 LISTED = 5
@@ -114,14 +114,14 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: Tensor, layouts: Tensor | None = None, **kwargs) -> list[Tensor]:
         """Return the visual tokens (M, D) of every view."""
-        return list(self.vlm.arrange(self.vlm.encode_images(pixel_values), layouts))
+        return list(self.vlm.arrange(self.vlm.encode_images(pixel_values, tiles_of(layouts)), layouts))
 
     def read_images(self, input_ids: Tensor, pixel_values: Tensor | None, layouts: Tensor | None, mask: Tensor | None):
         """Return embeddings with visual tokens in their slots, and the attention mask (all ones if None)."""
         vlm = self.vlm
         embeds, mask = vlm.llm.embed(input_ids), torch.ones_like(input_ids) if mask is None else mask
         if pixel_values is not None and len(pixel_values):
-            visual = vlm.arrange(vlm.encode_images(pixel_values), layouts)
+            visual = vlm.arrange(vlm.encode_images(pixel_values, tiles_of(layouts)), layouts)
             embeds = splice(embeds, input_ids, visual, image_token_id=vlm.image_token_id)
         return embeds, mask
 

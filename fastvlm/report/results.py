@@ -73,7 +73,9 @@ def headline(results: dict, *, seconds: float | int | None, parameters: int | No
         key = score_key(last)
         blind = max((last[k] for k in BLIND if is_number(last.get(k))), default=None)
         note = f"{key.replace('_', ' ')}, {last['type']}"
-        cards.append((percent(last.get(key)), note + (f"; best blind baseline {percent(blind)}" if blind else "")))
+        cards.append(
+            (percent(last.get(key)), note + (f"; best blind baseline {percent(blind)}" if blind is not None else ""))
+        )
     words = results.get("text_perplexity") or {}
     if is_number(words.get("after")):
         before = f"{words['before']:.1f} → " if is_number(words.get("before")) else ""

@@ -21,17 +21,15 @@ class ContrastiveStage(Stage):
 
     Args:
         dim: width of the shared embedding space.
-        gather: has no effect; features are always gathered from all ranks, with gradients.
     """
 
-    def __init__(self, model: nn.Module, *, dim: int = 128, gather: bool = True, **stage):
+    def __init__(self, model: nn.Module, *, dim: int = 128, **stage):
         super().__init__(model, **stage)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.image_projection = nn.Linear(model.encoder.out_dim, dim, bias=False)
             self.text_projection = nn.Linear(model.llm.dim, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.gather = gather
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         from open_clip.loss import ClipLoss

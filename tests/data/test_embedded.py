@@ -104,6 +104,10 @@ def test_help_needs_no_torch_and_mistakes_name_the_nearest_word():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "source=embedded" in run.stdout
+    head = subprocess.run(
+        f"{sys.executable} data/prepare.py --help | head -n 1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert head.stdout.count("\n") == 1 and not head.stderr
     with pytest.raises(ValueError, match="did you mean embedded"):
         prepare.load_recipe("embeded")
     recipe = prepare.load_recipe("embedded")

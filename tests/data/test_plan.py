@@ -473,6 +473,7 @@ def test_filters_keep_what_lies_within_and_the_report_names_the_rest(tokenizer, 
     keys = lambda source: [source.index.key(row) for row in source.rows.tolist()]
     assert keys(kept({"relevance": {"min": 3}})) == ["c2", "c3", "c4", "c7", "c8"]
     assert keys(kept({"relevance": {"min": 3, "missing": "keep"}})) == ["c2", "c3", "c4", "c7", "c8", "c9"]
+    assert keys(kept({"page_id": {"min": 8, "missing": "keep"}})) == [f"c{i}" for i in range(10)]
     assert keys(kept({"similarity": {"min": 0.25, "max": 0.5}})) == ["c3", "c4", "c5"]
     assert keys(kept({"num_images": {"min": 1}, "width": {"max": 8}})) == [f"c{i}" for i in range(10)]
     both = kept({"relevance": {"min": 3}, "similarity": {"max": 0.3}})

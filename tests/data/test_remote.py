@@ -283,6 +283,13 @@ def test_shards_of_img2dataset_are_named_in_a_folder_or_behind_a_url(tmp_path, t
             )
 
 
+@pytest.mark.parametrize("names", ["train-0000[01].tar", "train-0000?.tar", "train-*1.tar"])
+def test_a_pattern_means_behind_a_url_what_it_means_in_a_folder(names, folder, tokenizer):
+    local = load_index(folder, "train", tokenizer, names=names)
+    with FaultServer(folder) as server:
+        assert Source("x", path=server.url, shards=names).load("train", tokenizer).checksum == local.checksum
+
+
 def test_a_pipe_is_a_shard_too(folder, tokenizer):
     local = plan_of(folder, tokenizer)
     plan = plan_of(f"pipe:cat {folder}/train-{{00000..00002}}.tar", tokenizer)

@@ -25,7 +25,8 @@ from fastvlm.deployment.stock import NoStockClass, export_stock
 from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from fastvlm.models.llms import from_config
 from fastvlm.models.saved import construct
-from fastvlm.models.vlm import VLM
+from fastvlm.models.splice import splice
+from fastvlm.models.vlm import VLM, tiles_of
 from fastvlm.tokens import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,17 @@ FORMS = {
             "coverage": 0.2,
             "positions": 4,
         },
+        "projector": {"_target_": "fastvlm.models.projectors.mlp.MLPProjector"},
+        "size": 32,
+    },
+    "tiles of their own": {
+        "encoder": {
+            "_target_": "fastvlm.models.encoders.multi_granularity.MultiGranularityEncoder",
+            "coarse": FASTVIT,
+            "fine": FASTVIT,
+            "fusion": "views",
+        },
+        "resampler": {"_target_": "fastvlm.models.resamplers.avgpool.AvgPoolResampler", "num_tokens": 4},
         "projector": {"_target_": "fastvlm.models.projectors.mlp.MLPProjector"},
         "size": 32,
     },
@@ -241,6 +253,24 @@ def test_our_own_form_loads_by_the_auto_classes_with_equal_logits_and_answers(fo
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert torch.equal(again.pixel_mean, model.pixel_mean)
+
+
+def test_a_saved_model_sends_tiles_through_the_encoder_of_tiles(built, tmp_path):
+    model, tokenizer, size = built("tiles of their own")
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    views = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, size, size), dtype=np.uint8))
+    layouts = torch.tensor([[1, 2, size, 2 * size]])  # a global view and two tiles
+    with torch.no_grad():
+        ours = model.arrange(model.encode_images(views, tiles_of(layouts)), layouts)
+        alike = model.arrange(model.encode_images(views), layouts)
+        theirs = torch.stack(loaded.get_image_features(views, layouts))
+        ids = torch.tensor([[tokenizer.image_id] * ours.shape[:2].numel() + [5]])
+        told = loaded(input_ids=ids, pixel_values=views, layouts=layouts).logits
+        embeds = splice(model.llm.embed(ids), ids, ours, image_token_id=model.image_token_id)
+        expected = loaded(inputs_embeds=embeds, attention_mask=torch.ones_like(ids)).logits
+    assert torch.equal(theirs, ours) and not torch.equal(ours, alike)
+    assert torch.equal(told, expected)
 
 
 @pytest.mark.parametrize("how", ["import", pytest.param("remote code", marks=pytest.mark.slow)])

@@ -84,6 +84,11 @@ def test_the_time_to_the_first_token_is_that_of_every_question_alone_and_warm(en
     assert seen == [(1, 1)] * 6 and times["test/ttft_ms"] > 0 and not first_token_ms(engine, [])
 
 
+def test_speed_without_a_question_is_one_line(engine):
+    with pytest.raises(ValueError, match="its first source has no question with an image"):
+        answer_speed(engine, [])
+
+
 def test_the_opening_question_keeps_the_image_where_it_was(questions):
     ((image, text),) = (message["content"] for message in opening(questions[0])["messages"])
     assert image == {"type": "image"} and text["text"] == OPENING

@@ -1,5 +1,6 @@
 """A benchmark from shards to its files, on two pictures' worth of questions and a model of random weights."""
 
+import base64
 import json
 import shutil
 
@@ -379,6 +380,17 @@ def test_an_end_of_line_that_a_model_says_ends_no_line_of_its_predictions(tmp_pa
     write_predictions(tmp_path, result, protocol=VQAAccuracy())
     assert read_rows(tmp_path / "predictions" / "tiny.jsonl") == ({"x": said, "y": said}, "key")
     assert read_scores(tmp_path, "tiny").keys() == {"x", "y"}
+
+
+def test_two_keys_that_differ_in_a_slash_keep_thumbnails_of_their_own(tmp_path):
+    code = lambda data: "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    rows = [
+        QUESTION | {"key": key, "question_id": key, "prediction": "a", "thumbnail": code(key.encode())}
+        for key in ("a/b", "a-b")
+    ]
+    result = make_result("tiny", rows, protocol=VQAAccuracy(), split="val", resamples=5)
+    examples = write_predictions(tmp_path, result, protocol=VQAAccuracy())
+    assert [(tmp_path / example["image"]).read_bytes() for example in examples] == [b"a/b", b"a-b"]
 
 
 def test_questions_that_could_not_be_asked_are_counted_by_reason_whatever_the_numbers_in_it():

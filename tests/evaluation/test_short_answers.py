@@ -207,6 +207,27 @@ def test_a_sources_system_prompt_and_images_left_out_are_in_what_is_asked(folder
     assert result["metrics"]["test/nll/blind"] > 0
 
 
+def test_held_out_text_is_what_its_sources_filters_leave(folder, text_folder, tiny_model, tiny_tokenizer):
+    tokens = lambda **more: ShortAnswers(
+        {"questions": Source("questions", path=folder)}, text=Source("text", path=text_folder, **more)
+    ).score_text(tiny_model, tiny_tokenizer)["test/text_tokens"]
+    index = Source("text", path=text_folder).load("test", tiny_tokenizer)
+    longest = int(index.text_tokens.max())
+    assert 0 < tokens(filters={"text_tokens": {"min": longest}}) < tokens()
+
+
+def test_a_panel_scores_records_spread_over_the_whole_split(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    folder = write_questions(tmp_path, split="test", per_type=3)
+    source = Source("questions", path=folder)
+    read = []
+    index = source.load("test", tiny_tokenizer)
+    reading = type(index).read
+    monkeypatch.setattr(type(index), "read", lambda *given: read.append(given[1]) or reading(*given))
+    panel = Panel({"questions": source}, held_out={"questions": source}, records=6)
+    panel.score_records(Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE), "questions", source)
+    assert len(read) == 6 and read[0] == 0 and read[-1] == index.num_samples - 1
+
+
 def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
     run = lambda task: task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
     source = Source("questions", path=folder)
@@ -220,11 +241,12 @@ def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
         run(ShortAnswers({"questions": source}, text=source, limit=1))
 
 
-def test_an_example_is_saved_with_its_own_picture_where_two_sources_use_one_key(tmp_path):
+@pytest.mark.parametrize("keys", [("test-1", "test-1"), ("a/b", "a_b")])
+def test_an_example_is_saved_with_its_own_picture_where_two_sources_use_one_key(keys, tmp_path):
     (tmp_path / "predictions").mkdir()
     questions = [
-        Question("test-1", source, kind, [], "4", images=[torch.full((1, 3, 4, 4), shade, dtype=torch.uint8)])
-        for source, kind, shade in (("short_qa", "max", 10), ("reading", "read", 200))
+        Question(key, source, kind, [], "4", images=[torch.full((1, 3, 4, 4), shade, dtype=torch.uint8)])
+        for key, source, kind, shade in zip(keys, ("short_qa", "reading"), ("max", "read"), (10, 200), strict=True)
     ]
     predictions = [{"key": q.key, "type": q.type, "correct": True} for q in questions]
     for example in save_examples(predictions, questions, folder=tmp_path):

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -221,6 +223,33 @@ def test_what_cannot_be_a_path_or_an_address_is_one_line_and_in_a_sentence_a_wor
             Remote(mistyped)
     with pytest.raises(ValueError, match="no such run directory"):
         chat.main(["run=" + "a" * 300, "--prompt", "x"])
+
+
+def test_an_address_that_answers_with_a_page_is_one_line(tmp_path):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").write_text("<html>hello</html>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{web.server_port}"
+        with pytest.raises(ValueError, match=f"{address}: /v1/models lists no model; is it an OpenAI-compatible"):
+            Remote(address)
+        web.shutdown()
+
+
+def test_a_retry_that_fails_leaves_the_conversation_and_its_options_as_they_were(engine, monkeypatch):
+    options = {"temperature": 1.0, "max_new_tokens": 4, "seed": 3}
+    talk = dialogue.Dialogue(dialogue.Local(engine), options=options, streamed=False)
+    talk.say("digit")
+    messages = list(talk.messages)
+
+    def fail(*_):
+        raise ValueError("the connection broke")
+
+    monkeypatch.setattr(talk, "_answer", fail)
+    with pytest.raises(ValueError, match="connection broke"):
+        talk.take("/retry")
+    assert talk.options["seed"] == 3 and talk.messages == messages
 
 
 def test_a_conversation_that_cannot_be_saved_leaves_the_earlier_one_as_it_was(engine, tmp_path, capsys):

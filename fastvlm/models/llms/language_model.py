@@ -271,9 +271,11 @@ def from_pretrained(
         dtype: dtype of the weights in memory; with float32, mixed precision trains float32 master weights.
 
     Raises:
-        ValueError: the model is found neither locally nor on the hub, or its weights are incomplete.
+        ValueError: the model is found neither locally nor on the hub, or its weights are incomplete; an unknown dtype.
     """
-    more = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    if not isinstance(kind := getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"llm.dtype={dtype} is not a dtype of torch; take float32, bfloat16 or float16")
+    more = {"dtype": kind, "ignore_mismatched_sizes": True, "output_loading_info": True}
     hf, info = fetch(
         lambda: AutoModelForCausalLM.from_pretrained(path, **more),
         what=f"llm.path={path}",

@@ -96,7 +96,7 @@ def test_mmmu_places_images_where_the_words_and_options_name_them(tmp_path):
     assert opened.record["meta"]["answers"] == ["1,000", "1000 $"] and "choices" not in opened.record["meta"]
 
 
-def test_a_marker_takes_the_line_breaks_beside_it_along():
+def test_a_marker_takes_the_line_break_behind_it_along():
     parts, images = place_images("a\n<image 1>\nb", {1: b"x"})
     assert parts == [{"type": "text", "text": "a\n"}, {"type": "image"}, {"type": "text", "text": "b"}] and images == [
         b"x"

@@ -369,6 +369,7 @@ def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_
         (["rowss=3"], "did you mean rows?"),
         (["rows=x"], "rows=x is not of type int"),
         (["rows=-1"], "rows=-1 must be 1 or more"),
+        (["rows=0"], "rows=0 must be 1 or more"),
         (["splits=train,val"], "llava_instruct has no split val, it has ['train']; hold one out with val=0.01"),
         (["val=1.5"], "val=1.5 must be a share"),
         (["source=llava_instuct"], "did you mean llava_instruct?"),
@@ -569,6 +570,6 @@ def test_a_change_of_the_recipes_code_is_said_and_that_of_another_recipes_is_not
     capsys.readouterr()
     for module, told in (("vqav2", False), ("conversations", True)):
         with open(copy / f"{module}.py", "a") as file:
-            file.write("# changed\n")
+            file.write("changed = True\n")
         assert prepare("sharegpt", **settings)["skipped"]
         assert ("sharegpt's code has changed since; rewrite=true" in capsys.readouterr().err) is told
