@@ -112,7 +112,7 @@ def headline(decided: Sequence[Decided]) -> str:
     deciding = [d for d in decided if d.metric == d.claim.metric]
     said = list(dict.fromkeys(map(outcome, deciding)))
     below = dict.fromkeys(part for d in deciding if d.verdict for part in d.below)
-    riders = [f"one {' and one '.join(below)} an arm"] if below else []
+    riders = [f"one {' and one '.join(below)} per arm"] if below else []
     riders += ["cells of another configuration"] if any(d.verdict and d.other for d in deciding) else []
     rider = f" ({'; '.join(riders)})" if riders else ""
     if len(said) > 1:
@@ -139,9 +139,9 @@ def say_below(decided: Sequence[Decided]) -> list[str]:
     for parts in dict.fromkeys(below for _, below in told if below):
         pairs = [f"`{first}` against `{second}`" for (first, second), below in told if below == parts]
         where = "" if len(pairs) == len(told) else f"{', '.join(pairs)}: "
-        words = f"one training of the {' and of the '.join(parts)} an arm"
-        words = f"{where}{words}" if where else words.capitalize()
-        lines += [f"{words}: the interval leaves out what another would change.", ""]
+        words = f"each arm's {' and '.join(parts)} {'were' if parts[1:] else 'was'} trained once for all seeds"
+        words = f"{where}{words}" if where else f"{words[0].upper()}{words[1:]}"
+        lines += [f"{words}, so the interval does not include what another training would change.", ""]
     return lines
 
 
@@ -159,7 +159,7 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
         name = f"{metric.removeprefix('test/')}{' (decides)' if metric == claim.metric else ''}"
         mine = [d for d in decided if d.metric == metric]
         rows.append([name, *(f"`{d.pair[0]}` against `{d.pair[1]}`: {say_verdict(d)}" for d in mine)])
-    wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same but for {claim.margin:g}"}
+    wanted = {"higher": "is higher", "lower": "is lower", "same": f"is the same within {claim.margin:g}"}
     lines += table(["metric", *dict.fromkeys(d.on.removeprefix("at ") for d in decided)], rows)
     if claim.optimum:
         words = "The difference is in log2 of the value at which the metric is best in each set of arms."
@@ -167,13 +167,13 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
     said = wanted[claim.direction]
     if claim.factor:
         said += f" at least {claim.factor:g} times" if claim.factor != 1 else ", by the factor shown"
-        said += "; decided on logarithms, so that the machine's own speed plays no part"
+        said += "; decided on logarithms, so the speed of the machine does not matter"
     elif claim.margin and claim.direction != "same":
         by = f"by more than {claim.margin:g}" if claim.margin > 0 else f"or worse by no more than {-claim.margin:g}"
         said += f" {by}"
-    said = f"Favoured: the first arm's {claim.metric.removeprefix('test/')} {said}."
+    said = f"Claimed: the first arm's {claim.metric.removeprefix('test/')} {said}."
     if any(d.verdict and d.verdict.outcome == SHOWN for d in decided):
-        said += " What stands beside it without a verdict has no size, or no good side, that the claim speaks of."
+        said += " Metrics without a verdict have no better side, or none of the size that the claim states."
     return [*lines, "", said, "", *say_below(decided)]
 
 
@@ -215,22 +215,24 @@ def readme(
         lines += [line for remark in remarks[scale] for line in (f"{remark[0].upper()}{remark[1:]}.", "")]
         if lacks := missing[scale]:
             named = "; ".join(map(str, lacks[:6])) + (" ..." if len(lacks) > 6 else "")
-            lines += [f"{len(lacks)} planned cells are not here: {named}.", ""]
+            lines += [f"{len(lacks)} planned cells have not run: {named}.", ""]
     if notes:
         lines += ["## Notes", "", notes.strip(), ""]
     return "\n".join([*lines, RULES, ""])
 
 
-RULES = (
-    "Differences are in favour of the claim (the first arm's minus the second's where it says that two arms are the "
-    f"same, or a metric has no good side): mean over paired seeds with its {1 - ALPHA:.0%} interval. A verdict needs "
-    f"an exact sign-flip p of at most {ALPHA} and the whole interval on the same side; none is corrected for the "
-    f"number of claims: of two arms that do not differ chance says that they do in about {ALPHA:.0%} of cases. Seeds "
-    f"needed: power {POWER:.0%} with the mean and deviation seen here. Steps are equal within {EQUAL_STEPS:.0%}, "
-    f"operations within {EQUAL_COMPUTE:.0%}; both, and the cost, are those of the stages an arm trains itself, without "
-    "those that stand in for pretrained parts; means over seeds, ± is the standard deviation. Parts that stand in for "
-    "pretrained ones are trained once and are the same for all seeds, unless the study says otherwise."
-)
+RULES = f"""## How to read this page
+
+- A difference is the first arm's value minus the second's, with the sign chosen so that positive favours the claim
+  (unchanged for claims that two arms are the same, and for metrics without a better side). It is a mean over paired
+  seeds with its {1 - ALPHA:.0%} interval.
+- A verdict requires an exact sign-flip test with p of at most {ALPHA} and the whole interval on one side. There is no
+  correction for the number of claims: two equal arms get a verdict in about {ALPHA:.0%} of cases.
+- The number of seeds an open claim would need is for a power of {POWER:.0%}, given the mean and deviation seen here.
+- Equal steps are equal within {EQUAL_STEPS:.0%}, equal compute means operations within {EQUAL_COMPUTE:.0%}.
+  Steps, operations and cost count the stages that an arm trains itself, not those that stand in for pretrained parts,
+  which are trained once and shared by all seeds unless the study says otherwise.
+- ± is the standard deviation over seeds."""
 
 
 def caption(plots: Sequence[str]) -> list[str]:
@@ -238,12 +240,13 @@ def caption(plots: Sequence[str]) -> list[str]:
     if not plots:
         return []
     said = (
-        f"Dots are seeds, diamonds their means, bars the {1 - ALPHA:.0%} interval of each mean; verdicts are on paired "
-        "differences, which are free of what a seed does to all arms alike."
+        f"Dots are seeds, diamonds their means, bars the {1 - ALPHA:.0%} interval of each mean. Verdicts use paired "
+        "differences, which exclude what a seed changes in all arms alike."
     )
     if any("pareto" in name for name in plots):
         said += (
-            " The line joins arms whose means no other's are ahead of in both; it tells none apart whose bars overlap."
+            " The line joins the arms that no other arm beats on both axes, by their means; arms whose bars overlap "
+            "are not told apart."
         )
     return [said]
 
@@ -274,10 +277,11 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
     lines = [
         "# Studies",
         "",
-        "Made by `python -m fastvlm.study report=all`; edit the studies, not this page. A study is a folder:",
-        "`study.yaml` (arms and grid), `claims.yaml` (what decides), `paper.csv` (the paper's figures, their status),",
-        "`results.csv`, `README.md` and plots. `python train.py -m experiment=<study>` runs one; `scale=paper` takes",
-        "the paper's own sizes, data and steps. `LOG.md` says what was tried.",
+        "Generated by `python -m fastvlm.study report=all`; edit the studies, not this page. A study is a folder with",
+        "`study.yaml` (arms and grid), `claims.yaml` (which arms and metric decide each claim), `paper.csv` (figures",
+        "of the paper, how far to trust them), `results.csv`, `README.md` and plots. `python train.py -m",
+        "experiment=<study>` runs it; `scale=paper` uses the paper's own sizes, data and steps. `LOG.md` records what",
+        "was tried, including what failed.",
         "",
         *([tally([entry["outcome"] for entry in entries]), ""] if entries else []),
     ]
@@ -292,8 +296,8 @@ def tally(outcomes: Sequence[str]) -> str:
     counts = [f"{outcomes.count(one)} {words}" for one, words in said.items() if one in outcomes]
     chance = max(1, round(ALPHA * len(outcomes)))
     return (
-        f"Of {len(outcomes)} claims, each on the first basis that has a verdict, {', '.join(counts)}. A verdict needs "
-        f"an exact sign-flip p of at most {ALPHA} over paired seeds and the whole {1 - ALPHA:.0%} interval on its "
-        f"side. Each stands for itself: of two arms that do not differ chance says that they do in about {ALPHA:.0%} "
-        f"of cases, over as many claims in {chance}."
+        f"Of {len(outcomes)} claims, each counted by its first basis with a verdict, {', '.join(counts)}. A verdict "
+        f"requires an exact sign-flip test over paired seeds with p of at most {ALPHA} and the whole {1 - ALPHA:.0%} "
+        f"interval on one side. There is no correction for the number of claims: two equal arms get a verdict in about "
+        f"{ALPHA:.0%} of cases, which is {chance} of this many claims."
     )

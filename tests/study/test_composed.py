@@ -150,12 +150,12 @@ def test_a_verdict_on_one_training_of_what_stands_below_says_so(below):
     write_csv(below.folder / "results.csv", configured(below, cells))
     made = report("below", source="csv", root=below.folder.parent)
     fine, steps, slow = made["entries"]
-    assert fine["verdict"] == "agrees (one encoder an arm)" and steps["verdict"] == "agrees"
+    assert fine["verdict"] == "agrees (one encoder per arm)" and steps["verdict"] == "agrees"
     assert "encoder" not in slow["verdict"]  # of a time another training would change nothing
     page = (below.folder / "README.md").read_text()
-    said = "One training of the encoder an arm: the interval leaves out what another would change."
-    assert page.count("of the encoder an arm") == 1 and said in page.split("### Steps")[0]
-    assert "trained once and are the same for all seeds" in page
+    said = "Each arm's encoder was trained once for all seeds, so the interval does not include what another training"
+    assert page.count("was trained once for all seeds") == 1 and said in page.split("### Steps")[0]
+    assert "trained once and shared by all seeds" in page
 
 
 def test_a_verdict_on_cells_of_another_configuration_says_so_wherever_it_is_read(below):
@@ -166,7 +166,7 @@ def test_a_verdict_on_cells_of_another_configuration_says_so_wherever_it_is_read
     write_csv(below.folder / "results.csv", now)
     made = report("below", source="csv", root=below.folder.parent)
     assert [entry["verdict"] for entry in made["entries"]] == [
-        "agrees (one encoder an arm; cells of another configuration)",
+        "agrees (one encoder per arm; cells of another configuration)",
         "agrees",
         "not resolved (1,000 seeds would not tell) (cells of another configuration)",
     ]

@@ -86,7 +86,7 @@ def test_a_page_from_results_csv_says_which_cells_of_the_grid_it_lacks(studies):
     made = report("llava_align", source="csv", root=studies.parent)
     lacks = [f"arm=skip_long seed={seed} is not in results.csv" for seed in (3, 4)]
     assert [str(one) for one in made["missing"]["micro"]] == lacks
-    assert f"2 planned cells are not here: {'; '.join(lacks)}." in (studies / "README.md").read_text()
+    assert f"2 planned cells have not run: {'; '.join(lacks)}." in (studies / "README.md").read_text()
 
 
 def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies, tmp_path):
@@ -119,7 +119,7 @@ def test_every_scale_that_ran_has_its_own_verdicts_and_lines_of_the_catalogue(st
     assert catalogue.count("| micro |") == catalogue.count("| paper |") == 2
     steps, compute = r"0\.\d+ \[0\.\d+, 0\.\d+\] at equal steps", r"-0\.\d+ \[-0\.\d+, -0\.\d+\] at equal compute"
     assert re.search(rf"\| answer_nll {steps}; {compute} \| agrees at equal steps; disagrees", catalogue)
-    assert "Of 4 claims, each on the first basis that has a verdict, 2 agree, 2 disagree." in catalogue
+    assert "Of 4 claims, each counted by its first basis with a verdict, 2 agree, 2 disagree." in catalogue
 
 
 def test_results_are_written_before_a_claim_that_cannot_be_decided_is_refused(studies, monkeypatch):
