@@ -315,7 +315,7 @@ def main() -> None:
     models, arms = options["models"].split(","), options["arms"].split(",")
     for kind, names, known in (("models", models, MODELS), ("arms", arms, ARMS)):
         if unknown := [name for name in names if name not in known]:
-            sys.exit(f"error: {kind}={unknown[0]} is none of {', '.join(known)}")
+            sys.exit(f"error: {kind}={unknown[0]} is not one of {', '.join(known)}")
     numbers = {key: int(options[key]) for key in ("rows", "tokens", "steps")}
     if options["arm"]:
         print(json.dumps(measure(models[0], options["arm"], **numbers)))

@@ -73,7 +73,7 @@ def spend(commands: list[list[str]], *, folder: Path, studies: Path) -> Spent:
 def main(arguments: list[str]) -> None:
     given = {"steps": 40, "seeds": 2, "rounds": 2} | {k: int(v) for k, _, v in (a.partition("=") for a in arguments)}
     if unknown := given.keys() - {"steps", "seeds", "rounds"}:
-        raise SystemExit(f"{sorted(unknown)[0]}= is none of steps=, seeds=, rounds=")
+        raise SystemExit(f"{sorted(unknown)[0]}= is not one of steps=, seeds=, rounds=")
     cells = [f"arm={arm} seed={seed}".split() for arm in ("few", "many") for seed in range(given["seeds"])]
     sweep = [["-m", "experiment=short", "hydra.launcher.parallel=1"]]
     one_by_one = [["experiment=short", *cell] for cell in cells]

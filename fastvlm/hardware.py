@@ -99,7 +99,7 @@ class Hardware:
             fast = torch.cuda.is_bf16_supported() if on_gpu else has_fast_bf16()
             self.precision = "bf16-mixed" if fast else "16-mixed" if on_gpu else "32-true"
         if self.strategy not in STRATEGIES:
-            raise ValueError(f"hardware.strategy={self.strategy} is none of {', '.join(STRATEGIES)}")
+            raise ValueError(f"hardware.strategy={self.strategy} is not one of {', '.join(STRATEGIES)}")
         if self.strategy == "deepspeed_zero3":
             self._check_deepspeed()
         if self.strategy == "auto" and self.num_ranks > 1:

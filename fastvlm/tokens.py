@@ -194,7 +194,8 @@ def check_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise ValueError(
-            f"the text holds {code} at character {error.start}: half of a surrogate pair is no character; leave it out"
+            f"the text holds {code} at character {error.start}: half of a surrogate pair is not a character; "
+            "leave it out"
         ) from None
 
 

@@ -39,7 +39,7 @@ def test_the_loss_curve_is_that_of_the_run_without_and_the_stage_is_the_same(cli
     cli("train.py", *arguments)
     plain = set_aside(tmp_path)
     done = cli("train.py", *arguments, "stages.dense.cache_features=true")
-    # The same run directory and the same identity: where the outputs come from is no part of what is learnt.
+    # The same run directory and the same identity: where the outputs come from is not part of what is learnt.
     assert "planned images" in done.stdout and "0 in the cache" in done.stdout
     cached = set_aside(tmp_path)
     assert cached.name.rsplit("-", 1)[0] == plain.name.rsplit("-", 1)[0]

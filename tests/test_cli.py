@@ -43,7 +43,7 @@ def one_line(done, *words: str) -> None:
         ("lr=1e-3", ["unknown key lr", "stages.align.trainable.<part>=<rate>"]),
         ("resampler", ["resampler is not key=value"]),
         ("stages.align.lora.r=4", ["stages.align.lora is null; give it whole, stages.align.lora='{r: <value>, ...}'"]),
-        ("stages.align.trainable.projector=fast", ["stages.align.trainable.projector=fast is no learning rate"]),
+        ("stages.align.trainable.projector=fast", ["stages.align.trainable.projector=fast is not a learning rate"]),
         ("tokenizer=chatml", ["tokenizer.path is that of llm.path, which this configuration lacks"]),
         ("encoder=fastvithd", ["encoder.checkpoint must be given"]),
         ("projector=null", ["a configuration group takes a file's name", "~task leaves out"]),

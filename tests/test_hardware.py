@@ -65,7 +65,7 @@ def test_under_slurm_nodes_and_devices_are_the_jobs(monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"strategy": "fsdp1"}, "hardware.strategy=fsdp1 is none of auto, ddp, fsdp, deepspeed_zero3"),
+        ({"strategy": "fsdp1"}, "hardware.strategy=fsdp1 is not one of auto, ddp, fsdp, deepspeed_zero3"),
         ({"rows_per_device": 0}, "hardware.rows_per_device=0 must be at least 1"),
     ],
 )

@@ -27,7 +27,7 @@ from data.recipes.record import Dropped, Part, Record
 SPLITS = {"train": "train", "val": "val"}
 HUB = True
 REFUSED = {"test": NO_TEST_ANSWERS}
-BAD_CHOICE = "correct_choice_idx is none of the choices"
+BAD_CHOICE = "correct_choice_idx is not one of the choices"
 
 
 def parts(

@@ -37,7 +37,7 @@ def parts(path: Path, *, split: str, name: tuple = (), streaming: bool = True, r
     """
     check_split(split, SPLITS, refused=REFUSED)
     if unknown := [word for word in name if word not in SUBJECTS]:
-        raise ValueError(f"name={unknown[0]} is no subject of MMMU; they are {', '.join(SUBJECTS)}")
+        raise ValueError(f"name={unknown[0]} is not a subject of MMMU; they are {', '.join(SUBJECTS)}")
     there = [subject for subject in name or SUBJECTS if not path.exists() or (path / subject).is_dir()]
     if not there:
         raise ValueError(f"path={path}: no folder of a subject in it, such as {(name or SUBJECTS)[0]}/")

@@ -68,7 +68,7 @@ def no_option(path: str, config_name: str) -> str:
         options = sorted(p.parent.name for p in STUDIES.glob("*/study.yaml"))
     near = difflib.get_close_matches(choice, options, 1, 0.3)
     hint = f"; did you mean {group}={near[0]}?" if near else "."
-    return f"{group or config_name}={choice} is no option{hint} Options: {', '.join(options) or 'none'}"
+    return f"{group or config_name}={choice} is not an option{hint} Options: {', '.join(options) or 'none'}"
 
 
 def nearest(key: str, config_name: str) -> str:

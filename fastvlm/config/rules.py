@@ -46,7 +46,7 @@ def check(config: DictConfig, *, images: bool = True) -> None:
     if config.get("speed_images", 0) < 0:
         wrong.append(f"speed_images={config.speed_images} must be a number of images, or 0 to measure no speed")
     if "data" in config and config.data.on_change not in ON_CHANGE:
-        wrong.append(f"data.on_change={config.data.on_change} is none of {', '.join(ON_CHANGE)}")
+        wrong.append(f"data.on_change={config.data.on_change} is not one of {', '.join(ON_CHANGE)}")
     if "stages" in config and not config.stages:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
     if wrong:
@@ -77,12 +77,12 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
     if stage.image_size is None and not pretrained:
         yield f"{where}.image_size=null is a pretrained model's own size; give a number, or choose a vlm"
     if unknown := set(stage.parts) - set(PARTS):
-        yield f"{where}.parts: {', '.join(unknown)} is none of {', '.join(PARTS)}"
+        yield f"{where}.parts: {', '.join(unknown)} is not one of {', '.join(PARTS)}"
     yield from wrong_patterns(stage, where=where)
     yield from wrong_short_forms(stage, where=where)
     yield from wrong_adapt(stage, where=where)
     if stage.decay not in DECAYS:
-        yield f"{where}.decay={stage.decay} is none of {', '.join(DECAYS)}"
+        yield f"{where}.decay={stage.decay} is not one of {', '.join(DECAYS)}"
     if stage.decay_steps is not None and not stage.decay.startswith("wsd"):
         yield f"{where}.decay_steps is for decay=wsd and wsd_sqrt; {stage.decay} decays over the whole stage"
 
@@ -91,7 +91,7 @@ def wrong_patterns(stage: DictConfig, *, where: str) -> Iterator[str]:
     """Yield patterns of `trainable` that match no part and rates that are not numbers, before any stage has run."""
     for pattern, rate in stage.trainable.items():
         if isinstance(rate, str | bool):
-            yield f"{where}.trainable.{pattern}={rate} is no learning rate; give a number, or null to freeze"
+            yield f"{where}.trainable.{pattern}={rate} is not a learning rate; give a number, or null to freeze"
         part = str(pattern).split(".")[0]
         if part not in PARTS and not set(part) & set("*?["):
             near = difflib.get_close_matches(part, PARTS, 1, 0.4)
@@ -130,7 +130,7 @@ def wrong_adapt(stage: DictConfig, *, where: str) -> Iterator[str]:
             del stage.adapt[part]
             continue
         if part not in PARTS:
-            yield f"{here}: {part} is none of {', '.join(PARTS)}"
+            yield f"{here}: {part} is not one of {', '.join(PARTS)}"
             continue
         value = {"method": value} if isinstance(value, str) else value
         try:
@@ -146,7 +146,7 @@ def wrong_method(stage: DictConfig, part: str, *, where: str) -> Iterator[str]:
     here, adapt = f"{where}.adapt.{part}", stage.adapt[part]
     given = "missing" if OmegaConf.is_missing(adapt, "method") else adapt.method
     if given not in METHODS:
-        yield f"{here}.method={given} is none of {', '.join(METHODS)}"
+        yield f"{here}.method={given} is not one of {', '.join(METHODS)}"
         return
     for key in METHODS[adapt.method]:
         if adapt[key] is None:
@@ -155,7 +155,7 @@ def wrong_method(stage: DictConfig, part: str, *, where: str) -> Iterator[str]:
         yield f"{here}.lr={adapt.lr:g}, but method=frozen; set method=full, or leave the rate out"
     if adapt.quantise is not None:
         if adapt.quantise not in QUANTISED:
-            yield f"{here}.quantise={adapt.quantise} is none of {', '.join(QUANTISED)}"
+            yield f"{here}.quantise={adapt.quantise} is not one of {', '.join(QUANTISED)}"
         if adapt.method == "full":
             yield f"{here}.quantise={adapt.quantise}, but method=full leaves nothing frozen; set method=lora"
         if part not in ("encoder", "llm"):

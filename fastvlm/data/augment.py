@@ -34,7 +34,7 @@ def check_kinds(kinds: Iterable[str], *, key: str) -> tuple[str, ...]:
         if kind not in KINDS:
             near = difflib.get_close_matches(str(kind), KINDS, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{key}: {kind} is none of {', '.join(KINDS)}{hint}")
+            raise ValueError(f"{key}: {kind} is not one of {', '.join(KINDS)}{hint}")
     return tuple(kind for kind in KINDS if kind in kinds)
 
 

@@ -278,7 +278,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         if not Path(args.folder).is_dir():
-            parser.error(f"--list: {args.folder} is no folder of this machine")
+            parser.error(f"--list: {args.folder} is not a folder on this machine")
         print(write_listing(args.folder))
         return
     if args.tokenizer is None:

@@ -259,7 +259,7 @@ def pack(folder: str | Path, split: str, *, out: str | Path, format: str) -> Pat
             split already.
     """
     if format not in SUFFIXES:
-        raise ValueError(f"format={format} is none of {', '.join(SUFFIXES)}")
+        raise ValueError(f"format={format} is not one of {', '.join(SUFFIXES)}")
     folder, out = Path(folder), Path(out)
     shards = [shard for shard in find_shards(folder, split) if shard.suffix == ".tar"]
     if not shards:

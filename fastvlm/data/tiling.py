@@ -23,7 +23,7 @@ def check_grids(tiles: Sequence[Sequence[int]], *, key: str = "image.tiles") -> 
     for entry in tiles:
         pair = list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]
         if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair):
-            raise ValueError(f"{key}: {entry} is no pair [rows, columns] of positive integers, such as [2, 2]")
+            raise ValueError(f"{key}: {entry} is not a pair [rows, columns] of positive integers, such as [2, 2]")
     if not len(tiles):
         raise ValueError(f"{key} is empty; name grids such as [[1, 2], [2, 1], [2, 2]], or null for no tiles")
     return tuple((int(rows), int(columns)) for rows, columns in tiles)

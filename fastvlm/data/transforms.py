@@ -75,7 +75,7 @@ class ImageTransform:
         if fit not in FITS:
             near = difflib.get_close_matches(str(fit), FITS, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"image.fit={fit} is none of {', '.join(FITS)}{hint}")
+            raise ValueError(f"image.fit={fit} is not one of {', '.join(FITS)}{hint}")
         if len(padding) != 3 or not all(0 <= value <= 255 for value in padding):
             raise ValueError(f"image.padding={list(padding)} must be three bytes, 0 to 255")
         self.image_size, self.fit, self.padding = image_size, fit, tuple(padding)

@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
         if not equals or not value or key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
             hint = f"; did you mean {near[0]}=?" if near else ""
-            raise ValueError(f"{argument} is none of {', '.join(f'{k}=' for k in KEYS)}{hint}")
+            raise ValueError(f"{argument} is not one of {', '.join(f'{k}=' for k in KEYS)}{hint}")
         out[key] = value
     given = [key for key in ("run", "import", "check") if key in out]
     if len(given) != 1:
@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> dict[str, str]:
     if given != ["check"] and "out" not in out:
         raise ValueError(f"{given[0]}={out[given[0]]} needs out=<folder>")
     if out.get("form", "auto") not in FORMS:
-        raise ValueError(f"form={out['form']} is none of {', '.join(FORMS)}")
+        raise ValueError(f"form={out['form']} is not one of {', '.join(FORMS)}")
     return out
 
 

@@ -144,7 +144,7 @@ def image_processor(encoder: nn.Module, image_size: int, image: dict) -> tuple[h
         return hf.CLIPImageProcessor(size=square, do_center_crop=False, **common), []
     if fit == "crop":
         return hf.CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=square, **common), []
-    note = "an image that is no square is padded before it is resized, with the encoder's mean colour: ours pads after"
+    note = "an image that is not square is padded before it is resized, with the encoder's mean colour: ours pads after"
     return hf.LlavaImageProcessor(size=square, crop_size=square, do_center_crop=False, do_pad=True, **common), [note]
 
 

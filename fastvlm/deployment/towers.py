@@ -111,5 +111,5 @@ def activation(module: nn.Module) -> str:
         return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
     known = {"QuickGELU": "quick_gelu", "GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "GELUTanhMlp": "gelu"}
     if name not in known:
-        raise NoStockClass(f"encoder: {name} is no activation of the stock class")
+        raise NoStockClass(f"encoder: {name} is not an activation of the stock class")
     return known[name]

@@ -54,7 +54,7 @@ class MultipleChoice(Protocol):
         choices, right = row["meta"]["choices"], row["meta"]["correct_choice_idx"]
         if not 0 <= right < len(choices):
             raise ValueError(
-                f"question {row['question_id']}: correct_choice_idx={right} is none of its {len(choices)} choices; "
+                f"question {row['question_id']}: correct_choice_idx={right} is not one of its {len(choices)} choices; "
                 "prepare the shards with form=choice, which drops such questions"
             )
         chosen = read_choice(row["prediction"], choices)

@@ -117,7 +117,7 @@ class Captions(Protocol):
 
     def __init__(self, *, tokenizer: str | None = None):
         if tokenizer not in ("python", "java", None):
-            raise ValueError(f"protocol.tokenizer={tokenizer} is none of python, java")
+            raise ValueError(f"protocol.tokenizer={tokenizer} is not one of python, java")
         self.tokenizer = tokenizer or ("java" if has_java() else "python")
 
     def describe(self) -> dict[str, str]:

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     unknown = [a for a in arguments if a.split("=")[0] not in ("a", "b", "task")]
     if unknown or not {"a", "b"} <= given.keys():
-        wrong = f"{unknown[0]} is none of a=, b=, task=" if unknown else "a=<run> and b=<run> must be given"
+        wrong = f"{unknown[0]} is not one of a=, b=, task=" if unknown else "a=<run> and b=<run> must be given"
         print(f"error: {wrong}; such as a=runs/one b=runs/two task=vqav2", file=sys.stderr)
         return 2
     try:

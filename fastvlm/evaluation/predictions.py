@@ -123,7 +123,7 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(
-                f"predictions={path}, {place}: {json.dumps(row)[:80]} is no object with a question_id and an answer"
+                f"predictions={path}, {place}: {json.dumps(row)[:80]} is not an object with a question_id and an answer"
             )
     if len(rows) == 1 and not listed and not {"prediction", "answer"} & set(rows[0][1]):
         rows = [("line 1", {"question_id": name, "answer": said}) for name, said in rows[0][1].items()]

@@ -46,7 +46,7 @@ class Prompt:
 
     def __post_init__(self):
         if self.form not in FORMS:
-            raise ValueError(f"task.form={self.form} is none of {', '.join(FORMS)}")
+            raise ValueError(f"task.form={self.form} is not one of {', '.join(FORMS)}")
         if self.template.count("{question}") > 1 or self.template.count("{answer}") != 1:
             raise ValueError(f"task.template={self.template!r} needs {{answer}} once and {{question}} at most once")
 

@@ -114,7 +114,7 @@ class VQAAccuracy(Protocol):
     def __init__(self, *, normalisation: str = "official", by: Sequence[str] = (), named_by: str = "question_id"):
         scorers = {"official": vqa_accuracy, "evalai": evalai_accuracy}
         if normalisation not in scorers:
-            raise ValueError(f"protocol.normalisation={normalisation} is none of official, evalai")
+            raise ValueError(f"protocol.normalisation={normalisation} is not one of official, evalai")
         self.accuracy, self.by, self.named_by = scorers[normalisation], tuple(by), named_by
 
     def grade(self, row: dict) -> dict:

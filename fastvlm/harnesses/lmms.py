@@ -48,7 +48,7 @@ class FastVLM(lmms):
         super().__init__()
         if others:
             known = "run, batch_size, device, max_new_tokens, cache_mb"
-            raise ValueError(f"model_args: {next(iter(others))} is none of {known}")
+            raise ValueError(f"model_args: {next(iter(others))} is not one of {known}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer, config = load_run(run, device=device)
         size, transform = config.image_size, build_transform(config)

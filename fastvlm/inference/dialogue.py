@@ -291,7 +291,7 @@ class Dialogue:
             options, system = kept.get("options") or {}, kept.get("system") or ""
             if not isinstance(options, dict) or not isinstance(system, str):
                 raise ValueError(
-                    "its options are no object" if isinstance(system, str) else "its system prompt is no text"
+                    "its options are not an object" if isinstance(system, str) else "its system prompt is not text"
                 )
             options = check_options(options)
             for i, image in enumerate(images, 1):

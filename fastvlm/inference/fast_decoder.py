@@ -51,7 +51,7 @@ class FastDecoder:
 
     def __init__(self, llm: LanguageModel):
         if not fits(llm):
-            raise ValueError(f"{type(llm.hf).__name__} is no decoder this knows; use LanguageModel.decode")
+            raise ValueError(f"{type(llm.hf).__name__} is not a supported decoder; use LanguageModel.decode")
         self.llm, self.decoder, config = llm, llm.hf.get_decoder(), llm.hf.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim = self.decoder.layers[0].self_attn.head_dim

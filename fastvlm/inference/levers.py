@@ -59,7 +59,7 @@ def parse_levers(text: str | Sequence[str] | None, *, device: str = "cpu") -> tu
         if name not in LEVERS:
             near = difflib.get_close_matches(name, LEVERS, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LEVERS)}"
-            raise ValueError(f"levers={name} is no lever: {hint}")
+            raise ValueError(f"levers={name} is not a lever: {hint}")
     if {"int8_dynamic", "int8_weight_only"} <= set(names):
         raise ValueError("levers: int8_dynamic and int8_weight_only exclude each other; name one")
     return tuple(dict.fromkeys(names))

@@ -27,7 +27,7 @@ def library(kind: str, *, where: str = "quantise"):
         ValueError: `kind` is unknown, or its library is not installed.
     """
     if kind not in KINDS:
-        raise ValueError(f"{where}={kind} is none of {', '.join(KINDS)}")
+        raise ValueError(f"{where}={kind} is not one of {', '.join(KINDS)}")
     name = KINDS[kind][0]
     try:
         return __import__(name)

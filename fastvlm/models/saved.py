@@ -236,7 +236,7 @@ def check_target(arguments: dict) -> None:
     """Raise ValueError unless all constructors are in `fastvlm.models`: the folder may be untrusted."""
     target = str(arguments.get("_target_", ""))
     if not target.startswith("fastvlm.models."):
-        raise ValueError(f"config.json: _target_={target!r} is no part of fastvlm.models; only those are built")
+        raise ValueError(f"config.json: _target_={target!r} is not part of fastvlm.models; only those are built")
     for value in arguments.values():
         if isinstance(value, dict) and "_target_" in value:
             check_target(value)

@@ -70,7 +70,7 @@ def read_settings(value: Rate, *, where: str) -> dict[str, float] | None:
     if not isinstance(value, dict):
         return {"lr": float(value)}
     if unknown := [key for key in value if key not in SETTINGS]:
-        raise ValueError(f"{where}.{unknown[0]} is none of {', '.join(SETTINGS)}")
+        raise ValueError(f"{where}.{unknown[0]} is not one of {', '.join(SETTINGS)}")
     if value.get("lr") is None:
         raise ValueError(f"{where} has no lr; give one, or null in place of the mapping to freeze")
     given = {key: value[key] for key in SETTINGS if value.get(key) is not None}

@@ -46,7 +46,7 @@ def learning_rate_factor(
     elif decay == "constant":
         shape = 1.0
     else:
-        raise ValueError(f"decay={decay} is none of cosine, linear, constant, wsd, wsd_sqrt")
+        raise ValueError(f"decay={decay} is not one of cosine, linear, constant, wsd, wsd_sqrt")
     return final + (1 - final) * shape
 
 

@@ -51,7 +51,7 @@ def read(arguments: list[str]) -> dict[str, str]:
         if key not in KEYS or not value:
             near = difflib.get_close_matches(key, KEYS, 1)
             hint = f"; did you mean {near[0]}=?" if near and key not in KEYS else ""
-            raise ValueError(f"{argument} is none of {', '.join(f'{k}=...' for k in KEYS)}{hint}; see --help")
+            raise ValueError(f"{argument} is not one of {', '.join(f'{k}=...' for k in KEYS)}{hint}; see --help")
         if key in given:
             raise ValueError(f"{key}= stands twice; give one")
         given[key] = value
@@ -64,13 +64,13 @@ def read(arguments: list[str]) -> dict[str, str]:
             raise ValueError(f"{key}= goes with {command}=...{all_scales}")
     source = given.get("from", "auto")
     if source not in SOURCES:
-        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
+        raise ValueError(f"from={source} is not one of {', '.join(SOURCES)}")
     if "uri" in given and source != "mlflow":
         raise ValueError("uri= names an MLflow store and goes with from=mlflow")
     if given.get("report") == "all" and source == "mlflow":
         raise ValueError("report=all reads run directories or results.csv; name one study with from=mlflow")
     if given.get("scale", "micro") not in SCALES:
-        raise ValueError(f"scale={given['scale']} is none of {', '.join(SCALES)}")
+        raise ValueError(f"scale={given['scale']} is not one of {', '.join(SCALES)}")
     return given
 
 

@@ -99,7 +99,7 @@ def load_study(name: str, *, root: Path = STUDIES) -> Study:
         have = study_names(root)
         near = difflib.get_close_matches(name, have, 1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        raise ValueError(f"{name} is no study{hint} Studies: {', '.join(have)}")
+        raise ValueError(f"{name} is not a study{hint} Studies: {', '.join(have)}")
     plain = read_yaml(file)
     of_study = mapping(plain, "study", file=file)
     if of_study.get("name") != name:
@@ -135,7 +135,7 @@ def read_grid(plain: dict[str, Any], *, file: Path) -> dict[str, str]:
         node, prefix = mapping(node, key, file=file, prefix=prefix), f"{prefix}{key}."
     for key, value in node.items():
         if isinstance(value, list | dict):
-            raise ValueError(f"{file}: {prefix}{key}={value} is no sweep; write the values with commas, {key}: a,b")
+            raise ValueError(f"{file}: {prefix}{key}={value} is not a sweep; write the values with commas, {key}: a,b")
     return {str(key): str(value) for key, value in node.items()}
 
 

@@ -189,7 +189,7 @@ def read_csv(file: Path, *, scale: str | None = None) -> list[Cell]:
     with open(file, newline="", encoding="utf-8") as stream:
         reader = csv.DictReader(stream)
         if lacks := [key for key in (*ABOUT, *COST) if key not in (reader.fieldnames or ())]:
-            raise ValueError(f"{file} has no column {lacks[0]}: it is no results.csv of a study")
+            raise ValueError(f"{file} has no column {lacks[0]}: it is not the results.csv of a study")
         for row in reader:
             where = f"{file}, line {reader.line_num}"
             remedy = "restore the file, or remove it and report from=runs"

@@ -98,7 +98,7 @@ def all_claims(study: Study) -> list[Claim]:
     if not entries:
         raise ValueError(f"{file} is empty: a study without a claim decides nothing")
     if not isinstance(entries, list):
-        raise ValueError(f"{file} is no list; a claim begins with `- claim: `")
+        raise ValueError(f"{file} is not a list; a claim begins with `- claim: `")
     for number, entry in enumerate(entries, 1):
         where = f"{file}, claim {number}"
         if not isinstance(entry, dict):
@@ -115,7 +115,7 @@ def all_claims(study: Study) -> list[Claim]:
 
 def check(claim: Claim, study: Study, *, where: str) -> None:
     if claim.direction not in DIRECTIONS:
-        raise ValueError(f"{where}: direction={claim.direction} is none of {', '.join(DIRECTIONS)}")
+        raise ValueError(f"{where}: direction={claim.direction} is not one of {', '.join(DIRECTIONS)}")
     if claim.direction == "same" and claim.margin <= 0:
         raise ValueError(f"{where}: direction=same needs a margin above 0")
     if claim.factor is not None and (claim.factor <= 0 or claim.margin or claim.optimum or claim.direction == "same"):
@@ -173,7 +173,7 @@ def load_figures(folder: Path) -> dict[str, Figure]:
                 raise ValueError(f"{file}, line {reader.line_num}: not {len(columns)} values; quote those with commas")
             figure = Figure(**row)
             if figure.status not in STATUSES:
-                raise ValueError(f"{file}: {figure.key}: status={figure.status} is none of {', '.join(STATUSES)}")
+                raise ValueError(f"{file}: {figure.key}: status={figure.status} is not one of {', '.join(STATUSES)}")
             if figure.key in figures:
                 raise ValueError(f"{file}: {figure.key} stands twice")
             figures[figure.key] = figure

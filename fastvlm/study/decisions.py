@@ -130,7 +130,7 @@ def decide_pair(
     compared = [arm for one in claim.optimum for arm in one] or list(pair)
     needed = dict.fromkeys((*pair, *compared))
     if lacks := [arm for arm in needed if arms is not None and arm not in arms]:
-        why = f"{' and '.join(lacks)} {'are' if lacks[1:] else 'is'} no arm at this scale"
+        why = f"{' and '.join(lacks)} {'are not arms' if lacks[1:] else 'is not an arm'} at this scale"
         return none(why, "no arm at this scale")
     if idle := [arm for arm in needed if arm not in ran]:
         return none(f"{' and '.join(idle)} {'have' if idle[1:] else 'has'} not run", "not run")

@@ -254,7 +254,8 @@ def caption(plots: Sequence[str]) -> list[str]:
 def say_left_out(claim: Claim, lacks: Sequence[str]) -> str:
     """Format the line of a claim whose first pair a scale does not have."""
     arms = " and ".join(f"`{arm}`" for arm in lacks)
-    return f"- {claim.claim} ({claim.paper}, {claim.table}): {arms} {'are' if lacks[1:] else 'is'} no arm at this scale"
+    are = "are not arms" if lacks[1:] else "is not an arm"
+    return f"- {claim.claim} ({claim.paper}, {claim.table}): {arms} {are} at this scale"
 
 
 def paper_table(figures: dict[str, Figure]) -> list[str]:

@@ -52,7 +52,7 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
         ValueError: an unknown source.
     """
     if source not in SOURCES:
-        raise ValueError(f"from={source} is none of {', '.join(SOURCES)}")
+        raise ValueError(f"from={source} is not one of {', '.join(SOURCES)}")
     cells, missing, ran_here = [], [], False
     if source == "mlflow":
         from fastvlm.study.recorded import read_mlflow

@@ -45,7 +45,7 @@ def only(node: dict[str, Any], keys: Sequence[str], *, file: Path, prefix: str) 
     """
     for key in node:
         if key not in keys:
-            raise ValueError(f"{file}: {prefix}{key} is none of {', '.join(prefix + one for one in keys)}")
+            raise ValueError(f"{file}: {prefix}{key} is not one of {', '.join(prefix + one for one in keys)}")
 
 
 def first_line(text: str) -> str:

@@ -62,7 +62,7 @@ class OptunaSweeper(Sweeper):
         if wrong := [d for d in directions if d not in ("maximize", "minimize")]:
             raise ValueError(f"hydra.sweeper.directions: {wrong[0]} is neither maximize nor minimize")
         if sampler not in SAMPLERS:
-            raise ValueError(f"hydra.sweeper.sampler={sampler} is none of {', '.join(SAMPLERS)}")
+            raise ValueError(f"hydra.sweeper.sampler={sampler} is not one of {', '.join(SAMPLERS)}")
         if n_trials < 1 or batch < 1:
             raise ValueError(f"hydra.sweeper.n_trials={n_trials} and batch={batch} must be 1 or more")
         self.directions, self.n_trials, self.batch = list(directions), n_trials, batch

@@ -237,8 +237,8 @@ def test_a_stage_with_tiles_and_augmentation_trains_and_evaluates_by_the_command
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("image.tiles=[[0,2]]", r"stages.dense.image.tiles: \[0, 2\] is no pair"),
-        ("image.fit=sqash", "stages.dense.image.fit=sqash is none of pad, crop, squash; did you mean squash"),
+        ("image.tiles=[[0,2]]", r"stages.dense.image.tiles: \[0, 2\] is not a pair"),
+        ("image.fit=sqash", "stages.dense.image.fit=sqash is not one of pad, crop, squash; did you mean squash"),
         ("image.augment.crop=[0.5,2.0]", "stages.dense.image.augment.crop"),
     ],
 )

@@ -353,12 +353,12 @@ def test_pixels_are_the_same_whatever_the_processor_can_do():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fit": "squish"}, "image.fit=squish is none of pad, crop, squash; did you mean squash?"),
+        ({"fit": "squish"}, "image.fit=squish is not one of pad, crop, squash; did you mean squash?"),
         ({"image_size": 0}, "image_size=0"),
         ({"padding": (0, 0, 256)}, "image.padding"),
         ({"tiles": []}, "image.tiles is empty"),
-        ({"tiles": [[1, 2], [0, 1]]}, r"image.tiles: \[0, 1\] is no pair"),
-        ({"tiles": [[1, 2, 3]]}, r"image.tiles: \[1, 2, 3\] is no pair"),
+        ({"tiles": [[1, 2], [0, 1]]}, r"image.tiles: \[0, 1\] is not a pair"),
+        ({"tiles": [[1, 2, 3]]}, r"image.tiles: \[1, 2, 3\] is not a pair"),
     ],
 )
 def test_mistakes_are_named(arguments, message):

@@ -354,7 +354,7 @@ def test_weights_of_other_shapes_are_refused_with_a_list(built, tmp_path):
 
 
 def test_a_folder_can_only_call_constructors_of_our_models():
-    with pytest.raises(ValueError, match="'os.system' is no part of fastvlm.models"):
+    with pytest.raises(ValueError, match="'os.system' is not part of fastvlm.models"):
         construct({"_target_": "os.system", "command": "true"})
 
 

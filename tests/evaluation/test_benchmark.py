@@ -194,10 +194,10 @@ def test_answers_of_a_file_are_scored_and_other_questions_refused(task, run, tin
         with pytest.raises(ValueError, match=words):
             task().score_file(other, tiny_tokenizer)
     for text, words in (
-        ("[1, 2]", "row 1: 1 is no object"),
-        ("[null]", "row 1: null is no object"),
-        ('{"question_id": 100, "answer": "x"}\n\n2', "line 3: 2 is no object"),
-        ('["question_id answer"]', 'row 1: "question_id answer" is no object'),
+        ("[1, 2]", "row 1: 1 is not an object"),
+        ("[null]", "row 1: null is not an object"),
+        ('{"question_id": 100, "answer": "x"}\n\n2', "line 3: 2 is not an object"),
+        ('["question_id answer"]', 'row 1: "question_id answer" is not an object'),
     ):
         other.write_text(text)
         with pytest.raises(ValueError, match=f"predictions={other}, {words} with a question_id and an answer"):
@@ -319,7 +319,7 @@ def test_two_runs_are_compared_on_the_same_questions(task, run, tmp_path, capsys
     for arguments, words in (
         ([f"a={tmp_path}/a", f"b={tmp_path}/c", "task=tiny"], "answers to other questions (22 and 5, 5 in common"),
         ([f"a={tmp_path}/a", f"b={tmp_path}/d", "task=tiny"], "holds no predictions of task tiny"),
-        (["a=x", "bb=y"], "bb=y is none of a=, b=, task="),
+        (["a=x", "bb=y"], "bb=y is not one of a=, b=, task="),
     ):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err

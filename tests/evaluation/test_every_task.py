@@ -127,7 +127,7 @@ CASES = {
         f"{AWAITING}\n{LETTERS}\n{LETTER}",
         {"direct"},
         ("22MexNkBPpdZGX6sxbxVBH", {"multiple_choice": "cab"}),
-        given=("task.limit=1",),  # the second question's answer is none of its options
+        given=("task.limit=1",),  # the second question's answer is not one of its options
     ),
     "chartqa": Case(
         vqa_layouts.write_chartqa,

@@ -144,7 +144,7 @@ def test_levers_are_named_and_mistakes_are_one_line():
     assert parse_levers("fast") == FAST["cpu"] and parse_levers("fast", device="cuda:1") == FAST["cuda"]
     assert parse_levers(None) == parse_levers("none") == parse_levers("") == ()
     mistakes = {
-        "bf61": "levers=bf61 is no lever: did you mean bf16",
+        "bf61": "levers=bf61 is not a lever: did you mean bf16",
         "int8_dynamic,int8_weight_only": "exclude each other",
     }
     for text, message in mistakes.items():

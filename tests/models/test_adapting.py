@@ -149,7 +149,7 @@ def test_rate_decay_and_warm_up_of_a_part_reach_its_groups_and_its_schedule():
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"lr": 1e-3, "wd": 0.1}, "where.llm.wd is none of lr, weight_decay, warmup_steps"),
+        ({"lr": 1e-3, "wd": 0.1}, "where.llm.wd is not one of lr, weight_decay, warmup_steps"),
         ({"weight_decay": 0.1}, "where.llm has no lr; give one, or null"),
     ],
 )
@@ -163,11 +163,11 @@ def test_a_mapping_of_other_keys_or_without_a_rate_is_refused(value, message):
     [
         ("{encoder: {method: lora}}", "stages.instruct.adapt.encoder.lr must be given: method=lora needs it"),
         ("{encoder: {method: partial, lr: 1}}", "adapt.encoder.num must be given: method=partial needs it"),
-        ("{encoder: lorra}", "stages.instruct.adapt.encoder.method=lorra is none of full, frozen, partial, lora, dora"),
-        ("{vision: frozen}", "adapt.vision: vision is none of encoder, resampler, projector, llm"),
+        ("{encoder: lorra}", "adapt.encoder.method=lorra is not one of full, frozen, partial, lora, dora"),
+        ("{vision: frozen}", "adapt.vision: vision is not one of encoder, resampler, projector, llm"),
         ("{encoder: {method: lora, lr: 1, rank: 4}}", "rank.*it takes method, lr"),
         ("{encoder: {method: full, lr: 1, quantise: nf4}}", "method=full leaves nothing frozen; set method=lora"),
-        ("{encoder: {method: lora, lr: 1, quantise: int3}}", "quantise=int3 is none of int8, nf4"),
+        ("{encoder: {method: lora, lr: 1, quantise: int3}}", "quantise=int3 is not one of int8, nf4"),
         ("{llm: {method: lora, lr: 1}}", "adapt.llm and stages.instruct.lora both say how llm learns; set one to null"),
         ("{projector: frozen}", "adapt.projector and stages.instruct.trainable.projector both say"),
     ],

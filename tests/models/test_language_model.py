@@ -286,7 +286,7 @@ def test_flash_attention_says_what_it_needs():
 
 
 def test_an_unknown_compile_mode_is_refused():
-    with pytest.raises(ValueError, match="llm.compile=fast is none of true, false, default"):
+    with pytest.raises(ValueError, match="llm.compile=fast is not one of true, false, default"):
         small_llm(compile="fast")
 
 

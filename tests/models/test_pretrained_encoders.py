@@ -153,7 +153,7 @@ def test_open_clip_positions_are_interpolated_to_another_image_size(small_clip):
         (lambda: TimmEncoder("resnet18", pretrained=True), "set encoder.checkpoint to a local file"),
         (lambda: TimmEncoder("no_such_model"), "set encoder.checkpoint to a local file"),
         (lambda: TimmEncoder("resnet18", checkpoint="/nowhere.pt"), "no such file; name a .safetensors"),
-        (lambda: TimmEncoder("resnet18", layer=-2), "encoder.layer: resnet18 is no plain transformer"),
+        (lambda: TimmEncoder("resnet18", layer=-2), "encoder.layer: resnet18 is not a plain transformer"),
         (lambda: TimmEncoder("vit_base_patch16_siglip_224", class_token=True, depth=1), "has no class token"),
         (lambda: TimmEncoder("test_vit", mean=[0.5]), "encoder.mean=.* is not three numbers"),
         (lambda: OpenClipEncoder("RN50-none"), "set encoder.pretrained to a local checkpoint file"),

@@ -62,7 +62,7 @@ def test_a_schedule_stays_between_its_end_and_the_peak_also_when_all_of_it_is_wa
 
 
 def test_an_unknown_schedule_is_refused_and_not_taken_for_another():
-    with pytest.raises(ValueError, match="decay=cosin is none of cosine, linear, constant, wsd, wsd_sqrt"):
+    with pytest.raises(ValueError, match="decay=cosin is not one of cosine, linear, constant, wsd, wsd_sqrt"):
         factors("cosin", final=0.1)
 
 

@@ -64,7 +64,7 @@ def test_what_changes_nothing_learned_changes_no_cells_name():
         (["experiment=llava_align", "arm=align,skip"], "several are a sweep, add -m"),
         (["arm=skip"], "arm=skip is one of a study's: add experiment=<study>, one of .*llava_align"),
         (["-m", "resampler=avgpool", "scale=paper"], "scale=paper is one of a study's: add experiment="),
-        (["experiment=blind", "scale=paper"], "blind is no study"),
+        (["experiment=blind", "scale=paper"], "blind is not a study"),
     ],
 )
 def test_an_arm_or_scale_of_no_study_and_an_unknown_one_are_told(arguments, words):
@@ -80,14 +80,14 @@ def test_an_arm_or_scale_of_no_study_and_an_unknown_one_are_told(arguments, word
         ("skip: [~stages.align]", "skip: [stages.align.steps: 3]", "study.micro.arms.skip=.* must be a list of over"),
         ("all: [pipeline=micro]", "all: pipeline=micro", "study.micro.all=pipeline=micro must be a list"),
         ("name: llava_align", "name: llava", "study.name=llava must be llava_align, as its folder is called"),
-        ("arm: align,skip,skip_long", "arm: [align, skip]", "hydra.sweeper.params.arm=.* is no sweep"),
+        ("arm: align,skip,skip_long", "arm: [align, skip]", "hydra.sweeper.params.arm=.* is not a sweep"),
         (
             "params:\n      arm: align,skip,skip_long\n      seed: range(5)",
             "params: 3",
             "hydra.sweeper.params=3 must hold",
         ),
-        ("  paper:\n", "  paper: big\n  papr:\n", "study.papr is none of study.name, study.micro, study.paper"),
-        ("    all: [pipeline=llava]\n", "    al: []\n", "study.paper.al is none of study.paper.all, study.paper.arms"),
+        ("  paper:\n", "  paper: big\n  papr:\n", "study.papr is not one of study.name, study.micro, study.paper"),
+        ("    all: [pipeline=llava]\n", "    al: []\n", "study.paper.al is not one of study.paper.all, study"),
         ("study:\n", "- study:\n", "study.yaml, line"),
     ],
 )

@@ -42,7 +42,7 @@ def test_an_arm_that_only_another_scale_has_takes_its_basis_alone():
     claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], compute=["align", "skip_long"])
     cells = [one for one in grid() if one.arm != "skip_long"]
     decided = decide_claim(claim, cells, arms={"align", "skip"})
-    assert decided[1].why == "skip_long is no arm at this scale"
+    assert decided[1].why == "skip_long is not an arm at this scale"
     assert headline(decided) == "agrees at equal steps; no arm at this scale at equal compute"
 
 

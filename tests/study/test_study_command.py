@@ -162,9 +162,9 @@ def test_a_scale_without_an_arm_of_a_pair_keeps_the_claims_other_pairs_and_names
     assert [entry["scale"] for entry in made["entries"]] == ["paper", "paper"]
     assert made["entries"][0]["verdict"].startswith("agrees at equal steps; no arm at this scale at equal compute")
     page = (studies / "README.md").read_text()
-    assert "`align` against `skip_long`: - (skip_long is no arm at this scale)" in page
+    assert "`align` against `skip_long`: - (skip_long is not an arm at this scale)" in page
     left_out = "- More steps help. (LLaVA-1.5 (arXiv:2310.03744) and what followed it, section 3.3"
-    assert page.count(left_out) == 2 and page.count("`skip_long` is no arm at this scale") == 1  # at micro: not run
+    assert page.count(left_out) == 2 and page.count("`skip_long` is not an arm at this scale") == 1  # at micro: not run
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_libraries_come_back_from_results_csv_and_older_files_keep_their_form(tm
         (["report=llava_align", "report=all"], "stands twice"),
         (["reports=llava_align"], "did you mean report="),
         (["report=llava_algn"], "did you mean llava_align"),
-        (["report=llava_align", "from=cvs"], "from=cvs is none of auto, runs, csv, mlflow"),
-        (["cells=llava_align", "scale=big"], "scale=big is none of micro, paper"),
+        (["report=llava_align", "from=cvs"], "from=cvs is not one of auto, runs, csv, mlflow"),
+        (["cells=llava_align", "scale=big"], "scale=big is not one of micro, paper"),
         (["cells"], "cells is none of"),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_study_that_cannot_be_read_is_named_and_stops_no_other(studies, capsys
         main(["report=all", "from=csv"])
     assert "(llava_align/README.md)" in (studies.parent / "README.md").read_text()
     main(["report=llava_align", "from=csv"])
-    with pytest.raises(ValueError, match="llava_algn is no study; did you mean llava_align"):
+    with pytest.raises(ValueError, match="llava_algn is not a study; did you mean llava_align"):
         main(["report=llava_algn"])
     with pytest.raises(ValueError, match=bent):
         main(["report=bent"])
@@ -270,9 +270,8 @@ def test_a_study_whose_arms_cannot_be_read_is_left_out_of_the_list_and_named(stu
 def test_the_module_says_a_mistake_in_one_line():
     command = [sys.executable, "-m", "fastvlm.study", "report=nothing"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: nothing is no study") and "\n" not in done.stderr[:-1]
-    )
+    assert done.returncode == 2 and done.stderr.startswith("error: nothing is not a study")
+    assert "\n" not in done.stderr[:-1]
 
 
 @pytest.mark.parametrize(

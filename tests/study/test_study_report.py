@@ -80,7 +80,7 @@ def test_cells_of_two_versions_of_the_code_are_refused_with_both_commits():
     [
         ("steps: [align, skp]", "there is no arm skp.*did you mean skip"),
         ("steps: [align]", "steps names two arms"),
-        ("direction: better", "direction=better is none of higher, lower, same"),
+        ("direction: better", "direction=better is not one of higher, lower, same"),
         ("direction: same", "needs a margin above 0"),
         ("colour: red", "colour"),
         ("factor: -1", "factor=-1 must be above 0"),
@@ -102,7 +102,7 @@ def test_a_wrong_claim_is_one_line_that_says_where(studies, change, words):
     ("text", "words"),
     [
         ("", "claims.yaml is empty: a study without a claim decides nothing"),
-        ("claim: x\n", "claims.yaml is no list; a claim begins with `- claim: `"),
+        ("claim: x\n", "claims.yaml is not a list; a claim begins with `- claim: `"),
         ("- x\n", "claims.yaml, claim 1: x has no keys"),
         ("- claim: a: b\n", "claims.yaml, line 1: mapping values are not allowed here"),
         ("- claim: 'x\n", "claims.yaml, line 2: found unexpected end of stream"),

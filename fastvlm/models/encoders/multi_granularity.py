@@ -48,7 +48,7 @@ class MultiGranularityEncoder(nn.Module):
     ):
         super().__init__()
         if fusion not in FUSIONS:
-            raise ValueError(f"encoder.fusion={fusion} is none of {', '.join(FUSIONS)}")
+            raise ValueError(f"encoder.fusion={fusion} is not one of {', '.join(FUSIONS)}")
         self.coarse, self.fine, self.fusion = coarse, fine, fusion
         self.out_dim = coarse.out_dim if dim is None else dim
         self.reads_views = fusion == "views"

@@ -38,7 +38,7 @@ class MultiScaleEncoder(nn.Module):
             if not 0 <= stage < last:
                 raise ValueError(f"encoder.stages: {stage} is not one of the earlier stages 0 to {last - 1}")
         if pool not in POOLS:
-            raise ValueError(f"encoder.pool={pool} is none of {', '.join(POOLS)}")
+            raise ValueError(f"encoder.pool={pool} is not one of {', '.join(POOLS)}")
         self.encoder = encoder
         self.mean, self.std, self.stride = encoder.mean, encoder.std, encoder.stride
         self.out_dim = encoder.out_dim + sum(dims[stage] for stage in self.stages)

@@ -66,7 +66,7 @@ class OpenClipEncoder(nn.Module):
         )
         if not isinstance(clip.visual, VisionTransformer):
             raise ValueError(
-                f"encoder.name={name} is no open_clip vision transformer; use encoder=timm with its timm name"
+                f"encoder.name={name} is not an open_clip vision transformer; use encoder=timm with its timm name"
             )
         self.visual: VisionTransformer = clip.visual
         depth = len(self.visual.transformer.resblocks)

@@ -113,7 +113,7 @@ class TimmEncoder(nn.Module):
 
     def _refuse_for_maps(self, **given: bool) -> None:
         for key in [key for key, set_ in given.items() if set_]:
-            raise ValueError(f"encoder.{key}: {self.name} is no plain transformer and has none; leave the key out")
+            raise ValueError(f"encoder.{key}: {self.name} is not a plain transformer and has none; leave the key out")
 
     def grid(self, image_size: int) -> tuple[int, int]:
         return grid_of(image_size, stride=self.stride, name=self.name, fixed=self.image_size, divides=self.divides)

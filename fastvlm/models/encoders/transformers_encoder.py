@@ -58,7 +58,9 @@ class TransformersEncoder(nn.Module):
         final = next((name for name in ("post_layernorm", "layernorm", "norm") if hasattr(hf, name)), None)
         sized = all(hasattr(hf.config, key) for key in ("hidden_size", "image_size", "patch_size"))
         if not isinstance(blocks, nn.ModuleList) or final is None or not sized:
-            raise ValueError(f"encoder: {self.name} is no plain vision transformer of transformers; use encoder=timm")
+            raise ValueError(
+                f"encoder: {self.name} is not a plain vision transformer of transformers; use encoder=timm"
+            )
         self.layer = layer_of(layer, len(blocks), name=self.name)
         keep = self.layer == len(blocks) - 1 if norm is None else norm
         del blocks[self.layer + 1 :]

@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
                 "pip install flash-attn, or choose llm.attention=sdpa or flex_attention"
             )
         if not isinstance(compile, bool) and compile not in COMPILE:
-            raise ValueError(f"llm.compile={compile} is none of true, false, {', '.join(COMPILE)}")
+            raise ValueError(f"llm.compile={compile} is not one of true, false, {', '.join(COMPILE)}")
         # The loss calls `head` on gathered positions, so nothing may follow it.
         for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
             if getattr(hf.config, key, None) not in (None, 1, 1.0):

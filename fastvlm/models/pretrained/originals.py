@@ -136,7 +136,7 @@ def projector(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def fast_vlm(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], *, tower: str):
     name, _, _ = tower.rpartition("_")
     if name not in MOBILECLIP:
-        raise ValueError(f"mm_vision_tower={tower} is none of {', '.join(MOBILECLIP)} with its size behind it")
+        raise ValueError(f"mm_vision_tower={tower} is not one of {', '.join(MOBILECLIP)} with its size behind it")
     prefix = "model.vision_tower.vision_tower.model."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     folded = "patch_embed.0.reparam_conv.weight" in own

@@ -54,7 +54,7 @@ class CrossModalAdapter(nn.Module):
     ):
         super().__init__()
         if attention not in FORMS:
-            raise ValueError(f"projector.attention={attention} is none of {', '.join(FORMS)}")
+            raise ValueError(f"projector.attention={attention} is not one of {', '.join(FORMS)}")
         if in_dim % heads:
             raise ValueError(f"projector.heads={heads} does not divide the resampler's width {in_dim}")
         for key, value, least in (("window", window, 1), ("stride", stride, 1), ("num_queries", num_queries, 0)):

@@ -21,7 +21,7 @@ class LinearProjector(nn.Sequential):
 
     def __init__(self, *, in_dim: int, out_dim: int, bias: bool = True, norm: str | None = None):
         if norm is not None and norm not in NORMS:
-            raise ValueError(f"projector.norm={norm} is none of null, {', '.join(NORMS)}")
+            raise ValueError(f"projector.norm={norm} is not one of null, {', '.join(NORMS)}")
         super().__init__(
             NORMS[norm](in_dim, eps=1e-6) if norm else nn.Identity(),
             nn.Linear(in_dim, out_dim, bias=bias),

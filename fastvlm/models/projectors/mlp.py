@@ -35,7 +35,7 @@ class MLPProjector(nn.Sequential):
         if depth < 1:
             raise ValueError(f"projector.depth={depth} must be at least 1")
         if activation not in ACTIVATIONS:
-            raise ValueError(f"projector.activation={activation} is none of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"projector.activation={activation} is not one of {', '.join(ACTIVATIONS)}")
         layers = [nn.Linear(in_dim, out_dim)]
         for _ in range(1, depth):
             layers += [ACTIVATIONS[activation](), nn.Linear(out_dim, out_dim)]

@@ -33,8 +33,8 @@ class AdaptivePoolResampler(nn.Module):
         self.num_tokens, self.out_dim = num_tokens, in_dim
         if not fits(num_tokens):
             raise ValueError(
-                f"resampler.num_tokens={num_tokens} is no rectangle of rows x columns with columns at most twice the "
-                f"rows; the nearest: {nearest(num_tokens, fits)}"
+                f"resampler.num_tokens={num_tokens} is not a rectangle of rows x columns with columns at most "
+                f"twice the rows; the nearest: {nearest(num_tokens, fits)}"
             )
         self.rows, self.columns = rectangle(num_tokens)
 

@@ -61,7 +61,7 @@ class TokenSelectResampler(nn.Module):
         if not 0 < coverage <= 1:
             raise ValueError(f"resampler.coverage={coverage} must be above 0 and at most 1")
         if gradient not in GRADIENTS:
-            raise ValueError(f"resampler.gradient={gradient} is none of {', '.join(GRADIENTS)}")
+            raise ValueError(f"resampler.gradient={gradient} is not one of {', '.join(GRADIENTS)}")
         if temperature <= 0:
             raise ValueError(f"resampler.temperature={temperature} must be above 0")
         self.num_tokens, self.min_tokens, self.out_dim = num_tokens, min_tokens, in_dim

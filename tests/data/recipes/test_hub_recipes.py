@@ -55,7 +55,7 @@ def test_a_copy_in_parquet_gives_the_records_of_the_originals_files(name, split,
     copy, dropped = convert(name, tmp_path / "copy", split, **own, **where)
     left_out = [r for r in files if name == "vqav2" and r.record["id"] == 25000]
     assert Counter(map(described, copy)) == Counter(described(r) for r in files if r not in left_out)
-    assert not set(dropped) - {"no answer", "correct_choice_idx is none of the choices"} and copy
+    assert not set(dropped) - {"no answer", "correct_choice_idx is not one of the choices"} and copy
 
 
 def test_a_row_of_several_questions_is_a_conversation_and_its_photograph_is_on_one_side(tmp_path):

@@ -191,7 +191,7 @@ def test_aokvqa_asks_for_the_answer_or_for_a_letter_and_keeps_both_references(tm
     line = "\nAnswer with the option's letter from the given choices directly."
     assert choice.record["messages"] == ask((letters + line, "D"))
     assert choice.record["meta"]["answers"] == ["D"] and len(choice.record["meta"]["direct_answers"]) == 10
-    assert dropped == {"correct_choice_idx is none of the choices": 1}
+    assert dropped == {"correct_choice_idx is not one of the choices": 1}
 
 
 def test_textvqa_keeps_recognised_text_and_says_it_only_where_asked(tmp_path):
