@@ -149,7 +149,7 @@ def test_a_checkpoint_that_lacks_tensors_or_has_other_shapes_is_refused_with_the
             lambda: from_config("dinov2", config=SIZE | {"mlp_ratio": 2}, layer=3, **HALF),
             "dinov2 has 3 layers: -3 to 2",
         ),
-        (lambda: from_config("convnext", config={}, **HALF), "no plain vision transformer .* use encoder=timm"),
+        (lambda: from_config("convnext", config={}, **HALF), "not a plain vision transformer .* use encoder=timm"),
     ],
 )
 def test_a_wrong_key_is_one_line_with_the_fix(build, message):

@@ -202,7 +202,7 @@ def test_libraries_come_back_from_results_csv_and_older_files_keep_their_form(tm
         (["report=llava_algn"], "did you mean llava_align"),
         (["report=llava_align", "from=cvs"], "from=cvs is not one of auto, runs, csv, mlflow"),
         (["cells=llava_align", "scale=big"], "scale=big is not one of micro, paper"),
-        (["cells"], "cells is none of"),
+        (["cells"], "cells is not one of"),
     ],
 )
 def test_an_argument_that_would_be_ignored_is_refused(studies, arguments, words):
