@@ -394,10 +394,10 @@ def main(words: list[str]) -> int:
         source, out = given.pop("source"), given.pop("out", None)
         done = prepare(source, out=out, **parse_arguments(load_recipe(source), given))
     except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"prepare.py: {describe_fault(error)}", file=sys.stderr)
+        print(f"error: {describe_fault(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare.py: stopped; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     total = sum(n for splits in done.get("counts", {}).values() for n in splits.values())
     state = "is complete already" if done["skipped"] else f"built in {done['seconds']} s"

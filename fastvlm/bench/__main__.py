@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastvlm.commands import run_command
+
 DEFAULTS = {
     "run": "",
     "levers": "",
@@ -88,8 +90,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(str(error) or repr(error), file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

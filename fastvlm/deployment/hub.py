@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastvlm.commands import run_command
 from fastvlm.tokens import OWN
 
 KEYS = ("run", "out", "form", "import", "check", "vision_tower")
@@ -197,8 +198,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fastvlm.commands import run_command
 from fastvlm.inference.dialogue import COMMANDS, Dialogue, check_options, compose_content, read_image
 from fastvlm.inference.partners import Local, Remote
 
@@ -101,10 +102,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(str(error) or repr(error), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main, mistakes=(FloatingPointError,))

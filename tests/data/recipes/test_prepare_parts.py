@@ -548,7 +548,7 @@ def test_a_disk_that_is_full_at_the_very_end_is_one_line(tokenizer, tmp_path, so
     told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
     settings = [f"source={source}", f"path={path}", f"out={tmp_path / 'out'}", "workers=1", *told]
     assert main(settings) == 2
-    line = "prepare.py: no space left on device while writing DONE.json: make room and run the same command again\n"
+    line = "error: no space left on device while writing DONE.json: make room and run the same command again\n"
     assert capsys.readouterr().err == line
     monkeypatch.undo()
     assert main(settings) == 0
