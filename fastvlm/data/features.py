@@ -5,7 +5,8 @@ encoder weights and configuration, image size and transform, precision, code and
 SHA-256 of the encoded image file as it was read, so stale entries are never found. A store holds
 
     store.json             what the key was made of, for people
-    <hash>.safetensors     chunks: features (V, N, D), keys uint8 (n, 32), views int32 (n): image i has views[i] rows
+    <hash>.safetensors     chunks: features (V, N, D), keys uint8 (n, 32), views int32 (n): image i has views[i] rows;
+                           sums int64 (n): CRC-32 of each image's features
     plans/<hash>.json      chunks that hold every image of a plan, so that it is not read again to find out
 
 Chunks appear by rename and never change, so readers need no lock, ranks write in parallel and network disks work. LMDB
@@ -29,6 +30,7 @@ import shutil
 import struct
 import sys
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,7 +46,7 @@ from fastvlm.data.encoded import EncodedImage
 from fastvlm.data.shard_cache import cache_folder
 from fastvlm.files import replacing, write_whole
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 128 << 20  # a killed writer loses at most this much,
 CHUNK_SECONDS = 60  # or this many seconds of work
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -86,6 +88,7 @@ class FeatureStore:
         self._chunk = np.empty(0, np.int32)
         self._start = np.empty(0, np.int64)  # bytes into the chunk's file
         self._views = np.empty(0, np.int32)
+        self._sums = np.empty(0, np.int64)
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
@@ -95,28 +98,30 @@ class FeatureStore:
         """Read the keys of new chunks. A file that is not a complete chunk of this store is deleted."""
         known = set(self._chunks)
         found = sorted(set(self.folder.glob("*.safetensors")) - known)
-        keys, chunk, start, views = [self._keys], [self._chunk], [self._start], [self._views]
+        keys, chunk, start, views, sums = [self._keys], [self._chunk], [self._start], [self._views], [self._sums]
         for path in found:
             try:
-                offset, chunk_keys, chunk_views = self._open(path)
+                offset, chunk_keys, chunk_views, chunk_sums = self._open(path)
             except (OSError, ValueError, LookupError, TypeError, struct.error):
                 path.unlink(missing_ok=True)
                 continue
             before = np.cumsum(chunk_views, dtype=np.int64) - chunk_views
             keys.append(chunk_keys)
             views.append(chunk_views)
+            sums.append(chunk_sums)
             chunk.append(np.full(len(chunk_keys), len(self._chunks), np.int32))
             start.append(offset + before * self.view_bytes)
             self._chunks.append(path)
-        self._keys, self._chunk, self._start, self._views = map(np.concatenate, (keys, chunk, start, views))
+        self._keys, self._chunk, self._start = map(np.concatenate, (keys, chunk, start))
+        self._views, self._sums = map(np.concatenate, (views, sums))
         prefix = prefixes(self._keys)
         order = np.argsort(prefix, kind="stable")
         self._prefix = prefix[order]
         self._keys, self._chunk = self._keys[order], self._chunk[order]
-        self._start, self._views = self._start[order], self._views[order]
+        self._start, self._views, self._sums = self._start[order], self._views[order], self._sums[order]
 
-    def _open(self, path: Path) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return the offset of a chunk's features, its keys and its view counts.
+    def _open(self, path: Path) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Return the offset of a chunk's features, its keys, view counts and checksums.
 
         Raises:
             OSError, ValueError, LookupError, TypeError: not a complete chunk of this store.
@@ -127,18 +132,18 @@ class FeatureStore:
                 raise ValueError(f"{path}: a header of {length} bytes")
             header = json.loads(file.read(length))
             base, arrays = 8 + length, {}
-            for name, dtype in (("keys", np.uint8), ("views", np.int32)):
+            for name, dtype in (("keys", np.uint8), ("views", np.int32), ("sums", np.int64)):
                 begin, end = header[name]["data_offsets"]
                 file.seek(base + begin)
                 arrays[name] = np.frombuffer(file.read(end - begin), dtype).reshape(header[name]["shape"])
         features = header["features"]
-        whole = base + max(header[name]["data_offsets"][1] for name in ("features", "keys", "views"))
+        whole = base + max(header[name]["data_offsets"][1] for name in ("features", *arrays))
         expected = [int(arrays["views"].sum()), *self.shape]
         if features["shape"] != expected or DTYPES[features["dtype"]] != self.dtype:
             raise ValueError(f"{path}: {features['dtype']} {features['shape']}, not {self.dtype} {expected}")
-        if path.stat().st_size != whole or len(arrays["keys"]) != len(arrays["views"]):
+        if path.stat().st_size != whole or len({len(array) for array in arrays.values()}) > 1:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, its header says {whole}")
-        return base + features["data_offsets"][0], arrays["keys"], arrays["views"]
+        return base + features["data_offsets"][0], arrays["keys"], arrays["views"], arrays["sums"]
 
     def keys(self) -> set[bytes]:
         """Return the keys of all images in the store."""
@@ -175,7 +180,7 @@ class FeatureStore:
 
         Raises:
             KeyError: the image is not in the store.
-            OSError: its chunk cannot be read.
+            OSError: its chunk cannot be read, or is damaged and has been deleted.
         """
         at = self._find(key)
         if at is None:
@@ -187,8 +192,10 @@ class FeatureStore:
         # preadv, not a memory map: a disk error then raises an exception instead of killing the process.
         view = memoryview(out.view(torch.uint8).numpy()).cast("B")
         read = os.preadv(self._descriptor(int(self._chunk[at])), [view], int(self._start[at]))
-        if read != len(view):
-            raise OSError(f"{self._chunks[self._chunk[at]]} ends early; delete it, the same command writes it again")
+        if read != len(view) or zlib.crc32(view) != self._sums[at]:
+            chunk = self._chunks[self._chunk[at]]
+            chunk.unlink(missing_ok=True)
+            raise OSError(f"{chunk} was damaged and is deleted")
         return out
 
     def _descriptor(self, chunk: int) -> int:
@@ -287,6 +294,8 @@ class FeatureWriter:
             "keys": torch.from_numpy(keys.copy()),
             "views": torch.tensor(self._views, dtype=torch.int32),
         }
+        images = tensors["features"].split(self._views)
+        tensors["sums"] = torch.tensor([zlib.crc32(image.view(torch.uint8).numpy()) for image in images])
         try:
             with replacing(self.store.folder / f"{name}.safetensors") as part:
                 save_file(tensors, part)

@@ -224,6 +224,27 @@ def test_features_that_were_lost_stop_the_run_and_come_back_with_the_same_comman
     assert run_fill(make_store(tmp_path), plan)["written"] == len(planned_keys(plan))
 
 
+@pytest.mark.parametrize("damage", ["one bit", "the end"])
+def test_features_that_were_damaged_are_never_used_and_come_back_with_the_same_command(
+    damage, tmp_path, sources, tokenizer
+):
+    plan = make_plan({"chat": sources["chat"]}, tokenizer)
+    store = make_store(tmp_path)
+    run_fill(store, plan)
+    (chunk,) = store.folder.glob("*.safetensors")
+    whole, opened = chunk.read_bytes(), make_store(tmp_path)
+    opened.refresh()
+    at = whole.index(opened.read(next(iter(opened.keys()))).numpy().tobytes())
+    changed = bytearray(whole)
+    changed[at + 5] ^= 1
+    chunk.write_bytes(changed if damage == "one bit" else whole[: at + 5])
+    dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=SIZE, features=opened)
+    with pytest.raises(RuntimeError, match="has lost features .* was damaged and is deleted"):
+        [dataset[i] for i in range(len(dataset))]
+    assert run_fill(make_store(tmp_path), plan)["written"] == len(planned_keys(plan))
+    assert chunk.read_bytes() == whole
+
+
 def test_too_full_a_disk_is_refused_before_the_first_byte(tmp_path, sources, tokenizer, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5000))
