@@ -213,15 +213,17 @@ class ProcessLauncher(Launcher):
 
 
 def in_turns(jobs: list[tuple[int, list[str]]], *, at_once: int) -> list[tuple[int, list[str]]]:
-    """Order a study's cells by groups of `at_once` seeds, and by arm within each group.
+    """Order a study's cells by groups of at least `at_once` seeds, and by arm within each group.
 
-    Paired arms then run close together, so that a slow hour of the machine affects all of them, and parallel cells do
-    not wait for each other's stages.
+    Paired arms then run close together, so that a slow hour of the machine affects all of them. Parallel cells have
+    different seeds, so they do not wait for each other's stages; a smaller last group would have cells of one seed side
+    by side, so the last seeds join the group before.
     """
     from fastvlm.study.arms import value_of
 
     seeds = list(dict.fromkeys(value_of(overrides, "seed") for _, overrides in jobs))
-    return sorted(jobs, key=lambda job: (seeds.index(value_of(job[1], "seed")) // at_once, job[0]))
+    last = max(1, len(seeds) // at_once) - 1
+    return sorted(jobs, key=lambda job: (min(seeds.index(value_of(job[1], "seed")) // at_once, last), job[0]))
 
 
 def visible_gpus() -> list[str]:

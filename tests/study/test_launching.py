@@ -62,7 +62,7 @@ def test_each_cell_has_gpus_of_its_own(monkeypatch):
 def test_arms_of_a_seed_run_close_together_and_seeds_side_by_side():
     grid = [[f"arm={arm}", f"seed={seed}"] for arm in "ab" for seed in range(5)]
     turns = in_turns(list(enumerate(grid, start=3)), at_once=2)
-    assert [job[0][-1] + job[1][-1] for _, job in turns] == ["a0", "a1", "b0", "b1", "a2", "a3", "b2", "b3", "a4", "b4"]
+    assert [job[0][-1] + job[1][-1] for _, job in turns] == ["a0", "a1", "b0", "b1", "a2", "a3", "a4", "b2", "b3", "b4"]
     assert all(grid[index - 3] == job for index, job in turns)
     lone = list(enumerate([["arm=b"], ["arm=a"]]))
     assert in_turns(lone, at_once=4) == lone
