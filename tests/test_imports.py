@@ -19,7 +19,7 @@ MAY = {
     "models": {"tokens", "batch"},
     "data": {"tokens", "batch", "files"},
     "stages": {"models", "batch", "tokens"},
-    "foundation": set(),
+    "foundation": {"identity"},
     "callbacks": {"models", "batch", "tokens", "foundation", "files"},
     "inference": {"models", "data", "batch", "tokens", "build", "files", "commands"},
     "identity": {"files"},
