@@ -113,6 +113,13 @@ class Hardware:
         if self.threads == "auto":
             self.threads = max(1, int(os.environ.get("OMP_NUM_THREADS", cores)) // (1 if on_gpu else self.devices))
 
+    def decides(self) -> dict[str, str | None]:
+        """Return what of the hardware decides a result's numbers: kind of device, precision, quantisation."""
+        import torch
+
+        kind = torch.cuda.get_device_name() if self.accelerator == "gpu" else self.accelerator
+        return {"accelerator": kind, "precision": self.precision, "quantise": self.quantise}
+
     @property
     def num_ranks(self) -> int:
         return int(self.devices) * int(self.num_nodes)

@@ -152,10 +152,14 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def finished(run_dir: Path, resolved: dict) -> dict | None:
-    """Return a run directory's results if they are of exactly this configuration, code and libraries; else None."""
+def finished(run_dir: Path, resolved: dict, *, ran: dict) -> dict | None:
+    """Return a run directory's results if they are of exactly this configuration, code, libraries and hardware.
+
+    Args:
+        ran: what of the hardware decides numbers (`Hardware.decides`).
+    """
     results = read_results(run_dir)
-    return results if results is not None and _same(results, resolved) else None
+    return results if results is not None and _same(results, resolved, ran) else None
 
 
 def read_results(run_dir: Path) -> dict | None:
@@ -165,9 +169,10 @@ def read_results(run_dir: Path) -> dict | None:
         return None
 
 
-def _same(results: dict, resolved: dict) -> bool:
+def _same(results: dict, resolved: dict, ran: dict) -> bool:
     made = results.get("made", {})
-    if made.get("libraries") != libraries():
+    hardware = made.get("hardware", {})
+    if made.get("libraries") != libraries() or any(hardware.get(key) != value for key, value in ran.items()):
         return False
     return made.get("config") == hash_of(identity(resolved)) and made.get("code") == code_hash(SCORING)
 
@@ -179,13 +184,13 @@ def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
     write_whole(note, os.path.relpath(run_dir, runs))
 
 
-def elsewhere(runs: Path, resolved: dict) -> Path | None:
-    """Return the recorded run directory with results of this configuration and code, if there is one."""
+def elsewhere(runs: Path, resolved: dict, *, ran: dict) -> Path | None:
+    """Return the recorded run directory with results that `finished` accepts, if there is one."""
     try:
         run_dir = runs / _note(runs, resolved).read_text()
     except OSError:
         return None
-    return run_dir if finished(run_dir, resolved) is not None else None
+    return run_dir if finished(run_dir, resolved, ran=ran) is not None else None
 
 
 def _note(runs: Path, resolved: dict) -> Path:

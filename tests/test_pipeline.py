@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -378,6 +379,40 @@ def test_lora_and_last_layers_hand_on_plain_weights(cli, tmp_path):
 def test_the_contrastive_stage_trains_an_encoder(cli, tmp_path):
     cli("train.py", *TINY, "pipeline=contrastive", "stages.contrastive.steps=3", "stages.contrastive.batch_size=8")
     assert set(handoffs(tmp_path / "runs")["contrastive"]["components"]) == {"encoder", "llm"}
+
+
+def test_the_contrastive_stage_refuses_micro_batches_which_would_change_what_is_compared(cli):
+    sizes = ["stages.contrastive.batch_size=8", "hardware.rows_per_device=4"]
+    done = cli("train.py", *TINY, "pipeline=contrastive", *sizes, check=False)
+    assert done.returncode == 2 and "cuts a step into 2 micro-batches; set hardware.rows" in done.stderr
+
+
+def test_a_stage_is_validated_after_its_last_step_and_keeps_no_checkpoint_of_it(cli, tmp_path):
+    lengths = ["stages.align.steps=5", "stages.align.validate_every=2", "log_every=1", "checkpoint_every=5"]
+    cli("train.py", *TINY, "pipeline=align", *lengths)
+    (file,) = (tmp_path / "runs" / "stages").glob("align-*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4, 5]
+
+
+def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_goes_on(cli, cli_place, tmp_path):
+    lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
+    dying = (
+        "import runpy, sys\n"
+        "from fastvlm.callbacks.handoff import StageHandoff\n"
+        "def die(*_): raise SystemExit(9)\n"
+        "StageHandoff.on_train_end = StageHandoff.on_fit_end = StageHandoff.on_validation_end = die\n"
+        f"sys.argv = [{str(ROOT / 'train.py')!r}, *{[*TINY, 'pipeline=align', *lengths]!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", dying], capture_output=True, **cli_place())
+    (folder,) = (tmp_path / "runs" / "stages").glob("align-*")
+    assert [path.name for path in folder.glob("*.ckpt")] == ["step=2.ckpt"] and not (folder / "handoff").exists()
+    done = cli("train.py", *TINY, "pipeline=align", *lengths)
+    assert "going on from step=2.ckpt" in done.stdout
+    metrics = json.loads((folder / "handoff" / "manifest.json").read_text())["metrics"]
+    assert "val/loss" in metrics and metrics["cost/seconds"] > 0 and metrics["cost/step_ms"] > 0
+    assert json.loads((folder / "freezing.json").read_text())["rows"]
 
 
 def test_a_sweep_gives_each_cell_its_process_and_outlives_a_failing_cell(cli, tmp_path):

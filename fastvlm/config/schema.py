@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+OBJECTIVE = "test/exact_match/mean"  # a metric of the embedded tasks
+
 
 @dataclass
 class Lora:
@@ -123,7 +125,7 @@ class TrainConfig:
     study: Any = None  # an experiment's arms at each scale; see experiments/README.md
     arm: str | None = None  # of the study
     scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's own sizes, data and steps)
-    objective: list[str] = field(default_factory=lambda: ["test/exact_match/mean"])  # metrics a sweeper optimises
+    objective: list[str] = field(default_factory=lambda: [OBJECTIVE])  # metrics a sweeper optimises
     dry_run: bool = False  # check parts (without weights), sources and sizes; read no data, train nothing
     max_steps: int | None = None  # upper bound on every stage's steps, to test whether everything works
     overwrite: bool = False  # replace a run directory of another configuration instead of refusing it

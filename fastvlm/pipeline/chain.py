@@ -123,8 +123,7 @@ class Pipeline:
     def made(self) -> dict:
         """Return code, configuration, hardware and libraries of the results; they identify a study's finished cell."""
         hw = self.hardware
-        kind = torch.cuda.get_device_name() if hw.accelerator == "gpu" else hw.accelerator
-        ran = {"ranks": hw.num_ranks, "accelerator": kind, "precision": hw.precision, "threads": hw.threads}
+        ran = {"ranks": hw.num_ranks, "threads": hw.threads, **hw.decides()}
         return {
             "commit": commit(),
             "code": code_hash(SCORING),

@@ -22,14 +22,15 @@ ON_CHANGE = (
 
 
 def check_run_dir(run_dir: Path, *, resolved: dict) -> None:
-    """Refuse a run directory that holds another configuration.
+    """Refuse a run directory that holds another configuration; a study's cell may replace an older one of its arm.
 
     Raises:
         ValueError: it does; names the first keys that differ.
     """
     path = run_dir / "config.yaml"
     if path.exists() and not resolved["overwrite"]:
-        differ = differences_that_count(OmegaConf.to_container(load_yaml(path)), resolved)
+        theirs = OmegaConf.to_container(load_yaml(path))
+        differ = [] if same_cell(theirs, resolved) else differences_that_count(theirs, resolved)
         if differ:
             more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
             remedy = "choose name=<another> or overwrite=true"
@@ -44,11 +45,19 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     # From here on, the content of the run directory belongs to this command.
     (run_dir / "lineage.json").unlink(missing_ok=True)
-    if resolved["overwrite"]:  # the old results belong to the replaced configuration
+    before = OmegaConf.to_container(load_yaml(path)) if path.exists() and not resolved["overwrite"] else resolved
+    if resolved["overwrite"] or differences_that_count(before, resolved):  # the old results have another configuration
         for name in ("results.json", "report.html"):
             (run_dir / name).unlink(missing_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))
     point(runs / "latest", at=run_dir)
+
+
+def same_cell(theirs: dict, ours: dict) -> bool:
+    """Return whether both are the same cell of a study, which runs again when its arm has changed."""
+    keys = ("scale", "arm", "seed", "name")
+    cell = lambda config: [(config.get("study") or {}).get("name"), *(config.get(key) for key in keys)]
+    return bool(ours.get("study")) and cell(theirs) == cell(ours)
 
 
 def differences_that_count(theirs: dict, ours: dict) -> list[str]:

@@ -12,7 +12,7 @@ from fastvlm.callbacks.handoff import read_manifest
 from fastvlm.data.kept_plan import write_plan
 from fastvlm.data.replan import Seen, changes, read_description, seen_before
 from fastvlm.hardware import is_first_rank
-from fastvlm.identity import code_hash, hash_of
+from fastvlm.identity import code_hash, hash_of, libraries
 from fastvlm.pipeline.messages import say
 from fastvlm.pipeline.ranks import agree
 from fastvlm.pipeline.run_folder import ON_CHANGE, point
@@ -88,6 +88,8 @@ class StageRun:
             "seed": self.seed,
             "code": code_hash(),
         }
+        if run.config.study:  # whose cells must not mix weights of two versions or devices
+            identity["made_with"] = [libraries(), run.hardware.decides()["accelerator"]]
         if self.data.plan.num_images and build_transform(self.config).augment:
             identity["augment"] = {source.name: source.augment for source in self.data.plan.sources}
         return identity

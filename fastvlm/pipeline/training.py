@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -152,7 +152,7 @@ class Training:
 
     def build_callbacks(self) -> list[L.Callback]:
         """Return the callbacks in calling order: freezing comes first, because the others read what learns."""
-        checkpoints = ModelCheckpoint(
+        checkpoints = Checkpoints(
             dirpath=self.folder,
             filename="{step}",
             every_n_train_steps=self.pipeline.config.checkpoint_every,
@@ -175,6 +175,7 @@ class Training:
             checkpoints,
             StageHandoff(self.folder / "handoff", manifest=self.manifest(), finish=self.finish),
             self.clock,
+            LastValidation(),
         ]
 
     def cached_features(self) -> CachedFeatures:
@@ -255,6 +256,22 @@ class Training:
             return {}
         model.to(self.hardware.device).eval()
         return {k: float(v) for k, v in task.score_text(model, self.pipeline.tokenizer).items()}
+
+
+class Checkpoints(ModelCheckpoint):
+    """Writes none after the last step: a run resumed there would have no last validation, no proof and no costs."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, *rest)
+
+
+class LastValidation(L.Callback):
+    """Validates after the last step even if `validate_every` does not divide the steps, as Lightning does not."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step >= trainer.max_steps:
+            trainer.should_stop = True  # before it stops, Lightning validates
 
 
 def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) -> StageFreezing:

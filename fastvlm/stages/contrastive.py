@@ -34,6 +34,12 @@ class ContrastiveStage(Stage):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         from open_clip.loss import ClipLoss
 
+        if self._trainer is not None and (micro := self.trainer.accumulate_grad_batches) > 1:
+            raise ValueError(
+                f"stage {self.name} compares all images and captions of a step with each other, but the hardware cuts "
+                f"a step into {micro} micro-batches; set hardware.rows_per_device=null hardware.accumulate=1, or lower "
+                f"stages.{self.name}.batch_size"
+            )
         rows = len(batch.input_ids)
         slots = (batch.input_ids == self.model.image_token_id).any(1)
         if batch.num_images != rows or int(batch.segment_ids.max()) > 1 or not bool(slots.all()):

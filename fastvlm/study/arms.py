@@ -238,11 +238,12 @@ def with_arms_of_scale(arguments: list[str], name: str) -> list[str]:
 
 # Keys that do not make another cell: those that name it, and those that say where and how it runs.
 SILENT = ("experiment", "arm", "scale", "seed", "hardware", "logger", "overwrite", "name", "dry_run", "num_samples")
-SILENT += ("speed_images", "log_every", "checkpoint_every", "paths", "hydra", "objective")
+SILENT += ("speed_images", "log_every", "checkpoint_every", "paths", "hydra", "objective", "data")
 
 
 def is_silent(override: str) -> bool:
-    return key_of(override).split(".")[0].split("/")[0] in SILENT
+    key = key_of(override)
+    return key.split(".")[0].split("/")[0] in SILENT and key not in ("hardware.precision", "hardware.quantise")
 
 
 def cell_name(study: str, scale: str, arm: str, seed: str | int, extra: list[str] = ()) -> str:

@@ -9,27 +9,29 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fastvlm.config.schema import OBJECTIVE
 from fastvlm.identity import elsewhere, finished
 from fastvlm.study.recorded import CELL, NOTE, record_finished
 
 
 def finished_cell(config: DictConfig) -> dict | None:
-    """Return the results of this cell if it is done with the same configuration and code, else None.
+    """Return the results of this cell if it is done with the same configuration, code and kind of hardware, else None.
 
     Always None outside a sweep or study, where a run evaluates again, and with `overwrite=true`.
     """
     in_sweep = config.study is not None or CELL in os.environ
     if not in_sweep or config.overwrite:
         return None
-    if config.get("vlm"):  # the keys that a pretrained model fills in are part of the configuration
-        from fastvlm.build import settle_views
+    from fastvlm.build import instantiate, settle_views
 
+    if config.get("vlm"):  # the keys that a pretrained model fills in are part of the configuration
         settle_views(config)
     runs = Path(config.paths.runs).resolve()
     run_dir = runs / config.name
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    results = finished(run_dir, resolved)
-    if results is None and (other := elsewhere(runs, resolved)) is not None:
+    ran: dict = instantiate(config.hardware, key="hardware").decides()
+    results = finished(run_dir, resolved, ran=ran)
+    if results is None and (other := elsewhere(runs, resolved, ran=ran)) is not None:
         # The same cell under another study's name, most often a baseline: reuse its results.
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         if not run_dir.exists():
@@ -37,7 +39,7 @@ def finished_cell(config: DictConfig) -> dict | None:
         else:
             for name in ("results.json", "config.yaml", "lineage.json"):
                 shutil.copyfile(other / name, run_dir / name)
-        results = finished(run_dir, resolved)
+        results = finished(run_dir, resolved, ran=ran)
         run_dir = other
     if results is not None:
         print(f"{config.name}: done before ({run_dir})", flush=True)
@@ -49,11 +51,13 @@ def finished_cell(config: DictConfig) -> dict | None:
 def objective(results: dict, *, names: list[str]) -> float | list[float] | None:
     """Return the named metric for the sweeper, or a list of several; None for a run without metrics.
 
+    The default metric is that of the embedded tasks; for a task without it, such as a public benchmark, None too.
+
     Raises:
         ValueError: the run has metrics, but not this one.
     """
     metrics = results["metrics"]
-    if not metrics:
+    if not metrics or (names == [OBJECTIVE] and OBJECTIVE not in metrics):
         return None
     for name in names:
         if name not in metrics:

@@ -171,9 +171,13 @@ class OptunaSweeper(Sweeper):
         """Report a cell's result to the search.
 
         Raises:
-            ValueError: `objective` and `directions` differ in number, or more than `n_trials` trials have failed.
+            ValueError: `objective` and `directions` differ in number, a trial that ended has no such metric, or more
+                than `n_trials` trials have failed.
         """
-        if cell.status is not JobStatus.COMPLETED or cell.return_value is None:
+        if cell.status is JobStatus.COMPLETED and cell.return_value is None:
+            names = ", ".join(self.config.get("objective", ["objective"]))
+            raise ValueError(f"objective=[{names}]: the task yields no such metric; name one of its own")
+        if cell.status is not JobStatus.COMPLETED:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             states = [t.state for t in study.get_trials(deepcopy=False)]
             if states.count(optuna.trial.TrialState.FAIL) > self.n_trials:

@@ -50,7 +50,8 @@ def test_two_overrides_of_one_key_are_known_as_such(override, key):
 
 def test_what_changes_nothing_learned_changes_no_cells_name():
     plain = expand(["experiment=llava_align", "arm=skip", "seed=1"])
-    silent = expand(["experiment=llava_align", "arm=skip", "seed=1", "logger=none", "hardware.num_workers=1"])
+    silent = ["logger=none", "hardware.num_workers=1", "data.on_change=replan"]
+    silent = expand(["experiment=llava_align", "arm=skip", "seed=1", *silent])
     name = f"name={cell_name('llava_align', 'micro', 'skip', 1)}"
     assert name in plain and name in silent
 
