@@ -16,6 +16,7 @@ def evaluate(config, *, names=()):
     from fastvlm.callbacks.handoff import write_json
     from fastvlm.evaluation.progress import Progress
     from fastvlm.evaluation.ranks import find_ranks, start_ranks
+    from fastvlm.evaluation.short_answers import ShortAnswers
 
     hardware = instantiate(config.hardware, key="hardware")
     hardware.apply()
@@ -23,6 +24,12 @@ def evaluate(config, *, names=()):
     for each in configs.values():
         ensure_embedded(each)
     tasks = {name: build_task(each.task) for name, each in configs.items()}
+    alike = [name for name, task in tasks.items() if isinstance(task, ShortAnswers)]
+    if len(alike) > 1:
+        raise ValueError(
+            f"task=[{','.join(tasks)}]: {' and '.join(alike)} write the same metrics and files; evaluate them one by "
+            "one, each with its own out=<folder>"
+        )
     out = Path(config.out or Path(config.checkpoint) / "eval")
     ranks = find_ranks(hardware.num_ranks)
     split = [task for task in tasks.values() if hasattr(task, "predict")] if not config.predictions else []
@@ -63,8 +70,7 @@ def evaluate(config, *, names=()):
     for name, result in results.items():
         result["predictions"] = result.pop("examples", [])  # all of them are in predictions/
         print(tasks[name].render(result))
-        if "task" in result:
-            write_json(out / f"{name}.json", result)
+        write_json(out / f"{name}.json", result)
     [only] = results.values() if len(results) == 1 else [None]
     metrics = {key: value for result in results.values() for key, value in result["metrics"].items()}
     write_json(out / "results.json", only or {"metrics": metrics, "tasks": list(results)})

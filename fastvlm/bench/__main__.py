@@ -46,6 +46,8 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     options["reference"] = options["reference"].lower()
     if options["reference"] not in ("true", "false"):
         raise ValueError(f"reference={options['reference']} must be true or false")
+    if options["out"] and Path(options["out"]).is_dir():
+        raise ValueError(f"out={options['out']} is a folder; name a file, such as {options['out']}/speed.json")
     if options["out"] and not Path(options["out"]).absolute().parent.is_dir():
         raise ValueError(f"out={options['out']}: there is no folder {Path(options['out']).parent}; make it first")
     return options

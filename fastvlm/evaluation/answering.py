@@ -34,11 +34,7 @@ class Asked:
     images: list[bytes] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     thumbnail: str = ""  # a data URL
-
-    @property
-    def digest(self) -> str:
-        """An id of the images, for data sets that have none."""
-        return "+".join(digest[:16] for digest in self.digests)
+    image_id: str = ""  # of the sample's images, shown or not, for data sets that name none; "" without images
 
     @property
     def text(self) -> str:
@@ -85,6 +81,7 @@ def read_window(
                     record=source.edit(raw.record),
                     images=images,
                     digests=[hashlib.sha256(image).hexdigest() for image in images],
+                    image_id="+".join(hashlib.sha256(image).hexdigest()[:16] for image in raw.images),
                     thumbnail=make_thumbnail(raw.images[0]) if row in shown and raw.images else "",
                 )
             )

@@ -299,7 +299,7 @@ class Benchmark:
         return {
             "key": question.key,
             "question_id": meta.pop("question_id", question.record.get("id")),
-            "image_id": meta.pop("image_id", question.digest),
+            "image_id": meta.pop("image_id", question.image_id or question.key),
             "type": str(meta.pop("type", "") or ""),
             "question": text,
             "answers": [str(answer) for answer in answers],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
 import re
@@ -111,6 +112,9 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
     except OSError as error:
         raise ValueError(f"predictions={path}: {error.strerror or error}") from None
     listed = text.lstrip()[:1] == "["
+    with contextlib.suppress(ValueError, RecursionError):  # an object over several lines; JSON lines fail here
+        if not listed and isinstance(whole := json.loads(text), dict):
+            text = json.dumps(whole)
     try:
         # (location for error messages, row)
         rows = [(f"row {i}", row) for i, row in enumerate(json.loads(text), 1)] if listed else []

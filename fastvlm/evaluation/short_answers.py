@@ -265,7 +265,10 @@ def _answer_all(
     engine: Engine, prompts: Sequence[dict], visual: Sequence[Sequence[Tensor]], *, batch_size: int, max_new_tokens: int
 ) -> list[tuple[str, int]]:
     """Return text and token count of the greedy answer to every prompt; batches prompts of similar length."""
-    lengths = [len(engine.encode_prompt(p, slots=[len(image) for image in v])) for p, v in zip(prompts, visual)]
+    lengths = [
+        len(engine.encode_prompt(prompt, slots=[len(image) for image in images], max_new_tokens=max_new_tokens))
+        for prompt, images in zip(prompts, visual)
+    ]
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
     answers: list[tuple[str, int]] = [("", 0)] * len(prompts)
     for start in range(0, len(prompts), batch_size):

@@ -48,11 +48,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     app = FastAPI(title="fastvlm", lifespan=lifespan, docs_url=None, redoc_url=None, responses=None)
     app.state.scheduler = service.scheduler
-    if settings.origins:
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, refusals=service.refusals)
+    app.add_middleware(RequestLimit, max_requests=settings.max_requests, refusals=service.refusals)
+    if settings.origins:  # added last, so outermost: refusals of the two above carry its headers, too
         origins = [origin.strip() for origin in settings.origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestLimit, max_requests=settings.max_requests)
     add_errors(app, service)
     add_api(app, service)
     add_page(app)

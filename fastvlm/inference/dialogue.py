@@ -36,10 +36,11 @@ NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "seed": (int, -(2**62), 2**62, "from -2**62 to 2**62"),
 }
 SUFFIXES = "png|jpe?g|webp|gif|bmp|tiff?"
-# The path or URL of an image inside a sentence, bare (spaces escaped) or in quotes.
+# The path or URL of an image inside a sentence, bare (spaces escaped) or in quotes; a URL may have a query.
 MENTION = re.compile(
-    rf"""(?P<quote>['"])(?P<quoted>[^'"\n]+?\.(?:{SUFFIXES}))(?P=quote)
-    | (?P<bare>(?:\\\ |[^\s'"<>])+\.(?:{SUFFIXES}))(?=$|[\s,;:!?)\]]|\.(?:\s|$))""",
+    rf"""(?P<quote>['"])(?P<quoted>[^'"\n]+?\.(?:{SUFFIXES})(?:\?[^'"\s]+)?)(?P=quote)
+    | (?P<bare>(?:\\\ |[^\s'"<>])+\.(?:{SUFFIXES})(?:\?[^\s'"<>]*[\w=&%/+-])?)
+      (?=$|[\s,;:!)\]]|\?(?![\w=&%/+-])|\.(?:\s|$))""",
     re.IGNORECASE | re.VERBOSE,
 )
 MAX_BYTES = 64 << 20  # of an image fetched from a URL

@@ -81,17 +81,18 @@ def cost(generation: Generation, job: Any) -> dict:
 
 class BodyLimit:
     """Middleware that refuses bodies of more than `max_bytes`, by their Content-Length or, if that is missing or wrong,
-    by counting, and bodies that take longer than `seconds` to arrive."""
+    by counting, and bodies that take longer than `seconds` to arrive. `refusals` counts them by status."""
 
-    def __init__(self, app: Any, *, max_bytes: int, seconds: float = 60.0):
+    def __init__(self, app: Any, *, max_bytes: int, seconds: float = 60.0, refusals: dict[int, int] | None = None):
         self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
+        self.refusals = {} if refusals is None else refusals
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
-            return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+            return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes", self.refusals)
         chunks, size, more = [], 0, scope["method"] in ("POST", "PUT", "PATCH")
         try:
             async with asyncio.timeout(self.seconds):
@@ -102,9 +103,9 @@ class BodyLimit:
                     chunks.append(message.get("body", b""))
                     size, more = size + len(chunks[-1]), message.get("more_body", False)
                     if size > self.max_bytes:
-                        return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes")
+                        return await refuse(send, 413, f"a request of more than {self.max_bytes} bytes", self.refusals)
         except TimeoutError:
-            return await refuse(send, 408, f"the request did not come within {self.seconds:g} s")
+            return await refuse(send, 408, f"the request did not come within {self.seconds:g} s", self.refusals)
         body = b"".join(chunks)
         given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -115,17 +116,20 @@ class BodyLimit:
 
 
 class RequestLimit:
-    """Middleware that refuses requests beyond `max_requests` at once; idle connections do not count."""
+    """Middleware that refuses requests beyond `max_requests` at once; idle connections do not count. `refusals` counts
+    them by status."""
 
-    def __init__(self, app: Any, *, max_requests: int):
+    def __init__(self, app: Any, *, max_requests: int, refusals: dict[int, int] | None = None):
         self.app, self.max_requests, self.num_requests = app, max_requests, 0
+        self.refusals = {} if refusals is None else refusals
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if self.num_requests >= self.max_requests:
             message = f"the server has {self.max_requests} requests at once; try again soon"
-            return await refuse(send, 503, message, kind="server_error", headers=[(b"retry-after", b"1")])
+            again = [(b"retry-after", b"1")]
+            return await refuse(send, 503, message, self.refusals, kind="server_error", headers=again)
         self.num_requests += 1
         try:
             return await self.app(scope, receive, send)
@@ -134,9 +138,16 @@ class RequestLimit:
 
 
 async def refuse(
-    send: Any, status: int, message: str, *, kind: str = "invalid_request_error", headers: Sequence = ()
+    send: Any,
+    status: int,
+    message: str,
+    refusals: dict[int, int],
+    *,
+    kind: str = "invalid_request_error",
+    headers: Sequence = (),
 ) -> None:
     """Send an error reply in place of the application, and close the connection, as its body may not have been read."""
+    refusals[status] = refusals.get(status, 0) + 1
     body = json.dumps(error_body(message, kind=kind)).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -85,6 +85,8 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
         least = 0 if key in MAY_BE_ZERO else 1
         if kind in (int, float) and values[key] < least:
             raise ValueError(f"{argument}: {key} must be at least {least}")
+        if key == "port" and values[key] > 65535:
+            raise ValueError(f"{argument}: port must be at most 65535")
     if not values.get("run"):
         raise ValueError("run=DIR names the run to serve, e.g. run=runs/latest; see --help")
     return Settings(**values)

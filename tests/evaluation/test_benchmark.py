@@ -176,6 +176,23 @@ def test_the_files_hold_every_question_its_picture_and_the_official_form(task, r
     assert "without OCR tokens" in task().render(result)
 
 
+def test_questions_without_an_id_of_their_image_are_told_apart_by_their_images(run, tiny_tokenizer, tmp_path):
+    with ShardWriter(tmp_path / "ids", "val") as writer:
+        for i in range(6):
+            images = [draw_png(i // 2)] if i < 4 else []  # two questions each on two images, two on none
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "which digit"}]
+            turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "one"}]
+            writer.write(f"q{i}", {"messages": turns, "meta": {"question_id": i, "answers": ["one"]}}, images)
+    source = Source("ids", path=tmp_path / "ids")
+    task = Benchmark("tiny", source=source, protocol=VQAAccuracy(), max_new_tokens=4)
+    result = run(task, tmp_path)
+    lines = (tmp_path / "predictions" / "tiny.jsonl").read_text().splitlines()
+    first, second, third, fourth, *rest = [json.loads(line)["image_id"] for line in lines]
+    assert first == second and third == fourth and len({first, third, *rest}) == 4
+    again = task.score_file(tmp_path / "predictions" / "tiny.jsonl", tiny_tokenizer)
+    assert again["table"][-1] == result["table"][-1]
+
+
 def test_answers_of_a_file_are_scored_and_other_questions_refused(task, run, tiny_tokenizer, tmp_path):
     result = run(task(), tmp_path)
     again = task().score_file(tmp_path / "predictions/tiny.jsonl", tiny_tokenizer)
@@ -380,6 +397,13 @@ def test_an_end_of_line_that_a_model_says_ends_no_line_of_its_predictions(tmp_pa
     write_predictions(tmp_path, result, protocol=VQAAccuracy())
     assert read_rows(tmp_path / "predictions" / "tiny.jsonl") == ({"x": said, "y": said}, "key")
     assert read_scores(tmp_path, "tiny").keys() == {"x", "y"}
+
+
+def test_answers_by_question_may_stand_in_one_object_of_several_lines(tmp_path):
+    said = {"val_1": "B", "val_2": "C"}
+    for indent in (None, 4):
+        (tmp_path / "said.json").write_text(json.dumps(said, indent=indent))
+        assert read_rows(tmp_path / "said.json") == (said, "question_id")
 
 
 def test_two_keys_that_differ_in_a_slash_keep_thumbnails_of_their_own(tmp_path):

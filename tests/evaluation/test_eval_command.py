@@ -55,6 +55,8 @@ def test_several_tasks_are_scored_in_one_command_and_answers_to_other_questions_
     run, questions = tmp_path / "runs" / "asked", write_questions(tmp_path / "questions", 9)
     done = cli("eval.py", *ask(run, questions, "task=[vqav2,textvqa]", "hardware=cpu"))
     assert "vqav2: vqa accuracy" in done.stdout and "textvqa: vqa accuracy" in done.stdout
+    refused = cli("eval.py", f"checkpoint={run}", "task=[embedded,panel]", check=False)
+    assert refused.returncode == 2 and "embedded and panel write the same metrics and files" in refused.stderr
     metrics = json.loads((run / "eval/results.json").read_text())["metrics"]
     assert {"test/vqav2/vqa_accuracy", "test/vqav2/vqa_accuracy/number", "test/textvqa/vqa_accuracy"} <= set(metrics)
     one = json.loads((run / "eval/vqav2.json").read_text())

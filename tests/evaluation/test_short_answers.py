@@ -16,7 +16,7 @@ from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.panel import Panel
 from fastvlm.evaluation.questions import Question, read_questions, swap_partners
-from fastvlm.evaluation.short_answers import ShortAnswers, evaluate_answers, save_examples
+from fastvlm.evaluation.short_answers import ShortAnswers, _answer_all, evaluate_answers, save_examples
 from fastvlm.inference.engine import Engine
 
 TRANSFORM = ImageTransform(image_size=IMAGE_SIZE)
@@ -214,6 +214,18 @@ def test_held_out_text_is_what_its_sources_filters_leave(folder, text_folder, ti
     index = Source("text", path=text_folder).load("test", tiny_tokenizer)
     longest = int(index.text_tokens.max())
     assert 0 < tokens(filters={"text_tokens": {"min": longest}}) < tokens()
+
+
+def test_the_room_for_an_answer_is_what_the_task_asks_for(tiny_model, tiny_tokenizer):
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    limit = tiny_model.llm.max_positions
+    ask = lambda words: {"messages": [{"role": "user", "content": "digit " * words}]}
+    length = lambda words: len(tiny_tokenizer.encode_text("digit " * words)) + 8
+    words = next(n for n in range(1, limit) if length(n) > limit - 26)
+    (said,) = _answer_all(engine, [ask(words)], [[]], batch_size=1, max_new_tokens=4)
+    assert said[1] <= 4
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        _answer_all(engine, [ask(words)], [[]], batch_size=1, max_new_tokens=32)
 
 
 def test_a_panel_scores_records_spread_over_the_whole_split(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):

@@ -36,6 +36,7 @@ def test_mistakes_are_one_line(tmp_path):
         ("tokens=many", "whole number"),
         ("reference=yes", "reference=yes must be true or false"),
         ("reference=1", "reference=1 must be true or false"),
+        (f"out={tmp_path}", "is a folder; name a file, such as"),
         (f"out={tmp_path}/none/speed.json", "there is no folder .*none; make it first"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -168,6 +168,16 @@ def test_a_path_inside_a_sentence_is_an_image_where_it_stands(load_tiny_run, ask
     assert [images for _, images in asked] == [1, 3, 3]
 
 
+def test_an_address_keeps_its_query_and_a_sentence_its_question_mark():
+    for line, words, found in (
+        ("in https://h/x.png?a=1&b=2 now", "in <image> now", ["https://h/x.png?a=1&b=2"]),
+        ('is "https://h/x.png?a=1" it', "is <image> it", ["https://h/x.png?a=1"]),
+        ("is it https://h/x.png?", "is it <image>?", ["https://h/x.png"]),
+        ("https://h/x.png?a=1, and then?", "<image>, and then?", ["https://h/x.png?a=1"]),
+    ):
+        assert dialogue.mentioned_images(line) == (words, found)
+
+
 def test_an_address_is_an_image_by_command_and_inside_a_sentence(
     load_tiny_run, pictures, engine, tmp_path, capsys, monkeypatch
 ):

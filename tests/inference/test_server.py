@@ -324,6 +324,13 @@ def test_pages_of_named_origins_may_call_the_server_and_no_others(server):
 
     for origin in (ORIGIN, "https://b.example"):
         assert allowed(origin) == (200, origin, origin)
+    before = server.metric("refused_413_total")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/v1/chat/completions", b"x" * 300_001, headers={"Origin": ORIGIN})
+    refused = connection.getresponse()
+    assert refused.status == 413 and refused.headers["Access-Control-Allow-Origin"] == ORIGIN
+    connection.close()
+    assert server.metric("refused_413_total") == before + 1
     for origin in ("https://evil.example", f"{ORIGIN}.evil.example", "null"):
         assert allowed(origin) == (400, None, None)
 
