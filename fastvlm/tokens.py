@@ -43,9 +43,14 @@ class Template:
             + self.image[1]
             + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
         )
+        # transformers drops a line break behind a block, but not one that a block writes.
+        after = {
+            role: words.replace("\n", "{{ '\\n' }}", 1) if words[:1] == "\n" else words
+            for role, words in self.after.items()
+        }
         turns = "".join(
             f"{{% {'if' if i == 0 else 'elif'} m['role'] == '{role}' %}}{self.before[role]}{content}"
-            f"{self.end if role == 'assistant' else ''}{self.after[role]}"
+            f"{self.end if role == 'assistant' else ''}{after[role]}"
             for i, role in enumerate(ROLES)
         )
         return (

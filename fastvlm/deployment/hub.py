@@ -125,11 +125,17 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
 
 def save_pretrained_vlm(model, tokenizer, config: dict[str, Any], folder: Path) -> str:
     """Save a pretrained model in its own class, with its processor's files."""
+    from fastvlm.models.pretrained.originals import original_config, processor_of
+
     if model._restore is None:
         raise ValueError("the traditional mode is two models and has no folder of one; name both: vlm=traditional")
     stock = model.restored()
     stock.save_pretrained(folder)
-    copy_processor(config["vlm"]["path"], folder)
+    path = config["vlm"]["path"]
+    if original_config(path) is not None:  # such a folder has no processor's files
+        processor_of(stock.config, path).save_pretrained(folder)
+    else:
+        copy_processor(path, folder)
     if tokenizer.template.name != OWN and tokenizer.template.image == ("", ""):
         tokenizer.save(folder)  # chat template and its tokens; the processor itself adds marks around images
     return type(stock).__name__

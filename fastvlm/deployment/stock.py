@@ -110,20 +110,37 @@ def is_llava_mlp(projector: nn.Module) -> bool:
 
 
 def language(model: VLM) -> tuple[hf.PreTrainedConfig, dict[str, Tensor], Tensor]:
-    """Return configuration, decoder weights and head of the language model, as stock classes nest them."""
+    """Return configuration, decoder weights and head of the language model, as stock classes nest them.
+
+    Raises:
+        NoStockClass: the head has a bias, or the model another layout than Llama's.
+    """
     text = model.llm.hf
-    return text.config, text.get_decoder().state_dict(), text.get_output_embeddings().weight
+    head = text.get_output_embeddings()
+    if head.bias is not None:
+        raise NoStockClass("llm: its head has a bias, and that of the stock classes has none")
+    if not hasattr(text.base_model, "embed_tokens"):
+        raise NoStockClass(f"llm: stock classes nest models laid out like Llama; {type(text).__name__} is not")
+    return text.config, text.get_decoder().state_dict(), head.weight
 
 
 def fill(stock: nn.Module, model: VLM, *, text: str, vision: dict[str, Tensor], connector: dict[str, Tensor]) -> None:
-    """Load the weights; an unknown or a missing name is an error, except for a `post_layernorm` that we leave out."""
+    """Load the weights. Only a `post_layernorm` and the head of a timm model, which are not read, may be missing.
+
+    Raises:
+        NoStockClass: other names are missing or unknown, or shapes differ.
+    """
     _, decoder, head = language(model)
     state = {f"model.{text}.{name}": value for name, value in decoder.items()}
     state |= {f"model.{name}": value for name, value in (vision | connector).items()}
     state["lm_head.weight"] = head
-    aside = {name for name in stock.state_dict() if name not in state and "post_layernorm" in name}
-    missing, unknown = stock.load_state_dict(state, strict=False)
-    assert set(missing) <= aside and not unknown, (missing[:5], unknown[:5])
+    try:
+        missing, unknown = stock.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise NoStockClass(str(error).splitlines()[-1].strip()) from None
+    unread = ("post_layernorm", ".timm_model.head.")
+    if odd := [*(name for name in missing if not any(part in name for part in unread)), *unknown]:
+        raise NoStockClass(f"the stock class has other weights: {', '.join(sorted(odd)[:5])}")
 
 
 def mlp_weights(projector: nn.Module) -> dict[str, Tensor]:
@@ -228,6 +245,7 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
         do_image_splitting=False,
         image_mean=list(model.encoder.mean),
         image_std=list(model.encoder.std),
+        resample=2,
     )
     processor = hf.Idefics3Processor(
         image_processor=images,
@@ -237,6 +255,8 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
         chat_template=replace(tokenizer.template, image=("", "")).jinja(tokenizer.image_token),
     )
     notes = []
+    if (fit := image.get("fit", "pad")) != "squash":
+        notes.append(f"its processor squashes an image to a square; the run was trained with image.fit={fit}")
     if tokenizer.image_token != "<image>":
         notes.append(f"its processor writes <image>, and this tokenizer has {tokenizer.image_token}")
     if tokenizer.template.image != IDEFICS3_MARKS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fastvlm.deployment.weights import clip_weights, siglip_weights
@@ -89,7 +90,9 @@ def siglip_tower(encoder: TimmEncoder | TransformersEncoder, image_size: int) ->
         hidden_act=activation(block.mlp.act),
         layer_norm_eps=block.norm1.eps,
     )
-    return Tower(sizes, siglip_weights(vit))
+    side = image_size // encoder.stride
+    places = resample_abs_pos_embed(vit.pos_embed, [side, side], list(vit.patch_embed.grid_size), num_prefix_tokens=0)
+    return Tower(sizes, siglip_weights(vit) | {POSITIONS: places[0]})
 
 
 def transformers_tower(encoder: TransformersEncoder, image_size: int) -> Tower:

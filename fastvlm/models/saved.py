@@ -15,7 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastvlm.models.hub import fetch
@@ -86,18 +93,21 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Load a model like `PreTrainedModel.from_pretrained`, but strictly: all names and shapes must match.
 
         Raises:
-            ValueError: no such folder, weights that do not fit (lists the tensors), or a `quantization_config`, which
-                is not supported.
+            ValueError: no such folder, weights that do not fit (lists the tensors), or something not supported: a
+                `quantization_config`, a `device_map` over several devices.
         """
         if kwargs.get("quantization_config") is not None:
             raise ValueError("quantization_config is not taken here: its parts quantise by the stage's own keys")
-        folder = folder_of(str(pretrained_model_name_or_path))
+        folder = folder_of(str(pretrained_model_name_or_path), revision=kwargs.get("revision"))
+        dtype = kwargs.get("torch_dtype") if dtype is None else dtype
         config = config or PartsVLMConfig.from_pretrained(folder)
         model = cls(config, load_weights(build_vlm(config), folder))
         if dtype not in (None, "auto"):
             model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if device_map is not None:
-            model = model.to(device_map if isinstance(device_map, (str, torch.device)) else device_map[""])
+            model = model.to(device_of(device_map))
+        if (folder / "generation_config.json").exists():  # it has the tokenizer's end tokens
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -159,14 +169,19 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, pixel_values=None, layouts=None, attention_mask=None, **kwargs) -> Tensor:
+    def generate(self, input_ids: Tensor, pixel_values=None, layouts=None, attention_mask=None, **kwargs):
         """Return prompt and answer ids, like `GenerationMixin.generate`, whose options are all accepted."""
         embeds, mask = self.read_images(input_ids, pixel_values, layouts, attention_mask)
         if self.vlm.drops_tokens and pixel_values is not None:
             embeds, mask = take_out(empty_slots(embeds, input_ids == self.vlm.image_token_id), embeds, mask)
         kwargs.setdefault("generation_config", self.generation_config)
         written = self.vlm.llm.hf.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        return torch.cat([input_ids, written], dim=1)
+        ids = written if isinstance(written, Tensor) else written.sequences
+        ids = torch.cat([input_ids.repeat_interleave(len(ids) // len(input_ids), dim=0), ids], dim=1)
+        if isinstance(written, Tensor):
+            return ids
+        written.sequences = ids
+        return written
 
 
 # ------------------------------------------------------------------------------------------------------- save and load
@@ -189,7 +204,9 @@ def describe(model: VLM, *, image_size: int, image: dict | None = None) -> Parts
         parts[name] = without_weights(recipe[name], getattr(model, name))
         check_target(parts[name])
     parts["encoder_statistics"] = {"mean": list(model.encoder.mean), "std": list(model.encoder.std)}
-    parts["llm"] = {"config": model.llm.hf.config.to_dict(), "attention": model.llm.attention}
+    # Other back-ends need packages or devices that the machine which loads the model may lack.
+    attention = model.llm.attention if model.llm.attention in ("eager", "sdpa") else "auto"
+    parts["llm"] = {"config": model.llm.hf.config.to_dict(), "attention": attention}
     return PartsVLMConfig(
         parts=parts,
         image_token_id=model.image_token_id,
@@ -290,8 +307,21 @@ def write_folder(model: VLM, config: PartsVLMConfig, folder: Path) -> None:
     (folder / "remote_code.py").write_text(REMOTE)
 
 
-def folder_of(path: str) -> Path:
-    """Return a local folder: `path` itself, or the downloaded snapshot of a hub id.
+def device_of(device_map: Any) -> str | int | torch.device:
+    """Return the one device that a `device_map` names; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: it names several.
+    """
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise ValueError("device_map: this model is not split over devices; name one, such as cuda:0")
+        device_map = device_map[""]
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device_map == "auto" else device_map
+
+
+def folder_of(path: str, *, revision: str | None = None) -> Path:
+    """Return a local folder: `path` itself, or the downloaded snapshot of a hub id, of a `revision` if given.
 
     Raises:
         ValueError: `path` is neither a folder nor a hub id that can be downloaded.
@@ -301,7 +331,7 @@ def folder_of(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     mend = "name a folder that save_pretrained wrote, or a hub id while online"
-    return Path(fetch(lambda: snapshot_download(path), what=path, mend=mend))
+    return Path(fetch(lambda: snapshot_download(path, revision=revision), what=path, mend=mend))
 
 
 def load_weights(model: VLM, folder: Path) -> VLM:

@@ -61,7 +61,7 @@ def test_golden_document(tokenizer):
     assert encoded.labels == [IGNORE_INDEX, *first[1:], *ignored, *last, tokenizer.document_end_id]
 
 
-@pytest.mark.parametrize("template", ["roles", "chatml", "vicuna"])
+@pytest.mark.parametrize("template", ["roles", "chatml", "vicuna", "paligemma"])
 def test_the_tokenizers_own_chat_template_gives_the_same_ids(tmp_path, template):
     tokenizer = train_tokenizer(tmp_path, template=template)
     ours = encode_record(CHAT, tokenizer, tokens_per_image=1).input_ids

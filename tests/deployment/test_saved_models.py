@@ -128,6 +128,40 @@ FORMS = {
         "size": 64,
         "llm": "gemma3_text",
     },
+    "CLIP with OPT": {
+        "encoder": LLAVA_TOWER | {"model_type": "clip_vision_model"},
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 32,
+        "llm": "opt",
+    },
+    "FastVlmForConditionalGeneration, ConvNeXt": {
+        "encoder": {
+            "_target_": TIMM,
+            "name": "convnext_atto",
+            "depths": [1, 1, 1, 1],
+            "dims": [8, 8, 16, 16],
+            "mean": [0.0] * 3,
+            "std": [1.0] * 3,
+        },
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 64,
+    },
+    "Idefics3ForConditionalGeneration, interpolated": {
+        "encoder": {
+            "_target_": TIMM,
+            "name": "vit_base_patch16_siglip_224",
+            "img_size": 32,
+            "interpolate": True,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 2,
+        },
+        "resampler": SHUFFLE,
+        "projector": LINEAR,
+        "size": 64,
+    },
     "LlavaForConditionalGeneration, CLIP of transformers": {
         "encoder": LLAVA_TOWER | {"model_type": "clip_vision_model"},
         "resampler": IDENTITY,
@@ -190,9 +224,11 @@ def built(tmp_path_factory):
         torch.manual_seed(0)
         encoder = tiny_clip() if spec["encoder"] is None else construct(spec["encoder"])
         resampler = construct(spec["resampler"], in_dim=encoder.out_dim)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        more = {"head_dim": 8} if spec.get("llm") else {}
-        llm = from_config(spec.get("llm", "qwen2"), vocab_size=len(tokenizer), num_key_value_heads=2, **sizes, **more)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        gated = {"intermediate_size": 48, "num_key_value_heads": 2}
+        more = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gemma3_text": gated | {"head_dim": 8}}
+        kind = spec.get("llm", "qwen2")
+        llm = from_config(kind, vocab_size=len(tokenizer), **sizes, **more.get(kind, gated))
         projector = construct(spec["projector"], in_dim=resampler.out_dim, out_dim=llm.dim)
         model = VLM(encoder, resampler, projector, llm, image_token_id=tokenizer.image_id).eval()
         model.recipe = {name: spec[name] for name in ("encoder", "resampler", "projector")}
@@ -253,6 +289,42 @@ def test_our_own_form_loads_by_the_auto_classes_with_equal_logits_and_answers(fo
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert torch.equal(again.pixel_mean, model.pixel_mean)
+
+
+def test_a_saved_model_ends_where_its_tokenizer_says_and_takes_the_usual_arguments(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, device_map="auto", torch_dtype=torch.bfloat16)
+    assert set(loaded.generation_config.eos_token_id) == {tokenizer.end_id, tokenizer.document_end_id}
+    assert next(loaded.parameters()).dtype is torch.bfloat16
+    _, ids, views, _ = our_side(model, tokenizer, size)
+    several = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 2}
+    drawn = loaded.generate(ids, views, **several)
+    assert len(drawn) == 3 and all(row[: ids.shape[1]].tolist() == ids[0].tolist() for row in drawn)
+    told = loaded.generate(ids, views, **several, return_dict_in_generate=True)
+    assert told.sequences.shape[:1] == (3,) and told.sequences[0, : ids.shape[1]].tolist() == ids[0].tolist()
+    with pytest.raises(ValueError, match="device_map: this model is not split over devices"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path, device_map={"vlm.llm": 0, "": "cpu"})
+
+
+def test_how_attention_was_computed_in_training_is_not_part_of_a_saved_model(built, tmp_path, monkeypatch):
+    model, _, size = built("ours")
+    monkeypatch.setattr(model.llm, "attention", "flash_attention_2")
+    model.save_pretrained(tmp_path, image_size=size)
+    assert VLM.from_pretrained(tmp_path).llm.attention == "auto"
+
+
+def test_a_language_model_that_stock_classes_name_otherwise_is_exported_in_our_form(built):
+    model, tokenizer, size = built("CLIP with OPT")
+    with pytest.raises(NoStockClass, match="laid out like Llama; OPTForCausalLM is not"):
+        export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
+
+
+def test_what_idefics3s_processor_does_otherwise_is_said(built):
+    model, tokenizer, size = built("Idefics3ForConditionalGeneration")
+    _, processor, notes = export_stock(model, tokenizer, image_size=size, image={"fit": "pad"})
+    assert any("squashes an image" in note and "image.fit=pad" in note for note in notes)
+    assert processor.image_processor.resample == 2
 
 
 def test_a_saved_model_sends_tiles_through_the_encoder_of_tiles(built, tmp_path):

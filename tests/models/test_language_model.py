@@ -151,6 +151,10 @@ def test_rows_beyond_a_sliding_window_are_refused():
     llm = small_llm("mistral", sliding_window=8)
     with pytest.raises(ValueError, match="rows of 9 positions exceed the sliding window of 8"):
         hidden_of(llm, make_batch([random_ids(9)]))
+    embeds = llm.embed(torch.as_tensor(random_ids(9)).view(1, 9))
+    with pytest.raises(ValueError, match="9 positions exceed the sliding window of 8; shorten prompt or answer"):
+        llm.prefill(embeds, torch.ones(1, 9, dtype=torch.long))
+    llm.prefill(embeds[:, :8], torch.ones(1, 8, dtype=torch.long))
 
 
 # ------------------------------------------------------------------- every architecture, every back end, one claim

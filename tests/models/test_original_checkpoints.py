@@ -174,7 +174,7 @@ def test_an_original_llava_becomes_our_parts(unpad, tmp_path):
             sequence = model.arrange(tokens, torch.tensor([[1, 2, 28, 56]])).flatten(0, 1)
             newline = state["model.image_newline"]
             expected = torch.cat([tokens[0], *(torch.cat([*tokens[1:, r], newline[None]]) for r in rows_of(4))])
-            assert torch.equal(sequence[: len(expected)], expected) and not sequence[len(expected) :].any()
+            assert torch.equal(sequence[-len(expected) :], expected) and not sequence[: -len(expected)].any()
     hub([f"import={folder}", f"out={tmp_path / 'out'}", f"vision_tower={tmp_path / f'clip-vit-{SIDE}'}"])
     again = from_pretrained(str(tmp_path / "out"))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import CLIPS_SIDE, save_clip, save_llm
 
 from fastvlm.data.conversation import encode_record
@@ -43,6 +44,16 @@ def test_an_image_reads_as_the_words_of_its_most_likely_labels(pair):
             model.generate(ids, view[None], max_new_tokens=6).tolist()
             == model.generate(words, max_new_tokens=6).tolist()
         )
+
+
+def test_a_clip_that_lacks_weights_is_refused_by_their_name(tmp_path, pair):
+    save_clip("clip", tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    gone = next(name for name in state if "fc1.weight" in name)
+    save_file({name: value for name, value in state.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="vlm.clip=.*fc1.weight is missing"):
+        traditional(clip=str(tmp_path), llm="unread", labels=LABELS, tokenizer=pair[2])
 
 
 def test_what_is_missing_is_named(pair, tmp_path):

@@ -65,6 +65,7 @@ class TimmEncoder(nn.Module):
             options["img_size"] = image_size
         if interpolate:
             options["dynamic_img_size"] = True
+        self.options = dict(options)
         from_hub = pretrained and checkpoint is None
         self.model = fetch(
             lambda: timm.create_model(name, pretrained=from_hub, num_classes=0, **options),

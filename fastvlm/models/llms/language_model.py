@@ -123,12 +123,16 @@ class LanguageModel(nn.Module):
             cache: the cache of an earlier call (extended in place); None starts a new one.
 
         Raises:
-            ValueError: K is not cached + S.
+            ValueError: K is not cached + S, or a row is longer than a sliding window, which the mask does not apply.
         """
         cache = self.new_cache() if cache is None else cache
         cached, new = cache.get_seq_length(), inputs_embeds.shape[1]
         if attention_mask.shape[1] != cached + new:
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} positions, the cache {cached} + {new}")
+        if self.window is not None and (longest := int(attention_mask.long().sum(dim=1).max())) > self.window:
+            raise ValueError(
+                f"llm: {longest} positions exceed the sliding window of {self.window}; shorten prompt or answer"
+            )
         keys = torch.arange(cached + new, device=inputs_embeds.device)
         queries = keys[cached:, None]
         # A hidden position still attends to itself: an empty row of the mask would give NaN.

@@ -20,7 +20,7 @@ from timm.models.fastvit import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from fastvlm.models.hub import fetch
-from fastvlm.models.pretrained.misfits import refuse_state
+from fastvlm.models.pretrained.misfits import refuse_misfits, refuse_state
 
 IMAGE_TOKEN = "<image>"
 # ml-fastvlm's mm_vision_tower without the size at its end -> timm model
@@ -180,11 +180,13 @@ def llava(config: dict, text: hf.PreTrainedConfig, state: dict[str, Tensor], *, 
         # The checkpoint has the tower's weights, so its sizes can be read from them without the CLIP.
         vision = clip_sizes(own)
     else:
-        clip = fetch(
-            lambda: hf.CLIPVisionModel.from_pretrained(tower),
+        clip, told = fetch(
+            lambda: hf.CLIPVisionModel.from_pretrained(tower, output_loading_info=True),
             what=f"mm_vision_tower={tower}",
             mend=mend,
         )
+        if not own:
+            refuse_misfits(told, f"mm_vision_tower={tower}")
         vision, own = clip.config, own or clip.state_dict()
     newline = state.get("model.image_newline")
     patches_only = config.get("mm_vision_select_feature", "patch") == "patch"

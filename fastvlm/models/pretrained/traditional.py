@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from fastvlm.models.hub import fetch
 from fastvlm.models.llms.language_model import LanguageModel
 from fastvlm.models.llms.language_model import from_pretrained as load_llm
+from fastvlm.models.pretrained.misfits import refuse_misfits
 from fastvlm.models.pretrained.whole import PretrainedVLM
 from fastvlm.models.resamplers.identity import IdentityResampler
 from fastvlm.tokens import Tokenizer
@@ -66,7 +67,9 @@ def traditional(
         if "{}" not in value:
             raise ValueError(f"vlm.{key}={value!r} has no {{}} where the label goes")
     what, mend = f"vlm.clip={clip}", "name a folder of a CLIP or SigLIP with its processor, or a hub id while online"
-    both = fetch(lambda: AutoModel.from_pretrained(clip, dtype=getattr(torch, dtype)), what=what, mend=mend)
+    options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    both, told = fetch(lambda: AutoModel.from_pretrained(clip, **options), what=what, mend=mend)
+    refuse_misfits(told, what)
     if both.config.model_type not in CLIPS:
         raise ValueError(f"{what} holds a {both.config.model_type}; the kinds known are {', '.join(CLIPS)}")
     processor = fetch(lambda: AutoImageProcessor.from_pretrained(clip), what=what, mend=mend)

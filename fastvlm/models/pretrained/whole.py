@@ -60,7 +60,9 @@ class PretrainedVLM(VLM):
         return tokens if self.arrangement is None else self.arrangement.slots(tokens)
 
     def arrange(self, visual: Float[Tensor, "I m _"], layouts: Layouts = None) -> Float[Tensor, "I M D"]:
-        """Put every image's sequence into the first slots of its views; the remaining slots are zero.
+        """Put every image's sequence into the last slots of its views; the slots before it are zero.
+
+        The last slot must hold a token, because the text after the image is predicted from it.
 
         Raises:
             ValueError: the layouts do not match the number of views.
@@ -77,7 +79,7 @@ class PretrainedVLM(VLM):
         slots, out = self.arrangement.slots(visual.shape[1]), []
         for views, row in zip(visual.split(counts), rows):
             sequence = self.arrangement(views, row)
-            out.append(F.pad(sequence, (0, 0, 0, slots * len(views) - len(sequence))).unflatten(0, (len(views), slots)))
+            out.append(F.pad(sequence, (0, 0, slots * len(views) - len(sequence), 0)).unflatten(0, (len(views), slots)))
         return torch.cat(out) if out else visual.new_zeros(0, slots, visual.shape[2])
 
     def read(
