@@ -83,6 +83,9 @@ def list_keys(recipe) -> dict[str, inspect.Parameter]:
     return {"path": common["path"]} | own | {n: common[n] for n in COMMON_KEYS if not (n == "val" and held_out)}
 
 
+BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
 def parse_arguments(recipe, given: dict[str, str]) -> dict:
     """Convert `key=value` words to the recipe's keyword arguments, by the type of each default; commas separate lists.
 
@@ -100,8 +103,8 @@ def parse_arguments(recipe, given: dict[str, str]) -> dict:
             if kind is tuple:
                 values[key] = tuple(word for word in text.split(",") if word)
             else:
-                values[key] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
-        except ValueError:
+                values[key] = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
             raise ValueError(f"{key}={text} is not of type {kind.__name__}; the default is {default}") from None
     missing = [n for n, p in keys.items() if p.default is inspect.Parameter.empty and n not in values]
     if missing:
@@ -272,13 +275,19 @@ def prepare_parts(
             if may_be_on_hub(path) and hasattr(recipe, "NOT_ON_HUB"):
                 hint = f"{source} takes no hub id: {recipe.NOT_ON_HUB}"
             raise ValueError(f"path={path} does not exist; {hint}")
+        if done and done.get("hash") != wanted and not rewrite:
+            made = f"{done.get('source')} path={(done.get('options') or {}).get('path')}"
+            raise ValueError(
+                f"out={out} holds what another command made (source={made}); name another folder, or rewrite=true "
+                "replaces it"
+            )
         chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
 
         def build(part: Path) -> dict:
             from data.recipes.assembly import assemble
 
             settings = {"source": source, "path": path, "splits": splits, "options": options, "workers": workers}
-            settings |= {"tokenizer": chosen, "val": val, "rows": rows}
+            settings |= {"tokenizer": chosen, "val": val, "rows": rows, "rewrite": rewrite}
             report = timed(assemble, recipe, part, work, **settings)
             shown = {"path": path, "splits": splits, "val": val, "rows": rows, **options}
             return {"source": source, "hash": wanted, "options": shown, "tokenizer": list(chosen)} | report

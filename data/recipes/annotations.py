@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +72,7 @@ def look_for(folder: str | Path, *names: str) -> Path | None:
 def first_there(folder: str | Path, *names: str) -> str:
     """Return the path of the first of these images that exists, or of the first name if none does."""
     paths = [Path(folder).expanduser() / name for name in names]
-    return str(next((path for path in paths if path.is_file()), paths[0]))
+    return str(next((path for path in paths if os.path.isfile(path)), paths[0]))
 
 
 def read_vqa(

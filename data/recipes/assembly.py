@@ -45,6 +45,7 @@ def assemble(
     tokenizer: tuple[str, str],
     val: float,
     rows: int,
+    rewrite: bool = False,
 ) -> dict:
     """Write every split of a data set into `folder`, which is empty.
 
@@ -58,6 +59,7 @@ def assemble(
         val: share of train to hold out if the data set has no val; 0 for none. The held-out records are converted and
             their images left out of train even if only train was requested.
         rows: rows per shard.
+        rewrite: use no finished part but those of an interrupted rewrite.
 
     Returns:
         For DONE.json: counts, dropped, notes and shards by split, what was held out, and inputs and code.
@@ -68,7 +70,7 @@ def assemble(
     load_tokenizer(*tokenizer)  # before the fork, or each worker would import the library itself
     jobs = cut(recipe, work, source, path, splits, options, tokenizer, val, rows)
     made_of = {"inputs": describe_inputs(path, [job.part for job in jobs]), "code": hash_code(source)}
-    stamp = make_stamp(jobs, made_of)
+    stamp = make_stamp(jobs, made_of | {"rewrite": rewrite})
     mark = work / "stamp.txt"
     if work.exists() and not (mark.exists() and mark.read_text() == stamp):
         print(f"{work}: of other options, files or code; starting anew", file=sys.stderr)
@@ -284,6 +286,9 @@ def publish(jobs, reports, folder: Path, *, splits, source, path, tokenizer, val
             why = "; ".join(f"{row['count']} {reason}" for reason, row in dropped[split].items())
             if val and split == "val":
                 raise ValueError(f"val={val:g} holds out no sample of {path}; give a larger share")
+            for job in jobs:
+                if job.split == split:
+                    job.report.unlink(missing_ok=True)  # tried again: its images may come later
             raise ValueError(f"{path}: no sample of split {split} is usable ({why or 'no rows'})")
         index = load_index(folder, split, load_tokenizer(*tokenizer), rebuild=False)
         if index.num_samples != counts[split] or index.broken:

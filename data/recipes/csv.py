@@ -37,8 +37,10 @@ def parts(
             f"{cut[0].path}: no columns {question} and {answer}, nor {caption}, in its header ({', '.join(header)}); "
             "name them with question=... answer=... or caption=..."
         )
+    if twice := [name for name in columns.values() if header.count(name) > 1]:
+        raise ValueError(f"{cut[0].path}: column {twice[0]} stands twice in its header; rename one of them")
     for part in cut:
-        part.options |= {"asks": asks, "width": len(header)}
+        part.options |= {"asks": asks, "width": len(set(header))}
     return cut
 
 

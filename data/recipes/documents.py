@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,7 +59,7 @@ def find_image(folder: str, name: str) -> Path | None:
     root = Path(folder).expanduser()
     for place in (root / name, root / name[:2] / name):
         for suffix in SUFFIXES:
-            if (path := place.with_name(place.name + suffix)).is_file():
+            if os.path.isfile(path := place.with_name(place.name + suffix)):
                 return path
     return None
 

@@ -5,6 +5,7 @@ Unlike in `questions.py`, a record is one question in every split, with its imag
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def make_question(
     text = "".join(part["text"] for part in content if part["type"] == "text")
     learned = said if said is not None else next(iter(answers), "")
     reason = EMPTY if not text.strip() else NO_ANSWER if not str(learned).strip() else ""
-    if not reason and any(isinstance(image, Path) and not image.is_file() for image in images):
+    if not reason and any(isinstance(image, Path) and not os.path.isfile(image) for image in images):
         reason = IMAGE_MISSING
     if reason:
         yield Dropped(plain_id(id), reason)

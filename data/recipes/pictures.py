@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -86,7 +87,7 @@ def find_image(value: object, roots: Sequence[Sequence[str]]) -> bytes | Path:
             places.append(Path(folder, value[len(prefix) + 1 :]))
     if not places:
         raise Unusable(IMAGE_MISSING)
-    return next((place for place in places[:-1] if place.is_file()), places[-1]) if len(places) > 1 else places[0]
+    return next((place for place in places[:-1] if os.path.isfile(place)), places[-1]) if len(places) > 1 else places[0]
 
 
 def name_images(values: Sequence[object]) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ def converse(group: list[Question] | Dropped, *numbers: int, source: str, option
             reason = EMPTY
         elif not (learned := count_answers(question.answers if question.said is None else question.said)):
             reason = NO_ANSWER
-        elif isinstance(question.image, str) and not Path(question.image).is_file():
+        elif isinstance(question.image, str) and not os.path.isfile(question.image):
             reason = IMAGE_MISSING
         if reason:
             yield Dropped(plain_id(question.id), reason)

@@ -29,7 +29,7 @@ def cut_subsets(path: Path, *, source: str, split: str, name: Sequence[str], str
     """Split the named subsets, or all subsets of a folder, into parts.
 
     Raises:
-        ValueError: a subset does not exist, or `path` is a hub id and `name` is empty.
+        ValueError: a subset does not exist or contains another, or `path` is a hub id and `name` is empty.
     """
     settings = {"split": split, "rows": rows, "needs": ("texts",), "streaming": streaming}
     if not path.exists() and not name:
@@ -42,6 +42,12 @@ def cut_subsets(path: Path, *, source: str, split: str, name: Sequence[str], str
                 f"name={','.join(name)}: {path} has no subset {missing[0]} (it has {', '.join(there[:9])})"
             )
         name = [word for word in there if not name or word in name]
+        for outer in name:
+            if inner := [n for n in there if n != outer and (outer == "." or n.startswith(f"{outer}/"))]:
+                raise ValueError(
+                    f"{path}: parquet lies in {outer} and below it, in {inner[0]}, and would be read twice; move one "
+                    "of them, or name the subsets: name=..."
+                )
     parts = []
     for number, subset in enumerate(name or [path.stem]):
         options = {"source": source, "subset": path.name if subset == "." else subset, "number": number}

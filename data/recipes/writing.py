@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.recipes.held_out import SHARED, WIDTH, choose_side, hash_images, shares_image
-from data.recipes.record import IMAGE_MISSING, ODD_ROW, Dropped, Part, Record
+from data.recipes.record import BAD_ROW, IMAGE_MISSING, ODD_ROW, Dropped, Part, Record
 
 UNREADABLE = "image unreadable"
 TOO_LARGE = "image too large"
@@ -133,6 +133,9 @@ def write_part(job: Job) -> dict:
                 json.dumps(item.record, ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 dropped.append([id, NOT_UNICODE])
+                continue
+            except TypeError:  # a date or bytes, from parquet
+                dropped.append([id, BAD_ROW])
                 continue
             except Fault as fault:
                 dropped.append([id, str(fault)])

@@ -96,7 +96,7 @@ class Plan:
         where: str = "",
     ):
         limits = {"batch_size": batch_size, "max_tokens": max_tokens, "pack_window": pack_window, "steps": num_steps}
-        check_limits(where, **limits)
+        check_limits(where, **limits, max_images=max_images)
         if sort_window < 0:
             raise ValueError(f"{where}sort_window={sort_window} must be 0 or more")
         if epochs is not None and not (num_steps is None and epochs > 0):

@@ -9,6 +9,7 @@ import pytest
 
 from data.prepare import prepare
 from data.recipes.record import LAST_LEFT_OUT, MISMATCH
+from data.recipes.subsets import cut_subsets
 
 IMAGE = {"type": "image"}
 
@@ -178,6 +179,25 @@ def test_smoltalk_has_subsets_and_a_test_split(made):
     _, samples = made("smoltalk", name="smol-magpie-ultra", splits=("train",))
     topics = {key: record["meta"].get("topic") for key, (record, *_) in samples.items()}
     assert topics == {"smol-magpie-ultra-0": "Travel/Lakes", "smol-magpie-ultra-1": None}
+
+
+def test_blank_columns_are_no_fault_and_a_column_that_stands_twice_is_named(made, tmp_path):
+    folder = tmp_path / "original"
+    layouts.put(folder / "blank.csv", "image,question,answer,,\n,what?,yes,,\n")
+    done, samples = made("csv", path="blank.csv")
+    assert len(samples) == 1 and not dropped(done)
+    layouts.put(folder / "twice.csv", "question,answer,answer\nq,a,b\n")
+    with pytest.raises(ValueError, match="twice.csv: column answer stands twice in its header"):
+        made("csv", path="twice.csv")
+
+
+def test_parquet_above_parquet_is_not_read_twice(made, tmp_path):
+    original = layouts.cauldron(tmp_path / "nested")
+    inner = next(original.glob("ai2d/*.parquet"))
+    (original / "train-00000-of-00001.parquet").write_bytes(inner.read_bytes())
+    with pytest.raises(ValueError, match="parquet lies in . and below it, in ai2d, and would be read twice"):
+        cut_subsets(original, source="cauldron", split="train", name=(), streaming=False, rows=100)
+    assert cut_subsets(original, source="cauldron", split="train", name=("ai2d",), streaming=False, rows=100)
 
 
 def test_cauldron_puts_the_images_before_the_first_question(made):

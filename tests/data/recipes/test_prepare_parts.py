@@ -13,10 +13,13 @@ import signal
 import subprocess
 import time
 import zlib
+from datetime import datetime
 from pathlib import Path
 
 import document_layouts
 import instruct_layouts as layouts
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import vqa_layouts
 from instruct_layouts import Run, run_command, shard_bytes, told_tokenizer
@@ -370,6 +373,8 @@ def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_
         (["rows=x"], "rows=x is not of type int"),
         (["rows=-1"], "rows=-1 must be 1 or more"),
         (["rows=0"], "rows=0 must be 1 or more"),
+        (["rewrite=on"], "rewrite=on is not of type bool"),
+        (["rewrite=ture"], "rewrite=ture is not of type bool"),
         (["splits=train,val"], "llava_instruct has no split val, it has ['train']; hold one out with val=0.01"),
         (["val=1.5"], "val=1.5 must be a share"),
         (["source=llava_instuct"], "did you mean llava_instruct?"),
@@ -387,6 +392,62 @@ def test_a_mistake_is_one_line(words, tmp_path, extra, line, capsys):
     told = capsys.readouterr().err
     assert line in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_images_that_come_later_are_found_by_the_same_command_and_by_a_rewrite(tokenizer, tmp_path, capsys):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    rows = [{"id": str(i), "image": f"{i}.jpg", "conversations": layouts.turns("<image>\nQ?", "A")} for i in range(2)]
+    layouts.put_json(tmp_path / "rows.json", rows)
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    given = ["source=llava_instruct", f"path={tmp_path / 'rows.json'}", f"images={pictures}", f"out={out}", *told]
+    assert main(given) == 2 and "2 image missing" in capsys.readouterr().err
+    layouts.put(pictures / "0.jpg", layouts.draw_jpg(0))
+    assert main(given) == 0
+    kept = lambda: json.loads((out / "DONE.json").read_text())["counts"]["llava_instruct"]["train"]
+    assert kept() == 1
+    layouts.put(pictures / "1.jpg", layouts.draw_jpg(1))
+    assert main([*given, "rewrite=true"]) == 0 and kept() == 2
+
+
+def test_a_folder_of_another_command_is_kept_unless_it_is_to_be_rewritten(tokenizer, tmp_path, capsys):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    for name in "ab":
+        row = json.dumps({"id": name, "conversations": layouts.turns("Q", f"A {name}")})
+        (tmp_path / f"{name}.jsonl").write_text(row + "\n")
+    out = tmp_path / "out"
+    given = lambda name: ["source=sharegpt", f"path={tmp_path / name}.jsonl", f"out={out}", *told]
+    assert main(given("a")) == 0
+    before = shard_bytes(out)
+    assert main(given("b")) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "holds what another command made" in line and "a.jsonl" in line and shard_bytes(out) == before
+    assert main([*given("b"), "rewrite=true"]) == 0 and shard_bytes(out) != before
+
+
+def test_an_image_name_that_is_too_long_costs_its_row_alone(tokenizer, tmp_path):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    chat = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
+    rows = [{"messages": chat, "images": ["A" * 400]}, {"messages": [{**chat[0], "content": "Q"}, chat[1]]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    assert main(["source=messages", f"path={tmp_path / 'rows.jsonl'}", f"out={out}", *told]) == 0
+    done = json.loads((out / "DONE.json").read_text())
+    assert done["counts"]["messages"]["train"] == 1 and done["dropped"]["train"]["image missing"]["count"] == 1
+
+
+def test_a_row_whose_id_is_no_json_costs_its_row_alone(tokenizer, tmp_path):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "in").mkdir()
+    for name, id in (("a", "x"), ("b", datetime(2026, 1, 1))):
+        pq.write_table(pa.Table.from_pylist([{"id": id, "messages": chat}]), tmp_path / "in" / f"{name}.parquet")
+    out = tmp_path / "out"
+    assert main(["source=messages", f"path={tmp_path / 'in'}", f"out={out}", *told]) == 0
+    done = json.loads((out / "DONE.json").read_text())
+    assert (
+        done["counts"]["messages"]["train"] == 1 and sum(row["count"] for row in done["dropped"]["train"].values()) == 1
+    )
 
 
 def test_a_broken_input_is_one_line_with_file_and_row_and_all_dropped_is_refused(tokenizer, tmp_path, capsys):
