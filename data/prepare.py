@@ -16,7 +16,7 @@ processes, and the same command continues a killed run where it stopped. Such re
     val=0.01        hold out this share of train, chosen by a hash of an image, if the data set has no val split
     workers=2       number of processes; affects only the time
     tokenizer=...   folder or hub id of the index's tokenizer (default: the embedded one), template=chatml
-    rewrite=true    rebuild a complete folder; the existing one stays until the new one is complete
+    rewrite=true    rebuild a complete folder, or replace another command's; it stays until the new one is complete
 """
 
 from __future__ import annotations

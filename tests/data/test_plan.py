@@ -352,8 +352,9 @@ def test_rows_that_do_not_divide_and_ends_of_plans_are_named(sources, tokenizer)
         PlannedDataset(plan, tokenizer=tokenizer, image_size=8, world_size=2, accumulate=2)
     with pytest.raises(IndexError, match="step 12 of a plan of 12 steps"):
         plan.step(12)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        plan_of(sources, tokenizer, batch_size=0)
+    for key in ("batch_size", "max_images"):
+        with pytest.raises(ValueError, match=f"{key}=0 must be 1 or more"):
+            plan_of(sources, tokenizer, **{key: 0})
 
 
 def test_a_dataset_travels_to_a_spawned_process(sources, tokenizer):

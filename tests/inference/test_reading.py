@@ -134,3 +134,9 @@ def bound_of(model, *, pre_tokenizer=..., normalizer=None) -> TextBound:
     if normalizer is not None:
         fast.normalizer = normalizer
     return TextBound(fast)
+
+
+def test_a_port_that_cannot_be_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ValueError, match="port=70000: port must be at most 65535"):
+        parse_settings(["run=x", "port=70000"])
+    assert parse_settings(["run=x", "port=65535"]).port == 65535
