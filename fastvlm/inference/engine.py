@@ -252,8 +252,8 @@ class Engine:
             yield generation.text[shown:]
         return generation
 
-    def rows(self) -> Rows:
-        """Return an empty batch, to which rows (see `row`) can be added at any time."""
+    def rows(self, *, strict: bool = False) -> Rows:
+        """Return an empty batch, to which rows (see `row`) can be added at any time; `strict`: see `Rows`."""
         return Rows(
             embed=self.model.llm.embed,
             decode=self._decode,
@@ -261,6 +261,7 @@ class Engine:
             prefixes=self.prefixes,
             device=self.device,
             now=self.now,
+            strict=strict,
         )
 
     @torch.inference_mode()

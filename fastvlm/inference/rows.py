@@ -62,6 +62,8 @@ class Rows:
         logits: last hidden states (B, D) -> logits (B, V).
         prefixes: store to reuse keys and values from, and to keep those of finished rows in.
         now: returns seconds, after waiting for the device.
+        strict: end an answer with an error if its logits are not finite at temperature 0, too. Otherwise the answers of
+            a diverged model are what argmax makes of them, so that it can be evaluated.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class Rows:
         prefixes: PrefixStore,
         device: torch.device,
         now: Callable[[], float] = time.perf_counter,
+        strict: bool = False,
     ):
         self.embed, self.decode, self.logits, self.prefixes = embed, decode, logits, prefixes
-        self.device, self.now = device, now
+        self.device, self.now, self.strict = device, now, strict
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
         self._columns: list[int] = []  # of each row, how many of the last cache columns are visible
@@ -172,9 +175,10 @@ class Rows:
                 row.error, row.answer.finish_reason = error, "failed"
             return None
 
-    @staticmethod
-    def _draw(rows: Sequence[Row], logits: Tensor) -> Tensor:
+    def _draw(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
         options = rows[0].sampling
+        if self.strict and not logits.amax(dim=-1).isfinite().all():
+            raise FloatingPointError("the model's logits are not finite: no token can be drawn")
         return choose_tokens(
             logits,
             temperature=options.temperature,

@@ -125,7 +125,7 @@ class Scheduler:
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _work(self) -> None:
-        rows, read_last = self.engine.rows(), False
+        rows, read_last = self.engine.rows(strict=True), False
         while True:
             with self._wake:
                 while not (self._waiting or self._calls or self._active or self._stopping):
@@ -150,7 +150,7 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001  one failed step must not end the thread
                 for job in self._active:
                     job.tell("error", error)
-                self._active, rows = [], self.engine.rows()
+                self._active, rows = [], self.engine.rows(strict=True)
             self.num_active = len(self._active)
         ended = Stopped("the server stops")
         for job in [*self._active, *self._waiting]:

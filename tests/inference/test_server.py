@@ -528,7 +528,9 @@ def test_questions_beyond_the_queue_are_refused_and_a_failing_one_concerns_nobod
         scheduler.stop()
 
 
-@pytest.mark.parametrize("temperatures", [(1.0, 1.0, 1.0), (1.0, 1e-38, 0.0), (0.0, 1.0, 1.5)])
+@pytest.mark.parametrize(
+    "temperatures", [(1.0, 1.0, 1.0), (1.0, 1e-38, 0.0), (0.0, 1.0, 1.5), (0.0, 0.0, 0.0), (1.0, 0.0, 1.0)]
+)
 @pytest.mark.parametrize("when", ["at its first token", "at a later one"])
 def test_an_answer_whose_next_token_cannot_be_drawn_ends_alone(reference, monkeypatch, temperatures, when):
     texts, failing = ("digit", "what word", "which"), 1
