@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from fastvlm.identity import code_of
+from fastvlm.identity import bare_code
 
 # These transfer bytes that are hashed themselves, start processes or check types: no value depends on their version.
 CARRIERS = ("huggingface_hub", "safetensors", "jaxtyping", "deepspeed")
@@ -29,7 +29,7 @@ def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dic
         files: additional files, without what they import.
 
     Returns:
-        `source`: module -> hash of its code (`code_of`), for every module outside the folders of installed libraries.
+        `source`: module -> hash of its code (`bare_code`), for every module outside the folders of installed libraries.
         `versions`: distribution -> version, for every library that one of them imports.
     """
     source: dict[str, str] = {}
@@ -112,4 +112,4 @@ def version_of(distribution: str) -> str | None:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(code_of(path).encode()).hexdigest()[:16]
+    return hashlib.sha256(bare_code(path).encode()).hexdigest()[:16]

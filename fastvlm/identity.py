@@ -48,27 +48,27 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @cache
 def code_hash(code: tuple[str, ...] = CODE) -> str:
-    """Return the hash of the source code that determines what a stage learns, or of other files; see `code_of`."""
+    """Return the hash of the source code that determines what a stage learns, or of other files; see `bare_code`."""
     package = ROOT / "fastvlm"
     files = sorted(
         f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
     )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(package).as_posix()}\0{code_of(file)}".encode())
+        digest.update(f"{file.relative_to(package).as_posix()}\0{bare_code(file)}".encode())
     return digest.hexdigest()[:16]
 
 
-def code_of(file: Path) -> str:
+def bare_code(file: Path) -> str:
     """Return the source of a Python file without docstrings, comments and blank lines.
 
     A hash of it stays the same when only words change, and does not depend on the version of Python.
     """
-    return _code_of(file.read_text(encoding="utf-8"))
+    return _bare(file.read_text(encoding="utf-8"))
 
 
 @cache
-def _code_of(source: str) -> str:
+def _bare(source: str) -> str:
     lines, dropped = source.splitlines(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:

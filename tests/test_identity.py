@@ -1,6 +1,6 @@
 """What decides a result changes its hash, and words about it do not."""
 
-from fastvlm.identity import code_of
+from fastvlm.identity import bare_code
 
 CODE = '''"""A module."""
 
@@ -34,7 +34,7 @@ def g(): "a docstring on the line of its function"
 
 def hashed(tmp_path, text: str) -> str:
     (tmp_path / "a.py").write_text(text)
-    return code_of(tmp_path / "a.py")
+    return bare_code(tmp_path / "a.py")
 
 
 def test_words_leave_the_code_as_it_is(tmp_path):

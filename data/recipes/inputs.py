@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.recipes.record import Part
-from fastvlm.identity import code_of
+from fastvlm.identity import bare_code
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -89,7 +89,7 @@ def hash_code(source: str) -> str:
         waiting |= set(IMPORTED.findall(find_module(name).read_text())) - names
     state = hashlib.sha256()
     for file in [*map(find_module, sorted(names)), ROOT / "fastvlm/data/shards.py", ROOT / "fastvlm/data/decode.py"]:
-        state.update(code_of(file).encode())
+        state.update(bare_code(file).encode())
     return state.hexdigest()[:16]
 
 

@@ -50,8 +50,8 @@ def compose(config_name: str = "train", overrides: list[str] = ()) -> DictConfig
 # Overrides that do not change a run's name, such as `data.on_change=replan`, with which a refused run continues. Of the
 # hardware only what no number depends on is among them.
 SILENT = (
-    r"\+*(name|hardware(?!\.(?:precision|quantise)\b)|logger|overwrite|pipeline|paths|data|log_every|checkpoint_every|num_samples|speed_images|"
-    r"stages\.\w+\.cache_features)\b"
+    r"\+*(name|hardware(?!\.(?:precision|quantise)\b)|logger|overwrite|pipeline|paths|data|log_every|"
+    r"checkpoint_every|num_samples|speed_images|stages\.\w+\.cache_features)\b"
 )
 
 

@@ -11,9 +11,9 @@ SHA-256 of the encoded image file as it was read, so stale entries are never fou
 
 Chunks appear by rename and never change, so readers need no lock, ranks write in parallel and network disks work. LMDB
 allows one writer at a time, needs to know its largest size, cannot be opened twice in a process, and takes 1 to 12 %
-more space. It is faster on two machines: it reads small entries from disk 1.5 to 2.8 times as fast (18 kB; equally fast
-at 400 kB), and writes 0.9 to 2.3 times as fast (`benchmarks/features.py stores`). Neither matters here: an encoder
-yields features far more slowly than either store writes them, and a training step takes far longer than a read.
+more space. In two measurements it read small entries from disk 1.5 and 2.8 times as fast (18 kB; as fast at 400 kB) and
+wrote 0.9 to 2.3 times as fast (`benchmarks/features.py stores`). Neither matters here: an encoder yields features
+far more slowly than either store writes them, and a training step takes far longer than a read.
 
     python -m fastvlm.data.features                  # what is there
     python -m fastvlm.data.features delete=<key>     # first letters of a key, or all

@@ -45,8 +45,10 @@ def claim_run_dir(run_dir: Path, *, runs: Path, resolved: dict) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     # From here on, the content of the run directory belongs to this command.
     (run_dir / "lineage.json").unlink(missing_ok=True)
-    before = OmegaConf.to_container(load_yaml(path)) if path.exists() and not resolved["overwrite"] else resolved
-    if resolved["overwrite"] or differences_that_count(before, resolved):  # the old results have another configuration
+    replaced = resolved["overwrite"] or (
+        path.exists() and differences_that_count(OmegaConf.to_container(load_yaml(path)), resolved)
+    )
+    if replaced:  # the old results have another configuration
         for name in ("results.json", "report.html"):
             (run_dir / name).unlink(missing_ok=True)
     write_whole(path, OmegaConf.to_yaml(OmegaConf.create(resolved)))

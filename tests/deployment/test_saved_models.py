@@ -42,6 +42,14 @@ FASTVIT = {
     "std": [0.2, 0.3, 0.25],
 }
 TIMM = "fastvlm.models.encoders.timm_encoder.TimmEncoder"
+SIGLIP = {
+    "_target_": TIMM,
+    "name": "vit_base_patch16_siglip_224",
+    "img_size": 64,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+}
 TOWER = {
     "_target_": "fastvlm.models.encoders.transformers_encoder.from_config",
     "config": {
@@ -102,27 +110,13 @@ FORMS = {
         "size": 64,
     },
     "Idefics3ForConditionalGeneration": {
-        "encoder": {
-            "_target_": TIMM,
-            "name": "vit_base_patch16_siglip_224",
-            "img_size": 64,
-            "embed_dim": 24,
-            "depth": 2,
-            "num_heads": 2,
-        },
+        "encoder": SIGLIP,
         "resampler": SHUFFLE,
         "projector": LINEAR,
         "size": 64,
     },
     "Gemma3ForConditionalGeneration": {
-        "encoder": {
-            "_target_": TIMM,
-            "name": "vit_base_patch16_siglip_224",
-            "img_size": 64,
-            "embed_dim": 24,
-            "depth": 2,
-            "num_heads": 2,
-        },
+        "encoder": SIGLIP,
         "resampler": AVERAGE,
         "projector": LINEAR | {"norm": "rms"},
         "size": 64,
@@ -149,15 +143,7 @@ FORMS = {
         "size": 64,
     },
     "Idefics3ForConditionalGeneration, interpolated": {
-        "encoder": {
-            "_target_": TIMM,
-            "name": "vit_base_patch16_siglip_224",
-            "img_size": 32,
-            "interpolate": True,
-            "embed_dim": 24,
-            "depth": 2,
-            "num_heads": 2,
-        },
+        "encoder": SIGLIP | {"img_size": 32, "interpolate": True},
         "resampler": SHUFFLE,
         "projector": LINEAR,
         "size": 64,

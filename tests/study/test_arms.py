@@ -1,10 +1,13 @@
 """Arms are command-line overrides: what they expand to, and what a wrong one is told."""
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
 from fastvlm.config import check, compose
-from fastvlm.study.arms import cell_name, expand, key_of, load_study, merge, study_names
+from fastvlm.config.composition import SILENT
+from fastvlm.study.arms import cell_name, expand, is_silent, key_of, load_study, merge, study_names
 from fastvlm.study.cells import planned
 from fastvlm.study.claims import all_claims, load_claims, load_figures
 from tests.study.made_cells import put_study
@@ -54,6 +57,15 @@ def test_what_changes_nothing_learned_changes_no_cells_name():
     silent = expand(["experiment=llava_align", "arm=skip", "seed=1", *silent])
     name = f"name={cell_name('llava_align', 'micro', 'skip', 1)}"
     assert name in plain and name in silent
+
+
+@pytest.mark.parametrize("override", ["hardware.precision=32-true", "hardware.quantise=nf4"])
+def test_what_changes_numbers_changes_the_name_of_a_cell_and_of_a_run(override):
+    given = ["experiment=llava_align", "arm=skip", "seed=1"]
+    name = lambda arguments: next(word for word in expand(arguments) if word.startswith("name="))
+    assert name([*given, override]) != name(given) and not is_silent(override)
+    assert not re.match(SILENT, override) and not re.match(SILENT, f"++{override}")
+    assert re.match(SILENT, "hardware.num_workers=1") and re.match(SILENT, "hardware=cpu")
 
 
 @pytest.mark.parametrize(

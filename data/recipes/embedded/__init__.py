@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data.recipes.workers import open_pool
-from fastvlm.identity import code_of
+from fastvlm.identity import bare_code
 
 DEFAULT_PATH = "embedded"
 SHEET_SAMPLES = 12
@@ -21,7 +21,7 @@ def recipe_hash(*, seed: int = 0, scale: float = 1.0) -> str:
     """Hash the recipe's source files, the library versions, seed and scale; imports nothing heavy."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(f"{file.name}\0{code_of(file)}".encode())
+        digest.update(f"{file.name}\0{bare_code(file)}".encode())
     versions = [metadata.version(package) for package in ("numpy", "scikit-learn", "tokenizers")]
     # The prose comes from this Python's documentation, so its version matters.
     digest.update(json.dumps([versions, sys.version_info[:3], seed, scale]).encode())
