@@ -2,18 +2,21 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from part_options import relative_error
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import SIDE, clip_vision, text_config, tiny_tokenizer
-from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoProcessor, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastvlm.deployment.hub import main as hub
+from fastvlm.deployment.hub import save_pretrained_vlm
 from fastvlm.models.pretrained import from_pretrained, originals
 from fastvlm.models.pretrained.views import views_at
+from fastvlm.tokens import OWN
 
 NEXT_GRIDS = [[2 * SIDE, SIDE], [SIDE, 2 * SIDE]]  # LLaVA writes (width, height)
 
@@ -186,6 +189,44 @@ def test_an_original_llava_becomes_our_parts(unpad, tmp_path):
 
 def rows_of(side: int):
     return [slice(r * side, (r + 1) * side) for r in range(side)]
+
+
+def test_a_tower_without_all_its_weights_is_refused(tmp_path):
+    tokenizer = plain_tokenizer()
+    llm, state = language(LlamaForCausalLM, text_config(LlamaConfig, tokenizer))
+    tower = tmp_path / "clip"
+    CLIPVisionModel(clip_vision(hidden_act="quick_gelu")).save_pretrained(tower)
+    weights = load_file(tower / "model.safetensors")
+    gone = next(name for name in weights if "fc1.weight" in name)
+    save_file({k: v for k, v in weights.items() if k != gone}, tower / "model.safetensors", metadata={"format": "pt"})
+    config = llm.config.to_dict() | {
+        "model_type": "llava_llama",
+        "mm_vision_tower": "openai/clip",
+        "mm_projector_type": "mlp2x_gelu",
+    }
+    folder = write(tmp_path / "llava", config, state | mm_projector(24, 32)[1], tokenizer)
+    with pytest.raises(ValueError, match=f"mm_vision_tower={tower}.*fc1.weight is missing"):
+        from_pretrained(folder, vision_tower=str(tower))
+
+
+def test_a_fine_tuned_original_is_saved_with_a_processor(tmp_path):
+    tokenizer = plain_tokenizer()
+    llm, state = language(LlamaForCausalLM, text_config(LlamaConfig, tokenizer))
+    tower = tmp_path / f"clip-vit-{SIDE}"
+    CLIPVisionModel(clip_vision(hidden_act="quick_gelu")).save_pretrained(tower)
+    config = llm.config.to_dict() | {
+        "model_type": "llava_llama",
+        "mm_vision_tower": f"openai/clip-vit-{SIDE}",
+        "mm_projector_type": "mlp2x_gelu",
+    }
+    folder = write(tmp_path / "llava", config, state | mm_projector(24, 32)[1], tokenizer)
+    model = from_pretrained(folder, vision_tower=str(tower))
+    out = tmp_path / "out"
+    out.mkdir()
+    own = SimpleNamespace(template=SimpleNamespace(name=OWN))
+    assert save_pretrained_vlm(model, own, {"vlm": {"path": folder}}, out) == "LlavaForConditionalGeneration"
+    assert AutoProcessor.from_pretrained(out).image_processor.size
+    from_pretrained(str(out))
 
 
 def test_a_llava_without_its_tower_names_the_key(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from fastvlm.hardware import Hardware
+from fastvlm.identity import libraries
 from fastvlm.study.arms import load_study, study_names
 from fastvlm.study.cells import TIMES, read_csv
 from tests.conftest import ROOT, TINY
@@ -64,6 +66,10 @@ def test_a_study_runs_its_grid_and_ends_in_a_report_and_a_failed_cell_stops_no_o
     (sweep,) = json.loads((toy / "grid.json").read_text())
     assert sweep["cells"] == ["few-seed0", "many-seed0"] and "2 cells, 2 at once." in page
     before = (toy / "results.csv").read_bytes()
+    # Weights of two versions or devices never stand in one study.
+    stages = (tmp_path / "runs" / "stages").glob("align-*/handoff/manifest.json")
+    made_with = [json.loads(manifest.read_text())["identity"]["made_with"] for manifest in stages]
+    assert made_with and all(one == [libraries(), Hardware().decides()["accelerator"]] for one in made_with)
 
     # The same command again runs the failed cell alone; nothing else moves, and MLflow has each cell once.
     again = cli("train.py", "-m", "experiment=toy", "arm=few,broken", "hydra.launcher.parallel=1", check=False)

@@ -410,6 +410,26 @@ def test_images_that_come_later_are_found_by_the_same_command_and_by_a_rewrite(t
     assert main([*given, "rewrite=true"]) == 0 and kept() == 2
 
 
+def test_a_rewrite_takes_no_parts_of_a_killed_run_that_was_none(tokenizer, tmp_path, monkeypatch):
+    told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
+    rows = [{"id": str(i), "image": f"{i}.jpg", "conversations": layouts.turns("<image>\nQ?", "A")} for i in range(2)]
+    layouts.put_json(tmp_path / "rows.json", rows)
+    layouts.put(tmp_path / "pictures" / "0.jpg", layouts.draw_jpg(0))
+    out = tmp_path / "out"
+    given = ["source=llava_instruct", f"path={tmp_path / 'rows.json'}", f"images={tmp_path / 'pictures'}", *told]
+    given += [f"out={out}", "workers=1"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.recipes.assembly.publish", stop)
+        assert main(given) == 130
+    layouts.put(tmp_path / "pictures" / "1.jpg", layouts.draw_jpg(1))
+    assert main([*given, "rewrite=true"]) == 0
+    assert json.loads((out / "DONE.json").read_text())["counts"]["llava_instruct"]["train"] == 2
+
+
 def test_a_folder_of_another_command_is_kept_unless_it_is_to_be_rewritten(tokenizer, tmp_path, capsys):
     told = [f"{k}={v}" for k, v in told_tokenizer(tokenizer).items()]
     for name in "ab":
