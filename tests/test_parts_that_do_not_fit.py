@@ -68,7 +68,10 @@ def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, 
         ),
     ],
 )
-def test_what_a_later_stage_cannot_train_is_told_before_any_training(tiny_config, tmp_path, overrides, message):
+def test_what_a_later_stage_cannot_train_is_told_before_any_training(
+    tiny_config, tmp_path, monkeypatch, overrides, message
+):
+    monkeypatch.setattr(Pipeline, "run_stage", lambda *_: pytest.fail("a stage was trained"))
     config = tiny_config("pipeline=embedded", *overrides)
     check(config)
     pipeline = Pipeline(config)
