@@ -85,7 +85,7 @@ def as_list(value: object) -> list:
 def place_images(text: str, pictures: dict[int, bytes | None]) -> tuple[list[dict], list[bytes]]:
     """Replace markers such as `<image 2>` by image parts; pictures that no marker names come first.
 
-    A marker without a picture stays text. A line break directly after an image is removed.
+    A marker without a picture stays text. A line break directly after the leading images is removed.
     """
     named = {int(number) for number in MARKER.findall(text)}
     content: list[dict] = []
@@ -108,7 +108,8 @@ def place_images(text: str, pictures: dict[int, bytes | None]) -> tuple[list[dic
 
 
 def add_text(content: list[dict], text: str) -> None:
-    if content:
+    # Only behind leading images: breaks between options and before the instruction are part of the prompt.
+    if content and all(part["type"] == "image" for part in content):
         text = text.removeprefix("\n")
     if text:
         content.append({"type": "text", "text": text})

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fastvlm.evaluation.protocol import Protocol
 
-LETTER = re.compile(r"^\(?([A-Z])\)?(?:[.:)\s]|$)")
+LETTER = re.compile(r"^\(?([A-Z])\)?(?:[.:)]|$)")  # not "A cab", an article
 
 
 def direct_accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ from fastvlm.data.source import Source, shuffled
 from fastvlm.data.source_index import SourceIndex
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation.answering import Asked, answer_window, fingerprint_model, read_window
-from fastvlm.evaluation.predictions import read_rows, write_predictions
+from fastvlm.evaluation.predictions import question_name, read_rows, write_predictions
 from fastvlm.evaluation.prompts import Prompt, answer_of, split_question
 from fastvlm.evaluation.protocol import Protocol
 from fastvlm.evaluation.questions import spread
@@ -239,7 +239,7 @@ class Benchmark:
         read = read_window(windows, index=index, source=self.source, transform=None, shown=frozenset())
         for question in (question for window in read for question in window):
             row = self.row_of(question)
-            if (name := str(row[named_by])) not in answers:
+            if (name := question_name(row, named_by)) not in answers:
                 raise ValueError(
                     f"{path} has no answer to question {name} of {which}, or not to each of that id; it holds answers "
                     f"such as to {next(iter(answers), 'none')}: is it of another task, split or limit?"

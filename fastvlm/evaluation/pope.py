@@ -3,6 +3,7 @@ arXiv:2305.10355)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from fastvlm.evaluation.protocol import Protocol, mean
@@ -48,8 +49,14 @@ class Pope(Protocol):
         figures |= {name: value for name, value in both.items() if name != "accuracy"}
         return figures | {"f1_mean": mean(f1)}
 
-    def official(self, rows: Sequence[dict]) -> list[dict]:
-        return [{"question": row["question"], "answer": row["prediction"]} for row in rows]
+    def official_files(self, name: str, rows: Sequence[dict]) -> dict[str, str]:
+        """Return a file of JSON lines per category: the official scorer reads one category at a time, in order."""
+        files: dict[str, str] = {}
+        for row in rows:
+            file = f"{name}_{row['type'] or 'all'}_official.jsonl"
+            line = json.dumps({"question": row["question"], "answer": row["prediction"]}, ensure_ascii=False)
+            files[file] = files.get(file, "") + line + "\n"
+        return files
 
 
 def _ratio(part: float | int, whole: float | int) -> float:

@@ -25,7 +25,7 @@ dt { color: #666; font-size: .85em } dd { margin: 0 0 .3rem; white-space: pre-wr
 
 
 def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[dict]:
-    """Write `<task>.jsonl`, `<task>.html` with thumbnails in `<task>/`, and `<task>_official.json` in `predictions/`.
+    """Write `<task>.jsonl`, `<task>.html` with thumbnails in `<task>/`, and the official files in `predictions/`.
 
     Returns:
         The first 12 rows that have a thumbnail, in the form of a run's report.
@@ -41,7 +41,8 @@ def write_predictions(out: Path, result: dict, *, protocol: Protocol) -> list[di
             row["image"] = file.as_posix()
     rows = result["predictions"]
     write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_whole(folder / f"{name}_official.json", json.dumps(protocol.official(rows), ensure_ascii=False))
+    for file, text in protocol.official_files(name, rows).items():
+        write_whole(folder / file, text)
     write_whole(folder / f"{name}.html", render_page(result))
     examples = []
     for row in [row for row in rows if row.get("image")][:12]:
@@ -101,7 +102,7 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
     """Read answers from a file: our JSON lines, by key, or a file for an official scorer, by question id.
 
     Returns:
-        The answers, and which identifies their questions, `key` or `question_id`.
+        The answers, and what identifies their questions: `key`, `question_id` or `image` (the file's name).
 
     Raises:
         ValueError: the file cannot be read, has no answers, or two for one question.
@@ -145,4 +146,17 @@ def read_rows(path: str | Path) -> tuple[dict[str, str], str]:
         answers[str(named)] = said
     if not answers:
         raise ValueError(f"predictions={path} holds no answer")
-    return answers, "key" if "key" in rows[0][1] else "question_id"
+    named_by = next(name for name in NAMES if name in rows[0][1])
+    return answers, named_by if named_by in ("key", "image") else "question_id"
+
+
+def question_name(row: dict, named_by: str) -> str:
+    """Return what identifies a question in a file of answers.
+
+    Args:
+        named_by: `key`, `question_id`, or `image`: the name of the image's file, which hub copies lack `.jpg` of.
+    """
+    if named_by != "image":
+        return str(row[named_by])
+    name = str(row["question_id"] if row.get("image_id") is None else row["image_id"])
+    return name if Path(name).suffix else f"{name}.jpg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 
@@ -42,6 +43,10 @@ class Protocol:
     def official(self, rows: Sequence[dict]) -> list | dict:
         """Return the result file for the benchmark's official scorer or server."""
         return [{"question_id": row["question_id"], "answer": row["prediction"]} for row in rows]
+
+    def official_files(self, name: str, rows: Sequence[dict]) -> dict[str, str]:
+        """Return the texts of a task's official result files by name."""
+        return {f"{name}_official.json": json.dumps(self.official(rows), ensure_ascii=False)}
 
 
 def mean(values: Sequence[float | int]) -> float:

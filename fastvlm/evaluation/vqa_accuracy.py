@@ -1,8 +1,9 @@
-"""VQA accuracy: VQAv2, OK-VQA and VizWiz as in the official code, TextVQA as in EvalAI's.
+"""VQA accuracy: VQAv2 and OK-VQA as in the official code, TextVQA as in EvalAI's, VizWiz as in its own script.
 
 Sources: GT-Vision-Lab/VQA@a013f004 `PythonEvaluationTools/vqaEvaluation/vqaEval.py`; for EvalAI's variant
 facebookresearch/mmf `mmf/utils/m4c_evaluators.py` and LLaVA's copy `llava/eval/m4c_evaluator.py`. OK-VQA uses the
-official code with stemmed answers, VizWiz with its own answers.
+official code with stemmed answers. VizWiz's script (Q. Li, vizwiz.org) always normalises the prediction, and never the
+annotators' answers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from fastvlm.evaluation.protocol import Protocol
+from fastvlm.evaluation.predictions import question_name
+from fastvlm.evaluation.protocol import Protocol, mean
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGIT_COMMA = re.compile(r"\d,\d")
@@ -97,13 +99,30 @@ def evalai_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return leave_one_out(normalise_evalai(prediction), [normalise_evalai(answer) for answer in answers])
 
 
+def processed_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return VQAv2's accuracy of an answer that has been normalised as EvalAI does, as LLaVA and lmms-eval score it.
+
+    The official code alone gives "Yes" nothing where all ten annotators wrote "yes".
+    """
+    return vqa_accuracy(normalise_evalai(prediction), answers)
+
+
+def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return VizWiz's accuracy of one answer: only the prediction is normalised."""
+    return leave_one_out(normalise_official(prediction), answers)
+
+
 class VQAAccuracy(Protocol):
     """Accuracy against ten annotators, leaving one out at a time.
 
+    With `official`, `vqa_accuracy_processed` is the score of predictions that are normalised first, as LLaVA and
+    lmms-eval do. Where shards hold OK-VQA's `raw_answers`, `vqa_accuracy_raw` is that score against them: its
+    references are stems, which an answer in plain words often is not.
+
     Args:
-        normalisation: official (VQAv2, OK-VQA, VizWiz) or evalai (TextVQA).
+        normalisation: official (VQAv2, OK-VQA), evalai (TextVQA) or vizwiz.
         by: keys of `meta` for the breakdown besides the type: `answer_type`, `question_type`.
-        named_by: key of the question in the official result file: question_id, or image for VizWiz.
+        named_by: key of the question in the official result file: question_id, or image (the file's name) for VizWiz.
 
     Raises:
         ValueError: an unknown normalisation.
@@ -112,9 +131,9 @@ class VQAAccuracy(Protocol):
     metric = "vqa_accuracy"
 
     def __init__(self, *, normalisation: str = "official", by: Sequence[str] = (), named_by: str = "question_id"):
-        scorers = {"official": vqa_accuracy, "evalai": evalai_accuracy}
+        scorers = {"official": vqa_accuracy, "evalai": evalai_accuracy, "vizwiz": vizwiz_accuracy}
         if normalisation not in scorers:
-            raise ValueError(f"protocol.normalisation={normalisation} is not one of official, evalai")
+            raise ValueError(f"protocol.normalisation={normalisation} is not one of {', '.join(scorers)}")
         self.accuracy, self.by, self.named_by = scorers[normalisation], tuple(by), named_by
 
     def grade(self, row: dict) -> dict:
@@ -124,5 +143,17 @@ class VQAAccuracy(Protocol):
         more = [f"{key}: {row['meta'][key]}" for key in self.by if row["meta"].get(key) is not None]
         return [*super().groups(row), *more]
 
+    def summarise(self, rows: Sequence[dict]) -> dict[str, float]:
+        if self.accuracy is not vqa_accuracy:
+            return {}
+        figures = {"processed": [(row["prediction"], row["answers"]) for row in rows]}
+        if all(row["meta"].get("raw_answers") for row in rows):
+            figures["raw"] = [(row["prediction"], row["meta"]["raw_answers"]) for row in rows]
+        return {
+            f"{self.metric}_{name}": mean([processed_accuracy(said, answers) for said, answers in pairs])
+            for name, pairs in figures.items()
+        }
+
     def official(self, rows: Sequence[dict]) -> list[dict]:
-        return [{self.named_by: row["question_id"], "answer": row["prediction"]} for row in rows]
+        named = [question_name(row, "image") if self.named_by == "image" else row["question_id"] for row in rows]
+        return [{self.named_by: name, "answer": row["prediction"]} for name, row in zip(named, rows, strict=True)]

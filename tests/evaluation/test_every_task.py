@@ -146,7 +146,7 @@ CASES = {
     "mmmu": Case(
         exam_layouts.write_mmmu,
         {"validation_Art_Theory_1": "B", "validation_Art_Theory_2": "It is 1000."},
-        f"Compare <image> and <image> please\nA. the first\nB. <image>C. it's none\n{LETTER}",
+        f"Compare <image> and <image> please\nA. the first\nB. <image>\nC. it's none\n{LETTER}",
         {"Art_Theory", "Art and Design", "multiple-choice", "open"},
         ("validation_Art_Theory_1", "B"),
         wrong="A",  # what names no letter is drawn
@@ -260,7 +260,12 @@ def test_a_task_over_its_own_recipes_shards_scores_perfect_answers_in_full(name,
     perfect = score(case.right)
     assert perfect["table"][-1][task.protocol.metric] == pytest.approx(case.full)
     assert {group for row in perfect["predictions"] for group in task.protocol.groups(row)} == case.groups
-    official = json.loads((tmp_path / "predictions" / f"{name}_official.json").read_text())
+    if name == "pope":  # a file of lines per category
+        lines = (tmp_path / "predictions/pope_random_official.jsonl").read_text().splitlines()
+        assert len(lines) == len(POPE)
+        official = [json.loads(line) for line in lines]
+    else:
+        official = json.loads((tmp_path / "predictions" / f"{name}_official.json").read_text())
     first = next(iter(official.items() if isinstance(official, dict) else official))
     assert first == case.official
     wrong = case.wrong if isinstance(case.wrong, dict) else dict.fromkeys(case.right, case.wrong)
@@ -290,7 +295,7 @@ SHOTS = {
         {},
         {"form": "document"},
         "<I>Question: How much?\n<image 3> Short answer: 1,000\n"
-        "Question: Compare <I> and <I> please\nA. the first\nB. <I>C. it's none Short answer:",
+        "Question: Compare <I> and <I> please\nA. the first\nB. <I>\nC. it's none Short answer:",
     ),
 }
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastvlm.evaluation import aokvqa, boxes, gqa, mathvista, mmmu, pope, science_qa
 from fastvlm.evaluation.anls import ANLS, anls, edit_distance
 from fastvlm.evaluation.captions import Captions, bleu, cider_d, rouge_l
+from fastvlm.evaluation.predictions import question_name, read_rows
 from fastvlm.evaluation.ptb import find_jar, tokenise
 from fastvlm.evaluation.relaxed_accuracy import RelaxedAccuracy, relaxed_match
 from fastvlm.evaluation.scores import make_result
@@ -56,6 +57,47 @@ def test_the_vqa_cases_hold_every_score_and_both_quirks():
     assert vqa_accuracy("dog", ["The dog"] * 10) == 0  # ... so an article counts
     assert vqa_accuracy("dog", ["The dog"] * 9 + ["cat"]) == 1
     assert evalai_accuracy("dog", ["The dog"] * 10) == 1
+
+
+@pytest.mark.parametrize(
+    "said, answers, score",
+    [
+        ("Unanswerable", ["unanswerable"] * 10, 1),
+        ("the can.", ["can"] * 9 + ["soup"], 1),
+        ("can", ["The can"] * 10, 0),  # the annotators' words are compared as they are
+        ("Basil", ["basil"] * 3 + ["mint"] * 7, 0.9),
+    ],
+)
+def test_vizwiz_normalises_the_answer_and_never_the_annotators_words(said, answers, score):
+    row = {"prediction": said, "answers": answers, "meta": {}}
+    assert VQAAccuracy(normalisation="vizwiz").grade(row)["score"] == pytest.approx(score)
+
+
+def test_vqa_accuracy_tells_what_processed_answers_and_raw_references_score():
+    rows = [
+        {"prediction": "Yes", "answers": ["yes"] * 10, "meta": {"raw_answers": ["yes"] * 10}},
+        {"prediction": "racing", "answers": ["race"] * 10, "meta": {"raw_answers": ["racing"] * 10}},
+    ]
+    assert [vqa_accuracy(row["prediction"], row["answers"]) for row in rows] == [0, 0]
+    assert VQAAccuracy().summarise(rows) == {"vqa_accuracy_processed": 0.5, "vqa_accuracy_raw": 1.0}
+    assert VQAAccuracy().summarise([rows[0] | {"meta": {}}]) == {"vqa_accuracy_processed": 1.0}
+    assert VQAAccuracy(normalisation="evalai").summarise(rows) == {}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_id": "VizWiz_val_0.jpg", "image_id": "VizWiz_val_0.jpg"},  # VizWiz's own
+        {"question_id": 0, "image_id": "VizWiz_val_0.jpg"},  # the copy in VQA format
+        {"question_id": "VizWiz_val_0", "image_id": None},  # the parquet of the hub
+    ],
+)
+def test_vizwiz_names_the_image_file_and_reads_its_own_file_again(row, tmp_path):
+    (line,) = VQAAccuracy(normalisation="vizwiz", named_by="image").official([row | {"prediction": "can"}])
+    assert line == {"image": "VizWiz_val_0.jpg", "answer": "can"}
+    (tmp_path / "said.json").write_text(json.dumps([line]))
+    answers, named_by = read_rows(tmp_path / "said.json")
+    assert answers[question_name(row, named_by)] == "can"
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=10, max_size=10), st.sampled_from("abcd"))
@@ -137,7 +179,17 @@ def test_both_forms_of_aokvqa_are_the_official_ones():
 
 @pytest.mark.parametrize(
     "said, option",
-    [("B", 1), ("b. ", None), ("(C)", 2), ("D. old wood", 3), ("Stone", 2), ("stone.", 2), ("E", None), ("", None)],
+    [
+        ("B", 1),
+        ("b. ", None),
+        ("A metal bowl", None),
+        ("(C)", 2),
+        ("D. old wood", 3),
+        ("Stone", 2),
+        ("stone.", 2),
+        ("E", None),
+        ("", None),
+    ],
 )
 def test_an_option_is_named_by_its_letter_or_its_words(said, option):
     choices = ["wood", "metal", "stone", "old wood"]

@@ -86,7 +86,7 @@ def test_mmmu_places_images_where_the_words_and_options_name_them(tmp_path):
         image,
         {"type": "text", "text": " please\nA. the first\nB. "},
         image,
-        {"type": "text", "text": f"C. it's none\n{LETTER}"},
+        {"type": "text", "text": f"\nC. it's none\n{LETTER}"},
     ]
     assert choice.images[1] == choice.images[2] != choice.images[0]
     meta = choice.record["meta"]
@@ -96,11 +96,11 @@ def test_mmmu_places_images_where_the_words_and_options_name_them(tmp_path):
     assert opened.record["meta"]["answers"] == ["1,000", "1000 $"] and "choices" not in opened.record["meta"]
 
 
-def test_a_marker_takes_the_line_break_behind_it_along():
-    parts, images = place_images("a\n<image 1>\nb", {1: b"x"})
-    assert parts == [{"type": "text", "text": "a\n"}, {"type": "image"}, {"type": "text", "text": "b"}] and images == [
-        b"x"
-    ]
+def test_the_line_break_behind_an_image_goes_only_where_images_alone_stand_before_it():
+    image = {"type": "image"}
+    parts, images = place_images("<image 1>\na\n<image 2>\nb", {1: b"x", 2: b"y"})
+    assert parts == [image, {"type": "text", "text": "a\n"}, image, {"type": "text", "text": "\nb"}]
+    assert images == [b"x", b"y"]
 
 
 @pytest.mark.parametrize("form", ["mathvista", "mathvista_parquet"])
