@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastvlm.identity import bare_code
 
@@ -51,6 +52,33 @@ def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dic
         todo |= set(imports_of(path, name))
     source |= {Path(file).name: digest(Path(file)) for file in files}
     return {"source": dict(sorted(source.items())), "versions": versions_of(libraries - set(CARRIERS))}
+
+
+def own_code(config: Any) -> dict[str, str]:
+    """Return module -> hash for the user's modules that a plain configuration's `_target_`s name.
+
+    What these modules import outside this package and the libraries is included.
+    """
+    names = set()
+    for target in targets(config):
+        words = target.split(".")
+        if words[0] != __package__ and not is_library(words[0]):
+            modules = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
+            names |= {next((name for name in modules if file_of(name) is not None), words[0])}
+    own = rests_on(names)["source"] if names else {}
+    return {name: code for name, code in own.items() if name.split(".")[0] != __package__}
+
+
+def targets(config: Any) -> Iterator[str]:
+    """Yield every `_target_` of nested dicts and lists."""
+    if isinstance(config, dict):
+        if isinstance(target := config.get("_target_"), str):
+            yield target
+        for value in config.values():
+            yield from targets(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from targets(value)
 
 
 def imports_of(path: Path, name: str) -> Iterator[str]:

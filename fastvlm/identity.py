@@ -59,6 +59,14 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
     return digest.hexdigest()[:16]
 
 
+def run_code(resolved: dict) -> str:
+    """Return the hash of the code that determines a run's results, the user's own modules included."""
+    from fastvlm.foundation import own_code
+
+    own = own_code(identity(resolved))
+    return hash_of([code_hash(SCORING), own]) if own else code_hash(SCORING)
+
+
 def bare_code(file: Path) -> str:
     """Return the source of a Python file without docstrings, comments and blank lines.
 
@@ -116,20 +124,29 @@ def identity(resolved: dict) -> dict:
 
 def portable_hash(resolved: dict) -> str:
     """Hash a run's identity with the folders of `paths` replaced by names, so that it is the same on every machine."""
-    places = sorted(resolved["paths"].items(), key=lambda item: -len(item[1]))
+    return hash_of(named_folders(identity(resolved), resolved["paths"]))
 
-    def named(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: named(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [named(inner) for inner in value]
-        if isinstance(value, str):
-            for name, place in places:
-                if value == place or value.startswith(f"{place}/"):
-                    return f"<{name}>{value[len(place) :]}"
-        return value
 
-    return hash_of(named(identity(resolved)))
+def named_folders(value: Any, paths: dict[str, str]) -> Any:
+    """Return a plain value in which the folders of `paths`, a run's own, are replaced by their names."""
+    return replace_folders(value, {folder: f"<{name}>" for name, folder in paths.items()})
+
+
+def replace_folders(value: Any, others: dict[str, str]) -> Any:
+    """Return a plain value in which the strings that are a folder, or lie below it, begin with another.
+
+    Args:
+        others: folder -> what takes its place; of folders inside each other the innermost counts.
+    """
+    if isinstance(value, dict):
+        return {key: replace_folders(inner, others) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [replace_folders(inner, others) for inner in value]
+    if isinstance(value, str):
+        for folder in sorted(others, key=len, reverse=True):
+            if value == folder or value.startswith(f"{folder}/"):
+                return f"{others[folder]}{value[len(folder) :]}"
+    return value
 
 
 @cache
@@ -174,7 +191,7 @@ def _same(results: dict, resolved: dict, ran: dict) -> bool:
     hardware = made.get("hardware", {})
     if made.get("libraries") != libraries() or any(hardware.get(key) != value for key, value in ran.items()):
         return False
-    return made.get("config") == hash_of(identity(resolved)) and made.get("code") == code_hash(SCORING)
+    return made.get("config") == hash_of(identity(resolved)) and made.get("code") == run_code(resolved)
 
 
 def remember(run_dir: Path, runs: Path, resolved: dict) -> None:
@@ -194,4 +211,4 @@ def elsewhere(runs: Path, resolved: dict, *, ran: dict) -> Path | None:
 
 
 def _note(runs: Path, resolved: dict) -> Path:
-    return runs / "cells" / f"{hash_of(identity(resolved))}-{code_hash(SCORING)}"
+    return runs / "cells" / f"{hash_of(identity(resolved))}-{run_code(resolved)}"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fastvlm.callbacks.features import IMAGES, code_of
-from fastvlm.foundation import CARRIERS, distributions, file_of, is_library, rests_on
+from fastvlm.foundation import CARRIERS, distributions, file_of, is_library, own_code, rests_on
+from fastvlm.identity import SCORING, code_hash, run_code
 from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
 from tests.models.small_parts import small_vlm
 
@@ -87,3 +88,20 @@ def test_another_version_of_a_library_makes_another_key(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0" if name == "simplejpeg" else real(name))
     after = rests_on(IMAGES)
     assert after["source"] == before["source"] and after["versions"] == before["versions"] | {"simplejpeg": "0.0"}
+
+
+def test_a_users_module_and_what_it_imports_are_in_the_code_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/part.py").write_text("from mine.inner import width\nclass Part: pass\n")
+    (tmp_path / "mine/inner.py").write_text("width = 1\n")
+    config = {"encoder": {"_target_": "mine.part.Part"}, "optimizer": {"_target_": "torch.optim.AdamW"}}
+    config["more"] = [{"_target_": "fastvlm.models.resamplers.avgpool.AvgPool"}]
+    before = own_code(config)
+    assert {"mine.part", "mine.inner"} <= before.keys() and all(name.startswith("mine") for name in before)
+    (tmp_path / "mine/inner.py").write_text("width = 1  # said\n")
+    assert own_code(config) == before
+    (tmp_path / "mine/inner.py").write_text("width = 2\n")
+    assert own_code(config) != before
+    assert own_code({key: config[key] for key in ("optimizer", "more")}) == {}
+    assert run_code(config) != run_code({}) == code_hash(SCORING)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from tiny_checkpoints import save_checkpoint  # noqa: E402
@@ -46,6 +47,24 @@ def test_a_pretrained_model_is_tuned_handed_on_and_asked(folder, tiny_config, ca
     check(again)
     Pipeline(again).run()
     assert "instruct: finished before" in capsys.readouterr().out
+
+
+def test_weights_written_anew_under_the_same_name_are_other_weights(tmp_path, tiny_config):
+    folder = save_checkpoint("llava_next", tmp_path / "model")
+
+    def first_weights() -> dict[str, str]:
+        run = Pipeline(tiny_config("vlm=llava_1_6", f"vlm.path={folder}"))
+        run.build()
+        return run.initial
+
+    before = first_weights()
+    assert first_weights() == before
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in weights if "projector" in name)
+    save_file(weights | {name: weights[name] + 1}, file, metadata={"format": "pt"})
+    after = first_weights()
+    assert [part for part in before if after[part] != before[part]] == ["projector"]
 
 
 def test_a_size_of_null_needs_a_pretrained_model(tiny_config):

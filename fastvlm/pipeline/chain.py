@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,9 +23,10 @@ from fastvlm.build import (
     part_seed,
     settle_views,
 )
+from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import load_component, write_json
 from fastvlm.hardware import Hardware, is_first_rank
-from fastvlm.identity import SCORING, code_hash, commit, hash_of, identity, libraries, machine, remember
+from fastvlm.identity import commit, hash_of, identity, libraries, machine, remember, run_code
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
@@ -99,7 +102,10 @@ class Pipeline:
         self.task = build_task(self.config.task) if self.config.task else None
         for part in self.model.parts:
             made = self.resolved[part] or self.resolved["vlm"]
-            self.initial[part] = hash_of([made, part_seed(self.config, part), self.tokenizer.fingerprint])
+            rests_on = [made, part_seed(self.config, part), self.tokenizer.fingerprint]
+            if names_file(made):  # whose contents may change under the same name
+                rests_on.append(sorted((name, digest(tensor)) for name, tensor in tensors(self.model.parts[part])))
+            self.initial[part] = hash_of(rests_on)
         if self.hardware.gradient_checkpointing:
             recompute_layers(self.model.parts)
 
@@ -126,7 +132,7 @@ class Pipeline:
         ran = {"ranks": hw.num_ranks, "threads": hw.threads, **hw.decides()}
         return {
             "commit": commit(),
-            "code": code_hash(SCORING),
+            "code": run_code(self.resolved),
             "config": hash_of(identity(self.resolved)),
             "hardware": machine() | ran,
             "libraries": libraries(),
@@ -159,7 +165,8 @@ class Pipeline:
 
     def evaluate(self, results: dict, stages: list[dict]) -> dict:
         """Add the task's evaluation to the results; called on the first rank only."""
-        folders = {part: str(folder) for part, folder in self.folders.items()}
+        # Relative, so that the folder of all runs can move.
+        folders = {part: os.path.relpath(folder, self.run_dir) for part, folder in self.folders.items()}
         write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
         self.model.to(self.hardware.device).eval()
         torch.manual_seed(self.config.seed)
@@ -194,7 +201,15 @@ class Pipeline:
                 write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": self.run_id})
         say(f"report: {report}")
         if self.config.study is None and {"encoder", "llm"} <= set(list(self.config.stages.values())[-1].parts):
-            say(f"ask it: python -m fastvlm.inference.chat run={os.path.relpath(self.run_dir)} --image <file>")
+            run = shlex.quote(f"run={os.path.relpath(self.run_dir)}")
+            say(f"ask it: python -m fastvlm.inference.chat {run} --image <file>")
+
+
+def names_file(config: Any) -> bool:
+    """Return whether a string of a part's plain configuration is a file, or the folder of a model, on this machine."""
+    if isinstance(config, dict | list):
+        return any(names_file(value) for value in (config.values() if isinstance(config, dict) else config))
+    return isinstance(config, str) and (os.path.isfile(config) or os.path.isfile(os.path.join(config, "config.json")))
 
 
 def stage_costs(metrics: dict) -> dict[str, float]:

@@ -11,6 +11,7 @@ from fastvlm.build import build_transform
 from fastvlm.callbacks.handoff import read_manifest
 from fastvlm.data.kept_plan import write_plan
 from fastvlm.data.replan import Seen, changes, read_description, seen_before
+from fastvlm.foundation import own_code
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import code_hash, hash_of, libraries
 from fastvlm.pipeline.messages import say
@@ -88,6 +89,8 @@ class StageRun:
             "seed": self.seed,
             "code": code_hash(),
         }
+        if own := own_code(config):
+            identity["own_code"] = own
         if run.config.study:  # whose cells must not mix weights of two versions or devices
             identity["made_with"] = [libraries(), run.hardware.decides()["accelerator"]]
         if self.data.plan.num_images and build_transform(self.config).augment:
