@@ -1,6 +1,6 @@
 """Build the shards of a data set by running its recipe.
 
-    python data/prepare.py source=embedded            # about half a minute on two cores, no download
+    python data/prepare.py source=embedded            # 18 s on two idle cores, no download
     python data/prepare.py source=llava_instruct path=llava/llava_v1_5_mix665k.json images=llava/images workers=8
     python data/prepare.py --help                      # every recipe and its keys
 

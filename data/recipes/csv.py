@@ -1,4 +1,7 @@
-"""A CSV or TSV table of image, question, answer or of image, caption; column names can be set by keys."""
+"""A CSV or TSV table of image, question, answer or of image, caption; column names can be set by keys.
+
+`image=` (nothing) is for a table of text alone.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,13 @@ def parts(
             f"{cut[0].path}: no columns {question} and {answer}, nor {caption}, in its header ({', '.join(header)}); "
             "name them with question=... answer=... or caption=..."
         )
-    if twice := [name for name in columns.values() if header.count(name) > 1]:
+    if twice := [name for name in columns.values() if name and header.count(name) > 1]:
         raise ValueError(f"{cut[0].path}: column {twice[0]} stands twice in its header; rename one of them")
+    if image and image not in header:  # the rows would become text alone
+        raise ValueError(
+            f"{cut[0].path}: no column {image} in its header ({', '.join(header)}); name it with image=..., "
+            "or set image= (nothing) if the table is text alone"
+        )
     for part in cut:
         part.options |= {"asks": asks, "width": len(set(header))}
     return cut
@@ -47,7 +55,7 @@ def parts(
 def convert(part: Part) -> Iterator[Record | Dropped]:
     columns = part.options["columns"]
     for numbers, row in read_rows(part):
-        id, name = row.get(columns["id"]), row.get(columns["image"])
+        id, name = row.get(columns["id"]), row.get(columns["image"]) if columns["image"] else None
         try:
             if None in row or len(row) < part.options["width"]:
                 raise Unusable(FIELDS)

@@ -22,7 +22,8 @@ def find_roots(path: Path, images: Sequence[str]) -> list[list[str]]:
 
     Args:
         path: file or folder of the rows. Without `images`, its folder and `images/` in it are searched.
-        images: folders, or `prefix=folder` for names that begin with `prefix/` (`coco=/data/coco`).
+        images: folders, or `prefix=folder` for names that begin with `prefix/` (`coco=/data/coco`). Where it names an
+            existing folder, a word (or all words, joined by commas) is that folder, whatever its name contains.
 
     Raises:
         ValueError: a folder does not exist.
@@ -30,9 +31,10 @@ def find_roots(path: Path, images: Sequence[str]) -> list[list[str]]:
     if not images:
         folder = path if path.is_dir() else path.parent
         return [["", str(folder)], ["", str(folder / "images")]]
+    is_folder = lambda word: os.path.isdir(os.path.expanduser(word))
     roots = []
-    for word in images:
-        prefix, _, folder = word.rpartition("=")
+    for word in [whole] if is_folder(whole := ",".join(images)) else images:
+        prefix, folder = ("", word) if "=" not in word or is_folder(word) else word.split("=", 1)
         folder = Path(folder).expanduser().absolute()
         if not folder.is_dir():
             raise ValueError(f"images={word}: {folder} is not a folder")

@@ -31,7 +31,7 @@ def cut_subsets(path: Path, *, source: str, split: str, name: Sequence[str], str
     Raises:
         ValueError: a subset does not exist or contains another, or `path` is a hub id and `name` is empty.
     """
-    settings = {"split": split, "rows": rows, "needs": ("texts",), "streaming": streaming}
+    settings = {"split": split, "rows": rows, "needs": ("images", "texts"), "streaming": streaming}
     if not path.exists() and not name:
         raise ValueError(f"path={path}: name the subsets to take from the hub, such as name=ai2d,vqav2")
     if path.is_dir():

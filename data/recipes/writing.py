@@ -224,7 +224,8 @@ def read_file(path: Path, limit: int) -> bytes:
     """Read an image file.
 
     Raises:
-        Fault: the file does not exist or has more than `limit` bytes.
+        Fault: the file does not exist, may not be read or has more than `limit` bytes.
+        OSError: another error, such as one of the disk, which may be gone in the next run.
     """
     try:
         if path.stat().st_size > limit:
@@ -232,6 +233,8 @@ def read_file(path: Path, limit: int) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):  # ValueError: a null byte
         raise Fault(IMAGE_MISSING) from None
+    except PermissionError:
+        raise Fault(UNREADABLE) from None
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise Fault(IMAGE_MISSING) from None

@@ -103,7 +103,7 @@ class DataConfig:
     """How every stage reads its data; nothing here changes what is learned, except `on_change=replan`."""
 
     on_change: str = "refuse"  # if data changed under an interrupted stage: refuse, replan (continue), restart
-    max_skipped_share: float = 0.01  # the run stops if a larger share of the samples read is unreadable
+    max_skipped_share: float = 0.01  # the run stops if more of a source's samples or shards, or of those read, fails
     cache_mb: int = 256  # MiB of encoded samples kept in memory, in each loader process
     longest_first: bool = False  # run the largest batches after the first step, so that memory runs out then or never
 
@@ -122,7 +122,7 @@ class TrainConfig:
     name: str = MISSING
     seed: int = 0
     part_seeds: dict[str, int] = field(default_factory=dict)  # part -> seed of its initial weights, if not the run's
-    study: Any = None  # an experiment's arms at each scale; see experiments/README.md
+    study: Any = None  # an experiment's arms at each scale; see CONTRIBUTING.md
     arm: str | None = None  # of the study
     scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's own sizes, data and steps)
     objective: list[str] = field(default_factory=lambda: [OBJECTIVE])  # metrics a sweeper optimises

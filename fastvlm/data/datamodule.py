@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.feature_pass import Encode, fill
 from fastvlm.data.features import FeatureStore
+from fastvlm.data.lengths import check_damage
 from fastvlm.data.plan import Plan
 from fastvlm.data.replan import Seen
 from fastvlm.data.source import Mixture
@@ -72,13 +73,14 @@ class MixtureDataModule(L.LightningDataModule):
         num_workers: loader processes per rank; the batches are the same for any number.
         val_samples: validation samples of all sources together, balanced; 0: no validation.
         pack_window, sort_window, plan_cache: see `Plan` (`cache`).
-        max_skipped_share, cache_bytes: see `PlannedDataset`.
+        max_skipped_share, cache_bytes: see `PlannedDataset`; the share also bounds what the indexes of each source
+            already find damaged.
         where: prefix of the stage's keys in error messages, such as `stages.align.`.
 
     Raises:
-        ValueError: from the plan, in `setup`; from the loaders, if rows do not divide among ranks and micro-batches or
-            the checkpoint was written inside an optimiser step. One written at the end of a step may come from other
-            numbers of ranks and micro-batches.
+        ValueError: in `setup`, from the plan, or if too much of a source is damaged; from the loaders, if rows do not
+            divide among ranks and micro-batches or the checkpoint was written inside an optimiser step. One written at
+            the end of a step may come from other numbers of ranks and micro-batches.
     """
 
     def __init__(
@@ -146,6 +148,9 @@ class MixtureDataModule(L.LightningDataModule):
             and any(s.has_split("val") for s in self.mixture.sources.values())
         ):
             self.val_plan = ValidationPlan(self.mixture, self.tokenizer, num_samples=self.val_samples, **self._budget)
+        for plan in (self.plan, self.val_plan):
+            if plan is not None:
+                check_damage(plan.sources, max_share=self._reading["max_skipped_share"])
 
     def state_dict(self) -> dict[str, int | str]:
         """Return what a resumed run needs: (epoch, step in it) of the next batch, and the plan's fingerprint."""

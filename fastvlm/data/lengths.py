@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastvlm.data.conversation import lay_out, system_ids, tokenise
@@ -24,6 +26,7 @@ from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 REASONS = ("", "unreadable", "no learned token", "answer truncated away", "too many images")
 UNREADABLE, MUTE, CUT, CROWDED = range(1, 5)
+FAILED_DOWNLOAD = " has no image ("  # how `shards.read_caption` says that img2dataset could not fetch a row's image
 NOTED_ROWS = 1000  # fewer are read in less than a second and not cached
 
 
@@ -121,6 +124,37 @@ def measure_source(
     exact = lambda value: None if value is None else Fraction(str(value))
     limits = {"repeat": exact(source.repeat), "max_epochs": exact(source.max_epochs), "augment": source.augment}
     return Measured(name, source, index, kept, length, answer, images, num_truncated, excluded, **limits)
+
+
+def check_damage(sources: Sequence[Measured], *, max_share: float) -> None:
+    """Refuse a source if more than `max_share` of its samples (at least of 100) or of its shards are damaged.
+
+    Images that img2dataset could not download are no damage. A shard that ends at a break counts as a whole, because
+    nobody knows how many samples it held.
+
+    Raises:
+        ValueError: names the source, its first damaged sample or shard, and the counts.
+    """
+    for source in sources:
+        index, allowed = source.index, f"more than data.max_skipped_share={max_share}"
+        if len(index.broken) > max_share * len(index.shards):
+            place, why = next(iter(index.broken.items()))
+            whole = int(np.diff(index.start)[index.shards.index(place)])
+            raise ValueError(
+                f"source {source.name}: {len(index.broken)} of {len(index.shards)} shards of {index.split} end at a "
+                f"break, {allowed} ({place}: {why}; {whole} whole samples before it); copy or write them again, or "
+                "raise the share to use what is left"
+            )
+        gone = source.excluded.get(REASONS[UNREADABLE], np.empty(0, dtype=np.int64))
+        failed = pc.match_substring(index.faults.take(pa.array(gone)).cast(pa.string()), FAILED_DOWNLOAD)
+        gone = gone[~failed.to_numpy(zero_copy_only=False)]
+        if len(gone) > max_share * max(len(source.rows) + len(gone), 100):
+            row = int(gone[0])
+            raise ValueError(
+                f"source {source.name}: {len(gone)} of {len(source.rows) + len(gone)} samples of {index.split} cannot "
+                f"be read, {allowed} (first in {index.shards[index.shard[row]]}: "
+                f"{index.faults[row].as_py() or index.key(row)}); copy or write its shards again, or raise the share"
+            )
 
 
 def cut(

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_world import make_record, write_source
 
+from fastvlm.data.datamodule import MixtureDataModule
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
@@ -118,6 +119,45 @@ def test_what_no_index_can_read_is_left_out_of_the_plan_by_name(tmp_path, tokeni
     left_out = {why: e["keys"] for source in report(plan)["sources"].values() for why, e in source["excluded"].items()}
     assert left_out == {"unreadable": ["image", "role"], "no learned token": ["mute"]}
     assert report(plan)["sources"]["x"]["samples"] == 1
+
+
+def setup_data(folder, tokenizer, *, share=0.01, **of_source):
+    mixture = Mixture({"x": Source("x", path=folder, **of_source)}, weights={"x": 1}, unit="samples")
+    options = {"image_size": 8, "tokens_per_image": 2, "batch_size": 2, "max_tokens": 80, "num_steps": 8}
+    data = MixtureDataModule(mixture, tokenizer=tokenizer, max_skipped_share=share, **options)
+    data.setup()
+    return data.plan.sources[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_shard_cut_short_is_refused_unless_such_shards_are_a_small_share(tmp_path, tokenizer, split):
+    write_source(tmp_path, "text", 40, max_samples=10)
+    write_source(tmp_path, "text", 40, max_samples=10, start=100, split="val")
+    shard = tmp_path / f"{split}-00002.tar"
+    whole, _ = scan_shard(shard)
+    shard.write_bytes(shard.read_bytes()[: whole[6].offset + whole[6].size - 10])
+    with pytest.warns(UserWarning, match="whole samples before the break"):
+        with pytest.raises(ValueError, match=rf"source x: 1 of 4 shards of {split} end at a break, .*=0.2 ") as error:
+            setup_data(tmp_path, tokenizer, share=0.2)
+        assert f"{shard}: " in str(error.value) and "5 whole samples before it); copy or" in str(error.value)
+        assert len(setup_data(tmp_path, tokenizer, share=0.25).rows) == (35 if split == "train" else 40)
+
+
+def test_samples_that_no_index_can_read_are_refused_above_the_share_of_those_skipped_while_reading(tmp_path, tokenizer):
+    with ShardWriter(tmp_path, "train") as writer:
+        for i in range(60):
+            record, images = make_record("caption", i)
+            writer.write(f"k{i}", record, [b"no image"] if i in (3, 5) else images)
+    with pytest.raises(ValueError, match=r"source x: 2 of 60 samples of train cannot be read, .*=0.01 .*0.tar: k3"):
+        setup_data(tmp_path, tokenizer)
+    assert len(setup_data(tmp_path, tokenizer, share=0.02).rows) == 58
+
+
+def test_images_that_img2dataset_could_not_fetch_are_no_damage(tmp_path, tokenizer):
+    failed = json.dumps({"caption": "a seven", "status": "failed_to_download"}).encode()
+    sound = [(f"s{i}.txt", b"a seven") for i in range(5)]
+    write_members(tmp_path / "00000.tar", sound + [(f"f{i}.json", failed) for i in range(20)])
+    assert len(setup_data(tmp_path, tokenizer, shards="*.tar").rows) == 5
 
 
 def test_a_shard_that_changes_under_the_run_is_noticed_by_its_checksum(tmp_path, tokenizer):

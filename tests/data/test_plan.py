@@ -146,6 +146,7 @@ def test_rows_keep_their_budgets_and_answer_tokens_are_exact(sources, tokenizer,
         assert len(step.rows) == plan.batch_size
         assert packing or all(len(row) == 1 for row in step.rows)
         assert batch.num_answer_tokens == step.num_answer_tokens == batch.num_learned
+        assert batch.num_planned_images == step.num_images == batch.num_images
         for b, row in enumerate(step.rows):
             tokens = sum(int(plan.sources[s].length[r]) for s, r in row)
             assert tokens == int((batch.segment_ids[b] > 0).sum()) <= 48
@@ -164,6 +165,7 @@ def test_ranks_and_micro_batches_are_slices_of_one_order(sources, tokenizer, wor
         assert Counter(key for p in parts for key in p.keys) == whole
         assert sum(p.num_learned for p in parts) == plan.step(i).num_answer_tokens
         assert {p.num_answer_tokens for p in parts} == {plan.step(i).num_answer_tokens}
+        assert {p.num_planned_images for p in parts} == {sum(p.num_images for p in parts)}
         assert {p.step for p in parts} == {i}
 
 

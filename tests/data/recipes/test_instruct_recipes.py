@@ -7,7 +7,7 @@ import json
 import instruct_layouts as layouts
 import pytest
 
-from data.prepare import prepare
+from data.prepare import load_recipe, parse_arguments, prepare
 from data.recipes.record import LAST_LEFT_OUT, MISMATCH
 from data.recipes.subsets import cut_subsets
 
@@ -98,6 +98,18 @@ def test_sharegpt4v_finds_each_image_under_its_root(made, tmp_path):
         made("sharegpt4v", images=("coco=/nowhere",))
 
 
+@pytest.mark.parametrize("name", ["v=1/pics", "new, all/pics", "coco=v=1,2/pics"])
+def test_a_folder_of_images_may_have_commas_and_equals_signs_in_its_name(name, made, tmp_path):
+    layouts.put(
+        tmp_path / "original/rows.jsonl",
+        json.dumps({"image": "a.jpg", "conversations": layouts.turns("<image>\nQ", "A")}),
+    )
+    layouts.put(tmp_path / name / "a.jpg", layouts.draw_jpg(1))
+    given = parse_arguments(load_recipe("sharegpt4v"), {"path": "rows.jsonl", "images": str(tmp_path / name)})
+    _, samples = made("sharegpt4v", **given)
+    assert [images for _, images, _ in samples.values()] == [[layouts.draw_jpg(1)]]
+
+
 def test_sharegpt_text_with_tools_and_a_first_answer(made):
     done, samples = made("sharegpt")
     system = {"role": "system", "content": "Be brief."}
@@ -162,6 +174,16 @@ def test_csv_tables_of_questions_and_of_captions(made, tmp_path):
     assert dropped(done) == {"empty turn": ["row 1"], "image missing": ["row-2"]}
     with pytest.raises(ValueError, match="no columns question and answer, nor caption, in its header .file, text"):
         made("csv", path="captions.tsv", images=pics)
+
+
+@pytest.mark.parametrize("mistyped", [{}, {"image": "foto"}], ids=["default", "told"])
+def test_a_csv_table_is_text_alone_only_where_it_is_told_so(mistyped, made, tmp_path):
+    layouts.put(tmp_path / "original/qa.csv", "file_name,question,answer,\na.jpg,what?,yes,more\n")
+    name = mistyped.get("image", "image")
+    with pytest.raises(ValueError, match=rf"qa.csv: no column {name} in its header \(file_name, .*set image= "):
+        made("csv", path="qa.csv", **mistyped)
+    _, samples = made("csv", path="qa.csv", image="")
+    assert [(record["messages"], images) for record, images, _ in samples.values()] == [(chat("what?", "yes"), [])]
 
 
 def test_smoltalk_has_subsets_and_a_test_split(made):

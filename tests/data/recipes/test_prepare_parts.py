@@ -26,6 +26,7 @@ from instruct_layouts import Run, run_command, shard_bytes, told_tokenizer
 from PIL import Image
 
 from data.prepare import main, prepare
+from data.recipes.writing import Fault, read_file
 from fastvlm.data.index import load_index
 
 ROWS = 240
@@ -329,6 +330,18 @@ def test_what_the_index_would_refuse_is_dropped_and_the_run_ends(tokenizer, tmp_
     files = {"wide.png": png_header(10000, 7000), "file.png": b"", "good.png": layouts.draw_png(2)}
     dropped, kept = prepare_images(tmp_path, tokenizer, files)
     assert dropped == {"image too large": ["wide.png", "file.png"]} and list(kept) == ["good.png"]
+
+
+def test_an_image_that_may_not_be_read_is_dropped_as_one_that_cannot_be_opened(tmp_path):
+    (tmp_path / "a.png").write_bytes(layouts.draw_png(1))
+    (tmp_path / "a.png").chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # root may read everything
+        with pytest.raises(Fault, match="image unreadable"):
+            read_file(tmp_path / "a.png", 1 << 20)
+    finally:
+        os.seteuid(user)
 
 
 def test_no_image_starts_another_program(tokenizer, tmp_path, monkeypatch):
