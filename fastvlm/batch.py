@@ -58,6 +58,7 @@ class Batch:
     skipped: tuple[str, ...] = ()  # keys of planned samples that could not be read
     layouts: Tensor | None = None  # int64 (images, 4): rows and columns of tiles, height and width in pixels
     features: Tensor | None = None  # (I, N, D): cached encoder output; pixel_values is then empty
+    num_planned_images: int = 0  # views of the whole optimiser step, over all ranks and micro-batches
 
     @property
     def num_images(self) -> int:

@@ -20,6 +20,7 @@ def has_fast_bf16() -> bool:
 
 
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_zero3")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 def under_slurm() -> bool:
@@ -42,7 +43,7 @@ class Hardware:
     Args:
         accelerator: auto, cpu or gpu.
         devices: devices per machine; auto: all GPUs, or 1 on a CPU, or the number of tasks per node under srun.
-        precision: auto, or one of Lightning's names (32-true, bf16-mixed, 16-mixed, bf16-true).
+        precision: auto, or one of Lightning's names 32-true, bf16-mixed and 16-mixed.
         strategy: auto; ddp, a replica on every device; fsdp, weights, gradients and optimiser state sharded by torch's
             FSDP2; deepspeed_zero3, the same by DeepSpeed's ZeRO stage 3 (needs the package deepspeed).
         num_nodes: number of machines; auto: those of the Slurm job, or 1 outside Slurm.
@@ -57,7 +58,7 @@ class Hardware:
         gradient_checkpointing: recompute the layers of encoder and language model in the backward pass.
 
     Raises:
-        ValueError: there are fewer GPUs than requested, or a strategy is unknown or cannot work here.
+        ValueError: there are fewer GPUs than requested, or a precision or strategy is unknown or cannot work here.
     """
 
     accelerator: str = "auto"
@@ -96,12 +97,25 @@ class Hardware:
                 f"set hardware.devices={torch.cuda.device_count()}"
             )
         if self.precision == "auto":
-            fast = torch.cuda.is_bf16_supported() if on_gpu else has_fast_bf16()
+            fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_fast_bf16()
             self.precision = "bf16-mixed" if fast else "16-mixed" if on_gpu else "32-true"
+        if self.precision not in PRECISIONS:  # 16 bits for all would round frozen weights, too, and lose small updates
+            raise ValueError(
+                f"hardware.precision={self.precision} is not one of {', '.join(PRECISIONS)}; set bf16-mixed, and "
+                "llm.dtype=bfloat16 if the language model is frozen"
+            )
         if self.strategy not in STRATEGIES:
             raise ValueError(f"hardware.strategy={self.strategy} is not one of {', '.join(STRATEGIES)}")
-        if self.strategy == "deepspeed_zero3":
-            self._check_deepspeed()
+        if self.strategy == "deepspeed_zero3" and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(
+                "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install '.[deepspeed]'; "
+                "hardware.strategy=fsdp shares the weights without it"
+            )
+        if self.shards and self.precision == "16-mixed":
+            raise ValueError(
+                f"hardware.precision=16-mixed is nothing for hardware.strategy={self.strategy}; set bf16-mixed, or "
+                "32-true where the GPU has no bf16"
+            )
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
         if self.rows_per_device is not None and self.rows_per_device < 1:
@@ -132,18 +146,6 @@ class Hardware:
     def shards(self) -> bool:
         """Whether a rank holds only a shard of the weights."""
         return self.strategy in ("fsdp", "deepspeed_zero3")
-
-    def _check_deepspeed(self) -> None:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError(
-                "hardware.strategy=deepspeed_zero3 needs deepspeed: pip install '.[deepspeed]'; "
-                "hardware.strategy=fsdp shares the weights without it"
-            )
-        if self.precision == "16-mixed":
-            raise ValueError(
-                "hardware.precision=16-mixed is nothing for hardware.strategy=deepspeed_zero3; set bf16-mixed, or "
-                "32-true where the GPU has no bf16"
-            )
 
     def apply(self) -> None:
         """Set torch's global settings for this process."""
@@ -213,6 +215,17 @@ class Hardware:
             strategy=self._strategy(),
             accumulate_grad_batches=self.accumulate if accumulate is None else accumulate,
         )
+
+    def plugins(self) -> list:
+        """Return Lightning's plugins: under Slurm one by which a job is requeued by Slurm alone.
+
+        Lightning would write a checkpoint of its own at each preemption, and read another.
+        """
+        from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+        if not under_slurm() or TorchElasticEnvironment.detect():
+            return []
+        return [SLURMEnvironment(auto_requeue=False)]
 
     def _strategy(self):
         backend = None if self.device == "cuda" else "gloo"

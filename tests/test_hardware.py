@@ -1,8 +1,10 @@
 """What a run runs on: refusals in one line, the first rank however it was started, micro-batches from a limit."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastvlm.config import CONF
 from fastvlm.hardware import STRATEGIES, Hardware, is_first_rank
@@ -58,8 +60,10 @@ def test_under_slurm_nodes_and_devices_are_the_jobs(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
     hardware = cpu(num_nodes="auto")
     assert (hardware.devices, hardware.num_nodes, hardware.num_ranks, hardware.strategy) == (4, 2, 8, "ddp")
+    (plugin,) = hardware.plugins()
+    assert not plugin.auto_requeue  # the same command goes on from the stage's own checkpoint
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert cpu(num_nodes="auto").num_ranks == 1
+    assert cpu(num_nodes="auto").num_ranks == 1 and not cpu().plugins()
 
 
 @pytest.mark.parametrize(
@@ -67,11 +71,23 @@ def test_under_slurm_nodes_and_devices_are_the_jobs(monkeypatch):
     [
         ({"strategy": "fsdp1"}, "hardware.strategy=fsdp1 is not one of auto, ddp, fsdp, deepspeed_zero3"),
         ({"rows_per_device": 0}, "hardware.rows_per_device=0 must be at least 1"),
+        ({"precision": "bf16-true"}, "precision=bf16-true is not one of .*; set bf16-mixed, and llm.dtype=bfloat16 if"),
+        ({"precision": "16-mixed", "strategy": "fsdp"}, "16-mixed is nothing for hardware.strategy=fsdp; set bf16-mix"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
-        cpu(**options)
+        Hardware(**{"accelerator": "cpu", "precision": "32-true"} | options)
+
+
+@pytest.mark.parametrize("major, precision", [(7, "16-mixed"), (8, "bf16-mixed")])
+def test_a_gpu_that_only_imitates_bf16_runs_in_fp16(monkeypatch, major, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr("torch.cuda._check_bf16_tensor_supported", lambda _: True)
+    assert Hardware(accelerator="gpu").precision == precision
 
 
 def test_fsdp_shards_over_all_ranks_and_writes_one_file():
@@ -120,10 +136,43 @@ def test_what_deepspeeds_flat_shards_cannot_do_is_said_before_a_stage_begins(tin
         check_deepspeed("dense", config.stages.dense, **asked)
 
 
-def test_a_checkpoint_in_pieces_counts_when_its_last_file_is_written(tmp_path):
+def test_an_optimiser_that_steps_no_shards_is_refused_with_fsdp_before_a_stage_begins(tiny_config):
+    from fastvlm.pipeline.training import check_fsdp
+
+    config = tiny_config("pipeline=dense", "optimizer@stages.dense.optimizer=adamw8bit")
+    with pytest.raises(ValueError, match=r"stages.dense.optimizer: .* steps no shards .*dense.optimizer=adamw"):
+        check_fsdp("dense", config.stages.dense)
+    check_fsdp("dense", tiny_config("pipeline=dense").stages.dense)
+
+
+@pytest.mark.parametrize("wrote", ["auto", "fsdp", "deepspeed_zero3"])
+def test_a_stage_goes_on_only_with_a_strategy_that_numbers_the_optimisers_state_alike(tmp_path, wrote):
+    from fastvlm.pipeline.training import check_resumed
+    from fastvlm.stages import LanguageStage
+
+    path = tmp_path / "step=4.ckpt"
+    if wrote == "deepspeed_zero3":
+        path.mkdir()
+    else:
+        stage = LanguageStage(torch.nn.Linear(1, 1), name="dense", num_steps=8, optimizer=torch.optim.AdamW)
+        stage.whole = [stage.model] if wrote == "fsdp" else []
+        state = {"optimizer_states": [{}]}
+        stage.on_save_checkpoint(state)
+        torch.save(state, path)
+    alike = {"auto", "ddp"} if wrote == "auto" else {wrote}
+    for strategy in STRATEGIES:
+        if strategy in alike:
+            check_resumed(path, strategy=strategy)
+        else:
+            with pytest.raises(ValueError, match=f"step=4.ckpt holds .*strategy={wrote} keeps it; go on with that, or"):
+                check_resumed(path, strategy=strategy)
+
+
+def test_a_checkpoint_counts_when_it_is_written_to_its_end(tmp_path):
     from fastvlm.pipeline.stage_folder import newest_checkpoint
 
-    (tmp_path / "step=2.ckpt").write_bytes(b"")
+    torch.save({}, tmp_path / "step=2.ckpt")
+    (tmp_path / "step=3.ckpt").write_bytes((tmp_path / "step=2.ckpt").read_bytes()[:-1])  # cut short
     (tmp_path / "step=4.ckpt").mkdir()
     assert newest_checkpoint(tmp_path).name == "step=2.ckpt"
     (tmp_path / "step=4.ckpt" / "latest").write_text("checkpoint")

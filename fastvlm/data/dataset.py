@@ -129,7 +129,7 @@ class PlannedDataset(Dataset):
         number, micro = divmod(index, self.accumulate)
         self._look_ahead(number)
         step = self.plan.step(number)
-        of_step = {"step": number, "num_answer_tokens": step.num_answer_tokens}
+        of_step = {"step": number, "num_answer_tokens": step.num_answer_tokens, "num_planned_images": step.num_images}
         mine = step.rows[self.rank :: self.world_size][micro :: self.accumulate]
         count, worker, place = sum(self._views(mine)), get_worker_info(), None
         if self._rooms is not None and 3 * self.image_size**2 * count <= self._rooms.num_bytes:
@@ -152,7 +152,7 @@ class PlannedDataset(Dataset):
         return [int(self.plan.sources[source].images[row]) for planned in rows for source, row in planned]
 
     def _read_rows(
-        self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int, num_answer_tokens: int
+        self, planned_rows: Sequence[Sequence[tuple[int, int]]], room: Tensor, *, step: int, **of_step: int
     ) -> Batch:
         # Read and encode all samples before decoding any image: decoding flushes the CPU caches, and reading and
         # encoding the next sample with cold caches takes three times as long.
@@ -175,8 +175,8 @@ class PlannedDataset(Dataset):
             sources=self.plan.names,
             pad_id=self.tokenizer.pad_id,
             image_size=self.image_size,
-            num_answer_tokens=num_answer_tokens,
             step=step,
+            **of_step,
             skipped=skipped,
             **{"pixel_values" if self.features is None else "features": room[:filled]},
         )

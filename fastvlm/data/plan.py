@@ -40,6 +40,7 @@ class Step:
 
     rows: list[list[tuple[int, int]]]
     num_answer_tokens: int  # learned tokens of the whole step, over all ranks and micro-batches
+    num_images: int  # views, likewise
 
 
 class Plan:
@@ -249,9 +250,11 @@ class Plan:
         ends = order.end[first : first + self.batch_size + 1].tolist()
         place = order.place[ends[0] : ends[-1]]
         sources, rows = order.source[place], order.row[place]
-        answers = sum(int(s.answer[rows[sources == k]].sum()) for k, s in enumerate(self.sources))
+        own = [rows[sources == k] for k in range(len(self.sources))]
+        answers = sum(int(s.answer[mine].sum()) for s, mine in zip(self.sources, own))
+        images = sum(int(s.images[mine].sum()) for s, mine in zip(self.sources, own))
         pairs = list(zip(sources.tolist(), rows.tolist()))
-        return Step([pairs[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:])], answers)
+        return Step([pairs[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:])], answers, images)
 
     def position(self, step: int) -> tuple[int, int]:
         """Return (epoch, step in the epoch) of a step's first sample.

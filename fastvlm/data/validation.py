@@ -85,4 +85,6 @@ class ValidationPlan:
         """Return step i; some rows of the last step may be empty."""
         packs = self._packs[i * self.batch_size : (i + 1) * self.batch_size]
         rows = [[self.pairs[k] for k in pack] for pack in packs]
-        return Step(rows, sum(int(self.sources[s].answer[row]) for pairs in rows for s, row in pairs))
+        pairs = [pair for row in rows for pair in row]
+        answers = sum(int(self.sources[s].answer[row]) for s, row in pairs)
+        return Step(rows, answers, sum(int(self.sources[s].images[row]) for s, row in pairs))

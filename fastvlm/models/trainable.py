@@ -162,6 +162,7 @@ def add_lora(
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     layers = adaptable(module)
     if targets is None:
@@ -184,7 +185,10 @@ def add_lora(
     options = dict(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_dora=dora)
     # peft matches a string as a regex against whole names; a list would also match suffixes of other names.
     pattern = "|".join(re.escape(name) for name in chosen)
-    return LoraModel(module, LoraConfig(target_modules=pattern, **options), "default")
+    tuner = LoraModel(module, LoraConfig(target_modules=pattern, **options), "default")
+    # To float32, as PeftModel does: beside weights held in 16 bits adapters are, too, and small updates would be lost.
+    cast_adapter_dtype(module, "default")
+    return tuner
 
 
 def merge_lora(tuner) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,7 +14,7 @@ from fastvlm.hardware import Hardware
 from fastvlm.models.memory import GIB, Memory, estimate
 from fastvlm.models.vlm import VLM
 from fastvlm.pipeline.stage_data import slots_of
-from fastvlm.pipeline.training import build_freezing
+from fastvlm.pipeline.training import build_freezing, what_learns
 
 SMALL = 5e7  # parameters; smaller models are left out unless `hardware.memory_gib` is given
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -36,8 +37,18 @@ def memory_notes(config: DictConfig, model: VLM, hardware: Hardware, *, known: b
             continue
         lines.append(f"memory   {name}: {need} of {f'{has / GIB:.2f}' if known else 'what hardware.memory_gib says'}")
         if need.total > has:
-            mend = "; ".join(keys_that_mend(name, stage, hardware, largest=need.largest))
+            learns = any(n.startswith("llm.") and ".lora_" not in n for n in what_learns(name, stage, model))
+            mend = "; ".join(keys_that_mend(name, stage, hardware, largest=need.largest, llm_learns=learns))
             lines.append(f"         {name} will not fit, {need.largest} being most of it: {mend}")
+    if hardware.shards and known:
+        # Every rank holds the model and a copy of it until the copy is shared out; this process has one already.
+        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        need, free = (2 * hardware.devices - 1) * size, psutil.virtual_memory().available
+        if need > free:
+            lines.append(
+                f"memory   of this machine: {hardware.devices} ranks need {need / GIB:.0f} GiB before they share the "
+                f"weights, and {free / GIB:.0f} are free: lower hardware.devices, or llm.dtype=bfloat16 if it is frozen"
+            )
     return lines
 
 
@@ -86,10 +97,16 @@ def rows_at_once(stage: DictConfig, hardware: Hardware) -> int:
     return max(1, stage.batch_size // hardware.num_ranks // hardware.micro_batches(stage.batch_size))
 
 
-def keys_that_mend(name: str, stage: DictConfig, hardware: Hardware, *, largest: str) -> list[str]:
-    """Return keys that reduce a stage's largest share of memory, the cheapest first."""
-    here, keys = f"stages.{name}", []
-    shard = [] if hardware.shards or hardware.num_ranks == 1 else ["hardware.strategy=fsdp"]
+def keys_that_mend(name: str, stage: DictConfig, hardware: Hardware, *, largest: str, llm_learns: bool) -> list[str]:
+    """Return keys that reduce a stage's largest share of memory, the cheapest first.
+
+    Args:
+        llm_learns: whether the stage trains the language model's own weights, which then need 32 bits.
+    """
+    here, keys, eight_bits = f"stages.{name}", [], "8bit" in str(stage.optimizer)
+    adapters = f"{here}.adapt.llm='{{method: lora, lr: 1e-4}}' in place of training it whole"
+    # bitsandbytes' optimisers step no shards.
+    shard = [] if hardware.shards or hardware.num_ranks == 1 or eight_bits else ["hardware.strategy=fsdp"]
     if largest in ("activations", "logits"):
         rows = rows_at_once(stage, hardware)
         if rows > 1:
@@ -97,11 +114,13 @@ def keys_that_mend(name: str, stage: DictConfig, hardware: Hardware, *, largest:
         if not hardware.gradient_checkpointing and largest == "activations":
             keys.append("hardware.gradient_checkpointing=true")
         return [*keys, f"{here}.max_tokens={stage.max_tokens // 2}"]
+    if largest == "weights" and llm_learns:
+        return [adapters, *shard]
     if largest == "weights":
         if not hardware.quantise:
             keys.append("hardware.quantise=int8 (or nf4)")
         return [*keys, *shard, "llm.dtype=bfloat16 for pretrained weights"]
-    keys.append(f"{here}.adapt.llm='{{method: lora, lr: 1e-4}}' in place of training it whole")
-    if largest == "optimiser" and "8bit" not in str(stage.optimizer):
+    keys.append(adapters)
+    if largest == "optimiser" and not (eight_bits or shard or hardware.shards):
         keys.append(f"optimizer@{here}.optimizer=adamw8bit")
     return [*keys, *shard]

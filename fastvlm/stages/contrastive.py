@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvlm.batch import Batch
+from fastvlm.models.quantised import heads_of
 from fastvlm.stages.stage import Stage
 
 
@@ -30,6 +31,15 @@ class ContrastiveStage(Stage):
             self.image_projection = nn.Linear(model.encoder.out_dim, dim, bias=False)
             self.text_projection = nn.Linear(model.llm.dim, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def setup(self, stage: str) -> None:
+        # The loss reads hidden states, so a head that shares no weight has no gradient, for which ranks would wait.
+        tables = {id(p) for m in self.model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        head = {id(p) for one in heads_of(self.model.llm) for p in one.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in head - tables:
+                parameter.requires_grad_(False)
+                self.learning_rates.pop(name, None)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         from open_clip.loss import ClipLoss

@@ -18,7 +18,8 @@ from fastvlm.stages.stage import Stage
 class DenseLabelStage(Stage):
     """Cross-entropy of a linear head on the encoder's patches against label maps.
 
-    The logits are resized to the label map's grid, as in segmentation. The head is not part of the handoff.
+    The logits are resized to the label map's grid, as in segmentation. The loss is the mean over the images of the
+    optimiser step (all ranks and micro-batches). The head is not part of the handoff.
 
     Args:
         num_classes: number of classes of each label channel, in order; class 0 is background.
@@ -40,7 +41,8 @@ class DenseLabelStage(Stage):
                 "choose a mixture that has them, such as embedded_cells"
             )
         patches = self.patches(batch)  # (I, N, D_v), or (2 I, N, D_v)
-        maps = maps.repeat(len(patches) // len(maps), 1, 1, 1)
+        copies = len(patches) // len(maps)
+        maps = maps.repeat(copies, 1, 1, 1)
         height, width = self.model.encoder.grid(batch.pixel_values.shape[-1])
         logits = rearrange(self.head(patches), "i (h w) c -> i c h w", h=height, w=width).float()
         if logits.shape[-2:] != maps.shape[-2:]:
@@ -52,14 +54,11 @@ class DenseLabelStage(Stage):
             losses.append((F.cross_entropy(scores, target, reduction="none") * weight).flatten(1).mean(1))
             seen = target > 0
             correct.append((scores.argmax(1)[seen] == target[seen]).float().mean())
-        losses = torch.stack(losses).sum(0)  # (I,)
-        source = (
-            batch.source_ids[:, 0] if len(batch.source_ids) == len(losses) else batch.source_ids.new_zeros(len(losses))
-        )
+        losses = torch.stack(losses).sum(0)  # (I,), or (2 I,)
+        slots = batch.source_ids[batch.input_ids == self.model.image_token_id]  # (I M,), in the order of the images
+        source = slots[:: len(slots) // batch.num_images].repeat(copies)
         extra = {f"cell_accuracy/{i}": c.detach() for i, c in enumerate(correct)}
-        denominator = torch.tensor(float(max(1, len(losses))), device=losses.device)
-        if self._trainer is not None:
-            denominator = denominator * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        denominator = torch.tensor(float(batch.num_planned_images * copies), device=losses.device)
         return losses.sum(), denominator, losses, {"source": source, **extra}
 
     def patches(self, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ class LanguageStage(Stage):
         total = loss.sum
         if take := getattr(self.model.encoder, "take_auxiliary", None):
             auxiliary, more = take()
-            measured |= more
+            measured |= {name: value.to(hidden.device) for name, value in more.items()}
             if auxiliary is not None:  # weighted by tokens, so that the step averages it over learned tokens
                 total = total + auxiliary * (batch.num_learned if batch.num_images else 0)
         # These are means over images; without images report NaN, which `Losses` ignores.

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -106,6 +107,11 @@ class Stage(L.LightningModule):
             parts=self.model.parts,
             methods=("training_step", "validation_step"),
         )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning numbers the optimiser's state in another way; DeepSpeed's checkpoints are folders.
+        if self.whole and not self.by_deepspeed:
+            checkpoint["strategy"] = "fsdp"
 
     @property
     def by_deepspeed(self) -> bool:

@@ -62,6 +62,24 @@ def test_counting_leaves_the_model_as_it_was(model):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("llm", ["smollm2_micro", "opt_micro", "qwen3_micro"])
+def test_a_language_models_operations_are_counted_on_shapes_and_are_those_of_a_real_row(embedded, monkeypatch, llm):
+    monkeypatch.setenv("FASTVLM_DATA", str(embedded))
+    from fastvlm.callbacks.cost import _count_row
+    from fastvlm.config import compose
+
+    config = compose("train", [f"llm={llm}"])
+    model, devices = build_model(config, build_tokenizer(config)).requires_grad_(False).eval(), set()
+    for layer in model.llm.modules():
+        layer.register_forward_pre_hook(lambda one, _: devices.update(p.device.type for p in one.parameters()))
+    forward = count_forward(model, parts=["llm"], image_size=64, length=600)  # rows of both sides of EAGER_UP_TO
+    assert devices == {"meta"}
+    for length in (300, 600):
+        with torch.no_grad():
+            real = _count_row(model.llm, length)
+        assert forward.linear * length + forward.square * length**2 == pytest.approx(real, rel=1e-12)
+
+
 def test_a_row_costs_what_its_length_and_its_square_say(model):
     forward = count_forward(model, parts=["llm"], image_size=64, length=64)
     longer = count_forward(model, parts=["llm"], image_size=64, length=96)

@@ -98,6 +98,23 @@ def test_lora_starts_at_the_same_function_learns_alone_and_merges_to_what_it_lea
     torch.testing.assert_close(model(x), adapted)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_over_weights_of_16_bits_keep_32_and_move_by_a_small_rate(dora):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, dtype=torch.bfloat16))
+    add_lora(model, r=2, alpha=4.0, dropout=0.0, targets=["0"], dora=dora)
+    learns = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    before = {name: p.detach().clone() for name, p in learns.items()}
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in learns.values()], lr=2e-5)
+    for _ in range(2):
+        out = model(torch.randn(5, 6, dtype=torch.bfloat16))
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        optimizer.step()
+    assert all(p.dtype == torch.float32 for p in learns.values())
+    assert not any(torch.equal(p, before[name]) for name, p in learns.items())
+
+
 def test_lora_on_a_layer_that_is_not_there_lists_those_that_are():
     with pytest.raises(ValueError, match=r"lora.targets: no linear layer is named qproj; there are 0"):
         add_lora(nn.Sequential(nn.Linear(2, 2)), r=1, alpha=1.0, dropout=0.0, targets=["qproj"])

@@ -54,6 +54,7 @@ def make_batch(
         source_ids=torch.where(segments > 0, 0, -1),
         pixel_values=torch.randint(0, 256, (images, 3, image_size, image_size), generator=generator, dtype=torch.uint8),
         num_answer_tokens=int((labels != -100).sum()),
+        num_planned_images=images,
         sources=("only",),
     )
 

@@ -3,6 +3,7 @@
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastvlm.callbacks.freezing import StageFreezing
-from fastvlm.models.memory import estimate
+from fastvlm.hardware import Hardware
+from fastvlm.models.memory import Memory, estimate
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.stages import LanguageStage, MuonAdamW
 
@@ -150,3 +152,45 @@ def test_a_run_says_before_it_begins_what_will_not_fit_and_which_key_mends_it(ti
     assert "dense will not fit, activations being most of it: hardware.rows_per_device=4; hardware.grad" in mend
     config.hardware.memory_gib = 100
     assert len(memory_notes(config, model, instantiate(config.hardware, key="hardware"))) == 1
+
+
+@pytest.mark.parametrize(
+    "largest, trained, optimizer, ranks, offered",
+    [
+        ("weights", "null", "adamw", 1, ["hardware.quantise=int8 (or nf4)", "BF16"]),
+        ("weights", "1e-3", "adamw", 2, ["LORA", "hardware.strategy=fsdp"]),
+        ("optimiser", "1e-3", "adamw", 1, ["LORA", "optimizer@stages.dense.optimizer=adamw8bit"]),
+        ("optimiser", "1e-3", "adamw", 2, ["LORA", "hardware.strategy=fsdp"]),
+        ("optimiser", "1e-3", "adamw8bit", 2, ["LORA"]),
+    ],
+)
+def test_keys_are_offered_only_where_they_help(tiny_config, monkeypatch, largest, trained, optimizer, ranks, offered):
+    from fastvlm.build import build_model, build_tokenizer
+    from fastvlm.pipeline import memory_notes as notes
+
+    options = [f"stages.dense.trainable.llm={trained}", f"optimizer@stages.dense.optimizer={optimizer}"]
+    config = tiny_config("pipeline=dense", *options)
+    model = build_model(config, build_tokenizer(config))
+    sizes = dict.fromkeys(("weights", "gradients", "optimiser", "activations", "logits"), 0.0) | {largest: 2.0**30}
+    monkeypatch.setattr(notes, "stage_memory", lambda *_: Memory(**sizes))
+    hardware = Hardware(accelerator="cpu", devices=ranks, memory_gib=0.5)
+    said = notes.memory_notes(config, model, hardware)[1].split("being most of it: ")[1]
+    lora = "stages.dense.adapt.llm='{method: lora, lr: 1e-4}' in place of training it whole"
+    short = {"LORA": lora, "BF16": "llm.dtype=bfloat16 for pretrained weights"}
+    assert said.split("; ") == [short.get(key, key) for key in offered]
+
+
+def test_ranks_that_need_more_memory_than_the_machine_has_before_they_share_the_weights_are_told(
+    tiny_config, monkeypatch
+):
+    from fastvlm.build import build_model, build_tokenizer
+    from fastvlm.pipeline.memory_notes import memory_notes
+
+    config = tiny_config("pipeline=dense")
+    model = build_model(config, build_tokenizer(config))
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    hardware = Hardware(accelerator="cpu", devices=4, strategy="fsdp", memory_gib=100)
+    for spare, lines in ((0, 1), (-1, 2)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda spare=spare: SimpleNamespace(available=7 * size + spare))
+        assert len(memory_notes(config, model, hardware)) == lines
+    assert "of this machine: 4 ranks need " in memory_notes(config, model, hardware)[1]

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from fastvlm.models.encoders.early_exit import MEASURED, EarlyExitEncoder
 from fastvlm.models.trainable import apply_trainable, select_trainable
 from fastvlm.stages import ContrastiveStage, DenseLabelStage, LanguageStage, MuonAdamW
 from fastvlm.stages.stage import learning_rate_factor
@@ -42,6 +43,14 @@ def test_a_batch_without_images_still_gives_every_trainable_parameter_a_gradient
     stage = make_stage()
     stage.training_step(make_batch([[[1, 7, 8, 9]]]))["loss"].backward()
     assert all(p.grad is not None for p in stage.model.parameters())
+
+
+def test_ranks_with_and_without_images_measure_the_same_names():
+    stage = make_stage(patterns={"llm": 1e-3})
+    stage.model.encoder = EarlyExitEncoder(stage.model.encoder, exits=[0]).requires_grad_(False).eval()
+    text, images = stage.measure(make_batch([[[1, 7, 8, 9]]])), stage.measure(image_batch())
+    assert text.keys() == images.keys() >= set(MEASURED)
+    assert all(text[name].isnan() and images[name].isfinite() for name in MEASURED)
 
 
 def test_without_the_freezing_callback_there_is_no_optimiser():
@@ -144,6 +153,26 @@ def test_the_dense_label_stage_needs_label_maps_and_learns_them():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_micro_batches_with_unequal_numbers_of_images_learn_dense_labels_like_one_batch():
+    rows = [[[*SLOTS, 7, 8], [9, *SLOTS, 10]], [[11, *SLOTS, 12]]]
+    whole = make_batch(rows, images=3)
+    whole.label_maps = torch.randint(0, 3, (3, 2, 2, 2), dtype=torch.uint8)
+    whole.sources, whole.source_ids = ("a", "b"), torch.where(whole.segment_ids > 1, 1, 0)
+    stage = make_stage(DenseLabelStage, {"encoder": 1e-2}, num_classes=[4, 3]).eval()  # its norms take no batch means
+    out = stage.training_step(whole)
+    out["loss"].backward()
+    assert out["source_tokens"].tolist() == [2, 1]
+    expected = [p.grad.clone() for p in stage.model.encoder.parameters()]
+    stage.zero_grad()
+    for row, images in zip(rows, (slice(0, 2), slice(2, 3))):
+        part = make_batch([row])
+        part.pixel_values, part.label_maps = whole.pixel_values[images], whole.label_maps[images]
+        part.num_planned_images = 3
+        stage.training_step(part)["loss"].backward()
+    for parameter, gradient in zip(stage.model.encoder.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_an_encoder_with_a_branch_for_tiles_learns_dense_labels_in_both_branches():
     from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
 
@@ -163,6 +192,24 @@ def test_an_encoder_with_a_branch_for_tiles_learns_dense_labels_in_both_branches
         stage.patches = lambda batch, tile=tile: stage.model.encode_patches(batch.pixel_values, torch.full((2,), tile))
         alone.append(float(stage.training_step(batch)["loss"]))
     assert float(out["loss"]) == pytest.approx(sum(alone) / 2, rel=1e-4)
+
+
+def test_a_head_that_the_contrastive_loss_does_not_read_neither_learns_nor_keeps_ranks_waiting():
+    batch, losses = make_batch([[[*SLOTS, 7, 8, 9]], [[*SLOTS, 10, 11]]], images=2), []
+    for tied in (True, False):
+        stage = make_stage(ContrastiveStage, {"encoder": 1e-3, "llm": 1e-3}, dim=8)
+        head = stage.model.llm.hf.get_output_embeddings()
+        table = stage.model.llm.hf.get_input_embeddings().weight
+        head.weight = table if tied else torch.nn.Parameter(table.detach().clone())
+        stage.learning_rates = select_trainable(stage.model, {"encoder": 1e-3, "llm": 1e-3})
+        stage.setup("fit")
+        assert head.weight.requires_grad == tied
+        optimizer = stage.configure_optimizers()["optimizer"]
+        losses.append(stage.training_step(batch)["loss"])
+        losses[-1].backward()
+        assert all(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        assert all(p.grad is not None for p in stage.parameters() if p.requires_grad)
+    assert torch.equal(*losses)
 
 
 def test_the_contrastive_loss_is_open_clips_and_cannot_see_through_the_caption():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastvlm.models.encoders.multi_scale import stages_of
 from fastvlm.models.flops import counting, meta_twin
+from fastvlm.models.pieces import is_shard
 
 MEASURED = ("vision_tokens", "vision_gflops", "exit")
 
@@ -141,9 +142,9 @@ class EarlyExitEncoder(nn.Module):
 
         Returns:
             The loss (nats per learned token; None if no gate is trained), and the means of `MEASURED`: tokens, GFLOPs,
-            index of the exit. A second call returns (None, {}).
+            index of the exit. Without a forward pass since the last call None and NaN: ranks add up the same names.
         """
-        cost, measured = self._cost, self._measured
+        cost, measured = self._cost, self._measured or {name: torch.tensor(torch.nan) for name in MEASURED}
         self._cost, self._measured = None, {}
         return cost, measured
 
@@ -175,6 +176,8 @@ class EarlyExitEncoder(nn.Module):
             for stage in range(len(self.encoder.stage_dims)):
                 x = self.encoder.advance(stage, x)
             return rearrange(self.encoder.finish(x), "i d h w -> i (h w) d"), taken
+        # All ranks gather the shards of all stages, so none may leave one out.
+        shared = any(is_shard(p) for p in self.parameters())
         found: list[tuple[Tensor, Tensor]] = []
         for stage in range(len(self.encoder.stage_dims)):
             x = self.encoder.advance(stage, x)
@@ -184,7 +187,7 @@ class EarlyExitEncoder(nn.Module):
                 found.append((here[leaves], self._through_head(i, x[leaves], n)))
                 taken[here[leaves]] = i
                 x, here = x[~leaves], here[~leaves]
-                if not len(here) and len(images):
+                if not len(here) and len(images) and not shared:
                     break
         else:
             found.append((here, rearrange(self.encoder.finish(x), "i d h w -> i (h w) d")))
