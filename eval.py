@@ -30,6 +30,9 @@ def evaluate(config, *, names=()):
             f"task=[{','.join(tasks)}]: {' and '.join(alike)} write the same metrics and files; evaluate them one by "
             "one, each with its own out=<folder>"
         )
+    for task in tasks.values() if not config.predictions else ():
+        if hasattr(task, "require_shards"):  # of the last one too, before the first is answered for hours
+            task.require_shards()
     out = Path(config.out or Path(config.checkpoint) / "eval")
     ranks = find_ranks(hardware.num_ranks)
     split = [task for task in tasks.values() if hasattr(task, "predict")] if not config.predictions else []
@@ -53,24 +56,24 @@ def evaluate(config, *, names=()):
         if config.predictions:
             if not hasattr(task, "score_file"):
                 raise ValueError(f"predictions=...: task {name} is scored with its model alone")
-            results[name] = task.score_file(config.predictions, tokenizer, out=out)
+            result = task.score_file(config.predictions, tokenizer, out=out)
         elif hasattr(task, "predict"):
             if ranks.rank is not None:
                 with Progress(name, shown=ranks.rank == 0) as progress:
                     share = {"rank": ranks.rank, "num_ranks": ranks.count, "progress": progress}
                     task.predict(model, tokenizer, **answer, out=out, **share)
             if ranks.collects:
-                results[name] = task.score(
-                    task.collect(out, wait=None if ranks.rank is None else 3600), tokenizer=tokenizer, out=out
-                )
+                answered = task.collect(out, wait=None if ranks.rank is None else 3600)
+                result = task.score(answered, tokenizer=tokenizer, out=out)
         elif ranks.collects:
-            results[name] = task.run(model, tokenizer, **answer, out=out)
+            result = task.run(model, tokenizer, **answer, out=out)
+        if ranks.collects:
+            result["predictions"] = result.pop("examples", [])  # all of them are in predictions/
+            print(task.render(result), flush=True)
+            write_json(out / f"{name}.json", result)  # now: a later task may fail
+            results[name] = result
     if not ranks.collects:
         return None
-    for name, result in results.items():
-        result["predictions"] = result.pop("examples", [])  # all of them are in predictions/
-        print(tasks[name].render(result))
-        write_json(out / f"{name}.json", result)
     [only] = results.values() if len(results) == 1 else [None]
     metrics = {key: value for result in results.values() for key, value in result["metrics"].items()}
     write_json(out / "results.json", only or {"metrics": metrics, "tasks": list(results)})

@@ -68,12 +68,13 @@ def ask_alone(
     """Return image and prefill times (ms), and tokens per second after the first, of every question and repeat."""
     answers: list[Generation] = []
     for question in questions:
+        images = question.images
         for turn in range(repeats + 1):
             engine.images.clear()
             engine.prefixes.clear()
             if second:
-                engine.generate([opening(question)], [question.images], max_new_tokens=1)
-            (answer,) = engine.generate([question.prompt], [question.images], max_new_tokens=tokens)
+                engine.generate([opening(question)], [images], max_new_tokens=1)
+            (answer,) = engine.generate([question.prompt], [images], max_new_tokens=tokens)
             answers += [answer] if turn else []  # the first answer of each is a warm-up
     image, prefill = [a.image_seconds * 1e3 for a in answers], [a.prefill_seconds * 1e3 for a in answers]
     return image, prefill, [a.tokens_per_second for a in answers]

@@ -121,17 +121,32 @@ class Benchmark:
         """Return the result as a table for the terminal."""
         return describe(result)
 
+    def require_shards(self) -> None:
+        """Check that there are shards of the split, and those that shots are taken from.
+
+        Raises:
+            ValueError: there are none.
+        """
+        self.require(self.split)
+        if self.shots:
+            self.require("train")
+
+    def require(self, split: str) -> None:
+        """Check that there are shards of one split; see `require_shards`."""
+        if not self.source.has_split(split):
+            use = "" if split == self.split else f"shots={self.shots} come from train: "
+            raise ValueError(
+                f"task {self.name}: {use}no {split} shards in {self.source.path}; make them with "
+                f"`python data/prepare.py source={self.source.name} splits={split} path=<the data set>`"
+            )
+
     def questions(self, tokenizer: Tokenizer) -> tuple[SourceIndex, list[np.ndarray]]:
         """Return the index of the split and the rows of each window.
 
         Raises:
             ValueError: there are no shards, or the source's filters leave no sample.
         """
-        if not self.source.has_split(self.split):
-            raise ValueError(
-                f"task {self.name}: no {self.split} shards in {self.source.path}; make them with "
-                f"`python data/prepare.py source={self.source.name} path=<the data set>`"
-            )
+        self.require(self.split)
         index = self.source.load(self.split, tokenizer)
         rows, _ = self.source.select(index)
         if self.limit is not None:
@@ -267,11 +282,7 @@ class Benchmark:
         """
         if not self.shots:
             return []
-        if not self.source.has_split("train"):
-            raise ValueError(
-                f"task {self.name}: shots={self.shots} are taken from train shards, and {self.source.path} has none; "
-                f"make them with `python data/prepare.py source={self.source.name} splits=train,{self.split} ...`"
-            )
+        self.require("train")
         index = self.source.load("train", tokenizer)
         rows, _ = self.source.select(index)
         faults, reader, found = index.faults.to_pylist(), ShardReader(), []

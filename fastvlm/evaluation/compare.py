@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,8 @@ def read_scores(where: str | Path, task: str) -> dict[str, dict]:
     places = [where, where / "eval/predictions" / f"{task}.jsonl", where / "predictions" / f"{task}.jsonl"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise ValueError(
-            f"{where} holds no predictions of task {task}; run `python eval.py checkpoint={where} task={task}`"
-        )
+        remedy = shlex.join(["python", "eval.py", f"checkpoint={where}", f"task={task}"])
+        raise ValueError(f"{where} holds no predictions of task {task}; run `{remedy}`")
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:

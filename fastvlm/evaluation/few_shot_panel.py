@@ -82,6 +82,13 @@ class FewShotPanel(Panel):
             result["metrics"][f"test/benchmarks/shots/{count}"] = sum(figures) / len(figures)
         return result
 
+    def require_shards(self) -> None:
+        super().require_shards()
+        for benchmark in self.benchmarks.values():
+            asked = copy.copy(benchmark)
+            asked.shots = max(self.benchmark_shots)
+            asked.require_shards()
+
     def measure(
         self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
     ) -> dict[str, float]:

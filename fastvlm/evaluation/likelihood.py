@@ -15,6 +15,8 @@ from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
+LOGITS = 1 << 28  # computed at once, 1 GiB; those of a batch of long pages would take tens
+
 
 def token_nll(
     model: VLM,
@@ -47,7 +49,7 @@ def token_scores(
     Args:
         rows: (input_ids, labels) of one sample each, as from `encode_record`; the first token has no context and is
             never scored.
-        visual: visual tokens of each image of a row, its views concatenated.
+        visual: visual tokens of each image of a row, its views concatenated, on any device.
         tokens_per_view: M; every image has a whole number of views.
 
     Raises:
@@ -63,6 +65,7 @@ def token_scores(
     nothing = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
     scores: list[tuple[Tensor, Tensor]] = [nothing] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))
+    at_once = max(1, LOGITS // model.llm.vocab_size)
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
         length = len(rows[chosen[-1]][0])
@@ -80,16 +83,20 @@ def token_scores(
             input_ids, segment_ids = input_ids[:, :length], segment_ids[:, :length]
         embeds = model.llm.embed(input_ids)  # (B, S, D)
         if images := [image for row in chosen for image in visual[row]]:
-            views = rearrange(torch.cat(images), "(i m) d -> i m d", m=tokens_per_view)
+            views = rearrange(torch.cat(images).to(device), "(i m) d -> i m d", m=tokens_per_view)
             embeds = splice(embeds, input_ids, views, image_token_id=tokenizer.image_id)
         position_ids = torch.arange(length, device=device).expand_as(input_ids)
         hidden = model.read(embeds, input_ids, labels[:, :length].to(device), position_ids, segment_ids)
         # Only where the next token is learned: in a small model the head is the largest matrix product.
         at, before = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         targets = labels[at, before + 1].to(device)
-        logits = model.llm.head(hidden[at.to(device), before.to(device)]).float()
-        nll = (logits.logsumexp(dim=-1) - logits.gather(-1, targets[:, None])[:, 0]).double().cpu()
-        best = (logits.argmax(dim=-1) == targets).cpu()
+        last = hidden[at.to(device), before.to(device)]
+        pieces = []
+        for some, wanted in zip(last.split(at_once), targets.split(at_once)):
+            logits = model.llm.head(some).float()
+            nll = logits.logsumexp(dim=-1) - logits.gather(-1, wanted[:, None])[:, 0]
+            pieces.append((nll.double().cpu(), (logits.argmax(dim=-1) == wanted).cpu()))
+        nll, best = (torch.cat(column) for column in zip(*pieces))
         for i, row in enumerate(chosen):
             scores[row] = nll[at == i], best[at == i]
     return scores

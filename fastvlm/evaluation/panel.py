@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvlm.data.conversation import encode_record
+from fastvlm.data.conversation import Encoded, encode_record
 from fastvlm.data.shards import ShardReader, count_images
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
@@ -26,7 +26,8 @@ class Panel(ShortAnswers):
 
     In documents with several images, tokens are also grouped by the image they follow: `test/nll/<source>/0` is for
     text after the first image, `/1` after the second. That measures likelihood with examples in the context, on the
-    same kind of document as in training; it is not in-context learning of a new task.
+    same kind of document as in training; it is not in-context learning of a new task. A record longer than the language
+    model reads is cut at its end, as in training, an image only as a whole; what is cut off is not scored.
 
     Args:
         held_out: sources of documents or conversations by name.
@@ -63,6 +64,9 @@ class Panel(ShortAnswers):
                 result["metrics"][f"test/answer_nll/{row['type']}"] = row["nll"]
         return result
 
+    def named_sources(self) -> dict[str, Source]:
+        return super().named_sources() | {f"held_out.{name}": source for name, source in self.held_out.items()}
+
     def measure(
         self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
     ) -> dict[str, float]:
@@ -83,20 +87,23 @@ class Panel(ShortAnswers):
         reader.close()
         records = [source.edit(raw.record) for raw in raws]
         files = [raw.images if count_images(record) else () for raw, record in zip(raws, records)]
-        images = [[engine.transform(data) for data in row] for row in files]
-        visual = iter(engine.encode_images([image for row in images for image in row]))
-        shown: list[list[Tensor]] = [[next(visual) for _ in row] for row in images]
-        encoded = [
-            encode_record(record, engine.tokenizer, tokens_per_image=[len(v) for v in row])
-            for record, row in zip(records, shown)
-        ]
+        views = (engine.transform(file) for row in files for file in row)
+        # On the CPU: a GPU has no room for the visual tokens of all records beside a large model.
+        visual = (tokens.cpu() for tokens in engine.encode_each(views))
+        encoded: list[Encoded] = []
+        shown: list[list[Tensor]] = []
+        for record, row in zip(records, files):
+            images = [next(visual) for _ in row]
+            slots, room = [len(image) for image in images], engine.model.llm.max_positions
+            encoded.append(encode_record(record, engine.tokenizer, tokens_per_image=slots, max_tokens=room))
+            shown.append(images[: encoded[-1].num_images])
         scores = token_nll(
             engine.model,
             engine.tokenizer,
             [(e.input_ids, e.labels) for e in encoded],
             shown,
             tokens_per_view=engine.tokens_per_image,
-            batch_size=32,
+            batch_size=min(32, self.batch_size),
         )
         sums: dict[str, list[float]] = {}
         for e, score, row in zip(encoded, scores, shown):

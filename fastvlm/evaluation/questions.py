@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fastvlm.data.shards import ShardReader, count_images
@@ -19,15 +20,21 @@ from fastvlm.inference.engine import Engine
 
 @dataclass
 class Question:
-    """One question with its reference answer; `images` are ready for the model, in the order of their slots."""
+    """One question with its reference answer."""
 
     key: str
     source: str
     type: str
     messages: list[dict]  # up to the assistant's turn
     answer: str
-    images: list[Tensor] = field(default_factory=list)  # uint8 (v, 3, H, W), the whole image first
+    files: tuple[bytes, ...] = ()  # the images, in the order of their slots
     image_ids: tuple[str, ...] = ()  # digests of the files; equal files are encoded once and never swapped
+    transform: ImageTransform | None = None  # turns a file into views
+
+    @property
+    def images(self) -> list[UInt8[Tensor, "v 3 H W"]]:
+        """Views of every image, the whole one first; read at each call, as those of all questions take tens of GiB."""
+        return [self.transform(file) for file in self.files]
 
     @property
     def prompt(self) -> dict:
@@ -82,7 +89,7 @@ def read_questions(
             continue
         raw = index.read(row, reader)
         record = edit(raw.record)
-        messages, files = record.get("messages", ()), raw.images if count_images(record) else ()
+        messages, files = record.get("messages", ()), tuple(raw.images) if count_images(record) else ()
         roles = [message["role"] for message in messages]
         if not roles or roles[-1] != "assistant" or roles.count("assistant") != 1:
             raise ValueError(
@@ -97,8 +104,9 @@ def read_questions(
                 type=kind,
                 messages=messages[:-1],
                 answer=plain_text(messages[-1]["content"]),
-                images=[transform(image) for image in files],
-                image_ids=tuple(hashlib.sha256(image).hexdigest() for image in files),
+                files=files,
+                image_ids=tuple(hashlib.sha256(file).hexdigest() for file in files),
+                transform=transform,
             )
         )
     reader.close()
@@ -123,10 +131,14 @@ def first_of_types(questions: Sequence[Question], *, source: str, count: int) ->
     return found
 
 
-def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Tensor]]:
-    """Return visual tokens (T, D) of every question's images; an image shared by questions is encoded once."""
-    images = {name: image for q in questions for name, image in zip(q.image_ids, q.images)}
-    encoded = dict(zip(images, engine.encode_images(list(images.values()))))
+def encode_once(engine: Engine, questions: Sequence[Question]) -> list[list[Float[Tensor, "_ D"]]]:
+    """Return visual tokens (T, D) of every question's images; an image shared by questions is encoded once.
+
+    They are on the CPU: a GPU has no room for those of all questions beside a large model.
+    """
+    files = {name: (file, q.transform) for q in questions for name, file in zip(q.image_ids, q.files)}
+    images = (transform(file) for file, transform in files.values())
+    encoded = {name: tokens.cpu() for name, tokens in zip(files, engine.encode_each(images))}
     return [[encoded[name] for name in q.image_ids] for q in questions]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.conversation import without_images
+from fastvlm.data.index import no_shards
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.source import Source
 from fastvlm.data.source_index import SourceIndex
@@ -73,7 +74,7 @@ def evaluate_answers(
     }
     asked = {
         "real": range(len(questions)),
-        "removed": [i for i, q in enumerate(questions) if q.images],
+        "removed": [i for i, q in enumerate(questions) if q.files],
         "swapped": [i for i, partner in enumerate(partners) if partner is not None],
     }
     predictions = [_describe(question, engine.tokenizer) for question in questions]
@@ -197,6 +198,21 @@ class ShortAnswers:
             (Path(out) / "short_answers.md").write_text(render_markdown(result), encoding="utf-8")
         return result
 
+    def require_shards(self) -> None:
+        """Check that every source has shards of the split; majority answers do without those of train.
+
+        Raises:
+            ValueError: one has none.
+        """
+        for key, source in self.named_sources().items():
+            if not source.has_split(self.split):
+                raise ValueError(f"task.{key}: {no_shards(source.path, self.split, source.shards)}")
+
+    def named_sources(self) -> dict[str, Source]:
+        """Return every source of which the split is read, by its key."""
+        text = {} if self.text is None else {"text": self.text}
+        return {f"sources.{name}": source for name, source in self.sources.items()} | text
+
     def measure(
         self, engine: Engine, questions: Sequence[Question], visual: Sequence[Sequence[Tensor]]
     ) -> dict[str, float]:
@@ -235,7 +251,7 @@ def save_examples(predictions: list[dict], questions: Sequence[Question], *, fol
     chosen: dict[tuple[str, bool], dict] = {}
     for prediction, question in zip(predictions, questions, strict=True):
         key = (prediction["type"], bool(prediction["correct"]))
-        if key in chosen or not question.images:
+        if key in chosen or not question.files:
             continue
         # Keys are only unique within a source, and two of them may differ in what a file name cannot hold.
         name = re.sub(r"[^\w.-]+", "-", f"{question.source}-{question.key}")

@@ -68,7 +68,7 @@ class SpeedPanel(Panel):
     ) -> dict[str, float]:
         metrics = super().measure(engine, questions, visual)
         asked = first_of_types(questions, source=next(iter(self.sources)), count=2)
-        asked = [question for question in asked if question.images][: self.timed]
+        asked = [question for question in asked if question.files][: self.timed]
         timed = Engine(
             engine.model,
             engine.tokenizer,

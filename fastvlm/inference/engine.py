@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fastvlm.data.collate import tiles_among
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.shards import count_images
 from fastvlm.data.transforms import ImageTransform
@@ -111,36 +112,45 @@ class Engine:
         Raises:
             ValueError: an image has the wrong shape or dtype.
         """
-        shape = (3, self.image_size, self.image_size)
-        for image in images:
-            if tuple(image.shape[-3:]) != shape or image.ndim > 4 or image.dtype != torch.uint8:
-                raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, the engine takes uint8 {shape}")
         if not self.images.max_bytes:
-            return self._encode(images)
+            return list(self.encode_each(images))
         keys = [image_key(image) for image in images]
         found = {key: tokens for key in dict.fromkeys(keys) if (tokens := self.images.get(key)) is not None}
         new = {key: image for key, image in zip(keys, images) if key not in found}
-        for key, tokens in zip(new, self._encode(list(new.values()))):
+        for key, tokens in zip(new, self.encode_each(new.values())):
             found[key] = tokens
             self.images.keep(key, tokens)
         return [found[key] for key in keys]
 
-    def _encode(self, images: Sequence[Tensor]) -> list[Tensor]:
-        views = [view for image in images for view in (image if image.ndim == 4 else image[None])]
-        is_tile = tiles_among([len(image) if image.ndim == 4 else 1 for image in images])
-        chunks = [
-            self.model.encode_images(
-                torch.stack(views[i : i + self.image_batch]).to(self.device),
-                None if is_tile is None else is_tile[i : i + self.image_batch].to(self.device),
-            )
-            for i in range(0, len(views), self.image_batch)
-        ]
-        if not chunks:
-            return []
-        counts = [self.tokens_per_image * (len(image) if image.ndim == 4 else 1) for image in images]
-        layouts = [getattr(image, "view_layout", (1, 1, self.image_size, self.image_size)) for image in images]
-        visual = self.model.arrange(torch.cat(chunks), torch.tensor(layouts))
-        return list(rearrange(visual, "i m d -> (i m) d").split(counts))
+    @torch.inference_mode()
+    def encode_each(self, images: Iterable[UInt8[Tensor, "... 3 H W"]]) -> Iterator[Float[Tensor, "_ D"]]:
+        """Yield what `encode_images` returns, without the store; takes images as it goes and holds a batch of views.
+
+        Raises:
+            ValueError: see `encode_images`.
+        """
+        taken: deque[tuple[int, tuple]] = deque()  # views and layout of every image that is not yielded yet
+        encoded = self._encode(self._views(images, taken))
+        for first in encoded:
+            count, layout = taken.popleft()
+            visual = self.model.arrange(torch.stack([first, *islice(encoded, count - 1)]), torch.tensor([layout]))
+            yield rearrange(visual, "v m d -> (v m) d")
+
+    def _views(self, images: Iterable[Tensor], taken: deque) -> Iterator[tuple[Tensor, bool]]:
+        """Yield every view and whether it is a tile; append every image's number of views and layout to `taken`."""
+        shape = (3, self.image_size, self.image_size)
+        for image in images:
+            if tuple(image.shape[-3:]) != shape or image.ndim > 4 or image.dtype != torch.uint8:
+                raise ValueError(f"an image is {image.dtype} {tuple(image.shape)}, the engine takes uint8 {shape}")
+            views = image if image.ndim == 4 else image[None]
+            taken.append((len(views), getattr(image, "view_layout", (1, 1, self.image_size, self.image_size))))
+            yield from ((view, number > 0) for number, view in enumerate(views))
+
+    def _encode(self, views: Iterator[tuple[Tensor, bool]]) -> Iterator[Float[Tensor, "M D"]]:
+        while batch := list(islice(views, self.image_batch)):
+            pixels, is_tile = zip(*batch)
+            tiles = torch.tensor(is_tile).to(self.device) if any(is_tile) else None
+            yield from self.model.encode_images(torch.stack(pixels).to(self.device), tiles)
 
     def encode_prompt(self, record: dict, *, slots: Sequence[int], max_new_tokens: int | None = None) -> list[int]:
         """Return the prompt ids of a record, up to where the assistant's turn (or the rest of a document) begins.
@@ -280,7 +290,7 @@ class Engine:
         """Prepare a prompt for `Rows.add`. Raises the same errors as `encode_prompt`.
 
         Args:
-            visual: visual tokens of each image, from `encode_images`.
+            visual: visual tokens of each image, from `encode_images`, on any device.
             keys: the images' keys (`image_key`), needed to store a prefix that contains images.
             seed: of the row's generator.
             image_seconds: time spent on encoding the images, for the `Generation`.
@@ -295,7 +305,7 @@ class Engine:
                 input_ids.tolist(), image_token_id=self.tokenizer.image_id, images=keys or (), slots=slots
             )
         if visual:
-            views = rearrange(torch.cat(list(visual)), "(i m) d -> i m d", m=self.tokens_per_image)
+            views = rearrange(torch.cat(list(visual)).to(self.device), "(i m) d -> i m d", m=self.tokens_per_image)
             embeds = splice(embeds, input_ids[None], views, image_token_id=self.tokenizer.image_id)
             if self.model.drops_tokens:  # empty slots are removed, from the names of the prefix store too
                 held = ~((input_ids == self.tokenizer.image_id) & (embeds[0] == 0).all(dim=-1))

@@ -19,6 +19,7 @@ class Settings:
         run: a run directory or the folder of a saved model.
         name: the model's name in the API; the folder's name by default.
         host, port: address to listen on.
+        device: torch's name of the device that the model runs on: cpu, cuda, cuda:1.
         levers: see `fastvlm.inference.levers`.
         max_rows: answers generated at once.
         max_waiting: questions that may wait; further ones are answered 503.

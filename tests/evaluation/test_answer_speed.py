@@ -18,7 +18,15 @@ def questions():
     transform = ImageTransform(image_size=IMAGE_SIZE)
     content = [{"type": "image"}, {"type": "text", "text": "what number stands here"}]
     return [
-        Question(str(i), "q", "count", [{"role": "user", "content": content}], "one", [transform(draw_png(i))])
+        Question(
+            str(i),
+            "q",
+            "count",
+            [{"role": "user", "content": content}],
+            "one",
+            files=(draw_png(i),),
+            transform=transform,
+        )
         for i in range(2)
     ]
 

@@ -225,7 +225,7 @@ def test_answers_of_a_file_are_scored_and_other_questions_refused(task, run, tin
 
 def test_a_task_without_data_names_the_command_that_makes_it(task, run, tmp_path):
     empty = Benchmark("tiny", source=Source("vqav2", path=tmp_path), protocol=VQAAccuracy())
-    with pytest.raises(ValueError, match="no val shards in .*prepare.py source=vqav2"):
+    with pytest.raises(ValueError, match="no val shards in .*prepare.py source=vqav2 splits=val"):
         run(empty)
     with pytest.raises(ValueError, match="holds no question|no test shards"):
         run(task(split="test"))

@@ -72,6 +72,24 @@ def test_several_tasks_are_scored_in_one_command_and_answers_to_other_questions_
     assert refused.returncode == 2 and len(said) == 1 and "hardware.num_nodes=2: one process starts no" in said[0]
 
 
+def test_a_second_task_without_shards_is_said_before_the_first_is_answered_and_one_that_fails_after_it_is_written(
+    cli, tmp_path
+):
+    cli("train.py", *ALIGN)
+    shards, out = tmp_path / "data" / "shards", tmp_path / "out"
+    two = [f"checkpoint={tmp_path}/runs/asked", "task=[vqav2,textvqa]", "hardware=cpu", "task.max_new_tokens=2"]
+    two += [f"paths.data={tmp_path}/data", f"out={out}"]
+    write_questions(shards / "vqav2", 3)
+    refused = cli("eval.py", *two, check=False)
+    assert refused.returncode == 2 and "error: task textvqa: no val shards in" in refused.stderr
+    assert not out.exists()
+    (shards / "textvqa").mkdir()
+    (shards / "textvqa" / "val-00000.tar").write_bytes(b"no shard")
+    refused = cli("eval.py", *two, check=False)
+    assert refused.returncode == 2 and "textvqa" in refused.stderr and not (out / "results.json").exists()
+    assert json.loads((out / "vqav2.json").read_text())["metrics"]["test/vqav2/num_questions"] == 3
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_and_two_ranks_end_with_the_same_bytes(cli, commands, cli_place, tmp_path):
     cli("train.py", *ALIGN)

@@ -11,11 +11,13 @@ from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.evaluation import few_shot, short_answers
 from fastvlm.evaluation.answering import Asked, answer_window
+from fastvlm.evaluation.benchmark import Benchmark
 from fastvlm.evaluation.few_shot import draw_examples, score_after
 from fastvlm.evaluation.few_shot_panel import FewShotPanel
 from fastvlm.evaluation.likelihood import answer_nll
 from fastvlm.evaluation.prompts import Prompt
 from fastvlm.evaluation.questions import Question, encode_once, read_questions
+from fastvlm.evaluation.vqa_accuracy import VQAAccuracy
 from fastvlm.inference.engine import Engine
 from fastvlm.tokens import IGNORE_INDEX
 
@@ -154,6 +156,14 @@ def test_a_panel_yields_every_number_of_shots_of_questions_that_it_reads_and_enc
     assert len(read) == len(encoded) == 1
     again = task.score_shots(engine, questions, visual)
     assert again == {key: metrics[key] for key in again}
+
+
+def test_a_benchmark_asked_with_examples_needs_train_shards(source):
+    benchmarks = {"plain": Benchmark("plain", source=source, protocol=VQAAccuracy(), split="test")}
+    panel = lambda shots: FewShotPanel({"questions": source}, benchmarks=benchmarks, benchmark_shots=shots)
+    panel([0]).require_shards()
+    with pytest.raises(ValueError, match="task plain: shots=4 come from train: no train shards in .*splits=train"):
+        panel([0, 4]).require_shards()
 
 
 def test_a_prompt_longer_than_the_model_is_said(source, questions, tiny_tokenizer):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny_vlm import TOKENS_PER_IMAGE, draw_image
 
 from fastvlm.data.conversation import encode_record
+from fastvlm.evaluation import likelihood
 from fastvlm.evaluation.likelihood import answer_nll, text_perplexity, text_windows
 from fastvlm.models.splice import splice
 
@@ -45,6 +46,14 @@ def test_perplexity_does_not_depend_on_the_batch_size(tiny_model, tiny_tokenizer
     scores = [text_perplexity(tiny_model, tiny_tokenizer, TEXTS, window=9, batch_size=b) for b in (1, 4, 64)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-6)
     assert scores[2] == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_the_logits_of_long_rows_are_computed_a_piece_at_a_time(tiny_model, tiny_tokenizer, monkeypatch):
+    whole, sizes, head = text_perplexity(tiny_model, tiny_tokenizer, TEXTS), [], tiny_model.llm.head
+    monkeypatch.setattr(likelihood, "LOGITS", 7 * tiny_model.llm.vocab_size)
+    monkeypatch.setattr(tiny_model.llm, "head", lambda hidden: sizes.append(len(hidden)) or head(hidden))
+    assert text_perplexity(tiny_model, tiny_tokenizer, TEXTS) == pytest.approx(whole, rel=1e-6)
+    assert sizes[:-1] == [7] * (int(whole["num_tokens"]) // 7) and sum(sizes) == whole["num_tokens"]
 
 
 @given(ids=st.lists(st.integers(0, 99), max_size=60), window=st.integers(1, 20))

@@ -1,4 +1,6 @@
+import io
 import json
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -7,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_vlm import IMAGE_SIZE, draw_png
+from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
-from fastvlm.data.conversation import without_images
-from fastvlm.data.shards import ShardWriter
+from fastvlm.data.conversation import encode_record, without_images
+from fastvlm.data.shards import ShardReader, ShardWriter
 from fastvlm.data.source import Source
 from fastvlm.data.transforms import ImageTransform
+from fastvlm.evaluation.likelihood import token_nll
 from fastvlm.evaluation.metrics import exact_match
 from fastvlm.evaluation.panel import Panel
-from fastvlm.evaluation.questions import Question, read_questions, swap_partners
+from fastvlm.evaluation.questions import Question, encode_once, read_questions, swap_partners
 from fastvlm.evaluation.short_answers import ShortAnswers, _answer_all, evaluate_answers, save_examples
 from fastvlm.inference.engine import Engine
 
@@ -240,6 +243,67 @@ def test_a_panel_scores_records_spread_over_the_whole_split(tmp_path, tiny_model
     assert len(read) == 6 and read[0] == 0 and read[-1] == index.num_samples - 1
 
 
+def write_pages(folder, *, images: int):
+    """Pages of a sentence, then of as many images with a sentence each."""
+    said = {"type": "text", "text": "the digit shown here is grey"}
+    with ShardWriter(folder, "test") as writer:
+        for i in range(3):
+            parts = [said, *[part for _ in range(images) for part in ({"type": "image"}, said)]]
+            writer.write(f"page-{i}", {"document": parts}, [draw_png(10 * i + k) for k in range(images)])
+    return folder
+
+
+def test_a_page_longer_than_the_model_is_scored_up_to_where_the_model_ends(tmp_path, tiny_model, tiny_tokenizer):
+    """A token's likelihood depends on what precedes it: up to the cut it is as on the whole page in a longer model."""
+    source = Source("pages", path=write_pages(tmp_path, images=7))
+    index, pages, wide = source.load("test", tiny_tokenizer), [], Engine(tiny_model, tiny_tokenizer, image_size=32)
+    for row in range(index.num_samples):
+        raw = index.read(row, ShardReader())
+        visual = wide.encode_images([TRANSFORM(file) for file in raw.images])
+        page = encode_record(raw.record, tiny_tokenizer, tokens_per_image=TOKENS_PER_IMAGE)
+        rows = [(page.input_ids, page.labels)]
+        (nats,) = token_nll(tiny_model, tiny_tokenizer, rows, [visual], tokens_per_view=TOKENS_PER_IMAGE)
+        pages.append((page, nats))
+    panel = Panel({}, held_out={"pages": source})
+    fourth = [at for at, token in enumerate(pages[0][0].input_ids) if token == tiny_tokenizer.image_id][12]
+    for room, shown in ((fourth + 2, 3), (fourth + 6, 4)):  # in the middle of the fourth image, and after it
+        model = build_model(tiny_tokenizer, max_positions=room)
+        metrics = panel.score_records(Engine(model, tiny_tokenizer, image_size=IMAGE_SIZE), "pages", source)
+        learned = sum(label != -100 for label in pages[0][0].labels[1:room])
+        nats = torch.cat([nats[:learned] for _, nats in pages])
+        assert learned < len(pages[0][1]) and metrics["test/nll/pages"] == pytest.approx(float(nats.mean()), rel=1e-4)
+        assert sorted(metrics) == ["test/nll/pages", *(f"test/nll/pages/{k}" for k in range(shown))]
+
+
+@pytest.mark.parametrize("tiles", [None, [[1, 2], [2, 2]]])
+def test_of_all_questions_no_more_views_are_held_than_the_encoder_takes_at_once(
+    tiles, folder, tiny_model, tiny_tokenizer, monkeypatch
+):
+    transform, held, batches = ImageTransform(image_size=IMAGE_SIZE, tiles=tiles), weakref.WeakSet(), []
+
+    def read(file):
+        held.add(image := transform(file))
+        return image
+
+    def encode(pixels, *more):
+        batches.append((len(pixels), len(held)))
+        return encoding(pixels, *more)
+
+    questions = questions_of(folder, tiny_tokenizer)
+    for question in questions:
+        question.transform = read
+    engine = Engine(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE, transform=transform, image_batch=4)
+    encoding = tiny_model.encode_images
+    monkeypatch.setattr(tiny_model, "encode_images", encode)
+    visual = encode_once(engine, questions)
+    monkeypatch.undo()
+    total = sum(len(image) for question in questions for image in question.images)
+    assert [count for count, _ in batches] == [4] * (total // 4) + [total % 4] * (total % 4 > 0)
+    assert len(batches) > 3 and max(alive for _, alive in batches) <= 5  # one more whose views are in the next batch
+    for question, tokens in zip(questions, visual):
+        torch.testing.assert_close(tokens, engine.encode_images(question.images), rtol=0, atol=1e-4)
+
+
 def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
     run = lambda task: task.run(tiny_model, tiny_tokenizer, image_size=IMAGE_SIZE)
     source = Source("questions", path=folder)
@@ -253,11 +317,17 @@ def test_mistakes_are_named(folder, tmp_path, tiny_model, tiny_tokenizer):
         run(ShortAnswers({"questions": source}, text=source, limit=1))
 
 
+def draw_grey(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), (shade, shade, shade)).save(file, "png")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("keys", [("test-1", "test-1"), ("a/b", "a_b")])
 def test_an_example_is_saved_with_its_own_picture_where_two_sources_use_one_key(keys, tmp_path):
     (tmp_path / "predictions").mkdir()
     questions = [
-        Question(key, source, kind, [], "4", images=[torch.full((1, 3, 4, 4), shade, dtype=torch.uint8)])
+        Question(key, source, kind, [], "4", files=(draw_grey(shade),), transform=TRANSFORM)
         for key, source, kind, shade in zip(keys, ("short_qa", "reading"), ("max", "read"), (10, 200), strict=True)
     ]
     predictions = [{"key": q.key, "type": q.type, "correct": True} for q in questions]

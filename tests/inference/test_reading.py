@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import dataclasses
+import re
 import socket
 import threading
 
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fastvlm.inference import reading
 from fastvlm.inference.reading import Reader
-from fastvlm.inference.settings import parse_settings
+from fastvlm.inference.settings import Settings, parse_settings
 from fastvlm.inference.text_bound import TextBound
 from fastvlm.tokens import LONG
 
@@ -140,3 +142,8 @@ def test_a_port_that_cannot_be_is_refused_before_a_model_is_loaded():
     with pytest.raises(ValueError, match="port=70000: port must be at most 65535"):
         parse_settings(["run=x", "port=70000"])
     assert parse_settings(["run=x", "port=65535"]).port == 65535
+
+
+def test_the_help_of_the_server_names_every_key():
+    named = re.findall(r"^ {8}([\w, ]+):", Settings.__doc__, flags=re.M)
+    assert ", ".join(named).split(", ") == [field.name for field in dataclasses.fields(Settings)]
