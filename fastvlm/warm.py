@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -37,13 +38,15 @@ class WarmProcess:
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit status, or minus the number of the signal that ended it.
 
+        It is -9, too, if the process that it was forked from was killed: nobody then knows its own.
+
         Raises:
             subprocess.TimeoutExpired: the command is still running after `timeout` seconds.
         """
         if self.returncode is None:
             self._connection.settimeout(timeout)
             try:
-                self.returncode = int(self._said.readline())
+                self.returncode = int(self._said.readline() or -signal.SIGKILL)
             except TimeoutError:
                 self._said = self._connection.makefile("r")  # the old one is unusable after a timeout
                 raise subprocess.TimeoutExpired(self.args, timeout) from None
@@ -56,8 +59,10 @@ class WarmProcess:
             return None
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        # Without `poll`, which would wait for as long as another thread is in `wait`.
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 class WarmPython:
@@ -146,6 +151,7 @@ def run_as_main(command: Command, env: dict[str, str], cwd: str) -> None:
     """Run a script, `-m module` or `-c code` as the Python interpreter would."""
     import runpy
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -176,6 +182,8 @@ def end_process(error: BaseException | None) -> None:
         code = 0
     elif isinstance(error, SystemExit) and isinstance(error.code, int):
         code = error.code
+    elif isinstance(error, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
     elif isinstance(error, SystemExit):
         print(error.code, file=sys.stderr)
     else:
@@ -190,6 +198,8 @@ if __name__ == "__main__":
     import gc
     import importlib
 
+    # A fork that is interrupted at once waits until it is the command: Python's own hooks after a fork would lose it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.freeze()  # otherwise the first collection in every fork would copy the pages of all libraries

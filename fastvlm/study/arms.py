@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvlm.identity import hash_of
 from fastvlm.study.yaml_file import mapping, only, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,7 +161,13 @@ def is_study(name: str, *, root: Path = STUDIES) -> bool:
 
 def grid_arms(study: Study) -> list[str]:
     """Return the arms that the grid names, of any scale."""
-    return [arm.strip() for arm in study.grid.get("arm", "").split(",") if arm.strip()]
+    return swept(study.grid.get("arm", ""))
+
+
+def swept(text: str) -> list[str]:
+    """Return the values of a sweep written as `a,b` or, the same to Hydra, as `choice(a,b)`."""
+    choice = re.fullmatch(r"choice\((.*)\)", text.strip())
+    return [value.strip() for value in (choice[1] if choice else text).split(",") if value.strip()]
 
 
 def key_of(override: str) -> str:
@@ -249,7 +256,9 @@ def is_silent(override: str) -> bool:
 def cell_name(study: str, scale: str, arm: str, seed: str | int, extra: list[str] = ()) -> str:
     """Return a cell's name, which is its folder below runs/; `extra` are overrides besides the arm's."""
     # The name is passed on as an override, so it must not contain characters of Hydra's grammar.
-    tail = "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '_', o.lstrip('+'))}" for o in extra)
+    tail = "".join(f"-{re.sub(r'[^A-Za-z0-9_.-]+', '_', o.lstrip('+'))}" for o in extra)
+    if len(tail) > 120:  # a folder's name has at most 255 bytes
+        tail = f"{tail[:110]}-{hash_of(list(extra))[:8]}"
     return f"studies/{study}/{scale}/{arm}-seed{seed}{tail}"
 
 

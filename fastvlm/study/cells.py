@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fastvlm.files import replacing
 from fastvlm.identity import LIBRARIES, hash_of, identity, portable_hash, read_results
-from fastvlm.study.arms import Study, cell_name, grid_arms
+from fastvlm.study.arms import Study, cell_name, grid_arms, swept
 from fastvlm.study.composed import Composed, composed
 
 ABOUT = ("scale", "arm", "seed", "commit", "code", "config", "cpu", "cores", "accelerator", "precision", "threads")
@@ -62,11 +62,11 @@ def num_ran(study: Study, runs: Path, *, scale: str) -> int:
 
 def seeds(study: Study) -> list[int]:
     text = study.grid.get("seed", "0")
-    if match := re.fullmatch(r"range\((\d+)(?:,\s*(\d+))?\)", text):
-        return list(range(int(match[1]))) if match[2] is None else list(range(int(match[1]), int(match[2])))
-    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
-        raise ValueError(f"{study.folder}/study.yaml: seed={text} is neither range(...) nor numbers with commas")
-    return [int(seed) for seed in text.split(",")]
+    if match := re.fullmatch(r"range\((\d+(?:\s*,\s*\d+){0,2})\)", text):
+        return list(range(*map(int, match[1].split(","))))
+    if not all(seed.isdecimal() for seed in swept(text)):
+        raise ValueError(f"{study.folder}/study.yaml: seed={text} is neither range(0,5) nor numbers with commas")
+    return [int(seed) for seed in swept(text)]
 
 
 def from_results(results: dict, *, scale: str, arm: str, seed: int) -> Cell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -152,6 +152,17 @@ class Figure:
     metric: str
     value: str
     status: str
+
+
+def figures_of(study: Study, claims: Sequence[Claim]) -> dict[str, Figure]:
+    """Read a study's paper.csv and check that it has the figures that its claims name."""
+    figures = load_figures(study.folder)
+    for key in (key for claim in claims for key in claim.figures):
+        if key not in figures:
+            near = difflib.get_close_matches(key, figures, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{study.folder}/claims.yaml: figures names {key}, which paper.csv has not{hint}")
+    return figures
 
 
 def load_figures(folder: Path) -> dict[str, Figure]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastvlm.study.cells import Cell, mean_cost
 from fastvlm.study.claims import Claim
+from fastvlm.study.grid import Sweep
 from fastvlm.study.metrics import HIGHER, LOWER, metric_of
 from fastvlm.study.verdicts import Verdict, decide, decide_same, describe_only
 
@@ -84,13 +85,16 @@ def best_values(cells: list[Cell], values: dict[str, float], metric: str) -> dic
     return found
 
 
-def decide_claim(claim: Claim, cells: list[Cell], *, arms: Collection[str] | None = None) -> list[Decided]:
+def decide_claim(
+    claim: Claim, cells: list[Cell], *, arms: Collection[str] | None = None, sweeps: Sequence[Sweep] | None = None
+) -> list[Decided]:
     """Decide every metric of a claim on every basis, the deciding metric first.
 
     A claim about a cost or an optimum is not decided at equal compute.
 
     Args:
         arms: those that the cells' scale has; None: all.
+        sweeps: those that trained the cells; times of training are paired within one. None: all cells in one.
 
     Raises:
         ValueError: the claim's arms have run, but no cell has the deciding metric.
@@ -105,7 +109,7 @@ def decide_claim(claim: Claim, cells: list[Cell], *, arms: Collection[str] | Non
     if not metric_of(claim.metric).cost and not claim.optimum:
         pairs["compute"] = claim.compute or claim.pair
     return [
-        decide_pair(claim, metric, basis, tuple(pair), cells, arms=arms)
+        decide_pair(claim, metric, basis, tuple(pair), cells, arms=arms, sweeps=sweeps)
         for metric in (claim.metric, *claim.beside)
         for basis, pair in pairs.items()
         if pair
@@ -120,6 +124,7 @@ def decide_pair(
     cells: list[Cell],
     *,
     arms: Collection[str] | None = None,
+    sweeps: Sequence[Sweep] | None = None,
 ) -> Decided:
     def none(why: str, short: str) -> Decided:
         return Decided(claim, metric, basis, pair, steps, None, why, short)
@@ -149,6 +154,10 @@ def decide_pair(
             return none(why, "no such arm")
     if not all(by_seed(cells, arm, metric) for arm in compared):
         return none("not yielded", "not yielded")
+    for arm, values in ((arm, by_seed(cells, arm, metric)) for arm in compared):
+        if lost := [seed for seed, value in values.items() if not math.isfinite(value)]:
+            why = f"{metric} of arm={arm} seed={lost[0]} is {values[lost[0]]:g}"
+            return none(why, "not a finite number")
     if claim.optimum:
         ours, theirs = (best_values(cells, values, metric) for values in claim.optimum)
     else:
@@ -161,6 +170,12 @@ def decide_pair(
         if not paired:
             why = "no seed has both arms on one machine, and times of two say nothing"
             return none(why, "no pair on one machine")
+    if metric == "train/step_ms" and sweeps is not None:  # unlike evaluation, it was not timed again for this study
+        names = {seed: {f"{arm}-seed{seed}" for arm in pair} for seed in paired}
+        paired = [seed for seed in paired if any(names[seed] <= {*sweep.cells} for sweep in sweeps)]
+        if not paired:
+            why = "no seed has both arms trained in one sweep, and times of two say nothing"
+            return none(why, "not comparable")
     verdict = judge(claim, metric, [ours[s] for s in paired], [theirs[s] for s in paired])
     as_factor = bool(claim.factor) and metric == claim.metric
     return Decided(claim, metric, basis, pair, steps, verdict, as_factor=as_factor)

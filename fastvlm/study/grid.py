@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -41,14 +41,26 @@ def began(run_dir: Path) -> float | None:
     return datetime.strptime(at, "%Y-%m-%dT%H:%M:%S%z").timestamp() if at else 0.0
 
 
-def cells_since(study: Study, runs: Path, *, scale: str, begun: float) -> tuple[str, ...]:
-    """Return the cells of a study that began at `begun` or later and have finished."""
+def cells_since(study: Study, runs: Path, *, scale: str, begun: float, of: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the cells of a study that began at `begun` or later, were trained since and have finished.
+
+    Args:
+        of: names of the cells that count; none: all of the study's.
+    """
     names = []
     for arm, seed in sorted(ran(study, runs, scale=scale)):
-        at = began(runs / cell_name(study.name, scale, arm, seed))
-        if at is not None and at >= int(begun):  # recorded in whole seconds
+        name = cell_name(study.name, scale, arm, seed)
+        at = began(runs / name)
+        # Times are recorded in whole seconds.
+        if at is not None and at >= int(begun) and trained_since(runs / name, begun) and (name in of or not of):
             names.append(f"{arm}-seed{seed}")
     return tuple(names)
+
+
+def trained_since(run_dir: Path, begun: float) -> bool:
+    """Return whether a stage of a run was finished at `begun` or later; True for a run without stages."""
+    ends = [file.stat().st_mtime for file in run_dir.glob("stages/*/handoff/manifest.json")]
+    return not ends or max(ends) >= int(begun)
 
 
 def read_sweeps(file: Path) -> list[Sweep]:

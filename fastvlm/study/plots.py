@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -52,7 +53,7 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
     )
     for axis, metric in zip(axes[0], wanted):
         for place, arm in enumerate(arms):
-            values = [cell.metrics[metric] for cell in cells if cell.arm == arm and metric in cell.metrics]
+            values = finite(cell.metrics.get(metric, math.nan) for cell in cells if cell.arm == arm)
             if not values:
                 continue
             axis.plot(values, [place] * len(values), "o", color="#9aa4b2", markersize=3.5, zorder=1)
@@ -72,11 +73,11 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
 
 def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
     """Plot exact match against time to first token (ms) with intervals, and join the Pareto front of the means."""
-    points = {}
+    points, shown = {}, ("test/ttft_ms", "test/exact_match/mean")
     for arm in arms:
-        mine = [c for c in cells if c.arm == arm and {"test/ttft_ms", "test/exact_match/mean"} <= c.metrics.keys()]
-        if mine:
-            points[arm] = [[c.metrics[m] for c in mine] for m in ("test/ttft_ms", "test/exact_match/mean")]
+        both = [[c.metrics.get(m, math.nan) for m in shown] for c in cells if c.arm == arm]
+        if mine := [pair for pair in both if len(finite(pair)) == 2]:
+            points[arm] = [list(values) for values in zip(*mine)]
     if len(points) < 2:
         return None
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
@@ -102,6 +103,10 @@ def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
         offset = (5, -10) if crowded else (5, 4)
         axis.annotate(arm, means[arm], textcoords="offset points", xytext=offset, fontsize=8, zorder=4)
     return figure
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -32,10 +32,12 @@ def number(value: float, *, digits: int = 3) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Format the mean and standard deviation over seeds."""
-    if not values:
+    """Format the mean and standard deviation over seeds, and say of how many if some have no finite value."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return "-"
-    return number(mean(values)) + (f" ± {number(stdev(values), digits=2)}" if len(values) > 1 else "")
+    said = number(mean(finite)) + (f" ± {number(stdev(finite), digits=2)}" if len(finite) > 1 else "")
+    return said if len(finite) == len(values) else f"{said} ({len(finite)} of {len(values)} are finite)"
 
 
 def row(cells: Sequence[str]) -> str:

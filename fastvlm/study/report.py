@@ -11,7 +11,7 @@ from statistics import mean
 from fastvlm.files import write_whole
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names, unreadable
 from fastvlm.study.cells import Cell, Missing, check_one_origin, mean_cost, planned, read_csv, read_runs, write_csv
-from fastvlm.study.claims import Claim, all_claims, load_figures
+from fastvlm.study.claims import Claim, all_claims, figures_of, load_figures
 from fastvlm.study.composed import composed, one_training, told_apart
 from fastvlm.study.decisions import Decided, decide_claim
 from fastvlm.study.grid import FILE, Sweep, of_cells, read_sweeps, write_sweeps
@@ -72,8 +72,8 @@ def gather(study: Study, *, scale: str, source: str, uri: str | None = None) -> 
 def report(name: str, *, source: str = "auto", uri: str | None = None, root: Path = STUDIES) -> dict:
     """Write results.csv, plots and README.md of a study.
 
-    They go into its folder, or below runs/ if the folder's results.csv has cells that are missing here: a partial
-    result never replaces a complete one.
+    They go into its folder, or below runs/ if the folder's results.csv has cells that are missing here, or of another
+    precision or number of threads: neither a part nor a run with other hardware settings replaces what is published.
 
     Returns:
         For each scale that ran, `verdicts` (one line per claim) and `missing` (cells); `remarks`; `files` (the page
@@ -83,11 +83,8 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         ValueError: an arm, a metric or a figure that does not exist; cells of two origins.
     """
     study = load_study(name, root=root)
-    figures = load_figures(study.folder)
-    found: dict[str, Gathered] = {}
-    for claim in (claims := all_claims(study)):
-        if lost := [key for key in claim.figures if key not in figures]:
-            raise ValueError(f"{study.folder}/claims.yaml: figures names {lost[0]}, which paper.csv has not")
+    claims, found = all_claims(study), {}
+    figures = figures_of(study, claims)
     claims_of = {scale: [claim for claim in claims if not claim.lacks(arms)] for scale, arms in study.arms.items()}
     for scale in study.arms:
         found[scale] = gather(study, scale=scale, source=source, uri=uri)
@@ -99,7 +96,7 @@ def report(name: str, *, source: str = "auto", uri: str | None = None, root: Pat
         write_csv(out / "results.csv", kept)
     sweeps = grid_of(study, found, out=out)
     results: dict[str, tuple[list[Cell], list[list[Decided]]]] = {
-        scale: (one.cells, decide(study, claims_of[scale], one, scale=scale) if one.cells else [])
+        scale: (one.cells, decide(study, claims_of[scale], one, scale=scale, sweeps=sweeps) if one.cells else [])
         for scale, one in found.items()
     }
     ran = {scale: cells for scale, cells in cells_of.items() if cells}
@@ -144,7 +141,9 @@ def grid_of(study: Study, found: dict[str, Gathered], *, out: Path) -> list[Swee
     return sweeps
 
 
-def decide(study: Study, claims: list[Claim], found: Gathered, *, scale: str) -> list[list[Decided]]:
+def decide(
+    study: Study, claims: list[Claim], found: Gathered, *, scale: str, sweeps: list[Sweep]
+) -> list[list[Decided]]:
     """Decide every claim; add the parts that an arm trained only once and whether cells have another configuration."""
 
     def known(one: Decided) -> Decided:
@@ -154,26 +153,36 @@ def decide(study: Study, claims: list[Claim], found: Gathered, *, scale: str) ->
         first, second = ([composed(study, scale=scale, arm=arm) for arm in side] for side in one.compared)
         return replace(one, below=one_training(first, second), other=other)
 
-    arms = study.arms[scale]
-    return [[known(one) for one in decide_claim(claim, found.cells, arms=arms)] for claim in claims]
+    options = {"arms": study.arms[scale], "sweeps": [sweep for sweep in sweeps if sweep.scale == scale]}
+    return [[known(one) for one in decide_claim(claim, found.cells, **options)] for claim in claims]
 
 
 def place_of(study: Study, cells_of: dict[str, list[Cell]]) -> tuple[Path, list[str]]:
     """Return the page's folder and remarks on it.
 
-    It is the study's own, unless results.csv there has cells, of arms that still exist, that are missing here.
+    It is the study's own, unless results.csv there has cells, of arms that still exist, that are missing here, or its
+    cells ran in another precision or with other threads, as with `hardware=cpu`.
     """
 
     def keys(cells: Iterable[Cell]) -> set[tuple[str, str, int]]:
         return {(c.about["scale"], c.arm, c.seed) for c in cells if c.arm in study.arms.get(c.about["scale"], {})}
 
+    def hardware(cells: Iterable[Cell], scale: str) -> str:
+        ran = {f"{c.about['precision']}, {c.about['threads']} thread(s)" for c in cells if c.about["scale"] == scale}
+        return " and ".join(sorted(ran))
+
     kept = [cell for cells in cells_of.values() for cell in cells]
     before = read_csv(study.folder / "results.csv")
-    if keys(before) <= keys(kept):
+    ran = [(hardware(before, scale), hardware(cells, scale)) for scale, cells in cells_of.items()]
+    others = [(theirs, ours) for theirs, ours in ran if theirs and ours and theirs != ours]
+    if keys(before) <= keys(kept) and not others:
         return study.folder, []
     out = runs_folder() / "studies" / study.name
     out.mkdir(parents=True, exist_ok=True)
-    return out, [f"{study.folder} keeps its {len(before)} cells; these {len(kept)} are reported in {out}"]
+    remark = f"{study.folder} keeps its {len(before)} cells; these {len(kept)} are reported in {out}"
+    if others:
+        remark += f": they ran in {others[0][1]}, not in {others[0][0]} (to publish them, remove results.csv there)"
+    return out, [remark]
 
 
 def say(made: dict) -> list[str]:
@@ -225,7 +234,10 @@ def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, 
     lines, faults = [], unreadable(root)
     for name in study_names(root):
         try:
-            lines += report(name, source=source, root=root)["entries"]
+            made = report(name, source=source, root=root)
+            if made["files"][0].parent != root / name:  # these are a part of its cells; the catalogue is of all
+                made = report(name, source="csv", root=root)
+            lines += made["entries"]
         except ValueError as error:
             faults.append(f"{name}: {error}")
     write_whole(root / "README.md", catalogue(lines))

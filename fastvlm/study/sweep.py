@@ -11,25 +11,28 @@ from omegaconf import DictConfig
 
 from fastvlm.identity import read_results
 from fastvlm.study.arms import Study, cell_name, expand, is_silent, key_of, load_study, value_of
-from fastvlm.study.cells import trained
-from fastvlm.study.claims import load_claims
+from fastvlm.study.cells import planned, trained
+from fastvlm.study.claims import all_claims, figures_of, load_claims
 from fastvlm.study.grid import FILE, Sweep, began, cells_since, note
 from fastvlm.study.recorded import log_report
 from fastvlm.study.report import report, runs_folder, say
 
 
 def prepare(config: DictConfig, jobs: list[list[str]]) -> None:
-    """Check arms and claims, and create the MLflow store and the study's run before cells open it in parallel.
+    """Check all that the page after the grid needs, and create the MLflow store and the study's run.
+
+    Cells then find the store there, which they open in parallel.
 
     Raises:
-        ValueError: an arm, a claim or a metric is wrong; raised before anything runs.
+        ValueError: an arm, the grid, a claim, a metric or a figure of the paper is wrong; raised before anything runs.
     """
     study = load_study(config.study.name)
     for arm in dict.fromkeys(value_of(job, "arm") for job in jobs):
         if arm is None:
             raise ValueError(f"experiment={study.name}: its grid has no arm; add arm=... to hydra.sweeper.params")
         study.overrides(arm, config.scale)
-    load_claims(study, scale=config.scale)
+    planned(study, scale=config.scale)
+    figures_of(study, all_claims(study))
     if not config.dry_run:
         tracking(config).study_run(study.name, scale=config.scale)
 
@@ -72,7 +75,7 @@ def time_grid(
         changes: the overrides of the sweep's cells.
         begun: when it started, seconds since the epoch.
         at_once: cells that run in parallel; None: unknown.
-        jobs: the overrides of each cell.
+        jobs: the overrides of each cell; none: unknown, so all cells that ran since count.
     """
     study, runs = load_study(config.study.name), Path(config.paths.runs).resolve()
     minutes, width = (time.time() - begun) / 60, f", {at_once} at once" if at_once else ""
@@ -80,9 +83,9 @@ def time_grid(
     if changed(changes):
         print(f"{said}{width}", flush=True)
         return
-    names = cells_since(study, runs, scale=config.scale, begun=begun)
-    note(runs / "studies" / study.name / FILE, Sweep(config.scale, round(minutes, 2), at_once, names))
     at = {cell_of(study, config.scale, job) for job in jobs}
+    names = cells_since(study, runs, scale=config.scale, begun=begun, of=at)
+    note(runs / "studies" / study.name / FILE, Sweep(config.scale, round(minutes, 2), at_once, names))
     found = sum(began(runs / name) is not None for name in at) - len(names) if at else 0
     before = f", {found} found done" if found > 0 else ""
     print(f"{said}, {len(names)} cells run{width}{before}", flush=True)

@@ -20,7 +20,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 SAMPLERS = ("tpe", "random", "nsga2", "gp")
 
@@ -67,6 +67,7 @@ class OptunaSweeper(Sweeper):
             raise ValueError(f"hydra.sweeper.n_trials={n_trials} and batch={batch} must be 1 or more")
         self.directions, self.n_trials, self.batch = list(directions), n_trials, batch
         self.sampler, self.seed, self.study = sampler, seed, study
+        self.num_failed = 0
         self.params = {} if params is None else OmegaConf.to_container(params)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -114,13 +115,23 @@ class OptunaSweeper(Sweeper):
         self.conclude(study, folder / f"{label}.json")
 
     def settings(self, fixed: list[str], searched: dict[str, Any]) -> str:
-        """Return a hash of ranges, overrides and objectives; if one of them differs, it is another search."""
-        from fastvlm.identity import hash_of
+        """Return a hash of configuration, ranges and objectives; if one of them differs, it is another search."""
+        from fastvlm.identity import hash_of, portable_hash
         from fastvlm.study.arms import is_silent
 
         kept = sorted(o for o in fixed if not is_silent(o) or o.startswith(("seed=", "experiment=")))
         ranges = {key: repr(distribution) for key, distribution in searched.items()}
-        return hash_of([kept, ranges, self.directions, str(self.config.get("objective"))])[:8]
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, self.first_trial(fixed, searched))
+        with open_dict(config):
+            del config["hydra"], config["name"]  # where it runs
+        composed = portable_hash(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+        return hash_of([composed, kept, ranges, self.directions, str(self.config.get("objective"))])[:8]
+
+    @staticmethod
+    def first_trial(fixed: list[str], searched: dict[str, Any]) -> list[str]:
+        """Return the overrides of a trial with the first value of every range."""
+        first = {key: one.choices[0] if hasattr(one, "choices") else one.low for key, one in searched.items()}
+        return [*fixed, *(f"{key}={value}" for key, value in first.items())]
 
     def ranges(self, arguments: list[str], distributions) -> tuple[list[str], dict[str, Any]]:
         """Split overrides into (those that every trial has, key -> distribution to search)."""
@@ -172,18 +183,19 @@ class OptunaSweeper(Sweeper):
 
         Raises:
             ValueError: `objective` and `directions` differ in number, a trial that ended has no such metric, or more
-                than `n_trials` trials have failed.
+                than `n_trials` trials of this command have failed: by their status, or because a metric is no number.
         """
         if cell.status is JobStatus.COMPLETED and cell.return_value is None:
             names = ", ".join(self.config.get("objective", ["objective"]))
             raise ValueError(f"objective=[{names}]: the task yields no such metric; name one of its own")
-        if cell.status is not JobStatus.COMPLETED:
+        values = cell.return_value if cell.status is JobStatus.COMPLETED else math.nan
+        values = values if isinstance(values, list | tuple) else [values]
+        if any(math.isnan(value) for value in values):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            states = [t.state for t in study.get_trials(deepcopy=False)]
-            if states.count(optuna.trial.TrialState.FAIL) > self.n_trials:
-                raise ValueError(f"{states.count(optuna.trial.TrialState.FAIL)} trials have failed; the search ends")
+            self.num_failed += 1
+            if self.num_failed > self.n_trials:
+                raise ValueError(f"{self.num_failed} trials have failed or have a metric that is NaN; the search ends")
             return
-        values = cell.return_value if isinstance(cell.return_value, list | tuple) else [cell.return_value]
         if len(values) != len(self.directions):
             raise ValueError(
                 f"objective has {len(values)} metrics, hydra.sweeper.directions {len(self.directions)}; give one each"

@@ -63,6 +63,7 @@ class ProcessLauncher(Launcher):
         self.parallel, self.warm = parallel, warm
         self.raise_failed = True  # False: the sweeper handles failures itself
         self.running: set[subprocess.Popen | WarmProcess] = set()
+        self.stopping = False  # interrupted: cells that start after that end at once
         self.python: WarmPython | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -102,15 +103,22 @@ class ProcessLauncher(Launcher):
             if self.python is not None:
                 self.python.close()
         cells.sort(key=lambda cell: cell.hydra_cfg)
+        failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
+        faults = []
+        if failed and self.raise_failed:
+            faults.append(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
         if study is not None and not self.config.dry_run:
-            from fastvlm.study.sweep import conclude
+            from fastvlm.study.sweep import conclude, end
 
             time_grid(self.config, changes, begun=begun, at_once=len(slots), jobs=[job for _, job in jobs])
-            conclude(self.config, changes)
-        failed = [f"#{c.hydra_cfg} {' '.join(c.overrides)}" for c in cells if c.status is JobStatus.FAILED]
-        if failed and self.raise_failed:
+            try:
+                conclude(self.config, changes)
+            except ValueError as error:
+                end(self.config, "FAILED")
+                faults.append(f"the study has no new page: {error}")
+        if faults:
             # Raised once all cells have run; the same command again runs only the failed ones.
-            raise ValueError(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
+            raise ValueError("; ".join(faults))
         return cells
 
     def slots(self, num_jobs: int) -> list[dict[str, str]]:
@@ -150,6 +158,7 @@ class ProcessLauncher(Launcher):
         except KeyboardInterrupt:
             for future in futures:
                 future.cancel()
+            self.stopping = True
             for process in list(self.running):  # a terminal signals them, too; a `kill` of this process does not
                 process.send_signal(signal.SIGINT)
             raise
@@ -196,6 +205,8 @@ class ProcessLauncher(Launcher):
             else:
                 process = subprocess.Popen([sys.executable, *command], env=environment, **to_file)
             self.running.add(process)
+            if self.stopping:  # it waited for the warm process's imports
+                process.send_signal(signal.SIGINT)
             try:
                 return process.wait()
             except KeyboardInterrupt:

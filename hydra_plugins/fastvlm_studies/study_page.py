@@ -21,11 +21,11 @@ class StudyPage(Callback):
         if not ours(config):
             return
         self.begun = time.time()
-        from fastvlm.study.arms import value_of
+        from fastvlm.study.arms import swept, value_of
         from fastvlm.study.sweep import prepare
 
         arms = value_of(list(config.hydra.overrides.task), "arm") or grid(config).get("arm", "")
-        told(prepare, config, [[f"arm={arm.strip()}"] for arm in arms.split(",") if arm.strip()])
+        told(prepare, config, [[f"arm={arm}"] for arm in swept(arms)])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if ours(config) and not config.dry_run:

@@ -59,6 +59,17 @@ def test_what_changes_nothing_learned_changes_no_cells_name():
     assert name in plain and name in silent
 
 
+def test_changed_cells_have_names_of_their_own_that_fit_a_folder():
+    def name(*changes):
+        expanded = expand(["experiment=llava_align", "arm=skip", "seed=1", *changes])
+        return next(word for word in expanded if word.startswith("name="))
+
+    assert name("encoder.layer=-1") != name("encoder.layer=1")
+    long = [f"stages.instruct.trainable.{'x' * 200}{i}=1" for i in range(2)]
+    assert name(*long) != name(long[0]) and all(len(name(one).split("/")[-1]) < 200 for one in long)
+    assert len({name(one) for one in long}) == 2
+
+
 @pytest.mark.parametrize("override", ["hardware.precision=32-true", "hardware.quantise=nf4"])
 def test_what_changes_numbers_changes_the_name_of_a_cell_and_of_a_run(override):
     given = ["experiment=llava_align", "arm=skip", "seed=1"]
@@ -66,6 +77,23 @@ def test_what_changes_numbers_changes_the_name_of_a_cell_and_of_a_run(override):
     assert name([*given, override]) != name(given) and not is_silent(override)
     assert not re.match(SILENT, override) and not re.match(SILENT, f"++{override}")
     assert re.match(SILENT, "hardware.num_workers=1") and re.match(SILENT, "hardware=cpu")
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells"),
+    [
+        ("arm: choice(align, skip)\n      seed: range(0,5,2)", [("align", 0), ("align", 2), ("align", 4)]),
+        ("arm: align\n      seed: choice(1,3)", [("align", 1), ("align", 3)]),
+        ("arm: align\n      seed: range(3)", [("align", 0), ("align", 1), ("align", 2)]),
+    ],
+)
+def test_a_grid_is_planned_in_every_form_that_hydra_sweeps(tmp_path, grid, cells):
+    file = put_study(tmp_path) / "study.yaml"
+    old = "arm: align,skip,skip_long\n      seed: range(5)"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, grid))
+    found = planned(load_study("llava_align", root=tmp_path), scale="micro")
+    assert [cell for cell in found if cell[0] == "align"] == cells
 
 
 @pytest.mark.parametrize(
@@ -178,6 +206,19 @@ def test_decay_under_mm1s_law_is_a_tenth_of_the_rate_that_all_parts_have(arm):
     (rate,) = set(stage.trainable.values())
     assert list(stage.trainable) == ["resampler", "projector", "encoder", "llm"]
     assert stage.optimizer.weight_decay == pytest.approx(rate / 10)
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "projectors"),
+    [
+        ("ferret_v2_granularity", "fused", ["both"]),
+        ("ferret_v2_granularity", "dino_tiles", ["coarse_mlp", "fine_mlp"]),
+        ("ferret_v2_stages", "none", ["coarse_mlp", "fine_mlp"]),
+    ],
+)
+def test_projectors_inside_ferret_v2s_encoder_learn_instructions_at_the_projectors_rate(study, arm, projectors):
+    rates = compose("train", [f"experiment={study}", "scale=paper", f"arm={arm}"]).stages.instruct.trainable
+    assert rates.encoder == 2e-6 and {rates[f"encoder.{name}"] for name in projectors} == {rates.projector}
 
 
 @pytest.mark.parametrize("arm", ["c_abstractor", "d_abstractor"])

@@ -6,6 +6,7 @@ import pytest
 from fastvlm.study.cells import Cell
 from fastvlm.study.claims import Claim
 from fastvlm.study.decisions import decide_claim
+from fastvlm.study.grid import Sweep
 from fastvlm.study.metrics import METRICS, metric_of
 from fastvlm.study.readme import amount, claim_section, headline
 from tests.study.made_cells import cell, grid
@@ -73,6 +74,20 @@ def test_a_claim_about_a_factor_does_not_depend_on_how_fast_the_machine_is():
     assert decide_claim(claim, timed(1.0, 0.5))[0].verdict.outcome == "disagrees"
     with pytest.raises(ValueError, match="is about a factor, but test/ttft_ms is 0 in a cell"):
         decide_claim(claim, timed(0.0, 2.0))
+
+
+def test_times_of_training_are_compared_within_one_sweep_only():
+    claim = Claim("x", "p", "t", "train/step_ms", "lower", ["align", "skip"], ["test/ttft_ms"], factor=1.0)
+    cells = [cell(arm, seed, nll=0.5) for arm in ("align", "skip") for seed in range(6)]
+    for one in cells:
+        one.metrics["train/step_ms"] = (9.0 if one.arm == "align" else 10.0) + 0.01 * one.seed
+    names = {arm: tuple(f"{arm}-seed{seed}" for seed in range(6)) for arm in ("align", "skip")}
+    together = [Sweep("micro", 1.0, 2, names["align"] + names["skip"][:5])]
+    step, first_token = decide_claim(claim, cells, sweeps=together)
+    assert headline([step]) == "agrees" and step.verdict.num_seeds == 5 and first_token.verdict.num_seeds == 6
+    step, first_token = decide_claim(claim, cells, sweeps=[Sweep("micro", 1.0, 2, names[arm]) for arm in names])
+    assert headline([step]) == "not comparable" and first_token.verdict is not None
+    assert step.why == "no seed has both arms trained in one sweep, and times of two say nothing"
 
 
 def test_a_metric_beside_speaks_for_the_claim_on_its_own_good_side():

@@ -1,6 +1,7 @@
 """A grid's time by the clock: noted by sweeps, added up for the cells that a page shows, kept apart from results."""
 
 import json
+import os
 import time
 
 import pytest
@@ -53,6 +54,27 @@ def test_a_sweep_says_what_it_ran_and_what_it_found(tmp_path, capsys):
     time_grid(config, ["max_steps=1"], begun=begun - 600, at_once=None)  # of other cells than the study's
     assert "10.0 minutes by the clock\n" in capsys.readouterr().out
     assert read_sweeps(tmp_path / "studies" / "llava_align" / FILE) == [sweep]
+
+
+def test_a_sweeps_time_is_that_of_cells_it_trained_itself(tmp_path):
+    begun = time.time()
+    for arm, seed, ended in (("align", 0, begun), ("align", 1, begun - 600), ("skip", 0, begun)):
+        one = cell(arm, seed, nll=0.5)
+        put_run(tmp_path, one)
+        folder = tmp_path / f"studies/llava_align/micro/{arm}-seed{seed}"
+        results = json.loads((folder / "results.json").read_text())
+        results["made"]["began"] = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(begun))
+        (folder / "results.json").write_text(json.dumps(results))
+        manifest = folder / "stages/align/handoff/manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+        os.utime(manifest, (ended, ended))
+    config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "paths": {"runs": str(tmp_path)}})
+    # skip ran meanwhile by another command; seed 1 was only evaluated again
+    jobs = [["arm=align", f"seed={seed}"] for seed in range(2)]
+    time_grid(config, ["arm=align", "seed=0"], begun=begun, at_once=1, jobs=jobs)
+    (sweep,) = read_sweeps(tmp_path / "studies" / "llava_align" / FILE)
+    assert sweep.cells == ("align-seed0",)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fastvlm.study.sweep import check_yield, prepare
 from hydra_plugins.fastvlm_process_launcher import process_launcher
 from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher, in_turns
 from tests.conftest import ROOT
-from tests.study.made_cells import cell
+from tests.study.made_cells import cell, put_study
 from tests.study.test_study_command import put_run
 
 
@@ -87,6 +87,46 @@ def test_a_study_is_launched_in_these_turns_and_its_cells_come_back_in_order(mon
     grid = [[f"arm={arm}", f"seed={seed}"] for arm in "ab" for seed in range(2)]
     assert [cell.overrides for cell in launcher.launch(grid, 0)] == grid
     assert ran == [grid[0], grid[2], grid[1], grid[3]]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("study.yaml", "seed: range(5)", "seed: interval(0,5)", "seed=interval.0,5. is neither range.0,5. nor numbers"),
+        ("claims.yaml", "two_stage_gqa", "two_stage_gq", "figures names two_stage_gq, which paper.csv has not; did"),
+        ("paper.csv", "key,table", "name,table", "its columns are name, table"),
+    ],
+)
+def test_what_the_page_would_stumble_over_is_told_before_a_grid_runs(tmp_path, monkeypatch, file, old, new, words):
+    place = put_study(tmp_path) / file
+    assert old in place.read_text()
+    place.write_text(place.read_text().replace(old, new, 1))
+    monkeypatch.setattr("fastvlm.study.sweep.load_study", lambda name: load_study(name, root=tmp_path))
+    config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "dry_run": True})
+    with pytest.raises(ValueError, match=words):
+        prepare(config, [["arm=align", "seed=0"]])
+
+
+def test_a_grid_without_a_new_page_ends_as_failed_and_still_names_its_failed_cells(monkeypatch):
+    def no_page(*_):
+        raise ValueError("no figure")
+
+    ended = []
+    for place in ("prepare", "time_grid"):
+        monkeypatch.setattr(f"fastvlm.study.sweep.{place}", lambda *_, **__: None)
+    monkeypatch.setattr("fastvlm.study.sweep.conclude", no_page)
+    monkeypatch.setattr("fastvlm.study.sweep.end", lambda config, status: ended.append(status))
+    for place in ("setup_globals", "configure_log"):
+        monkeypatch.setattr(process_launcher, place, lambda *_: None)
+    failed = JobReturn(overrides=["arm=a"], hydra_cfg=0, status=JobStatus.FAILED)
+    monkeypatch.setattr(ProcessLauncher, "cell", lambda *_, **__: failed)
+    launcher = ProcessLauncher(parallel=1, warm=False)
+    launcher.config = OmegaConf.create(
+        {"hydra": {"hydra_logging": None, "verbose": False}, "hardware": {}, "study": {"name": "x"}, "dry_run": False}
+    )
+    with pytest.raises(ValueError, match="1 of 1 cells failed: #0 arm=a; the study has no new page: no figure"):
+        launcher.launch([["arm=a", "seed=0"]], 0)
+    assert ended == ["FAILED"]
 
 
 def test_cells_whose_overrides_begin_alike_have_log_files_of_their_own(tmp_path):

@@ -1,11 +1,14 @@
 """Sweeping beyond grids: a search that goes on, and launchers of other hands."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf, open_dict
 
+from fastvlm.config import compose
 from hydra_plugins.fastvlm_optuna_sweeper.optuna_sweeper import OptunaSweeper
 from tests.conftest import TINY
 
@@ -33,10 +36,19 @@ def test_a_search_of_two_objectives_ends_in_its_front_and_the_same_command_goes_
     assert more.stdout.count("\n#") == 1 and "best of 3 trials" in more.stdout
 
 
-def make_sweeper(arguments, **options):
-    """A sweeper and what it makes of these arguments: (fixed overrides, ranges)."""
+def make_sweeper(arguments, *, edited=(), **options):
+    """A sweeper and what it makes of these arguments: (fixed overrides, ranges); `edited` changes conf/ itself."""
+
+    def load_sweep_config(_, overrides):
+        config = compose("train", [*overrides, *edited])
+        with open_dict(config):
+            config.hydra = {}
+        return config
+
     sweeper = OptunaSweeper(**options)
-    sweeper.hydra_context, sweeper.config = SimpleNamespace(config_loader=None), OmegaConf.create({"objective": ["a"]})
+    loader = SimpleNamespace(load_sweep_config=load_sweep_config, get_sources=lambda: [])
+    sweeper.hydra_context = SimpleNamespace(config_loader=loader)
+    sweeper.config = OmegaConf.create({"objective": ["a"]})
     return sweeper, *sweeper.ranges(arguments, optuna.distributions)
 
 
@@ -55,8 +67,24 @@ def test_a_search_with_other_settings_or_ranges_is_another_search():
 
     tokens = "resampler.num_tokens=choice(4,16)"
     assert name(tokens) == name(tokens, "logger=none") == name(tokens, n_trials=3, sampler="random")
-    others = [[tokens, "seed=1"], [tokens, "stages.instruct.steps=9"], ["resampler.num_tokens=choice(4,8,16)"]]
-    assert len({name(tokens), name(tokens, directions=["minimize"]), *(name(*other) for other in others)}) == 5
+    others = [[tokens, "seed=1"], [tokens, "stages.dense.steps=9"], ["resampler.num_tokens=choice(4,8,16)"]]
+    others = {name(tokens), name(tokens, directions=["minimize"]), *(name(*other) for other in others)}
+    assert len(others) == 5 and name(tokens, edited=["llm.hidden_size=96"]) not in others
+
+
+@pytest.mark.parametrize(
+    ("status", "value"), [(JobStatus.FAILED, ValueError("it failed")), (JobStatus.COMPLETED, math.nan)]
+)
+def test_a_search_whose_trials_all_fail_ends_whatever_was_interrupted_before(status, value):
+    cell = JobReturn(status=status, _return_value=value)
+    sweeper, _, ranges = make_sweeper(["resampler.num_tokens=choice(4,16)"], n_trials=2)
+    study = optuna.create_study(direction="maximize")
+    for _ in range(5):
+        study.tell(study.ask(ranges), state=optuna.trial.TrialState.FAIL)
+    for _ in range(2):
+        sweeper.tell(study, study.ask(ranges), cell, optuna)
+    with pytest.raises(ValueError, match="3 trials have failed or have a metric that is NaN; the search ends"):
+        sweeper.tell(study, study.ask(ranges), cell, optuna)
 
 
 @pytest.mark.slow
@@ -85,4 +113,8 @@ def test_a_search_without_a_range_or_with_a_wrong_direction_is_one_line(cli):
 def test_joblib_and_submitit_run_the_same_cells(cli, tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher[0].split('=')[1].split('_')[0]}_launcher")
     cli("train.py", "-m", *SMALL, *launcher, "seed=0,1")
-    assert len(list((tmp_path / "runs").glob("*seed*/results.json"))) == 2
+    results = list((tmp_path / "runs").glob("*seed*/results.json"))
+    written = [file.stat().st_mtime_ns for file in results]
+    assert len(results) == 2
+    cli("train.py", "-m", *SMALL, *launcher, "seed=0,1")  # both are found done
+    assert [file.stat().st_mtime_ns for file in results] == written

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -98,6 +99,42 @@ def test_more_cells_of_some_arms_never_replace_published_ones_of_others(studies,
     made = report("llava_align", root=studies.parent)
     assert (studies / "results.csv").read_bytes() == before
     assert "keeps its 15 cells; these 24" in made["remarks"][0]
+
+
+def test_the_catalogue_is_of_published_cells_where_only_some_ran_here(studies, tmp_path):
+    study = load_study("llava_align", root=studies.parent)
+    write_csv(studies / "results.csv", configured(study, grid()))
+    whole = report_all(source="csv", root=studies.parent)
+    put_run(tmp_path / "runs", grid()[0], study=study)
+    assert report_all(root=studies.parent) == whole
+    assert "not run" not in (studies.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("own", [{"precision": "bf16-mixed"}, {"threads": "2"}])
+def test_cells_of_another_precision_or_other_threads_never_replace_published_ones(studies, tmp_path, own):
+    write_csv(studies / "results.csv", grid())
+    before = (studies / "results.csv").read_bytes()
+    study = load_study("llava_align", root=studies.parent)
+    for one in grid(seeds=6):
+        put_run(tmp_path / "runs", replace(one, about=one.about | own), study=study)
+    made = report("llava_align", root=studies.parent)
+    assert (studies / "results.csv").read_bytes() == before
+    assert "keeps its 15 cells; these 18" in made["remarks"][0] and "not in 32-true, 1 thread(s)" in made["remarks"][0]
+    (studies / "results.csv").unlink()
+    assert report("llava_align", root=studies.parent)["files"][0] == studies / "README.md"
+
+
+def test_a_diverged_seed_takes_its_own_verdicts_alone_and_is_named(studies):
+    cells = grid()
+    for one in cells:
+        if (one.arm, one.seed) == ("align", 2):
+            one.metrics.update({"test/answer_nll": math.nan, "test/ttft_ms": math.nan})
+    write_csv(studies / "results.csv", configured(load_study("llava_align", root=studies.parent), cells))
+    first, _ = report_all(source="csv", root=studies.parent)
+    assert first["verdict"] == "not a finite number"
+    page = (studies / "README.md").read_text()
+    assert "`align` against `skip`: - (test/answer_nll of arm=align seed=2 is nan)" in page
+    assert "(4 of 5 are finite)" in page and "n = 5" in page  # exact match beside it
 
 
 def test_every_scale_that_ran_has_its_own_verdicts_and_lines_of_the_catalogue(studies):

@@ -160,6 +160,29 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on_in_the_same_runs(com
     assert killed[None][0].info.run_id in {run.info.run_id for run in after[None]}
 
 
+@pytest.mark.parametrize("met", [pytest.param("importing", marks=pytest.mark.slow), "training"])
+def test_an_interrupt_ends_both_cells_of_a_grid_side_by_side(commands, cli_place, toy, tmp_path, met):
+    long = ["max_steps=100000", "stages.align.batch_size=1", "checkpoint_every=5"]
+    command = [str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "hydra.launcher.parallel=2", *long]
+    process = commands.start(command, **cli_place())
+    stages = tmp_path / "runs" / "stages"
+    there = {
+        "importing": lambda: {"#0", "#1"} <= set(process.output()[0].split()),
+        "training": lambda: len({path.parent for path in stages.glob("*/step=*.ckpt")}) == 2,
+    }
+    deadline = time.time() + 100
+    while not there[met]() and time.time() < deadline:
+        assert process.poll() is None, process.output()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40.0) == 130, process.output()
+    assert "the same command goes on" in process.output()[1]
+    runs = mlflow_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [run.info.status for run in runs["study"]] == ["KILLED"]
+    assert [run.info.status for run in runs["cell"]] == ["KILLED"] * (2 if met == "training" else 0)
+    assert not list((tmp_path / "runs").rglob("results.json"))
+
+
 def test_an_unknown_arm_in_a_sweep_is_told_before_anything_runs(cli, toy, tmp_path):
     done = cli("train.py", "-m", "experiment=toy", "arm=few,mny", "logger=none", check=False)
     assert done.returncode == 2 and "arm=mny: experiment=toy has no such arm" in done.stderr
