@@ -36,4 +36,4 @@ PORT ?= 5000
 dashboard: env
 	@echo "http://127.0.0.1:$(PORT)"
 	@MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow server --host 127.0.0.1 --port $(PORT) \
-		--backend-store-uri sqlite:///$(abspath $(or $(FASTVLM_RUNS),runs))/mlflow.db
+		--backend-store-uri "sqlite:///$${FASTVLM_RUNS:-runs}/mlflow.db"

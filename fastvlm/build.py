@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from fastvlm.config import ROOT, ImageConfig
+from fastvlm.config.composition import register
+from fastvlm.config.schema import Paths
+from fastvlm.identity import replace_folders
 from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
 
 
@@ -154,8 +157,10 @@ def settle_views(config: DictConfig) -> None:
 def ensure_embedded(config: DictConfig) -> None:
     """Build the embedded data set if the configuration uses it and it does not exist yet (seconds, no download)."""
     folder = Path(config.paths.data) / "embedded"
-    used = json.dumps(OmegaConf.to_container(config, resolve=True, throw_on_missing=False), default=str)
-    if str(folder) not in used or (folder / "DONE.json").exists():
+    if (folder / "DONE.json").exists():
+        return
+    used = map(Path, strings(OmegaConf.to_container(config, resolve=True, throw_on_missing=False)))
+    if not any(path.is_relative_to(folder) for path in used):
         return
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -164,8 +169,17 @@ def ensure_embedded(config: DictConfig) -> None:
     prepare("embedded", out=folder)
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Yield every string of nested dictionaries and lists, keys left out."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+    elif isinstance(value, str):
+        yield value
+
+
 def read_run(run: str | Path) -> DictConfig:
-    """Read the configuration of a run.
+    """Read the configuration of a run; folders of its `paths` that are gone are those of the present environment.
 
     Raises:
         ValueError: no such run, or its config.yaml cannot be read.
@@ -175,7 +189,14 @@ def read_run(run: str | Path) -> DictConfig:
         raise ValueError(
             f"{run} holds no run (config.yaml is missing); give a directory below runs/, such as runs/latest"
         )
-    return load_yaml(path)
+    config = load_yaml(path)
+    gone = {name: folder for name, folder in config.get("paths", {}).items() if not Path(folder).exists()}
+    if not gone:
+        return config
+    register()
+    here = OmegaConf.to_container(OmegaConf.structured(Paths), resolve=True)
+    moved = {folder: here[name] for name, folder in gone.items()}
+    return OmegaConf.create(replace_folders(OmegaConf.to_container(config), moved))
 
 
 def load_yaml(path: Path) -> DictConfig:
@@ -224,7 +245,7 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
     for name, folder in json.loads(lineage.read_text())["components"].items():
-        folder = Path(folder)
+        folder = (run / folder).resolve()
         manifest = read_manifest(folder)
         if manifest is None:
             raise ValueError(f"{folder}: the handoff that {run} names is gone; run the same train command again")

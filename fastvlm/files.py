@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+REFUSALS |= {errno.EEXIST, errno.ENAMETOOLONG}
+
+
+def refusal(error: BaseException) -> str | None:
+    """Return `<file>: <reason>` if the file system refused something (no permission, no space); None for the rest."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 @contextmanager

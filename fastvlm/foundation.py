@@ -9,17 +9,19 @@ import ast
 import hashlib
 import importlib.machinery
 import importlib.metadata
+import io
 import sys
 import sysconfig
+import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastvlm.identity import bare_code
-
 # These transfer bytes that are hashed themselves, start processes or check types: no value depends on their version.
 CARRIERS = ("huggingface_hub", "safetensors", "jaxtyping", "deepspeed")
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def rests_on(modules: Iterable[str], *, files: Iterable[str | Path] = ()) -> dict[str, dict[str, str | None]]:
@@ -141,3 +143,27 @@ def version_of(distribution: str) -> str | None:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(bare_code(path).encode()).hexdigest()[:16]
+
+
+def bare_code(file: Path) -> str:
+    """Return the source of a Python file without docstrings, comments and blank lines.
+
+    A hash of it stays the same when only words change, and does not depend on the version of Python.
+    """
+    return _bare(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _bare(source: str) -> str:
+    lines, dropped = source.splitlines(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            words = node.body[0]
+            if not lines[words.lineno - 1][: words.col_offset].strip():  # not behind `def f():` on one line
+                dropped.update(range(words.lineno, words.end_lineno + 1))
+    for kind, _, (row, column), _, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        if kind == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        if kind in (tokenize.COMMENT, tokenize.NL) and not lines[row - 1].strip():
+            dropped.add(row)
+    return "\n".join(line for row, line in enumerate(lines, 1) if row not in dropped)

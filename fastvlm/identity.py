@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import io
 import json
 import os
 import subprocess
-import tokenize
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastvlm.files import write_whole
+from fastvlm.foundation import bare_code, own_code
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +41,6 @@ CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing
 SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
 # The libraries whose versions a result's numbers depend on most.
 LIBRARIES = ("torch", "transformers")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @cache
@@ -61,34 +58,8 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
 
 def run_code(resolved: dict) -> str:
     """Return the hash of the code that determines a run's results, the user's own modules included."""
-    from fastvlm.foundation import own_code
-
     own = own_code(identity(resolved))
     return hash_of([code_hash(SCORING), own]) if own else code_hash(SCORING)
-
-
-def bare_code(file: Path) -> str:
-    """Return the source of a Python file without docstrings, comments and blank lines.
-
-    A hash of it stays the same when only words change, and does not depend on the version of Python.
-    """
-    return _bare(file.read_text(encoding="utf-8"))
-
-
-@cache
-def _bare(source: str) -> str:
-    lines, dropped = source.splitlines(), set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            words = node.body[0]
-            if not lines[words.lineno - 1][: words.col_offset].strip():  # not behind `def f():` on one line
-                dropped.update(range(words.lineno, words.end_lineno + 1))
-    for kind, _, (row, column), _, _ in tokenize.generate_tokens(io.StringIO(source).readline):
-        if kind == tokenize.COMMENT:
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-        if kind in (tokenize.COMMENT, tokenize.NL) and not lines[row - 1].strip():
-            dropped.add(row)
-    return "\n".join(line for row, line in enumerate(lines, 1) if row not in dropped)
 
 
 # Pages and results that a study writes while the next one runs do not make the code dirty.

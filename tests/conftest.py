@@ -14,6 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 from fastvlm.warm import WarmProcess, WarmPython  # noqa: E402
 
+# Under nohup, or in the background of a script, Ctrl-C is ignored, and commands started from here would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A tiny model and short stages: what is tested is the machinery, not the learning.
 TINY = [
     "encoder.dims=[8,16]",

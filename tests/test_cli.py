@@ -5,8 +5,13 @@ import shutil
 
 import pytest
 
+from fastvlm.build import ensure_embedded
+from fastvlm.commands import run_command
 from fastvlm.config import check, compose
-from tests.conftest import TINY
+from fastvlm.config.command_line import run_task
+from fastvlm.config.composition import quote_path
+from fastvlm.deployment.hub import fresh_folder
+from tests.conftest import ROOT, TINY
 
 ALIGN = [*TINY, "pipeline=align", "stages.align.steps=2"]
 
@@ -48,10 +53,64 @@ def one_line(done, *words: str) -> None:
         ("encoder=fastvithd", ["encoder.checkpoint must be given"]),
         ("projector=null", ["a configuration group takes a file's name", "~task leaves out"]),
         ("seed=0,1", ["seed=0,1", "add -m"]),
+        ("logger.uri=über (1)", ["is not key=value", """quoted inside the word: 'logger.uri="über (1)"'"""]),
+        ("log_every=0", ["log_every=0 must be at least 1"]),
     ],
 )
 def test_a_typo_or_a_wrong_value_is_one_line_with_the_nearest_right_name(cli, argument, words):
     one_line(cli("train.py", *ALIGN, "name=typo", argument, check=False), *words)
+
+
+def test_parts_beside_a_pretrained_model_are_refused_which_brings_its_own(cli):
+    typed = ["vlm=auto", "vlm.path=any/thing", "resampler=perceiver", "llm.num_heads=4"]
+    one_line(cli("train.py", *typed, check=False), "own parts; leave resampler=perceiver llm.num_heads=4 out")
+
+
+@pytest.mark.parametrize("name", ["embedded,resampler=perceiver", "größer (2)", "it's"])
+def test_a_run_is_given_by_its_path_whatever_signs_are_in_its_name(cli, tmp_path, name):
+    (tmp_path / name).mkdir()
+    one_line(cli("eval.py", f"checkpoint={tmp_path / name}", check=False), f"{tmp_path / name} holds no run")
+
+
+def test_only_an_existing_path_that_hydra_cannot_read_is_quoted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "a,b", "7", "model.pt"):
+        (tmp_path / name).touch()
+    assert quote_path("encoder.checkpoint=~/model.pt") == f"encoder.checkpoint='{tmp_path}/model.pt'"
+    assert quote_path("checkpoint=a,b") == "checkpoint='a,b'"
+    for word in ("checkpoint=plain", "resampler=avgpool,perceiver", "seed=7", "vlm.path=~/none", "-m", "~task"):
+        assert quote_path(word) == word
+
+
+def test_a_place_that_takes_no_files_is_one_line(commands, cli_place, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.touch()
+    place = cli_place(FASTVLM_RUNS=str(taken))
+    one_line(commands.run([str(ROOT / "train.py"), *ALIGN], **place), str(taken), "Not a directory")
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: fresh_folder(str(taken)))
+    assert capsys.readouterr().err == f"error: {taken}: Not a directory\n"
+
+
+def test_an_interrupted_run_says_from_where_the_same_command_goes_on(capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        run_task(interrupt, compose("train"), name="train", typed="python train.py", show_traceback=False)
+    assert "goes on from the last checkpoint (one every checkpoint_every=200 steps)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["dätä", "data/"])
+def test_the_embedded_data_are_built_wherever_they_are_to_be(tmp_path, monkeypatch, folder):
+    built = []
+    monkeypatch.setattr("data.prepare.prepare", lambda name, *, out: built.append(out))
+    monkeypatch.setenv("FASTVLM_DATA", f"{tmp_path}/{folder}")
+    ensure_embedded(compose("train", ["pipeline=align"]))
+    assert built == [tmp_path / folder / "embedded"]
+    ensure_embedded(compose("eval", ["checkpoint=any", "task=gsm8k"]))
+    assert len(built) == 1
 
 
 def test_a_rate_of_no_part_is_refused_before_the_first_stage_trains():
@@ -90,16 +149,24 @@ def test_a_source_without_shards_and_a_task_of_no_run_are_one_line(cli, tmp_path
             "stages.last.mixture.sources.captions.path={empty}",
             "stages.last.mixture: source captions: {empty}: no shards",
         ),
-        ("task.sources.reading.path={empty}", "task.sources.reading: no shards in {empty}"),
+        ("task.sources.reading.path={empty}", "task.sources.reading: {empty}: no shards test-*.tar"),
+        ("task.text.path={trained}", "task.text: {trained}: no shards test-*.tar"),
+        ("task=panel task.held_out.captions.path={trained}", "task.held_out.captions: {trained}: no shards test-*.tar"),
+        ("task=vqav2 task.source.path={trained}", "task vqav2: no val shards in {trained}"),
+        ("task=vqav2 task.split=train task.source.path={empty}", "task vqav2: no train shards in {empty}"),
+        ("task=vqav2 task.split=test task.shots=2 task.source.path={asked}", "task vqav2: shots=2 come from train: no"),
     ],
 )
 def test_shards_that_a_later_stage_or_the_task_needs_are_asked_for_before_the_first_stage(
     cli, tmp_path, argument, words
 ):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    two = [*(o for o in ALIGN if o != "~task"), "+stage@stages.last=align", argument.format(empty=empty), "name=later"]
-    one_line(cli("train.py", *two, check=False), words.format(empty=empty))
+    folders = {name: tmp_path / name for name in ("empty", "trained", "asked")}
+    for folder in folders.values():
+        folder.mkdir()
+    (folders["trained"] / "train-00000.tar").touch()
+    (folders["asked"] / "test-00000.tar").touch()
+    two = [*(o for o in ALIGN if o != "~task"), "+stage@stages.last=align", "name=later"]
+    one_line(cli("train.py", *two, *argument.format(**folders).split(), check=False), words.format(**folders))
     assert not (tmp_path / "runs" / "stages").exists()
 
 

@@ -1,10 +1,14 @@
 """Parts that do not fit are one line: which two numbers disagree, and which key mends it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fastvlm.build import build_model, build_tokenizer
+from fastvlm.callbacks.freezing import StageFreezing
+from fastvlm.callbacks.handoff import read_manifest
 from fastvlm.config import Adapt, check
 from fastvlm.models.fit import check_fit
 from fastvlm.models.resamplers.counts import side_of
@@ -80,6 +84,31 @@ def test_what_a_later_stage_cannot_train_is_told_before_any_training(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_model_that_no_device_holds_whole_is_handed_on_unscored_and_its_evaluation_names_the_remedy(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    task = SimpleNamespace(text="prose", score_text=out_of_memory)
+    monkeypatch.setattr("fastvlm.pipeline.chain.build_task", lambda _: task)
+    steps = ["stages.base.steps=1", "stages.base.batch_size=2", "stages.base.val_samples=0"]
+    pipeline = Pipeline(tiny_config("pipeline=base", "name=large", "hardware.num_workers=0", *steps))
+    pipeline.config.task = {"_target_": "torch.nn.Identity"}
+    merged, held = [], StageFreezing.merge
+    tight = lambda self, model: held(self, model) if merged else merged.append(1) or out_of_memory()
+    monkeypatch.setattr(StageFreezing, "merge", tight)
+    monkeypatch.setattr(Pipeline, "evaluate", lambda self, results, stages: results)
+    pipeline.run()
+    manifest = read_manifest(tmp_path / "runs/large/stages/base/handoff")
+    assert set(manifest["components"]) == {"llm"} and "test/text_perplexity" not in manifest["metrics"]
+    assert "base: text perplexity is not measured: the whole model does not fit" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline.model, "to", out_of_memory)
+    with pytest.raises(ValueError, match=r"large: its stages are finished, .* eval.py checkpoint=.*hardware=cpu"):
+        pipeline.evaluate({}, [])
+
+
 def test_counting_what_a_stage_trains_changes_neither_model_nor_randomness(tiny_config):
     config = tiny_config("pipeline=embedded", "stages.instruct.trainable.llm=null")
     config.stages.instruct.adapt = {"llm": Adapt(method="lora", lr=1e-3, r=2)}
@@ -93,6 +122,17 @@ def test_counting_what_a_stage_trains_changes_neither_model_nor_randomness(tiny_
     assert torch.equal(torch.get_rng_state(), drawn)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_weights_of_16_bits_that_would_learn_are_refused_with_the_remedy(tiny_config):
+    config = tiny_config("pipeline=dense", "stages.dense.trainable.llm=1e-5")
+    model = build_model(config, build_tokenizer(config))
+    model.llm.bfloat16()
+    with pytest.raises(ValueError, match=r"stages.dense.trainable: llm\..* is held in bfloat16, .* llm.dtype=float32"):
+        count_learned("dense", config.stages.dense, model)
+    config.stages.dense.trainable.llm = None
+    config.stages.dense.adapt = {"llm": Adapt(method="lora", lr=1e-5, r=2)}
+    assert count_learned("dense", config.stages.dense, model)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastvlm.build import load_run
 from fastvlm.data.source import Mixture, Source
 from fastvlm.pipeline.stage_data import in_stage
 from fastvlm.pipeline.stage_folder import augment_changes, newest_checkpoint, stopped_before
@@ -413,6 +414,37 @@ def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_g
     metrics = json.loads((folder / "handoff" / "manifest.json").read_text())["metrics"]
     assert "val/loss" in metrics and metrics["cost/seconds"] > 0 and metrics["cost/step_ms"] > 0
     assert json.loads((folder / "freezing.json").read_text())["rows"]
+
+
+def test_a_checkpoint_is_written_where_it_stays_and_one_cut_short_is_passed_over(cli, cli_place, tmp_path):
+    lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
+    dying = (
+        "import runpy, shutil, sys\n"
+        "from fastvlm.callbacks.handoff import StageHandoff\n"
+        "def die(*_, **__): raise SystemExit(9)\n"
+        "shutil.move = StageHandoff.on_validation_end = die\n"
+        f"sys.argv = [{str(ROOT / 'train.py')!r}, *{[*TINY, 'pipeline=align', *lengths]!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", dying], capture_output=True, **cli_place(TMPDIR="/dev/shm"))
+    (folder,) = (tmp_path / "runs" / "stages").glob("align-*")
+    whole = (folder / "step=2.ckpt").read_bytes()
+    (folder / "step=3.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert "going on from step=2.ckpt" in cli("train.py", *TINY, "pipeline=align", *lengths).stdout
+    assert not list(folder.glob("*.ckpt"))
+
+
+def test_a_checkout_whose_folders_have_moved_finds_its_runs_again(commands, embedded, tmp_path, monkeypatch):
+    arguments = [*TINY, "pipeline=align", "stages.align.steps=2", "name=nested/one"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(embedded, before / "data")
+    assert run_here(commands, arguments, before / "data", before / "runs").returncode == 0
+    before.rename(after)
+    monkeypatch.setenv("FASTVLM_DATA", str(after / "data"))
+    monkeypatch.delattr("data.prepare.prepare")  # nothing is built again
+    load_run(after / "runs" / "latest")
+    again = run_here(commands, arguments, after / "data", after / "runs")
+    assert "align: finished before" in again.stdout, again.stderr
 
 
 def test_a_sweep_gives_each_cell_its_process_and_outlives_a_failing_cell(cli, tmp_path):

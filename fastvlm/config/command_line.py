@@ -15,9 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fastvlm.config.composition import CONF, register, relax, with_arm
+from fastvlm.config.composition import CONF, quote_path, register, relax, with_arm
 from fastvlm.config.mistakes import explain, interrupted, loader_died, refuse
 from fastvlm.config.rules import check
+from fastvlm.files import refusal
 from fastvlm.hardware import is_first_rank
 
 
@@ -32,7 +33,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     if {"--help", "-h", "--cfg", "-c", "--info", "-i"}.intersection(sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends the listing quietly
     try:
-        sys.argv[1:] = relax(expand(sys.argv[1:]))
+        sys.argv[1:] = relax(expand([quote_path(word) for word in sys.argv[1:]]))
     except ValueError as error:
         refuse(str(error))
     # Hydra then raises its exceptions, which we explain; cells and ranks inherit both variables.
@@ -58,6 +59,8 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             refuse(explain(error, config_name))
         if isinstance(error, ValueError):  # a sweep whose cells failed
             refuse(str(error))
+        if reason := refusal(error):  # Hydra makes the run's folder
+            refuse(reason)
         raise
 
 
@@ -74,12 +77,18 @@ def run_task(
             raise
         refuse(explain(error, name) if isinstance(error, (HydraException, OmegaConfBaseException)) else str(error))
     except (RuntimeError, EOFError, OSError) as error:
-        if show_traceback or not loader_died(error):
+        reason = refusal(error)
+        if show_traceback or not (reason or loader_died(error)):
             raise
+        if reason:
+            refuse(reason)
         what = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
         refuse(
             f"a loader process was killed ({what}); out of memory? The same command goes on from the last "
             f"checkpoint: {typed}"
         )
     except KeyboardInterrupt:
-        interrupted(f"the same command goes on from here: {typed}")
+        where = "here"
+        if "checkpoint_every" in config:
+            where = f"the last checkpoint (one every checkpoint_every={config.checkpoint_every} steps)"
+        interrupted(f"the same command goes on from {where}: {typed}")

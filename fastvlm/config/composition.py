@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -82,11 +83,40 @@ def relax(overrides: list[str]) -> list[str]:
     return [f"++{o}" if re.match(CALLS + r"[\w.*]+=|stages\.\w+\.(trainable|adapt)=", o) else o for o in overrides]
 
 
+def quote_path(word: str) -> str:
+    """Return `key=value` with the value in quotes if it is an existing path that Hydra could not read unquoted.
+
+    Such as the folder `runs/embedded,resampler=perceiver`, a letter outside ASCII, or ~, which the shell leaves alone
+    behind a dotted key.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    key, _, value = word.partition("=")
+    path = os.path.expanduser(value)
+    if not value or word.startswith("-") or not os.path.exists(path):
+        return word
+    try:
+        if not OverridesParser.create().parse_override(word).is_sweep_override():
+            return word
+    except HydraException:
+        pass
+    return f"{key}={QuotedString(path, Quote.single).with_quotes()}"
+
+
 def typed_overrides() -> list[str]:
     """Return the overrides of the running command, without Hydra's own; empty if no command is running."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def numbered_job() -> bool:
+    """Return whether this run is a cell of a sweep by joblib or submitit, which number their jobs."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
 
 
 def with_arm(config: DictConfig) -> DictConfig:

@@ -41,9 +41,14 @@ def explain(error: BaseException, config_name: str) -> str:
     if match := re.search(r"Could not find '([^']+)'", full):
         return no_option(match[1], config_name)
     if match := re.match(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]}: several values are a sweep, add -m; one value with commas is written [a,b] or in quotes"
+        key, _, value = match[1].partition("=")
+        whole = f"'{key}=\"{value}\"'"
+        return f"{match[1]}: several values are a sweep, add -m; a list is written [a,b], one value with commas {whole}"
     if (override := getattr(error, "override", None)) is not None:  # Hydra's parser could not read it
-        return f"{override} is not key=value (quote it where the shell cuts it at spaces, brackets or braces)"
+        override = str(override).removeprefix("++")  # which is ours, not typed
+        key, _, value = override.partition("=")
+        quoted = f"; a value with other signs is quoted inside the word: '{key}=\"{value}\"'" if value else ""
+        return f"{override} is not key=value{quoted}"
     if match := re.search(r"Could not override '([^']+)'", full):
         return f"unknown key {match[1]}{nearest(match[1].split('@')[0], config_name)}"
     if match := re.search(r"In '([^']+)':.*?(?:Key '([^']+)'|full_key: (\S+))", full, re.S):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastvlm.config.composition import typed_overrides
 from fastvlm.config.schema import Adapt, LastLayers, Lora
 
 PARTS = ("encoder", "resampler", "projector", "llm")
@@ -49,6 +51,11 @@ def check(config: DictConfig, *, images: bool = True) -> None:
         wrong.append(f"data.on_change={config.data.on_change} is not one of {', '.join(ON_CHANGE)}")
     if "stages" in config and not config.stages:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
+    if "log_every" in config and config.log_every < 1:
+        wrong.append(f"log_every={config.log_every} must be at least 1")
+    if config.get("vlm"):
+        own = [o.lstrip("+") for o in typed_overrides() if re.match(rf"\+*({'|'.join(PARTS)})[.=@]", o)]
+        wrong += [f"vlm brings its own parts; leave {' '.join(own)} out"] if own else []
     if wrong:
         raise ValueError("\n".join(wrong))
 

@@ -168,10 +168,18 @@ class Pipeline:
         # Relative, so that the folder of all runs can move.
         folders = {part: os.path.relpath(folder, self.run_dir) for part, folder in self.folders.items()}
         write_json(self.run_dir / "lineage.json", {"components": folders, "hashes": self.lineage})
-        self.model.to(self.hardware.device).eval()
+        self.model.eval()
         torch.manual_seed(self.config.seed)
         if self.task is None:
             return results
+        try:
+            self.model.to(self.hardware.device)
+        except torch.OutOfMemoryError:
+            run = os.path.relpath(self.run_dir)
+            raise ValueError(
+                f"{run}: its stages are finished, but the whole model does not fit on the device to be evaluated; "
+                f"python eval.py checkpoint={run} task=<the run's> hardware=cpu evaluates it"
+            ) from None
         say("\nevaluating on held-out samples")
         begun, task = time.time(), self.task
         last = list(self.config.stages.values())[-1]

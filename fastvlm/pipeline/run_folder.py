@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fastvlm.build import load_yaml
 from fastvlm.files import write_whole
-from fastvlm.identity import INCIDENTAL
+from fastvlm.identity import INCIDENTAL, named_folders
 
 MIXTURE = r"stages\.\w+\.mixture\b"
 ON_CHANGE = (
@@ -63,7 +63,11 @@ def same_cell(theirs: dict, ours: dict) -> bool:
 
 
 def differences_that_count(theirs: dict, ours: dict) -> list[str]:
-    """Return the differences between two resolved configurations that make them different runs."""
+    """Return the differences between two resolved configurations that make them different runs.
+
+    A folder of `paths` may lie elsewhere since: what is in it has kept its name.
+    """
+    theirs, ours = (named_folders(config, config.get("paths", {})) for config in (theirs, ours))
     silent = [rf"({'|'.join(INCIDENTAL)})\b", r"[^:]*\.cache_features:"]
     if ours["data"]["on_change"] != "refuse":
         silent.append(MIXTURE)

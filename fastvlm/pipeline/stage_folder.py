@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from zipfile import is_zipfile
 
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
@@ -69,8 +70,8 @@ def augment_changes(before: dict, now: dict) -> list[str]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    # DeepSpeed's checkpoints are folders, complete once `latest` is written.
-    found = [path for path in folder.glob("step=*.ckpt") if not path.is_dir() or (path / "latest").exists()]
+    # DeepSpeed's checkpoints are folders, complete once `latest` is written; a file cut short lacks the end of a zip.
+    found = [path for path in folder.glob("step=*.ckpt") if (path / "latest").exists() or is_zipfile(path)]
     found.sort(key=step_of)
     return found[-1] if found else None
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from fastvlm.build import build_transform, instantiate
 from fastvlm.callbacks.answer_speed import AnswerSpeed
@@ -24,6 +27,7 @@ from fastvlm.callbacks.provenance import Provenance
 from fastvlm.callbacks.rehearsal import LongestFirst
 from fastvlm.callbacks.samples import Samples
 from fastvlm.data.kept_plan import write_plan
+from fastvlm.files import replacing
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
 from fastvlm.models.memory import copy_with, shape_of
@@ -44,7 +48,8 @@ class Training:
         stage: what is trained, on which data, and the folder for its outputs.
 
     Raises:
-        ValueError: `cache_features` if no rank holds the whole encoder; a setting that DeepSpeed does not support.
+        ValueError: `cache_features` if no rank holds the whole encoder; a setting that FSDP2 or DeepSpeed does not
+            support; another strategy wrote the checkpoint.
     """
 
     def __init__(self, stage: StageRun):
@@ -53,6 +58,8 @@ class Training:
         if self.hardware.strategy == "deepspeed_zero3":
             longest_first = self.pipeline.config.data.longest_first
             check_deepspeed(stage.name, stage.config, quantise=self.hardware.quantise, longest_first=longest_first)
+        if self.hardware.strategy == "fsdp":
+            check_fsdp(stage.name, stage.config)
         self.name, self.config, self.folder = stage.name, stage.config, stage.folder
         self.plain = OmegaConf.to_container(stage.config, resolve=True)
         self.plan = stage.data.plan
@@ -66,6 +73,8 @@ class Training:
         whole = bool(self.pipeline.config.vlm)
         self.forward = None if whole else count_forward(self.pipeline.model, parts=list(self.config.parts), **size)
         self.resume = agree(newest_checkpoint(self.folder))
+        if self.resume:
+            check_resumed(self.resume, strategy=self.hardware.strategy)
         self.logger = self.build_logger()
         self.trainer = self.build_trainer()
 
@@ -93,7 +102,8 @@ class Training:
         holder = "tensors on the device" if self.hardware.device == "cuda" else "the whole process"
         say(f"  peak memory {self.hardware.peak_gib():.2f} GiB ({holder})")
         if self.trainer.is_global_zero:
-            for old in (*self.folder.glob("step=*.ckpt"), self.folder / "order.npz"):
+            checkpoints = self.folder.glob("step=*.ckpt"), self.folder.glob(".step=*.part")
+            for old in (*chain(*checkpoints), self.folder / "order.npz"):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def fit(self) -> None:
@@ -143,6 +153,7 @@ class Training:
             num_sanity_val_steps=0,
             logger=self.logger or False,
             callbacks=self.build_callbacks(),
+            plugins=[WholeCheckpoints(), *self.hardware.plugins()],
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=10**9,  # the Metrics callback logs
@@ -244,18 +255,29 @@ class Training:
         cost["cost/step_ms"] = self.clock.step_ms
         cost["cost/held_bytes"] = float(held_bytes(self.module.model, self.trainer.optimizers))
         cost["cost/learned"] = float(sum(p.numel() for p in self.module.model.parameters() if p.requires_grad))
-        self.freezing.merge(self.pipeline.model)
+        try:
+            self.freezing.merge(self.pipeline.model)
+        except torch.OutOfMemoryError:  # plain weights take more room than codes
+            self.freezing.merge(self.pipeline.model.to("cpu"))
         known = {k: float(v) for k, v in last.items() if k.startswith("val/") and isinstance(v, (int, float))}
         known["train/peak_memory_gib"] = self.hardware.peak_gib()
         return known | cost | (self.score_text() if "llm" in self.config.parts else {})
 
     def score_text(self) -> dict[str, float]:
-        """Return the perplexity on the task's held-out text, which shows how much language ability the stage cost."""
+        """Return the perplexity on the task's held-out text, which shows how much language ability the stage cost.
+
+        Nothing if the whole model, which ranks that share it never held, does not fit on the device.
+        """
         task, model = self.pipeline.task, self.pipeline.model
         if task is None or getattr(task, "text", None) is None:
             return {}
-        model.to(self.hardware.device).eval()
-        return {k: float(v) for k, v in task.score_text(model, self.pipeline.tokenizer).items()}
+        try:
+            model.to(self.hardware.device).eval()
+            return {k: float(v) for k, v in task.score_text(model, self.pipeline.tokenizer).items()}
+        except torch.OutOfMemoryError:  # the stage is trained, and its handoff is yet to be written
+            model.to("cpu")
+            say(f"  {self.name}: text perplexity is not measured: the whole model does not fit on the device")
+            return {}
 
 
 class Checkpoints(ModelCheckpoint):
@@ -264,6 +286,14 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, *rest)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its name: Lightning's own is moved from $TMPDIR, half of it if killed meanwhile."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        with replacing(path) as part, open(part, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 class LastValidation(L.Callback):
@@ -288,16 +318,61 @@ def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) 
 
 
 def count_learned(name: str, stage: DictConfig, model: VLM) -> int:
-    """Number of parameters a stage trains, adapters included, worked out on shapes: `model` stays as it is.
+    """Number of parameters a stage trains, adapters included; see `what_learns`."""
+    return sum(parameter.numel() for parameter in what_learns(name, stage, model).values())
+
+
+def what_learns(name: str, stage: DictConfig, model: VLM) -> dict[str, nn.Parameter]:
+    """Return the parameters a stage trains, adapters included, on the meta device: `model` stays as it is.
 
     Raises:
-        ValueError: a pattern, a layer count or an adapter's targets do not fit the model.
+        ValueError: a pattern, a layer count or an adapter's targets do not fit the model, or a parameter has 16 bits.
     """
     freezing = build_freezing(name, OmegaConf.to_container(stage, resolve=True), quantise=None, path=Path("unused"))
     shapes = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
     with torch.random.fork_rng(devices=[]):  # peft draws an adapter's first weights before it moves them
         rates = freezing.adapted(shapes)
-    return sum(parameter.numel() for name, parameter in shapes.named_parameters() if name in rates)
+    learns = {key: parameter for key, parameter in shapes.named_parameters() if key in rates}
+    for key, parameter in learns.items():
+        if parameter.itemsize < 4:  # an update smaller than half a step of the format changes nothing
+            kind, part = str(parameter.dtype).removeprefix("torch."), key.split(".")[0]
+            raise ValueError(
+                f"stages.{name}.trainable: {key} is held in {kind}, in which small updates are lost; set "
+                f"llm.dtype=float32 (vlm.dtype of a whole model), or freeze {part} and adapt it by "
+                f"stages.{name}.adapt.{part}='{{method: lora, lr: 1e-4}}'"
+            )
+    return learns
+
+
+def check_resumed(checkpoint: Path, *, strategy: str) -> None:
+    """Check that a checkpoint's optimiser state is numbered as this run's strategy numbers it.
+
+    Under FSDP2 Lightning numbers it by the model's parameters, otherwise by the optimiser's; DeepSpeed writes folders.
+
+    Raises:
+        ValueError: it is not.
+    """
+    wrote, now = "deepspeed_zero3", strategy if strategy in ("fsdp", "deepspeed_zero3") else "auto"
+    if not checkpoint.is_dir():
+        wrote = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False).get("strategy", "auto")
+    if wrote != now:
+        raise ValueError(
+            f"{checkpoint} holds the optimiser's state as hardware.strategy={wrote} keeps it; go on with that, or "
+            f"delete {checkpoint.parent} to train the stage anew with hardware.strategy={strategy}"
+        )
+
+
+def check_fsdp(name: str, stage: DictConfig) -> None:
+    """Check that a stage's optimiser steps FSDP2's shards.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if stage.optimizer.get("_target_", "").endswith(".adamw_8bit"):
+        raise ValueError(
+            f"stages.{name}.optimizer: bitsandbytes' adamw_8bit steps no shards of hardware.strategy=fsdp; set "
+            f"optimizer@stages.{name}.optimizer=adamw"
+        )
 
 
 def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:
