@@ -295,7 +295,7 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
 
 def tally(outcomes: Sequence[str]) -> str:
     """Count the claims by outcome, and say how many verdicts chance alone would give."""
-    said = {AGREES: "agree", DISAGREES: "disagree", OPEN: "are not resolved", "": "have no verdict"}
+    said = {AGREES: "agree", DISAGREES: "disagree", OPEN: "not resolved", "": "without a verdict"}
     counts = [f"{outcomes.count(one)} {words}" for one, words in said.items() if one in outcomes]
     chance = max(1, round(ALPHA * len(outcomes)))
     return (
