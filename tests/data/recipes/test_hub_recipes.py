@@ -115,21 +115,21 @@ def test_a_hub_id_goes_through_prepare_and_its_workers(hub, streaming, tmp_path,
     words = [
         "source=vqav2",
         "path=lmms-lab/VQAv2",
-        f"out={tmp_path / 'out'}",
         f"streaming={streaming}",
         "rows=4",
         *told,
     ]
-    done = run(*words, "workers=2", "splits=val")
+    out = f"out={tmp_path / 'out'}"
+    done = run(*words, out, "workers=2", "splits=val")
     assert done.returncode == 0, done.stderr
     kept = [record["messages"] for _, record, _, _ in layouts.read_split(tmp_path / "out", "val")]
     files, _ = convert("vqav2", tmp_path / "vqav2", "val")
     wanted = [r.record["messages"] for r in files if r.record["id"] != 25000]
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, 2 * wanted))
     assert any("resolve" in line for line in hub.asked)
-    again = run(*words, "workers=2", "splits=val")
+    again = run(*words, out, "workers=2", "splits=val")
     assert again.returncode == 0 and "complete already" in again.stdout
-    lacking = run(*words, "splits=train")
+    lacking = run(*words, f"out={tmp_path / 'train'}", "splits=train")
     assert lacking.returncode == 2 and lacking.stderr.count("\n") == 1
     assert "no split train (it has validation); leave it out with splits=..." in lacking.stderr
 
