@@ -173,9 +173,9 @@ def build_arm(model: str, arm: str, *, rows: int, tokens: int, steps: int) -> Ar
 
     from fastvlm.build import build_model, build_tokenizer, instantiate
     from fastvlm.pipeline import Pipeline
+    from fastvlm.pipeline.learned import build_freezing
     from fastvlm.pipeline.memory_notes import stage_memory
     from fastvlm.pipeline.stage_data import build_data
-    from fastvlm.pipeline.training import build_freezing
 
     config = configuration(model, arm, rows=rows, tokens=tokens, steps=steps)
     pipeline = Pipeline(config)

@@ -1,4 +1,4 @@
-"""What a cached feature rests on: all source that can be reached and every library, and nothing is missed."""
+"""What a cached feature or a stage rests on: all source and libraries that can be reached, and no words about it."""
 
 import sys
 from modulefinder import ModuleFinder
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvlm.callbacks.features import IMAGES, code_of
-from fastvlm.foundation import CARRIERS, distributions, file_of, is_library, own_code, rests_on
+from fastvlm.foundation import CARRIERS, bare_code, distributions, file_of, is_library, own_code, rests_on
 from fastvlm.identity import SCORING, code_hash, run_code
 from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
 from tests.models.small_parts import small_vlm
@@ -105,3 +105,62 @@ def test_a_users_module_and_what_it_imports_are_in_the_code_of_a_run(tmp_path, m
     assert own_code(config) != before
     assert own_code({key: config[key] for key in ("optimizer", "more")}) == {}
     assert run_code(config) != run_code({}) == code_hash(SCORING)
+
+
+CODE = '''"""A module."""
+
+import os  # for its names
+
+
+class A:
+    """A class.
+
+    Of two paragraphs.
+    """
+
+    text = """
+# not a comment
+
+"""  # a comment
+
+    def f(self, x):
+        # a comment of its own line
+        "A method."
+        return [
+            x,  # the first
+
+            "#",
+        ]
+
+
+def g(): "a docstring on the line of its function"
+'''
+
+
+def hashed(tmp_path, text: str) -> str:
+    (tmp_path / "a.py").write_text(text)
+    return bare_code(tmp_path / "a.py")
+
+
+def test_words_leave_the_code_as_it_is(tmp_path):
+    code = hashed(tmp_path, CODE)
+    told = CODE.replace("A module.", "Another.").replace("Of two paragraphs.", "Of\n    more.")
+    told = told.replace("the first", "x").replace("        # a comment of its own line\n", "")
+    told = told.replace("\n\nclass", "\n\n# c\n\nclass")
+    assert told != CODE and hashed(tmp_path, told) == code
+    wordless = {}
+    exec(compile(code, "a.py", "exec"), wordless)
+    assert wordless["A"]().f(1) == [1, "#"] and wordless["A"].text == "\n# not a comment\n\n"
+
+
+def test_every_other_change_is_seen(tmp_path):
+    code = hashed(tmp_path, CODE)
+    for old, new in (
+        ("x,", "x, x,"),
+        ('"#"', '"##"'),
+        ("# not a comment", "# another text"),
+        ('comment\n\n"""', 'comment\n"""'),
+        ("def g", "def h"),
+        ("import os", "import sys"),
+    ):
+        assert old in CODE and hashed(tmp_path, CODE.replace(old, new, 1)) != code, old

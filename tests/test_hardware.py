@@ -127,7 +127,7 @@ def test_deepspeed_shards_weights_in_fp32_and_multiplies_in_bf16():
 )
 def test_what_deepspeeds_flat_shards_cannot_do_is_said_before_a_stage_begins(tiny_config, override, message):
     from fastvlm.config import check
-    from fastvlm.pipeline.training import check_deepspeed
+    from fastvlm.pipeline.strategies import check_deepspeed
 
     config = tiny_config("pipeline=dense", "stages.dense.trainable.llm=null", override)
     check(config)
@@ -137,7 +137,7 @@ def test_what_deepspeeds_flat_shards_cannot_do_is_said_before_a_stage_begins(tin
 
 
 def test_an_optimiser_that_steps_no_shards_is_refused_with_fsdp_before_a_stage_begins(tiny_config):
-    from fastvlm.pipeline.training import check_fsdp
+    from fastvlm.pipeline.strategies import check_fsdp
 
     config = tiny_config("pipeline=dense", "optimizer@stages.dense.optimizer=adamw8bit")
     with pytest.raises(ValueError, match=r"stages.dense.optimizer: .* steps no shards .*dense.optimizer=adamw"):
@@ -147,7 +147,7 @@ def test_an_optimiser_that_steps_no_shards_is_refused_with_fsdp_before_a_stage_b
 
 @pytest.mark.parametrize("wrote", ["auto", "fsdp", "deepspeed_zero3"])
 def test_a_stage_goes_on_only_with_a_strategy_that_numbers_the_optimisers_state_alike(tmp_path, wrote):
-    from fastvlm.pipeline.training import check_resumed
+    from fastvlm.pipeline.strategies import check_resumed
     from fastvlm.stages import LanguageStage
 
     path = tmp_path / "step=4.ckpt"

@@ -13,7 +13,7 @@ from fastvlm.config import Adapt, check
 from fastvlm.models.fit import check_fit
 from fastvlm.models.resamplers.counts import side_of
 from fastvlm.pipeline import Pipeline
-from fastvlm.pipeline.training import count_learned
+from fastvlm.pipeline.learned import count_learned
 
 
 class Part(nn.Module):

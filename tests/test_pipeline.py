@@ -396,17 +396,23 @@ def test_a_stage_is_validated_after_its_last_step_and_keeps_no_checkpoint_of_it(
     assert [line["step"] for line in lines if "val/loss" in line] == [2, 4, 5]
 
 
-def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_goes_on(cli, cli_place, tmp_path):
-    lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
+def train_until(ends: list[str], arguments: list[str], **place) -> None:
+    """Run `train.py` in a process that dies at the first call of one of some functions."""
     dying = (
-        "import runpy, sys\n"
+        "import runpy, shutil, sys\n"
         "from fastvlm.callbacks.handoff import StageHandoff\n"
-        "def die(*_): raise SystemExit(9)\n"
-        "StageHandoff.on_train_end = StageHandoff.on_fit_end = StageHandoff.on_validation_end = die\n"
-        f"sys.argv = [{str(ROOT / 'train.py')!r}, *{[*TINY, 'pipeline=align', *lengths]!r}]\n"
+        "def die(*_, **__): raise SystemExit(9)\n"
+        f"{' = '.join(ends)} = die\n"
+        f"sys.argv = {[str(ROOT / 'train.py'), *arguments]!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    subprocess.run([sys.executable, "-c", dying], capture_output=True, **cli_place())
+    assert subprocess.run([sys.executable, "-c", dying], capture_output=True, **place).returncode
+
+
+def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_goes_on(cli, cli_place, tmp_path):
+    lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
+    ends = [f"StageHandoff.on_{end}" for end in ("train_end", "fit_end", "validation_end")]
+    train_until(ends, [*TINY, "pipeline=align", *lengths], **cli_place())
     (folder,) = (tmp_path / "runs" / "stages").glob("align-*")
     assert [path.name for path in folder.glob("*.ckpt")] == ["step=2.ckpt"] and not (folder / "handoff").exists()
     done = cli("train.py", *TINY, "pipeline=align", *lengths)
@@ -418,15 +424,8 @@ def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_g
 
 def test_a_checkpoint_is_written_where_it_stays_and_one_cut_short_is_passed_over(cli, cli_place, tmp_path):
     lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
-    dying = (
-        "import runpy, shutil, sys\n"
-        "from fastvlm.callbacks.handoff import StageHandoff\n"
-        "def die(*_, **__): raise SystemExit(9)\n"
-        "shutil.move = StageHandoff.on_validation_end = die\n"
-        f"sys.argv = [{str(ROOT / 'train.py')!r}, *{[*TINY, 'pipeline=align', *lengths]!r}]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    subprocess.run([sys.executable, "-c", dying], capture_output=True, **cli_place(TMPDIR="/dev/shm"))
+    ends = ["shutil.move", "StageHandoff.on_validation_end"]
+    train_until(ends, [*TINY, "pipeline=align", *lengths], **cli_place(TMPDIR="/dev/shm"))
     (folder,) = (tmp_path / "runs" / "stages").glob("align-*")
     whole = (folder / "step=2.ckpt").read_bytes()
     (folder / "step=3.ckpt").write_bytes(whole[: len(whole) // 2])

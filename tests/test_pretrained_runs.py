@@ -67,6 +67,24 @@ def test_weights_written_anew_under_the_same_name_are_other_weights(tmp_path, ti
     assert [part for part in before if after[part] != before[part]] == ["projector"]
 
 
+def test_a_part_of_the_users_own_that_was_edited_is_another_part(tmp_path, tiny_config, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from fastvlm.models.resamplers.identity import IdentityResampler\n"
+    code += "class Mine(IdentityResampler):\n    number = 1\n"
+    (tmp_path / "my_part.py").write_text(code)
+
+    def first_weights() -> dict[str, str]:
+        run = Pipeline(tiny_config("pipeline=align", "resampler=identity", "resampler._target_=my_part.Mine"))
+        run.build()
+        return run.initial
+
+    before = first_weights()
+    assert first_weights() == before
+    (tmp_path / "my_part.py").write_text(code.replace("1", "2"))
+    after = first_weights()
+    assert [part for part in before if after[part] != before[part]] == ["resampler"]
+
+
 def test_a_size_of_null_needs_a_pretrained_model(tiny_config):
     with pytest.raises(ValueError, match="stages.dense.image_size=null is a pretrained model's own size"):
         check(tiny_config("stages.dense.image_size=null"))

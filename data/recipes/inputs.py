@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data.recipes.record import Part
-from fastvlm.identity import bare_code
+from fastvlm.foundation import bare_code
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -22,12 +22,15 @@ from fastvlm.build import (
     instantiate,
     part_seed,
     settle_views,
+    strings,
 )
 from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import load_component, write_json
+from fastvlm.foundation import own_code
 from fastvlm.hardware import Hardware, is_first_rank
 from fastvlm.identity import commit, hash_of, identity, libraries, machine, remember, run_code
 from fastvlm.models.recompute import recompute_layers
+from fastvlm.pipeline.learned import count_learned
 from fastvlm.pipeline.memory_notes import memory_notes
 from fastvlm.pipeline.messages import run_summary, say
 from fastvlm.pipeline.ranks import join_ranks
@@ -35,7 +38,6 @@ from fastvlm.pipeline.run_folder import check_run_dir, claim_run_dir
 from fastvlm.pipeline.shards_there import check_shards
 from fastvlm.pipeline.stage_data import check_size
 from fastvlm.pipeline.stage_run import StageRun
-from fastvlm.pipeline.training import count_learned
 from fastvlm.report import write_report
 from fastvlm.study.recorded import NOTE, begin, end_study, flat_cost
 
@@ -103,6 +105,8 @@ class Pipeline:
         for part in self.model.parts:
             made = self.resolved[part] or self.resolved["vlm"]
             rests_on = [made, part_seed(self.config, part), self.tokenizer.fingerprint]
+            if own := own_code(made):
+                rests_on.append(own)
             if names_file(made):  # whose contents may change under the same name
                 rests_on.append(sorted((name, digest(tensor)) for name, tensor in tensors(self.model.parts[part])))
             self.initial[part] = hash_of(rests_on)
@@ -215,9 +219,7 @@ class Pipeline:
 
 def names_file(config: Any) -> bool:
     """Return whether a string of a part's plain configuration is a file, or the folder of a model, on this machine."""
-    if isinstance(config, dict | list):
-        return any(names_file(value) for value in (config.values() if isinstance(config, dict) else config))
-    return isinstance(config, str) and (os.path.isfile(config) or os.path.isfile(os.path.join(config, "config.json")))
+    return any(os.path.isfile(s) or os.path.isfile(os.path.join(s, "config.json")) for s in strings(config))
 
 
 def stage_costs(metrics: dict) -> dict[str, float]:

@@ -13,8 +13,8 @@ from fastvlm.build import instantiate
 from fastvlm.hardware import Hardware
 from fastvlm.models.memory import GIB, Memory, estimate
 from fastvlm.models.vlm import VLM
+from fastvlm.pipeline.learned import build_freezing, what_learns
 from fastvlm.pipeline.stage_data import slots_of
-from fastvlm.pipeline.training import build_freezing, what_learns
 
 SMALL = 5e7  # parameters; smaller models are left out unless `hardware.memory_gib` is given
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -5,21 +5,18 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from omegaconf import OmegaConf
 
 from fastvlm.build import build_transform, instantiate
 from fastvlm.callbacks.answer_speed import AnswerSpeed
 from fastvlm.callbacks.cost import StepClock, count_forward, held_bytes, learned_shares, stage_cost
 from fastvlm.callbacks.features import CachedFeatures
-from fastvlm.callbacks.freezing import StageFreezing
 from fastvlm.callbacks.handoff import StageHandoff
 from fastvlm.callbacks.metrics import Metrics
 from fastvlm.callbacks.progress import Progress
@@ -30,12 +27,12 @@ from fastvlm.data.kept_plan import write_plan
 from fastvlm.files import replacing
 from fastvlm.hardware import is_first_rank
 from fastvlm.identity import commit, hash_of
-from fastvlm.models.memory import copy_with, shape_of
-from fastvlm.models.vlm import VLM
 from fastvlm.pipeline.held_out import answer_speed, generate_answers, held_out_records
+from fastvlm.pipeline.learned import build_freezing
 from fastvlm.pipeline.messages import quiet_lightning, say, stage_summary
 from fastvlm.pipeline.ranks import agree
 from fastvlm.pipeline.stage_folder import newest_checkpoint
+from fastvlm.pipeline.strategies import check_deepspeed, check_fsdp, check_resumed
 
 if TYPE_CHECKING:
     from fastvlm.pipeline.stage_run import StageRun
@@ -302,99 +299,3 @@ class LastValidation(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
         if trainer.global_step >= trainer.max_steps:
             trainer.should_stop = True  # before it stops, Lightning validates
-
-
-def build_freezing(name: str, stage: dict, *, quantise: str | None, path: Path) -> StageFreezing:
-    """Build the StageFreezing callback of a stage's resolved configuration, with the hardware's `quantise`."""
-    return StageFreezing(
-        stage["trainable"],
-        path=path,
-        last_layers=stage["last_layers"],
-        lora=stage["lora"],
-        adapt=stage["adapt"],
-        quantise=quantise,
-        name=name,
-    )
-
-
-def count_learned(name: str, stage: DictConfig, model: VLM) -> int:
-    """Number of parameters a stage trains, adapters included; see `what_learns`."""
-    return sum(parameter.numel() for parameter in what_learns(name, stage, model).values())
-
-
-def what_learns(name: str, stage: DictConfig, model: VLM) -> dict[str, nn.Parameter]:
-    """Return the parameters a stage trains, adapters included, on the meta device: `model` stays as it is.
-
-    Raises:
-        ValueError: a pattern, a layer count or an adapter's targets do not fit the model, or a parameter has 16 bits.
-    """
-    freezing = build_freezing(name, OmegaConf.to_container(stage, resolve=True), quantise=None, path=Path("unused"))
-    shapes = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
-    with torch.random.fork_rng(devices=[]):  # peft draws an adapter's first weights before it moves them
-        rates = freezing.adapted(shapes)
-    learns = {key: parameter for key, parameter in shapes.named_parameters() if key in rates}
-    for key, parameter in learns.items():
-        if parameter.itemsize < 4:  # an update smaller than half a step of the format changes nothing
-            kind, part = str(parameter.dtype).removeprefix("torch."), key.split(".")[0]
-            raise ValueError(
-                f"stages.{name}.trainable: {key} is held in {kind}, in which small updates are lost; set "
-                f"llm.dtype=float32 (vlm.dtype of a whole model), or freeze {part} and adapt it by "
-                f"stages.{name}.adapt.{part}='{{method: lora, lr: 1e-4}}'"
-            )
-    return learns
-
-
-def check_resumed(checkpoint: Path, *, strategy: str) -> None:
-    """Check that a checkpoint's optimiser state is numbered as this run's strategy numbers it.
-
-    Under FSDP2 Lightning numbers it by the model's parameters, otherwise by the optimiser's; DeepSpeed writes folders.
-
-    Raises:
-        ValueError: it is not.
-    """
-    wrote, now = "deepspeed_zero3", strategy if strategy in ("fsdp", "deepspeed_zero3") else "auto"
-    if not checkpoint.is_dir():
-        wrote = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False).get("strategy", "auto")
-    if wrote != now:
-        raise ValueError(
-            f"{checkpoint} holds the optimiser's state as hardware.strategy={wrote} keeps it; go on with that, or "
-            f"delete {checkpoint.parent} to train the stage anew with hardware.strategy={strategy}"
-        )
-
-
-def check_fsdp(name: str, stage: DictConfig) -> None:
-    """Check that a stage's optimiser steps FSDP2's shards.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if stage.optimizer.get("_target_", "").endswith(".adamw_8bit"):
-        raise ValueError(
-            f"stages.{name}.optimizer: bitsandbytes' adamw_8bit steps no shards of hardware.strategy=fsdp; set "
-            f"optimizer@stages.{name}.optimizer=adamw"
-        )
-
-
-def check_deepspeed(name: str, stage: DictConfig, *, quantise: str | None, longest_first: bool) -> None:
-    """Check that a stage's settings work with DeepSpeed's flat shards.
-
-    Raises:
-        ValueError: one of them does not.
-    """
-    here, instead = f"stages.{name}", "or share the weights by hardware.strategy=fsdp"
-    kind = stage.optimizer.get("_target_", "").rsplit(".", 1)[-1]
-    if kind in ("MuonAdamW", "Adafactor"):
-        raise ValueError(
-            f"{here}.optimizer: {kind} needs whole matrices, and hardware.strategy=deepspeed_zero3 hands out flat "
-            f"pieces of them; set optimizer@{here}.optimizer=adamw, {instead}"
-        )
-    held = [f"{here}.adapt.{part}.quantise" for part, one in stage.adapt.items() if one.quantise]
-    if held or quantise:
-        raise ValueError(
-            f"{(held or ['hardware.quantise'])[0]}: hardware.strategy=deepspeed_zero3 cannot cut weights held in "
-            f"few bits; set it to null, {instead}"
-        )
-    if longest_first:
-        raise ValueError(
-            f"data.longest_first=true: hardware.strategy=deepspeed_zero3 cannot try a step; set it false, {instead}"
-        )

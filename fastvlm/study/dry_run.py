@@ -20,9 +20,9 @@ from fastvlm.models.llms.published import PUBLISHED
 from fastvlm.models.pretrained import PretrainedVLM, without_weights
 from fastvlm.models.recompute import recompute_layers
 from fastvlm.models.vlm import VLM
+from fastvlm.pipeline.learned import count_learned
 from fastvlm.pipeline.memory_notes import memory_notes, planned_hardware
 from fastvlm.pipeline.stage_data import check_size
-from fastvlm.pipeline.training import count_learned
 from fastvlm.study.arms import load_study
 
 

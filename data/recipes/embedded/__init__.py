@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from data.recipes.workers import open_pool
-from fastvlm.identity import bare_code
+from fastvlm.foundation import bare_code
 
 DEFAULT_PATH = "embedded"
 SHEET_SAMPLES = 12
