@@ -42,6 +42,26 @@ def test_one_file_and_one_yaml_outside_the_repository_train_and_take_their_own_k
     assert (tmp_path / "runs" / "mine" / "results.json").exists()
 
 
+def test_a_stage_is_trained_anew_when_the_code_of_a_users_own_part_or_objective_changes(stride, commands, cli_place):
+    objective = stride / "mine" / "objective.py"
+    objective.write_text("from fastvlm.stages import LanguageStage\n\n\nclass Own(LanguageStage):\n    pass\n")
+    command = [str(ROOT / "train.py"), *TINY, "pipeline=align", "stages.align.steps=2", "name=mine", "resampler=stride"]
+    command += ["stages.align.objective._target_=mine.objective.Own", f"hydra.searchpath=[file://{stride}/conf]"]
+
+    def trains() -> bool:
+        done = commands.run(command, **cli_place(PYTHONPATH=f"{ROOT}{os.pathsep}{stride}"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return "peak memory" in done.stdout  # the last line of a training
+
+    assert trains() and not trains()
+    for file in (objective, stride / "mine" / "stride.py"):
+        code = file.read_text()
+        file.write_text(code + "# said\n")
+        assert not trains()
+        file.write_text(code + "other = 1\n")
+        assert trains()
+
+
 def test_a_key_the_new_part_does_not_take_is_refused_by_name(stride, tiny_config, monkeypatch):
     monkeypatch.syspath_prepend(str(stride))
     config = tiny_config(f"hydra.searchpath=[file://{stride}/conf]", "resampler=stride", "resampler.strid=4")
