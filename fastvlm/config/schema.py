@@ -124,7 +124,7 @@ class TrainConfig:
     part_seeds: dict[str, int] = field(default_factory=dict)  # part -> seed of its initial weights, if not the run's
     study: Any = None  # an experiment's arms at each scale; see CONTRIBUTING.md
     arm: str | None = None  # of the study
-    scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's own sizes, data and steps)
+    scale: str = "micro"  # of the study: micro (embedded data, CPU) or paper (the paper's sizes and steps)
     objective: list[str] = field(default_factory=lambda: [OBJECTIVE])  # metrics a sweeper optimises
     dry_run: bool = False  # check parts (without weights), sources and sizes; read no data, train nothing
     max_steps: int | None = None  # upper bound on every stage's steps, to test whether everything works

@@ -170,7 +170,7 @@ def decide_pair(
         if not paired:
             why = "no seed has both arms on one machine, and times of two say nothing"
             return none(why, "no pair on one machine")
-    if metric == "train/step_ms" and sweeps is not None:  # unlike evaluation, it was not timed again for this study
+    if metric == "train/step_ms" and sweeps is not None:  # answers can be timed again (`eval.py`), training cannot
         names = {seed: {f"{arm}-seed{seed}" for arm in pair} for seed in paired}
         paired = [seed for seed in paired if any(names[seed] <= {*sweep.cells} for sweep in sweeps)]
         if not paired:
@@ -196,7 +196,8 @@ def judge(claim: Claim, metric: str, ours: list[float], theirs: list[float]) -> 
 
     Differences above 0 support the claim; if it says that the arms are the same, or the metric has no better direction,
     they are first minus second. A metric shown beside the deciding one is judged by its own better direction. It gets
-    no verdict if it has none, or if the claim gives a size, which is not in its units.
+    no verdict if it has none, if it is a cost and the claim is not about costs (that more costs more contradicts
+    nothing), or if the claim gives a size, which is not in its units.
     """
     decides, better = metric == claim.metric, metric_of(metric).better
     side = claim.direction
@@ -214,7 +215,8 @@ def judge(claim: Claim, metric: str, ours: list[float], theirs: list[float]) -> 
         v = decide([sign * math.log(a / b) - factor for a, b in zip(ours, theirs)])
         return replace(v, mean=v.mean + factor, low=v.low + factor, high=v.high + factor)
     differences = [sign * (a - b) for a, b in zip(ours, theirs)]
-    if not decides and (claim.sized or better is None):
+    price = metric_of(metric).cost and not metric_of(claim.metric).cost
+    if not decides and (claim.sized or price or better is None):
         return describe_only(differences)
     if claim.direction == "same":
         return decide_same(differences, margin=claim.margin)

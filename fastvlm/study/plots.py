@@ -9,8 +9,9 @@ from statistics import mean
 
 from fastvlm.files import replacing
 from fastvlm.study.arms import Study
-from fastvlm.study.cells import Cell
+from fastvlm.study.cells import Cell, mean_cost
 from fastvlm.study.claims import Claim
+from fastvlm.study.decisions import EQUAL_STEPS, near
 from fastvlm.study.metrics import metric_of
 from fastvlm.study.readme import shown_metrics
 from fastvlm.study.verdicts import mean_interval
@@ -72,7 +73,10 @@ def _arms(plt, arms: list[str], cells: Sequence[Cell], claims: Sequence[Claim]):
 
 
 def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
-    """Plot exact match against time to first token (ms) with intervals, and join the Pareto front of the means."""
+    """Plot exact match against time to first token (ms) with intervals, and join the Pareto front of the means.
+
+    The front is one of arms that took as many steps, the most that did: longer training is no dearer for a user.
+    """
     points, shown = {}, ("test/ttft_ms", "test/exact_match/mean")
     for arm in arms:
         both = [[c.metrics.get(m, math.nan) for m in shown] for c in cells if c.arm == arm]
@@ -82,14 +86,16 @@ def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
         return None
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
     means = {arm: tuple(map(mean, both)) for arm, both in points.items()}
+    alike = most_alike({arm: mean_cost(list(cells), arm, "steps") for arm in points})
     for arm, (times, scores) in points.items():
         time, score = means[arm]
         if len(times) > 1:
             bars = "#9db4e4"
             axis.plot(mean_interval(times), [score] * 2, color=bars, linewidth=1.2, zorder=1)
             axis.plot([time] * 2, mean_interval(scores), color=bars, linewidth=1.2, zorder=1)
-        axis.plot(time, score, "D", color="#2f5fc4", markersize=5, zorder=3)
-    front = pareto_front(list(means.values()))
+        fill = "#2f5fc4" if arm in alike else "white"
+        axis.plot(time, score, "D", color="#2f5fc4", markerfacecolor=fill, markersize=5, zorder=3)
+    front = pareto_front([means[arm] for arm in alike])
     axis.plot(*zip(*front), color="#d9680f", linewidth=1, zorder=2)
     axis.set_xlabel("time to first token, ms (lower is better)")
     axis.set_ylabel("exact match (higher is better)")
@@ -107,6 +113,12 @@ def _pareto(plt, arms: list[str], cells: Sequence[Cell]):
 
 def finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
+
+
+def most_alike(steps: dict[str, float]) -> list[str]:
+    """Return the largest group of arms whose steps are equal to those of one of them; the first one's, if in doubt."""
+    groups = [[arm for arm, other in steps.items() if near(one, other, EQUAL_STEPS)] for one in steps.values()]
+    return max(groups, key=len)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

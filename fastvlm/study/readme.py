@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import mean, stdev
+from typing import Any
 
 from fastvlm.study.arms import Study
 from fastvlm.study.cells import Cell, Missing, mean_cost, planned
@@ -55,20 +56,29 @@ def shown_metrics(cells: Sequence[Cell], claims: Sequence[Claim]) -> list[tuple[
     return [(m, label_of(m)) for m in dict.fromkeys((*EVERYWHERE, *named)) if m in have]
 
 
-def arms_table(study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, scale: str) -> list[str]:
+def arms_table(
+    study: Study, cells: Sequence[Cell], claims: Sequence[Claim], *, scale: str, sweeps: Sequence[Sweep] = ()
+) -> list[str]:
+    """Return the table of arms and their cost; a star marks seconds of arms that the longest sweep did not train."""
     metrics = shown_metrics(cells, claims)
-    rows = []
+    together = max((set(sweep.cells) for sweep in sweeps if sweep.scale == scale), key=len, default=None)
+    rows, apart = [], False
     for arm in study.arms[scale]:
         mine = [cell for cell in cells if cell.arm == arm]
         if not mine:
             continue
         cost = [f"{mean_cost(mine, arm, 'views'):,.0f}", f"{mean_cost(mine, arm, 'tokens'):,.0f}"]
         cost.append(number(mean_cost(mine, arm, "flops") / 1e12))
-        cost.append(f"{mean_cost(mine, arm, 'seconds'):.0f}")
+        star = "" if together is None or together >= {f"{arm}-seed{cell.seed}" for cell in mine} else "*"
+        apart = apart or bool(star)
+        cost.append(f"{mean_cost(mine, arm, 'seconds'):.0f}{star}")
         values = [spread([cell.metrics[m] for cell in mine if m in cell.metrics]) for m, _ in metrics]
         rows.append([f"`{arm}`", str(len(mine)), *values, *cost])
     header = ["arm", "seeds", *(label for _, label in metrics), "images", "tokens", "TFLOP", "seconds"]
-    return table(header, rows)
+    lines = table(header, rows)
+    if apart:
+        lines += ["", "\\* Not trained in the same sweep as most arms: compare these seconds with no others."]
+    return lines
 
 
 def say_verdict(decided: Decided) -> str:
@@ -76,6 +86,11 @@ def say_verdict(decided: Decided) -> str:
     if decided.verdict is None:
         return f"- ({decided.why})"
     v = decided.verdict
+    if exact(v):
+        numbers = f"{amount(decided) if v.mean else 'equal'} in all {v.num_seeds} seeds"
+        if v.outcome == SHOWN:
+            return f"{numbers} (no verdict)"
+        return numbers if v.outcome == OPEN and not v.mean else f"**{v.outcome}** {numbers}"
     numbers = f"{amount(decided)}, p = {number(v.p, digits=2)}, n = {v.num_seeds}"
     if v.outcome == SHOWN:
         return f"{numbers} (no verdict)"
@@ -96,7 +111,13 @@ def amount(decided: Decided) -> str:
     v = decided.verdict
     values = [math.exp(min(x, 700.0)) if decided.as_factor else x for x in (v.mean, v.low, v.high)]
     mean, low, high = map(number, values)
-    return f"{mean}{' times' if decided.as_factor else ''} [{low}, {high}]"
+    interval = "" if exact(v) else f" [{low}, {high}]"
+    return f"{mean}{' times' if decided.as_factor else ''}{interval}"
+
+
+def exact(verdict: Verdict) -> bool:
+    """Return whether all seeds have the same difference, as counts have; a test would say nothing of these."""
+    return verdict.high - verdict.low <= 1e-6 * abs(verdict.mean)
 
 
 def headline(decided: Sequence[Decided]) -> str:
@@ -212,7 +233,7 @@ def readme(
         lines += [*left_out[scale], ""] if left_out[scale] else []
         lines += [f"![{study.name}]({name})" for name in plots.get(scale, [])]
         lines += ["", *caption(plots.get(scale, []))]
-        lines += ["", *arms_table(study, cells, claims[scale], scale=scale), ""]
+        lines += ["", *arms_table(study, cells, claims[scale], scale=scale, sweeps=sweeps), ""]
         lines += [" ".join(filter(None, (origin(cells), say_grid(sweeps, cells, scale=scale)))), ""]
         lines += [line for remark in remarks[scale] for line in (f"{remark[0].upper()}{remark[1:]}.", "")]
         if lacks := missing[scale]:
@@ -233,8 +254,9 @@ RULES = f"""## How to read this page
 - The number of seeds an open claim would need is for a power of {POWER:.0%}, given the mean and deviation seen here.
 - Equal steps are equal within {EQUAL_STEPS:.0%}, equal compute means operations within {EQUAL_COMPUTE:.0%}.
   Steps, operations and cost count the stages that an arm trains itself, not those that stand in for pretrained parts,
-  which are trained once and shared by all seeds unless the study says otherwise.
-- ± is the standard deviation over seeds."""
+  which are trained once and shared by all seeds unless the study says otherwise: an encoder of a higher resolution
+  costs more than is counted here.
+- ± is the standard deviation over seeds. Seconds and times to first token are those of a shared machine."""
 
 
 def caption(plots: Sequence[str]) -> list[str]:
@@ -247,8 +269,8 @@ def caption(plots: Sequence[str]) -> list[str]:
     )
     if any("pareto" in name for name in plots):
         said += (
-            " The line joins the arms that no other arm beats on both axes, by their means; arms whose bars overlap "
-            "are not told apart."
+            " The line joins the arms that no other of as many steps beats on both axes, by their means; hollow "
+            "diamonds took other steps. Arms whose bars overlap are not told apart."
         )
     return [said]
 
@@ -275,7 +297,7 @@ def origin(cells: Sequence[Cell]) -> str:
     return f"{len(cells)} cells, commit {', '.join(sorted(commits))}; {'; '.join(sorted(machines))}."
 
 
-def catalogue(entries: Sequence[dict[str, str]]) -> str:
+def catalogue(entries: Sequence[dict[str, Any]]) -> str:
     """Render experiments/README.md: one line per claim, over all studies."""
     lines = [
         "# Studies",
@@ -283,23 +305,35 @@ def catalogue(entries: Sequence[dict[str, str]]) -> str:
         "Generated by `python -m fastvlm.study report=all`; edit the studies, not this page. A study is a folder with",
         "`study.yaml` (arms and grid), `claims.yaml` (which arms and metric decide each claim), `paper.csv` (figures",
         "of the paper, how far to trust them), `results.csv`, `README.md` and plots.",
-        "`python train.py -m experiment=<study>` runs it; `scale=paper` uses the paper's own sizes, data and steps.",
-        "`LOG.md` records what was tried, including what failed.",
+        "`python train.py -m experiment=<study>` runs it; `scale=paper` uses the paper's sizes and steps, and public",
+        "weights and data where its own are not. `LOG.md` records what was tried, including what failed.",
         "",
-        *([tally([entry["outcome"] for entry in entries]), ""] if entries else []),
+        *([tally([entry["outcomes"] for entry in entries]), ""] if entries else []),
+        "The cost is the mean of the claim's two arms: operations of the stages that an arm trains itself, not of the",
+        "encoder and language model that stand in for pretrained ones. Times are on each study's page.",
+        "",
     ]
     header = ["study", "scale", "claim", "paper's figure", "ours (in favour of the claim)", "verdict", "cost of a cell"]
     keys = ("study", "scale", "claim", "paper", "ours", "verdict", "cost")
     return "\n".join([*lines, *table(header, [[entry[k] for k in keys] for entry in entries]), ""])
 
 
-def tally(outcomes: Sequence[str]) -> str:
-    """Count the claims by outcome, and say how many verdicts chance alone would give."""
-    said = {AGREES: "agree", DISAGREES: "disagree", OPEN: "not resolved", "": "without a verdict"}
-    counts = [f"{outcomes.count(one)} {words}" for one, words in said.items() if one in outcomes]
+def tally(outcomes: Sequence[Collection[str]]) -> str:
+    """Count the claims by their outcomes on all bases, and say how many verdicts chance alone would give."""
+    kinds = [
+        ("agree", lambda found: found == {AGREES}),
+        ("disagree", lambda found: found == {DISAGREES}),
+        ("are not resolved", lambda found: found == {OPEN}),
+        ("agree on one basis and are not resolved on another", lambda found: found == {AGREES, OPEN}),
+        ("disagree on one basis and are not resolved on another", lambda found: found == {DISAGREES, OPEN}),
+        ("agree on one basis and disagree on another", lambda found: {AGREES, DISAGREES} <= found),
+        ("have no verdict", lambda found: not found),
+    ]
+    counts = [(sum(is_one(set(found)) for found in outcomes), words) for words, is_one in kinds]
     chance = max(1, round(ALPHA * len(outcomes)))
     return (
-        f"Of {len(outcomes)} claims, each counted by its first basis with a verdict, {', '.join(counts)}. A verdict "
+        f"Of {len(outcomes)} claims, each on all its bases (arms as planned, at equal steps, at equal compute), "
+        f"{', '.join(f'{count} {words}' for count, words in counts if count)}. A verdict "
         f"requires an exact sign-flip test over paired seeds with p of at most {ALPHA} and the whole {1 - ALPHA:.0%} "
         f"interval on one side. There is no correction for the number of claims: two equal arms get a verdict in about "
         f"{ALPHA:.0%} of cases, which is {chance} of this many claims."

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from fastvlm.files import write_whole
 from fastvlm.study.arms import STUDIES, Study, load_study, study_names, unreadable
@@ -193,7 +194,7 @@ def say(made: dict) -> list[str]:
     return lines + made["remarks"]
 
 
-def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> list[dict[str, str]]:
+def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> list[dict[str, Any]]:
     """Return the study's lines of the catalogue: one per claim for each scale that ran, or of the first if none ran."""
     figures = load_figures(study.folder)
     ran = [scale for scale, (cells, _) in results.items() if cells] or list(results)[:1]
@@ -201,15 +202,14 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
     for scale, place, claim in ((s, place, claim) for s in ran for place, claim in enumerate(claims_of[s])):
         cells, decided = results[scale]
         theirs = "; ".join(f"{k.replace('_', ' ')} {figures[k].value} ({figures[k].status})" for k in claim.figures)
-        ours, verdict, cost, outcome = "not run", "not run", "-", ""
+        ours, verdict, cost, outcomes = "not run", "not run", "-", set()
         if cells:
             verdict = headline(decided[place])
             deciding = [d for d in decided[place] if d.metric == claim.metric]
-            ours, outcome = say_ours(deciding), next((d.verdict.outcome for d in deciding if d.verdict), "")
+            ours, outcomes = say_ours(deciding), {d.verdict.outcome for d in deciding if d.verdict}
             have = [arm for arm in claim.pair if any(cell.arm == arm for cell in cells)]
-            spent = [(mean_cost(cells, a, "flops"), mean_cost(cells, a, "seconds")) for a in have]
-            if spent:
-                cost = f"{number(mean(f for f, _ in spent) / 1e12)} TFLOP, {mean(s for _, s in spent):.0f} s"
+            if have:
+                cost = f"{number(mean(mean_cost(cells, arm, 'flops') for arm in have) / 1e12)} TFLOP"
         lines.append(
             {
                 "study": f"[{study.name}]({study.name}/README.md)",
@@ -219,13 +219,13 @@ def entries(study: Study, results: dict, claims_of: dict[str, list[Claim]]) -> l
                 "ours": ours,
                 "verdict": verdict,
                 "cost": cost,
-                "outcome": outcome,
+                "outcomes": outcomes,
             }
         )
     return lines
 
 
-def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, str]]:
+def report_all(*, source: str = "auto", root: Path = STUDIES) -> list[dict[str, Any]]:
     """Write every study's page, and experiments/README.md over all of them.
 
     Raises:

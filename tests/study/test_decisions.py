@@ -70,7 +70,7 @@ def test_a_claim_about_a_factor_does_not_depend_on_how_fast_the_machine_is():
         (more,) = decide_claim(claim, timed(speed, 2.5))  # at equal steps alone: a cost has no equal compute
         (less,) = decide_claim(claim, timed(speed, 1.5))
         assert headline([more]) == "agrees" and headline([less]) == "disagrees"
-        assert amount(more).startswith("2.50 times [2.50, 2.50]")
+        assert amount(more) == "2.50 times"
     assert decide_claim(claim, timed(1.0, 0.5))[0].verdict.outcome == "disagrees"
     with pytest.raises(ValueError, match="is about a factor, but test/ttft_ms is 0 in a cell"):
         decide_claim(claim, timed(0.0, 2.0))
@@ -182,7 +182,7 @@ def test_a_metric_beside_a_claim_with_a_size_gets_no_verdict_only_its_difference
     assert {d.verdict.outcome for d in decided if d not in beside} == {"agrees"}
     assert {d.verdict.outcome for d in beside} == {"difference"}
     page = "\n".join(claim_section(claim, decided, {}))
-    assert "0.107 [0.107, 0.107], p = 0.031, n = 5 (no verdict)" in page and page.count("**agrees**") == 2
+    assert "0.107 in all 5 seeds (no verdict)" in page and page.count("**agrees**") == 2
 
 
 def test_under_a_claim_of_sameness_every_difference_is_the_first_arm_less_the_second():
@@ -201,6 +201,23 @@ def test_a_metric_without_a_good_side_gets_no_verdict_beside_another():
     claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], ["test/answer_length"])
     beside = [d for d in decide_claim(claim, cells) if d.metric == "test/answer_length"]
     assert beside[0].verdict.outcome == "difference" and beside[0].verdict.mean == -1.0
+
+
+def test_a_cost_gets_no_verdict_beside_a_claim_about_worth_and_one_beside_a_claim_about_costs():
+    beside = ["test/speed/ttft_ms"]
+    for deciding, outcome in (("test/answer_nll", "difference"), ("test/speed/weights_mib", "disagrees")):
+        claim = Claim("x", "p", "t", deciding, "lower", ["skip", "align"], beside)
+        (cost, *_) = [d for d in decide_claim(claim, speed_cells()) if d.metric in beside]
+        assert cost.verdict.outcome == outcome and cost.verdict.mean < 0
+
+
+def test_a_difference_that_no_seed_changes_is_told_without_a_test():
+    claim = Claim("x", "p", "t", "train/memory_mib", "lower", ["align", "skip"], ["train/learned"], factor=1.0)
+    cells = [cell(arm, s, nll=0.5) for arm in ("align", "skip") for s in range(5)]
+    for one in cells:
+        one.metrics.update({"train/memory_mib": 10.1 if one.arm == "align" else 21.3, "train/learned": 640.0})
+    page = "\n".join(claim_section(claim, decide_claim(claim, cells), {}))
+    assert "**agrees** 2.11 times in all 5 seeds |" in page and "equal in all 5 seeds" in page and "p = " not in page
 
 
 def test_times_of_two_machines_are_not_compared():

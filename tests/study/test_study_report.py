@@ -8,8 +8,9 @@ from fastvlm.study import report as report_module
 from fastvlm.study.arms import load_study
 from fastvlm.study.cells import check_one_origin, read_csv, write_csv
 from fastvlm.study.claims import load_claims, load_figures
-from fastvlm.study.plots import make_plots, pareto_front
-from fastvlm.study.readme import caption, number
+from fastvlm.study.grid import Sweep
+from fastvlm.study.plots import make_plots, most_alike, pareto_front
+from fastvlm.study.readme import arms_table, caption, number
 from fastvlm.study.report import report, report_all
 from tests.study.made_cells import cell, configured, grid, put_study
 
@@ -180,6 +181,22 @@ def test_plots_say_which_way_is_better_and_how_sure_a_point_is(studies, tmp_path
     assert (
         "bars the 95% interval of each mean" in said and "line joins" in said and "line joins" not in caption(["a"])[0]
     )
+
+
+def test_seconds_of_an_arm_that_another_sweep_trained_are_marked(studies):
+    study, cells = load_study("llava_align", root=studies), grid()
+    names = {arm: tuple(f"{c.arm}-seed{c.seed}" for c in cells if c.arm == arm) for arm in study.arms["micro"]}
+    sweeps = [Sweep("micro", 20.0, 2, names["align"] + names["skip"]), Sweep("micro", 9.0, 2, names["skip_long"])]
+    table = arms_table(study, cells, load_claims(study), scale="micro", sweeps=sweeps)
+    assert [line.startswith("| `skip_long`") for line in table if line.endswith("* |")] == [True]
+    assert table[-1].startswith("\\* Not trained in the same sweep as most arms")
+    assert "*" not in "".join(arms_table(study, cells, load_claims(study), scale="micro"))
+
+
+def test_the_front_is_of_arms_that_took_as_many_steps():
+    steps = {"t16_425": 485.0, "t16": 210.0, "t64": 212.0, "t256": 210.0, "t64_423": 483.0, "t144_292": 352.0}
+    assert most_alike(steps) == ["t16", "t64", "t256"]
+    assert most_alike({"one": 210.0, "other": 300.0}) == ["one"]
 
 
 def test_the_pareto_front_keeps_what_nothing_beats():
