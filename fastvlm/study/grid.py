@@ -24,12 +24,14 @@ class Sweep:
         minutes: wall-clock time, from its start to the end of its last cell.
         at_once: cells that ran in parallel; None if the launcher does not say.
         cells: `<arm>-seed<n>` of those that finished in it, without those that were done before.
+        found: stages of these cells that had been trained before it, so that its time is without theirs.
     """
 
     scale: str
     minutes: float
     at_once: int | None
     cells: tuple[str, ...]
+    found: int = 0
 
 
 def began(run_dir: Path) -> float | None:
@@ -61,6 +63,13 @@ def trained_since(run_dir: Path, begun: float) -> bool:
     """Return whether a stage of a run was finished at `begun` or later; True for a run without stages."""
     ends = [file.stat().st_mtime for file in run_dir.glob("stages/*/handoff/manifest.json")]
     return not ends or max(ends) >= int(begun)
+
+
+def stages_found(study: Study, runs: Path, *, scale: str, begun: float, cells: Iterable[str]) -> int:
+    """Count the stages of some cells (`<arm>-seed<n>`) that were finished before `begun`."""
+    folders = [(runs / cell_name(study.name, scale, *cell.rsplit("-seed", 1))) for cell in cells]
+    manifests = {file.resolve() for folder in folders for file in folder.glob("stages/*/handoff/manifest.json")}
+    return sum(file.stat().st_mtime < int(begun) for file in manifests)
 
 
 def read_sweeps(file: Path) -> list[Sweep]:
@@ -104,5 +113,6 @@ def say_grid(sweeps: Sequence[Sweep], cells: Sequence[Cell], *, scale: str) -> s
     widths = sorted({one.at_once for one in sweeps if one.at_once})
     at_once = f", {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))} at once" if widths else ""
     several = f" in {len(sweeps)} sweeps" if len(sweeps) > 1 else ""
-    minutes = sum(one.minutes for one in sweeps)
-    return f"The grid: {minutes:.3g} minutes by the clock{several}, {len(told)}{of} cells{at_once}."
+    minutes, found = sum(one.minutes for one in sweeps), sum(one.found for one in sweeps)
+    before = f", {found} stages found as they had been trained before" if found else ""
+    return f"The grid: {minutes:.3g} minutes by the clock{several}, {len(told)}{of} cells{at_once}{before}."

@@ -13,7 +13,7 @@ from fastvlm.identity import read_results
 from fastvlm.study.arms import Study, cell_name, expand, is_silent, key_of, load_study, value_of
 from fastvlm.study.cells import planned, trained
 from fastvlm.study.claims import all_claims, figures_of, load_claims
-from fastvlm.study.grid import FILE, Sweep, began, cells_since, note
+from fastvlm.study.grid import FILE, Sweep, began, cells_since, note, stages_found
 from fastvlm.study.recorded import log_report
 from fastvlm.study.report import report, runs_folder, say
 
@@ -85,7 +85,8 @@ def time_grid(
         return
     at = {cell_of(study, config.scale, job) for job in jobs}
     names = cells_since(study, runs, scale=config.scale, begun=begun, of=at)
-    note(runs / "studies" / study.name / FILE, Sweep(config.scale, round(minutes, 2), at_once, names))
+    stages = stages_found(study, runs, scale=config.scale, begun=begun, cells=names)
+    note(runs / "studies" / study.name / FILE, Sweep(config.scale, round(minutes, 2), at_once, names, stages))
     found = sum(began(runs / name) is not None for name in at) - len(names) if at else 0
     before = f", {found} found done" if found > 0 else ""
     print(f"{said}, {len(names)} cells run{width}{before}", flush=True)

@@ -70,11 +70,22 @@ def test_a_sweeps_time_is_that_of_cells_it_trained_itself(tmp_path):
         manifest.touch()
         os.utime(manifest, (ended, ended))
     config = OmegaConf.create({"study": {"name": "llava_align"}, "scale": "micro", "paths": {"runs": str(tmp_path)}})
+    shared = tmp_path / "stages" / "base-1"
+    for file in (shared / "handoff/manifest.json", tmp_path / "stages" / "base-2" / "handoff/manifest.json"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    os.utime(shared / "handoff/manifest.json", (begun - 60, begun - 60))
+    for cell_folder in ("align-seed0", "align-seed1"):
+        (tmp_path / "studies/llava_align/micro" / cell_folder / "stages/base").symlink_to(shared)
+    (tmp_path / "studies/llava_align/micro/align-seed0/stages/more").symlink_to(tmp_path / "stages" / "base-2")
     # skip ran meanwhile by another command; seed 1 was only evaluated again
     jobs = [["arm=align", f"seed={seed}"] for seed in range(2)]
     time_grid(config, ["arm=align", "seed=0"], begun=begun, at_once=1, jobs=jobs)
     (sweep,) = read_sweeps(tmp_path / "studies" / "llava_align" / FILE)
-    assert sweep.cells == ("align-seed0",)
+    assert sweep.cells == ("align-seed0",) and sweep.found == 1
+    assert "1 cells, 1 at once, 1 stages found as they had been trained before." in say_grid(
+        [sweep], [cell("align", 0, nll=0.5)], scale="micro"
+    )
 
 
 @pytest.fixture
