@@ -114,5 +114,5 @@ def say_grid(sweeps: Sequence[Sweep], cells: Sequence[Cell], *, scale: str) -> s
     at_once = f", {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))} at once" if widths else ""
     several = f" in {len(sweeps)} sweeps" if len(sweeps) > 1 else ""
     minutes, found = sum(one.minutes for one in sweeps), sum(one.found for one in sweeps)
-    before = f", {found} stages found as they had been trained before" if found else ""
+    before = f"; {found} stage{'s' * (found > 1)} had been trained before" if found else ""
     return f"The grid: {minutes:.3g} minutes by the clock{several}, {len(told)}{of} cells{at_once}{before}."

@@ -196,7 +196,9 @@ def claim_section(claim: Claim, decided: Sequence[Decided], figures: dict[str, F
         said += f" {by}"
     said = f"Claimed: the first arm's {claim.metric.removeprefix('test/')} {said}."
     if any(d.verdict and d.verdict.outcome == SHOWN for d in decided):
-        said += " Metrics without a verdict have no better side, or none of the size that the claim states."
+        said += (
+            " Metrics without a verdict are costs, or have no better side, or none of the size that the claim states."
+        )
     return [*lines, "", said, "", *say_below(decided)]
 
 

@@ -83,7 +83,7 @@ def test_a_sweeps_time_is_that_of_cells_it_trained_itself(tmp_path):
     time_grid(config, ["arm=align", "seed=0"], begun=begun, at_once=1, jobs=jobs)
     (sweep,) = read_sweeps(tmp_path / "studies" / "llava_align" / FILE)
     assert sweep.cells == ("align-seed0",) and sweep.found == 1
-    assert "1 cells, 1 at once, 1 stages found as they had been trained before." in say_grid(
+    assert "1 cells, 1 at once; 1 stage had been trained before." in say_grid(
         [sweep], [cell("align", 0, nll=0.5)], scale="micro"
     )
 
