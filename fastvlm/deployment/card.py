@@ -65,9 +65,7 @@ def write_card(
         lines += ["## What differs from the run's own inference", "", *[f"- {note}" for note in notes], ""]
     lines += ["## Training", "", "| stage | steps | image size | learns |", "|---|---:|---:|---|"]
     for stage, keys in stages.items():
-        learns = ", ".join(f"{part} {rate:g}" for part, rate in (keys.get("trainable") or {}).items() if rate)
-        learns += f", LoRA r={keys['lora']['r']}" if keys.get("lora") else ""
-        lines.append(f"| {stage} | {keys.get('steps') or ''} | {keys.get('image_size')} | {learns} |")
+        lines.append(f"| {stage} | {keys.get('steps') or ''} | {keys.get('image_size')} | {learning(keys)} |")
     named = ", ".join(sources) or "none named"
     lines += ["", f"Data: {named}. Their licences and addresses: data/README.md of fastvlm."]
     lines += [f"Seed {config.get('seed', 0)}.", ""]
@@ -82,3 +80,17 @@ def write_card(
     lines += ["", "<details><summary>Resolved configuration</summary>", "", "```json", resolved, "```", ""]
     lines += ["</details>", ""]
     (folder / "README.md").write_text("\n".join(front + lines))
+
+
+def learning(stage: dict[str, Any]) -> str:
+    """Return what learns in a stage: part or parameters, method, and learning rate."""
+    rates = {name: r["lr"] if isinstance(r, dict) else r for name, r in (stage.get("trainable") or {}).items()}
+    adapted = dict(stage.get("adapt") or {})
+    for short, method in (("lora", "lora"), ("last_layers", "partial")):
+        if stage.get(short):
+            adapted["llm"] = stage[short] | {"method": method}
+    for part, one in adapted.items():
+        key = {"lora": "r", "dora": "r", "partial": "num"}.get(one["method"])
+        how = f"{one['method']} {key}={one[key]}" if key else one["method"]
+        rates[f"{part} ({how})"] = one["lr"]
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate)

@@ -136,8 +136,10 @@ def check_mlx(name: str, vision: str, text: str, *, ours: bool) -> Verdict:
 def check_weights(folder: Path) -> Verdict:
     """Check that every file an engine reads is there: weights, tokenizer, processor, generation settings."""
     wanted = ("model.safetensors", "tokenizer.json", "processor_config.json", "generation_config.json")
-    missing = [name for name in wanted if not (folder / name).exists()]
-    if "model.safetensors" in missing and (folder / "model.safetensors.index.json").exists():
-        missing.remove("model.safetensors")
+    instead = {
+        "model.safetensors": "model.safetensors.index.json",
+        "processor_config.json": "preprocessor_config.json",  # models saved before transformers 5 have only this one
+    }
+    missing = [n for n in wanted if not any((folder / file).exists() for file in (n, instead.get(n, n)))]
     why = f"missing: {', '.join(missing)}" if missing else "weights, tokenizer, processor"
     return Verdict("files", not missing, why)

@@ -59,12 +59,13 @@ def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]
         form: `stock` (a class of transformers, or an error), `ours`, or `auto` (stock if a class fits, else ours).
 
     Raises:
-        ValueError: no such run, a folder that is not empty, or `form=stock` and no stock class fits.
+        ValueError: no such run, a folder that is not empty, `form=stock` and no stock class fits, or `form=ours` and
+            a pretrained model.
     """
     from omegaconf import OmegaConf
 
     from fastvlm.build import load_run
-    from fastvlm.deployment.stock import NoStockClass, export_stock
+    from fastvlm.deployment.stock import NoStockClass, export_stock, prompt_notes
     from fastvlm.models.pretrained import PretrainedVLM
 
     folder = fresh_folder(out)
@@ -74,6 +75,8 @@ def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]
     parts = {name: (type(p).__name__, sum(x.numel() for x in p.parameters())) for name, p in model.parts.items()}
     kind, notes = "ours", []
     if isinstance(model, PretrainedVLM):
+        if form == "ours":
+            raise ValueError("form=ours: a pretrained model is saved in its own class of transformers; leave form out")
         kind = save_pretrained_vlm(model, tokenizer, config_dict, folder)
     else:
         stock = None
@@ -85,32 +88,38 @@ def save_run(run: str, out: str, *, form: str = "auto") -> tuple[str, list[str]]
                     raise
                 notes = [f"not saved as a class of transformers: {error}"]
         if stock is None:
-            save_ours(model, tokenizer, folder, image_size=config.image_size, image=image)
+            processor = save_ours(model, tokenizer, folder, image_size=config.image_size, image=image)
+            notes += prompt_notes(processor, tokenizer, config.image_size)
         else:
             exported, processor, notes = stock
             exported.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            save_processor(processor, folder)
             kind = type(exported).__name__
     write_readme(folder, run, kind=kind, parts=parts, config=config_dict, notes=notes)
     return kind, notes
 
 
-def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: dict | None = None) -> None:
-    """Save our own form: configuration, weights, tokenizer with chat template, processor, generation settings."""
+def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: dict | None = None):
+    """Save our own form: configuration, weights, tokenizer with chat template, processor, generation settings.
+
+    Returns:
+        The processor.
+    """
     from transformers import GenerationConfig
 
     import fastvlm.auto  # noqa: F401
     from fastvlm.deployment.processing import PartsVLMImageProcessor, PartsVLMProcessor
+    from fastvlm.deployment.stock import plain_tokenizer
 
     model.save_pretrained(folder, image_size=image_size, image=image)
     processor = PartsVLMProcessor(
         PartsVLMImageProcessor(image_size=image_size, image=image),
-        tokenizer.hf,
+        plain_tokenizer(tokenizer),
         tokens_per_view=model.num_visual_tokens(image_size),
         image_token=tokenizer.image_token,
         chat_template=tokenizer.hf.chat_template,
     )
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
     path = Path(folder) / "processor_config.json"
     auto = {auto: f"remote_code.{name}" for auto, name in PROCESSORS.items()}
     settings = json.loads(path.read_text())
@@ -121,6 +130,15 @@ def save_ours(model, tokenizer, folder: str | Path, *, image_size: int, image: d
     code.write_text(code.read_text() + line)
     ends = sorted({tokenizer.end_id, tokenizer.document_end_id})
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_id).save_pretrained(folder)
+    return processor
+
+
+def save_processor(processor, folder: str | Path) -> None:
+    """Save a processor whose tokenizer adds no tokens, and say so in its settings: llama.cpp's converter asks them."""
+    processor.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"add_bos_token": False, "add_eos_token": False}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False))
 
 
 def save_pretrained_vlm(model, tokenizer, config: dict[str, Any], folder: Path) -> str:

@@ -6,17 +6,22 @@
 | timm, convolutional (FastViTHD) | identity | MLP without norm, two layers | FastVlmForConditionalGeneration |
 | SigLIP of timm or transformers | pixel_shuffle | linear without bias or norm | Idefics3ForConditionalGeneration |
 | the same | avgpool, no positions | linear, no bias, RMS norm (llm: gemma3_text) | Gemma3ForConditionalGeneration |
+
+Idefics3 also needs the tokens that its processor writes (tokenizer=smolvlm).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
 import transformers as hf
+from PIL import Image
 from torch import Tensor, nn
 
+from fastvlm.data.conversation import encode_record
 from fastvlm.deployment.towers import NoStockClass, clip_tower, is_clip, is_siglip, siglip_tower
 from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from fastvlm.models.encoders.timm_encoder import TimmEncoder
@@ -50,6 +55,7 @@ def export_stock(
         stock, processor, notes = BUILDERS[kind](model, tokenizer, image_size, dict(image or {}))
     stock.generation_config.eos_token_id = sorted({tokenizer.end_id, tokenizer.document_end_id})
     stock.generation_config.pad_token_id = tokenizer.pad_id
+    notes += prompt_notes(processor, tokenizer, image_size)
     if (image or {}).get("tiles"):
         notes.append("the stock class takes an image as one view: tiles are left out")
     return stock.eval(), processor, notes
@@ -72,7 +78,9 @@ def match(model: VLM) -> str:
         elif isinstance(encoder, OpenClipEncoder | TransformersEncoder):
             wants.append("Llava needs CLIP or SigLIP with encoder.norm=false and encoder.class_token=false")
         elif isinstance(encoder, TimmEncoder) and encoder.num_prefix == 0 and not hasattr(encoder.model, "blocks"):
-            return "fast_vlm"
+            if getattr(encoder.model, "output_fmt", "NCHW") == "NCHW":
+                return "fast_vlm"
+            wants.append(f"FastVlm reads maps with channels first, and those of {encoder.name} have them last")
         else:
             wants.append(
                 "Llava needs a CLIP or SigLIP of open_clip or transformers, FastVlm a convolutional encoder of timm "
@@ -165,12 +173,35 @@ def image_processor(encoder: nn.Module, image_size: int, image: dict) -> tuple[h
     return hf.LlavaImageProcessor(size=square, crop_size=square, do_center_crop=False, do_pad=True, **common), [note]
 
 
+def plain_tokenizer(tokenizer: Tokenizer) -> hf.PreTrainedTokenizerBase:
+    """Return a copy that puts no tokens around a text: the chat template writes all of them, including the first."""
+    plain = deepcopy(tokenizer.hf)
+    plain.add_bos_token = plain.add_eos_token = False  # each replaces the post-processor
+    return plain
+
+
+def prompt_notes(processor: hf.ProcessorMixin, tokenizer: Tokenizer, image_size: int) -> list[str]:
+    """Return a note if a conversation has other ids from an exported processor than in training.
+
+    Training encodes each piece of the template and each text by itself, a processor the whole conversation at once.
+    """
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A red square."}]}
+    record = {"messages": [question, answer, {"role": "user", "content": [{"type": "text", "text": "And this?"}]}]}
+    text = processor.apply_chat_template(record["messages"], add_generation_prompt=True)
+    image = Image.new("RGB", (image_size, image_size))
+    written = processor(images=[image], text=[text], return_tensors="pt")["input_ids"][0].tolist()
+    slots = written.count(tokenizer.image_id)
+    same = written == encode_record(record, tokenizer, tokens_per_image=slots, prompt=True).input_ids
+    return [] if same else [OTHER_PROMPTS]
+
+
 def llava_processor(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict, *, class_token: bool):
     images, notes = image_processor(model.encoder, image_size, image)
     side = int(model.num_visual_tokens(image_size) ** 0.5)
     processor = hf.LlavaProcessor(
         image_processor=images,
-        tokenizer=tokenizer.hf,
+        tokenizer=plain_tokenizer(tokenizer),
         patch_size=image_size // side,
         vision_feature_select_strategy="default" if class_token else "full",
         num_additional_image_tokens=int(class_token),
@@ -225,6 +256,12 @@ def build_fast_vlm(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
 
 
 def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dict):
+    known = {*tokenizer.hf.get_vocab()} - {"<image>"} | {tokenizer.image_token}
+    if lacking := [token for token in IDEFICS3_TOKENS if token not in known]:
+        raise NoStockClass(
+            f"tokenizer: Idefics3's processor writes {', '.join(lacking)}, which the run was trained without; "
+            "train with tokenizer=smolvlm"
+        )
     text, tower = language(model)[0], siglip_tower(model.encoder, image_size)
     vision = hf.Idefics3VisionConfig(**tower.sizes)
     config = hf.Idefics3Config(
@@ -249,7 +286,7 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
     )
     processor = hf.Idefics3Processor(
         image_processor=images,
-        tokenizer=tokenizer.hf,
+        tokenizer=plain_tokenizer(tokenizer),
         image_seq_len=model.num_visual_tokens(image_size),
         # The processor itself writes the marks around images.
         chat_template=replace(tokenizer.template, image=("", "")).jinja(tokenizer.image_token),
@@ -257,8 +294,6 @@ def build_idefics3(model: VLM, tokenizer: Tokenizer, image_size: int, image: dic
     notes = []
     if (fit := image.get("fit", "pad")) != "squash":
         notes.append(f"its processor squashes an image to a square; the run was trained with image.fit={fit}")
-    if tokenizer.image_token != "<image>":
-        notes.append(f"its processor writes <image>, and this tokenizer has {tokenizer.image_token}")
     if tokenizer.template.image != IDEFICS3_MARKS:
         notes.append(
             "its processor writes <fake_token_around_image><global-img> before an image and the first of them behind; "
@@ -297,6 +332,11 @@ GEMMA3_ELSEWHERE = (
     "processing, which puts marks around an image and lets its tokens see each other both ways"
 )
 IDEFICS3_MARKS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+IDEFICS3_TOKENS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+OTHER_PROMPTS = (
+    "this folder's processor makes other tokens of a conversation than the run was trained with, so its answers may "
+    "differ; fastvlm's own chat and server give the run's"
+)
 BUILDERS: dict[str, Callable] = {
     "llava": build_llava,
     "fast_vlm": build_fast_vlm,

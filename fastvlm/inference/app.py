@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from fastvlm.inference.description import describe_server
@@ -24,6 +25,7 @@ from fastvlm.inference.protocol import (
     ChatRequest,
     ErrorReply,
     Health,
+    ModelCard,
     ModelList,
     place,
 )
@@ -112,7 +114,9 @@ def add_api(app: FastAPI, service: Service) -> None:
             raise
         apart = body.stream_options is not None and body.stream_options.include_usage
         events = service.stream(asked, first, usage_apart=apart)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        end = BackgroundTask(service.end, asked)  # not in `events`, which never begins if the client is gone by now
+        headers = {"Cache-Control": "no-store"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers, background=end)
 
     @app.post("/v1/attention", response_model=AttentionReply, responses=WRONG)
     async def attention(body: AttentionRequest, request: Request) -> Any:
@@ -122,6 +126,11 @@ def add_api(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", response_model=ModelList)
     async def models() -> Any:
         return {"data": [service.card()]}
+
+    @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=WRONG)
+    async def model(model: str) -> Any:
+        service.check_model(model)
+        return service.card()
 
     @app.get("/health", response_model=Health)
     async def health() -> Any:

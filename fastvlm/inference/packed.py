@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class PackedLinear(nn.Module):
     """`nn.Linear` that holds only the packed weight; `state_dict`, copies and pickles hold the plain one and repack it.
 
+    An input that needs a gradient is multiplied by the plain weight, because oneDNN's product has no derivative.
     Forward raises RuntimeError if the input's dtype differs from the weight's.
     """
 
@@ -30,6 +31,8 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return nn.functional.linear(x, self.packed.to_dense(), self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     @property

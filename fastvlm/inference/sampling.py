@@ -22,7 +22,7 @@ class Sampling:
     Args:
         temperature: 0 is greedy.
         top_k: sample from the k most probable tokens; 0 uses all.
-        top_p: sample from the smallest set of most probable tokens whose total probability reaches this.
+        top_p: sample from the smallest set of most probable tokens whose total probability reaches this; 0 is greedy.
 
     Raises:
         ValueError: a value is out of range or not finite.
@@ -38,8 +38,8 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} is {said}; 0 is greedy")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative; 0 keeps every token")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps every token")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in [0, 1]; 1 keeps every token")
 
 
 def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
@@ -49,12 +49,12 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
     section 3.1), computed after top_k; the most probable token always stays. top_k=0 and top_p=1 keep everything.
 
     Raises:
-        ValueError: top_k is negative or top_p is not in (0, 1].
+        ValueError: top_k is negative or top_p is not in [0, 1].
     """
     if top_k < 0:
         raise ValueError(f"top_k={top_k} is negative; 0 keeps every token")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not in (0, 1]; 1 keeps every token")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not in [0, 1]; 1 keeps every token")
     if 0 < top_k < logits.shape[-1]:
         kept = logits.topk(top_k, dim=-1)
         # By index, not by threshold: with ties at the border, exactly k stay.
@@ -63,7 +63,7 @@ def keep_probable(logits: Float[Tensor, "B V"], *, top_k: int = 0, top_p: float 
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the mass of the more probable tokens
-        beyond[..., 0] = False  # float32 may round top_p to 0, which would remove every token
+        beyond[..., 0] = False  # 0, to which float32 may also round top_p, would remove every token
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
 

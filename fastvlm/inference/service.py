@@ -30,6 +30,7 @@ class Asked:
 
     def __init__(self, service: Service, job: Job, events: asyncio.Queue):
         self.service, self.job, self.events = service, job, events
+        self.ended = False  # everything of its reply was sent
 
     async def next(self) -> tuple[str, Any]:
         """Wait for the next event: ("text", piece) or ("done", Generation).
@@ -71,9 +72,7 @@ class Service:
             Refused: an unknown model, too many images, a prompt that is too long, or an unreadable image.
         """
         limits = self.settings
-        if body.model != self.name:
-            served = f"this server has {self.name}"
-            raise Refused(404, f"model {body.model!a} does not exist; {served}", code="model_not_found")
+        self.check_model(body.model)
         record, urls = body.record()
         if len(urls) > limits.max_images:
             raise Refused(400, f"{len(urls)} images, more than the {limits.max_images} a request may have")
@@ -97,10 +96,11 @@ class Service:
                 loop.call_soon_threadsafe(events.put_nowait, (kind, value))
 
         seed = body.seed if body.seed is not None else random.getrandbits(62)
+        top_p = 1.0 if body.top_p is None else body.top_p
         job = Job(
             record={"input_ids": input_ids},
             images=images,
-            sampling=Sampling(body.temperature or 0.0, body.top_k or 0, 1.0 if body.top_p is None else body.top_p),
+            sampling=Sampling(body.temperature or 0.0, max(body.top_k or 0, 0), top_p),
             max_new_tokens=self._room(body, len(input_ids)),
             stop=body.stop_strings,
             seed=seed % 2**63,
@@ -138,7 +138,7 @@ class Service:
         return self.opening() | {"choices": [choice], "usage": usage(value), "fastvlm": cost(value, asked.job)}
 
     async def stream(self, asked: Asked, first: tuple[str, Any], *, usage_apart: bool) -> AsyncIterator[str]:
-        """Yield server-sent events up to [DONE]; a client that disconnects closes the generator, which cancels the job.
+        """Yield server-sent events up to [DONE]; afterwards `end` must be called, even if nothing was read.
 
         Args:
             first: the job's first event.
@@ -150,7 +150,6 @@ class Service:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             return f"data: {json.dumps(opening | {'choices': [choice]} | more)}\n\n"
 
-        finished = False
         try:
             yield event({"role": "assistant", "content": ""})
             kind, value = first
@@ -162,18 +161,19 @@ class Service:
             if usage_apart:
                 yield f"data: {json.dumps(opening | {'choices': [], 'usage': usage(value)})}\n\n"
             yield "data: [DONE]\n\n"
-            finished = True
+            asked.ended = True
         except Refused as error:  # headers have been sent, so the error becomes an event
-            finished = True
+            asked.ended = True
             yield f"data: {json.dumps(error_body(error.message, kind=error.kind, code=error.code))}\n\n"
         except Exception as error:  # noqa: BLE001  likewise
-            finished = True
+            asked.ended = True
             log.error("a stream failed", exc_info=error)
             yield f"data: {json.dumps(error_body('the server failed; its log says why', kind='server_error'))}\n\n"
-        finally:
-            if not finished:
-                self.num_left += 1
-            asked.job.cancel()
+
+    async def end(self, asked: Asked) -> None:
+        """End a streamed reply: cancel its job, and count the client if it left before the last event."""
+        self.num_left += not asked.ended
+        asked.job.cancel()
 
     async def attention(self, body: AttentionRequest) -> dict:
         """Return how the answer's attention is shared among image regions, and the regions behind each visual token.
@@ -202,6 +202,16 @@ class Service:
                 for view in views
             ]
         }
+
+    def check_model(self, model: str) -> None:
+        """Check that this server has a model.
+
+        Raises:
+            Refused: it has not.
+        """
+        if model != self.name:
+            served = f"this server has {self.name}"
+            raise Refused(404, f"model {model!a} does not exist; {served}", code="model_not_found")
 
     def card(self) -> dict:
         """Return the model's entry in `/v1/models`."""

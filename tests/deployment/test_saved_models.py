@@ -1,5 +1,6 @@
 """A model saved by us is the same model when `transformers` loads it, in our class or in a stock one."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,13 +19,14 @@ import fastvlm.auto  # noqa: F401
 from fastvlm.build import load_run
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.transforms import ImageTransform
+from fastvlm.deployment.card import learning
 from fastvlm.deployment.engines import check_folder
-from fastvlm.deployment.hub import main, parse, save_ours
+from fastvlm.deployment.hub import main, parse, save_ours, save_processor, save_run
 from fastvlm.deployment.processing import as_file
 from fastvlm.deployment.stock import NoStockClass, export_stock
 from fastvlm.models.encoders.open_clip_encoder import OpenClipEncoder
 from fastvlm.models.llms import from_config
-from fastvlm.models.saved import construct
+from fastvlm.models.saved import PartsVLMForConditionalGeneration, construct
 from fastvlm.models.splice import splice
 from fastvlm.models.vlm import VLM, tiles_of
 from fastvlm.tokens import Tokenizer
@@ -121,6 +123,19 @@ FORMS = {
         "projector": LINEAR | {"norm": "rms"},
         "size": 64,
         "llm": "gemma3_text",
+    },
+    "Swin": {
+        "encoder": {
+            "_target_": TIMM,
+            "name": "swin_tiny_patch4_window7_224",
+            "img_size": 64,
+            "embed_dim": 8,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 1, 1, 1],
+        },
+        "resampler": IDENTITY,
+        "projector": MLP,
+        "size": 64,
     },
     "CLIP with OPT": {
         "encoder": LLAVA_TOWER | {"model_type": "clip_vision_model"},
@@ -293,6 +308,45 @@ def test_a_saved_model_ends_where_its_tokenizer_says_and_takes_the_usual_argumen
         AutoModelForImageTextToText.from_pretrained(tmp_path, device_map={"vlm.llm": 0, "": "cpu"})
 
 
+def test_a_loaded_model_saved_again_ends_where_it_did(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path / "first", image_size=size)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    loaded.save_pretrained(tmp_path / "second", is_main_process=True, state_dict=None)  # as transformers' Trainer does
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "second")
+    assert again.generation_config.eos_token_id == loaded.generation_config.eos_token_id is not None
+    for more in ({"push_to_hub": True}, {"state_dict": loaded.state_dict()}, {"variant": "fp16"}):
+        with pytest.raises(ValueError, match=rf"save_pretrained\({next(iter(more))}=...\) is not supported"):
+            loaded.save_pretrained(tmp_path / "third", **more)
+
+
+def test_a_saved_model_takes_the_attention_asked_for_and_refuses_what_it_does_not_know(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    for cls in (AutoModelForImageTextToText, PartsVLMForConditionalGeneration):
+        for attention in ("eager", "sdpa"):
+            llm = cls.from_pretrained(tmp_path, attn_implementation=attention).vlm.llm
+            assert (llm.attention, llm.hf.config._attn_implementation) == (attention, attention)
+        loaded = cls.from_pretrained(tmp_path)
+        assert loaded.vlm.llm.attention == "auto"
+        assert cls.from_pretrained(tmp_path, config=loaded.config).vlm.llm.attention == "auto"
+        with pytest.raises(ValueError, match=r"from_pretrained\(ignore_mismatched_sizes=...\) is not supported"):
+            cls.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
+def test_a_saved_model_is_found_where_the_hubs_arguments_say(built, tmp_path):
+    model, tokenizer, size = built("ours")
+    repository = tmp_path / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_ours(model, tokenizer, repository / "snapshots" / ("0" * 40) / "inner", image_size=size)
+    where = {"cache_dir": tmp_path, "local_files_only": True, "subfolder": "inner"}
+    loaded = PartsVLMForConditionalGeneration.from_pretrained("someone/model", **where)
+    assert torch.equal(loaded.vlm.projector[0].weight, model.projector[0].weight)
+
+
 def test_how_attention_was_computed_in_training_is_not_part_of_a_saved_model(built, tmp_path, monkeypatch):
     model, _, size = built("ours")
     monkeypatch.setattr(model.llm, "attention", "flash_attention_2")
@@ -304,6 +358,57 @@ def test_a_language_model_that_stock_classes_name_otherwise_is_exported_in_our_f
     model, tokenizer, size = built("CLIP with OPT")
     with pytest.raises(NoStockClass, match="laid out like Llama; OPTForCausalLM is not"):
         export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
+
+
+def test_maps_with_channels_last_are_no_fast_vlm(built):
+    model, tokenizer, size = built("Swin")
+    with pytest.raises(NoStockClass, match="maps with channels first, and those of swin_tiny.* have them last"):
+        export_stock(model, tokenizer, image_size=size)
+
+
+@pytest.mark.parametrize(("image_token", "lacking"), [("<|image|>", "<image>, <fake_tok"), ("<image>", "<fake_tok")])
+def test_a_run_without_the_tokens_of_idefics3s_processor_is_no_idefics3(image_token, lacking, built, tmp_path):
+    model, _, size = built("Idefics3ForConditionalGeneration")
+    tiny_tokenizer(image=image_token).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path), template="chatml", image_token=image_token)
+    with pytest.raises(NoStockClass, match=f"Idefics3's processor writes {lacking}.*tokenizer=smolvlm"):
+        export_stock(model, tokenizer, image_size=size)
+
+
+@pytest.mark.parametrize("form", ["ours", "LlavaForConditionalGeneration, CLIP of transformers"])
+def test_a_tokenizer_that_adds_a_first_token_adds_none_to_the_prompts_of_a_saved_model(form, built, tmp_path):
+    model, tokenizer, size = built(form)
+    adding = copy.deepcopy(tokenizer.hf)
+    adding.bos_token = "<|im_start|>"
+    adding.add_bos_token = True
+    adding.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = Tokenizer(str(tmp_path / "tokenizer"), template="chatml", image_token="<image>")
+    assert tokenizer.hf("a").input_ids[0] == tokenizer.hf.bos_token_id
+    folder = tmp_path / "model"
+    if form == "ours":
+        save_ours(model, tokenizer, folder, image_size=size)
+    else:
+        stock, processor, notes = export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
+        assert notes == []
+        stock.save_pretrained(folder)
+        save_processor(processor, folder)
+    image, ids, *_ = our_side(model, tokenizer, size)
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(QUESTION["messages"], add_generation_prompt=True)
+    assert processor(images=[image], text=[text], return_tensors="pt")["input_ids"].tolist() == ids.tolist()
+    again, slots = load_run(folder)[1], model.num_visual_tokens(size)
+    assert encode_record(QUESTION, again, tokens_per_image=slots, prompt=True).input_ids == ids[0].tolist()
+    assert json.loads((folder / "tokenizer_config.json").read_text())["add_bos_token"] is False
+    assert tokenizer.hf("a").input_ids[0] == tokenizer.hf.bos_token_id, "the run's own stays as it was"
+
+
+@pytest.mark.parametrize("template", ["chatml", "vicuna"])
+def test_prompts_of_other_tokens_than_in_training_are_said(template, built):
+    """The tiny tokenizer has a token of a colon and a space, which training encodes apart."""
+    model, tokenizer, size = built("LlavaForConditionalGeneration, CLIP of transformers")
+    tokenizer = Tokenizer(tokenizer.path, template=template, image_token="<image>")
+    notes = export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})[2]
+    assert bool(notes) == (template == "vicuna") and all("other tokens of a conversation" in note for note in notes)
 
 
 def test_what_idefics3s_processor_does_otherwise_is_said(built):
@@ -359,7 +464,8 @@ def test_a_stock_class_from_the_folder_has_our_logits_and_our_answer(form, built
     model, tokenizer, size = built(form)
     stock, processor, notes = export_stock(model, tokenizer, image_size=size, image={"fit": "squash"})
     name = form.split(",")[0]
-    assert type(stock).__name__ == name and bool(notes) == form.startswith("Gemma3")
+    # The tiny tokenizer joins the colon and the space of smolvlm's turns.
+    assert type(stock).__name__ == name and bool(notes) == name.startswith(("Gemma3", "Idefics3"))
     stock.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     stock, processor = (
@@ -437,6 +543,33 @@ def test_the_command_saves_a_run_and_checks_it(tiny_config, tmp_path, capsys):
     assert "no   vLLM" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is not empty"):
         main([f"run={run.run_dir}", f"out={out}"])
+
+
+def test_the_card_says_what_learns_in_every_form_a_configuration_has_for_it():
+    lora = {"method": "lora", "r": 4, "lr": 2e-4, "num": None}
+    stage = {
+        "trainable": {"projector": {"lr": 1e-3, "weight_decay": 0.1}, "encoder.norm": 1e-5, "resampler": None},
+        "adapt": {"encoder": {"method": "frozen", "lr": None}, "llm": lora},
+    }
+    assert learning(stage) == "projector 0.001, encoder.norm 1e-05, llm (lora r=4) 0.0002"
+    assert learning({"last_layers": {"num": 2, "lr": 1e-4}}) == "llm (partial num=2) 0.0001"
+    assert learning({"adapt": {"encoder": {"method": "full", "lr": 1e-5}}}) == "encoder (full) 1e-05"
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "preprocessor_config.json"])
+def test_a_processors_file_of_either_name_is_enough(name, built, tmp_path):
+    model, tokenizer, size = built("ours")
+    save_ours(model, tokenizer, tmp_path, image_size=size)
+    (tmp_path / "processor_config.json").rename(tmp_path / name)
+    assert check_folder(tmp_path)[-1].loads
+    (tmp_path / name).unlink()
+    assert "missing: processor_config.json" in check_folder(tmp_path)[-1].why
+
+
+def test_a_pretrained_model_is_not_saved_in_our_form(tmp_path):
+    save_checkpoint("llava", tmp_path / "model")
+    with pytest.raises(ValueError, match="form=ours: a pretrained model is saved in its own class of transformers"):
+        save_run(str(tmp_path / "model"), str(tmp_path / "out"), form="ours")
 
 
 def test_a_wrong_argument_is_one_line():

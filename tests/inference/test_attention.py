@@ -11,12 +11,14 @@ from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_image
 from fastvlm.batch import Batch
 from fastvlm.data.conversation import encode_record
 from fastvlm.data.transforms import ImageTransform
-from fastvlm.inference import attention
+from fastvlm.inference import attention, packed
 from fastvlm.inference.engine import Engine
+from fastvlm.inference.levers import apply_levers
 from fastvlm.models.encoders.fastvit import FastViT
 from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
 from fastvlm.models.pretrained import from_pretrained
 from fastvlm.models.pretrained.views import read_views
+from fastvlm.models.resamplers.perceiver import PerceiverResampler
 from fastvlm.models.resamplers.token_select import TokenSelectResampler
 from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
@@ -170,6 +172,22 @@ def test_patches_of_qwen2_vl_stand_row_by_row_though_its_tower_has_them_in_block
         row, column = divmod(i, view.columns // 2)
         block = {(2 * row + r) * view.columns + 2 * column + c for r in (0, 1) for c in (0, 1)}
         assert set(token.nonzero().squeeze(1).tolist()) == block
+
+
+def test_packed_layers_of_a_resampler_leave_the_regions_of_its_tokens_as_they_were(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    model = build_model(tiny_tokenizer)
+    model.resampler = PerceiverResampler(in_dim=model.encoder.out_dim, num_tokens=TOKENS_PER_IMAGE)
+    torch.nn.init.uniform_(model.resampler.norm.weight, 0.5, 2.0)  # at 1 a token's sum depends on no patch
+    engine = Engine(model, tiny_tokenizer, image_size=IMAGE_SIZE)
+    images = [draw_image(1)]
+    record = asked(engine, images, "a red square")
+    (plain,), _ = look(engine, record, images)
+    apply_levers(model, "packed")
+    (view,), _ = look(engine, record, images)
+    assert len(plain.tokens) == TOKENS_PER_IMAGE
+    torch.testing.assert_close(view.tokens, plain.tokens, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(view.answer, plain.answer, atol=1e-4, rtol=1e-3)
 
 
 def test_a_conversation_without_an_answer_has_no_attention(tiny_tokenizer):

@@ -267,7 +267,7 @@ def test_mistakes_are_named_in_one_line(engine, tiny_tokenizer):
         "2 records came with 1 lists": lambda: engine.generate([asked, asked], [[draw_image(0)]]),
         "the prompt is empty": lambda: engine.generate([{"document": ""}], [[]]),
         "temperature=-1": lambda: engine.generate([asked], [[draw_image(0)]], temperature=-1.0),
-        "top_p=0": lambda: engine.generate([asked], [[draw_image(0)]], top_p=0.0),
+        "top_p=-0.5": lambda: engine.generate([asked], [[draw_image(0)]], top_p=-0.5),
     }
     for message, mistake in mistakes.items():
         with pytest.raises(ValueError, match=message) as error:

@@ -35,6 +35,14 @@ def test_a_packed_layer_multiplies_as_the_formula_in_float64(dtype, bound, bias)
     assert layer(torch.randn(0, 300).to(dtype)).shape == (0, 130)
 
 
+def test_packed_layers_hand_gradients_on(small_layers_too):
+    torch.manual_seed(0)
+    linear = nn.Linear(30, 20)
+    rows = torch.randn(3, 30, requires_grad=True)
+    gradients = [torch.autograd.grad(layer(rows).square().sum(), rows)[0] for layer in (PackedLinear(linear), linear)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_greedy_answers_stay_as_they_were(tiny_model, tiny_tokenizer, small_layers_too):
     records, images = draw_prompts(10, seed=12)
     options = {"image_size": IMAGE_SIZE, "max_new_tokens": 8}

@@ -16,6 +16,7 @@ def kept(logits):
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass():
+    assert kept(keep_probable(LOGITS, top_p=0.0)) == [1]
     assert kept(keep_probable(LOGITS, top_p=0.4)) == [1]
     assert kept(keep_probable(LOGITS, top_p=0.5)) == [1, 2]
     assert kept(keep_probable(LOGITS, top_p=0.85)) == [1, 2, 3]

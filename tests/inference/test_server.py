@@ -21,6 +21,7 @@ from PIL import Image
 from served import ORIGIN
 from tiny_vlm import IMAGE_SIZE, TOKENS_PER_IMAGE, build_model, draw_png
 
+from fastvlm.inference.app import create_app
 from fastvlm.inference.engine import Engine, Generation
 from fastvlm.inference.protocol import ChatRequest
 from fastvlm.inference.replies import BodyLimit, Refused
@@ -29,7 +30,7 @@ from fastvlm.inference.scheduler import Busy, Job, Scheduler, Stopped
 from fastvlm.inference.service import Service, refusal
 from fastvlm.inference.settings import parse_settings
 
-pytest.importorskip("openai")
+openai = pytest.importorskip("openai")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,9 @@ def expected(reference, text: str, *seeds: int, **options):
 
 def test_the_openai_client_gets_the_engines_answer(server, reference):
     client = server.client()
-    assert [m.id for m in client.models.list()] == ["tiny"]
+    assert list(client.models.list()) == [client.models.retrieve("tiny")]
+    with pytest.raises(openai.NotFoundError, match="model 'some/other' does not exist; this server has tiny"):
+        client.models.retrieve("some/other")
     reply = client.chat.completions.create(model="tiny", messages=with_images("which digit", 1, 2), max_tokens=9)
     wanted = expected(reference, "which digit", 1, 2, max_new_tokens=9)
     assert reply.choices[0].message.content == wanted.text and reply.choices[0].finish_reason == "length"
@@ -111,7 +114,8 @@ MISTAKES = [
     (400, "needs content", {"model": "tiny", "messages": [{"role": "user", "content": None}]}),
     (400, "only user messages", {"model": "tiny", "messages": [{**with_images("x", 1)[0], "role": "assistant"}]}),
     (400, "temperature", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": -1}),
-    (400, "top_p", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": 0}),
+    (400, "top_p", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_p": -0.1}),
+    (400, "top_k", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "top_k": -2}),
     (400, "n: ", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "n": 2}),
     (400, "tools", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}),
     (400, "max_tokens", {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}),
@@ -482,6 +486,40 @@ def test_a_client_that_leaves_is_no_failure_and_its_answer_is_not_written_to_its
     assert "failed" not in server.process.output()[1]
 
 
+def test_a_client_that_leaves_before_a_stream_begins_has_its_answer_cancelled_and_is_counted(reference, monkeypatch):
+    app, services, stream = create_app(reference, parse_settings(["run=tiny"])), [], Service.stream
+
+    def begin(self, *given, **more):  # by now the first event has come, and nothing of the reply been sent
+        services.append(self)
+        return stream(self, *given, **more)
+
+    monkeypatch.setattr(Service, "stream", begin)
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "digit"}], "max_tokens": 200, "stream": True}
+    given = iter([{"type": "http.request", "body": json.dumps(asked).encode(), "more_body": False}])
+
+    async def receive() -> dict:
+        while not services:
+            if message := next(given, None):
+                return message
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        await asyncio.sleep(0.01)  # as a server whose buffer is full
+        sent.append(message)
+
+    sent: list[dict] = []
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    try:
+        asyncio.run(app(scope, receive, send))
+        wait_for(lambda: app.state.scheduler.num_active == 0)
+        scheduler, (service,) = app.state.scheduler, services
+        assert sent == [] and (scheduler.num_cancelled, scheduler.num_done, service.num_left) == (1, 0, 1)
+    finally:
+        app.state.scheduler.stop()
+
+
 def job(engine, *, tokens: int, text: str = "digit", temperature: float = 0.0):
     told = queue.Queue()
     record = {"messages": [{"role": "user", "content": text}]}
@@ -577,11 +615,16 @@ def test_an_answer_whose_next_token_cannot_be_drawn_ends_alone(reference, monkey
         scheduler.stop()
 
 
-def test_the_coldest_temperatures_are_answered_as_greedy_ones(server):
+def test_the_coldest_temperatures_and_an_empty_nucleus_are_answered_as_greedy_ones(server):
     plain = server.ask(**SAID)[1]["choices"][0]["message"]
-    for temperature in (5e-324, 1e-40, 1e-38):
-        status, reply = server.ask(**SAID, temperature=temperature, top_p=5e-324)
+    for temperature, top_p in ((5e-324, 5e-324), (1e-40, 5e-324), (1e-38, 5e-324), (2.0, 0)):
+        status, reply = server.ask(**SAID, temperature=temperature, top_p=top_p)
         assert status == 200 and reply["choices"][0]["message"] == plain
+
+
+def test_a_top_k_of_minus_one_keeps_every_token_as_0_does(server):
+    drawn = [server.ask(**SAID, temperature=2.0, seed=1, top_k=top_k) for top_k in (-1, 0, None)]
+    assert all(status == 200 and reply["choices"] == drawn[0][1]["choices"] for status, reply in drawn)
 
 
 def test_work_that_is_called_for_goes_on_piece_by_piece_between_the_steps_of_answers(reference, monkeypatch):
