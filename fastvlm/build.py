@@ -17,9 +17,9 @@ from yaml import YAMLError
 
 from fastvlm.config import ROOT, ImageConfig
 from fastvlm.config.composition import register
-from fastvlm.config.schema import Paths
+from fastvlm.config.schema import Paths, seeing_stage
 from fastvlm.identity import replace_folders
-from fastvlm.tokens import OWN, TEMPLATES, Tokenizer
+from fastvlm.tokens import OWN, Tokenizer
 
 
 def instantiate(config: DictConfig | dict, *, key: str, **extra) -> Any:
@@ -224,7 +224,7 @@ def is_saved(folder: Path) -> bool:
 def saved_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a saved model, with its own chat template."""
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    return Tokenizer(str(folder), template=kind if kind in TEMPLATES else OWN, image_token=OWN)
+    return Tokenizer(str(folder), template=kind if kind == "paligemma" else OWN, image_token=OWN)
 
 
 def load_run(run: str | Path, *, device: str = "cpu"):
@@ -250,7 +250,7 @@ def load_run(run: str | Path, *, device: str = "cpu"):
         if manifest is None:
             raise ValueError(f"{folder}: the handoff that {run} names is gone; run the same train command again")
         load_component(model.parts[name], name, folder, manifest, tokenizer=tokenizer.fingerprint)
-    last = list(config.stages.values())[-1]
+    last = seeing_stage(config.stages)
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
 

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 IMAGE_TOKEN = "<|image|>"
@@ -21,7 +21,8 @@ class Template:
     """A chat template: the text before and after each role's content.
 
     The assistant's content and `end` are learned tokens; the rest of the template is not. `document_end` closes a
-    document (captions, interleaved pages, plain text) and is learned, too.
+    document (captions, interleaved pages, plain text) and is learned, too. A space that ends the text before a content
+    is encoded with the content, because tokens of words begin with a space.
     """
 
     name: str
@@ -32,16 +33,22 @@ class Template:
     start: str = ""
     specials: tuple[str, ...] = ()
     image: tuple[str, str] = ("", "")  # text before and after the slots of an image
+    space_before_image: bool = True  # whether a content that begins with an image has that space, too
 
     def jinja(self, image_token: str = IMAGE_TOKEN) -> str:
         """Return the template as Jinja, the format in which `transformers` stores it with a tokenizer."""
+        before, text, first_text = self.before, "{{ m['content'] }}", ""
+        if not self.space_before_image:
+            text = "{{ ' ' + m['content'] if m['content'] }}"
+            first_text = "{% if loop.first and p['text'] %}{{ ' ' }}{% endif %}"
+            before = {role: words.removesuffix(" ") for role, words in before.items()}
         content = (
-            "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+            f"{{% if m['content'] is string %}}{text}{{% else %}}{{% for p in m['content'] %}}"
             "{% if p['type'] == 'image' %}"
             + self.image[0]
             + image_token
             + self.image[1]
-            + "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
+            + f"{{% else %}}{first_text}{{{{ p['text'] }}}}{{% endif %}}{{% endfor %}}{{% endif %}}"
         )
         # transformers drops a line break behind a block, but not one that a block writes.
         after = {
@@ -49,13 +56,13 @@ class Template:
             for role, words in self.after.items()
         }
         turns = "".join(
-            f"{{% {'if' if i == 0 else 'elif'} m['role'] == '{role}' %}}{self.before[role]}{content}"
+            f"{{% {'if' if i == 0 else 'elif'} m['role'] == '{role}' %}}{before[role]}{content}"
             f"{self.end if role == 'assistant' else ''}{after[role]}"
             for i, role in enumerate(ROLES)
         )
         return (
             f"{self.start}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{self.before['assistant']}{{% endif %}}"
+            f"{{% if add_generation_prompt %}}{self.before['assistant'].removesuffix(' ')}{{% endif %}}"
         )
 
 
@@ -78,7 +85,7 @@ TEMPLATES = {
         document_end="<|endoftext|>",
         specials=("<|im_start|>", "<|im_end|>"),
     ),
-    # LLaVA-1.5 (Vicuna v1.1): https://github.com/haotian-liu/LLaVA, llava/conversation.py
+    # Vicuna v1.1, as in LLaVA-1.5: https://github.com/haotian-liu/LLaVA, llava/conversation.py
     "vicuna": Template(
         name="vicuna",
         before={"system": "", "user": "USER: ", "assistant": "ASSISTANT: "},
@@ -98,6 +105,7 @@ TEMPLATES = {
         start="<|im_start|>",
         specials=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>"),
         image=("<fake_token_around_image><global-img>", "<fake_token_around_image>"),
+        space_before_image=False,
     ),
     # PaliGemma: image, <bos>, prompt, line end, answer: https://huggingface.co/blog/paligemma
     "paligemma": Template(
@@ -110,6 +118,8 @@ TEMPLATES = {
         image=("", "<bos>"),
     ),
 }
+# LLaVA-1.5 itself, whose images end in a line break: preprocess_multimodal in llava/train/train.py
+TEMPLATES["llava"] = replace(TEMPLATES["vicuna"], name="llava", image=("", "\n"))
 OWN = "own"
 LONG = 50_000  # characters; for longer text `encode` would block other threads and compute unused offsets and words
 
@@ -117,8 +127,8 @@ LONG = 50_000  # characters; for longer text `encode` would block other threads 
 def own_template(hf, image_token: str) -> Template:
     """Derive a `Template` from a tokenizer's chat template, by rendering conversations of known words.
 
-    A default system turn is put before every conversation. A space that the template has only before text also comes
-    before images. If the template never ends an answer, the tokenizer's end token does.
+    A default system turn is put before every conversation. If the template never ends an answer, the tokenizer's end
+    token does.
 
     Raises:
         ValueError: there is no chat template, or it does not render turn by turn.
@@ -162,6 +172,7 @@ def own_template(hf, image_token: str) -> Template:
         document_end=hf.eos_token or end,
         start=start,
         image=(before_image, after_image),
+        space_before_image=piece.startswith(head),
     )
 
 
@@ -261,6 +272,8 @@ class Tokenizer:
         self.end_id = self._special[self.template.end]
         self.document_end_id = self._special[self.template.document_end]
         self.pad_id = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.document_end_id
+        # SentencePiece's tokenizers write a space before every text themselves.
+        self._writes_space = "▁" in "".join(self._fast.encode("a", add_special_tokens=False).tokens[:1])
 
     def _ends(self) -> tuple[str, str]:
         return self.template.end, self.template.document_end
@@ -271,15 +284,23 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Hash of vocabulary, merges, special tokens and template: all that determines a text's ids."""
-        state = json.dumps([json.loads(self._fast.to_str()), self.hf.chat_template], sort_keys=True)
-        return hashlib.sha256(state.encode()).hexdigest()[:16]
+        state = [json.loads(self._fast.to_str()), self.hf.chat_template]
+        before, after = self.template.before, self.template.after
+        if any(piece.endswith(" ") for piece in (*before.values(), after["user"], after["assistant"])):
+            state.append("spaces are encoded with what follows")
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, space: str = "") -> list[int]:
         """Return the ids of plain text; spelled-out special tokens are encoded as text.
+
+        Args:
+            space: the template's space before the text, encoded with it; "" if there is none.
 
         Raises:
             ValueError: the text holds half of a surrogate pair.
         """
+        if not self._writes_space:
+            text = space + text
         if not text:
             return []
         self._fast.encode_special_tokens = True
@@ -291,8 +312,10 @@ class Tokenizer:
             check_characters(text)
             raise
 
-    def encode_template(self, text: str) -> list[int]:
-        """Return the ids of a piece of the template, in which special tokens are recognised."""
+    def encode_template(self, text: str, *, space: str = "") -> list[int]:
+        """Return the ids of a piece of the template, in which special tokens are recognised; `space`: see above."""
+        if not self._writes_space:
+            text = space + text
         if not text:
             return []
         if text in self._special:

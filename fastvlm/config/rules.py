@@ -37,6 +37,8 @@ def check(config: DictConfig, *, images: bool = True) -> None:
     wrong = []
     if OmegaConf.is_missing(config, "checkpoint"):
         wrong.append("checkpoint=<run directory> must be given, such as checkpoint=runs/latest")
+    if config.get("max_steps") is not None and config.max_steps < 1:
+        wrong.append(f"max_steps={config.max_steps} must be at least 1, or null for the stages' own steps")
     for name, stage in config.get("stages", {}).items():
         if config.get("max_steps"):
             stage.steps, stage.epochs = min(stage.steps or config.max_steps, config.max_steps), None
@@ -51,8 +53,11 @@ def check(config: DictConfig, *, images: bool = True) -> None:
         wrong.append(f"data.on_change={config.data.on_change} is not one of {', '.join(ON_CHANGE)}")
     if "stages" in config and not config.stages:
         wrong.append("the pipeline has no stages; choose one, such as pipeline=three_stage")
-    if "log_every" in config and config.log_every < 1:
-        wrong.append(f"log_every={config.log_every} must be at least 1")
+    for key in ("log_every", "checkpoint_every"):
+        if config.get(key, 1) < 1:
+            wrong.append(f"{key}={config[key]} must be at least 1")
+    if unknown := sorted(set(config.get("part_seeds", {})) - set(PARTS)):
+        wrong.append(f"part_seeds.{unknown[0]}={config.part_seeds[unknown[0]]}: the parts are {', '.join(PARTS)}")
     if config.get("vlm"):
         own = [o.lstrip("+") for o in typed_overrides() if re.match(rf"\+*({'|'.join(PARTS)})[.=@]", o)]
         wrong += [f"vlm brings its own parts; leave {' '.join(own)} out"] if own else []
@@ -79,6 +84,11 @@ def wrong_stage(stage: DictConfig, *, where: str, pretrained: bool) -> Iterator[
     for key in ("steps", "epochs", "batch_size", "max_tokens", "image_size", "validate_every"):
         if stage.get(key) is not None and stage[key] <= 0:
             yield f"{where}.{key}={stage[key]} must be above 0"
+    for key in ("warmup_steps", "decay_steps", "final", "val_samples", "sort_window"):
+        if stage.get(key) is not None and stage[key] < 0:
+            yield f"{where}.{key}={stage[key]} must not be below 0"
+    if stage.clip is not None and stage.clip <= 0:
+        yield f"{where}.clip={stage.clip:g} must be above 0, or null to leave gradients as they are"
     if stage.get("cache_features") and "encoder" not in stage.parts:
         yield f"{where}.cache_features=true, but the stage computes with {', '.join(stage.parts)} alone"
     if stage.image_size is None and not pretrained:

@@ -46,19 +46,31 @@ def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Tex
     turns: list[int] = []
     image_at: list[int] = []
     template = tokenizer.template
+    space = ""  # that ends a piece of the template, and is encoded with what follows it
 
     def add(new: list[int], learned: bool) -> None:
         if new and learned != len(turns) % 2:
             turns.append(len(ids))
         ids.extend(new)
 
+    def add_piece(piece: str, *, whole: bool = False) -> None:
+        nonlocal space
+        text = piece if whole else piece.removesuffix(" ")
+        if text or whole:
+            add(tokenizer.encode_template(text, space=space), False)
+            space = ""
+        if text != piece:
+            space = " "
+
     def add_parts(content, learned: bool) -> None:
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        nonlocal space
+        for part in parts_of(content):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image":
                 image_at.append(len(ids))
             elif kind == "text" and isinstance(part.get("text"), str):
-                add(tokenizer.encode_text(part["text"]), learned)
+                add(tokenizer.encode_text(part["text"], space=space), learned)
+                space = ""
             else:
                 raise ValueError(f"a part must be an image or a text, not {part!r:.80}")
 
@@ -74,15 +86,31 @@ def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Tex
             role = message.get("role")
             if role not in ROLES:
                 raise ValueError(f"role {role!r} is not one of {', '.join(ROLES)}")
-            add(tokenizer.encode_template(template.before[role]), False)
+            before = template.before[role]
+            if wordless := not words_open(message["content"]):
+                before = before if template.space_before_image else before.removesuffix(" ")
+            add_piece(before, whole=wordless)
             add_parts(message["content"], role == "assistant")
             if role == "assistant":
                 add([tokenizer.end_id], True)
-            add(tokenizer.encode_template(template.after[role]), False)
+            # A system turn ends by itself, because `with_system_text` puts it before any other.
+            add_piece(template.after[role], whole=role == "system")
         if prompt:
-            add(tokenizer.encode_template(template.before["assistant"]), False)
+            add_piece(template.before["assistant"])
+        else:
+            add(tokenizer.encode_template(space), False)
     numbers = (np.array(values, dtype=np.int32) for values in (ids, turns, image_at))
     return Text(*numbers, document="document" in record)
+
+
+def parts_of(content: str | Sequence) -> list:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def words_open(content: str | Sequence) -> bool:
+    """Whether a turn begins with words; otherwise with an image, or with nothing."""
+    first = next(iter(parts_of(content)), None)
+    return isinstance(first, dict) and bool(first.get("text"))
 
 
 def lay_out(
@@ -162,13 +190,19 @@ def encode_record(
 
 
 def without_images(record: dict) -> dict:
-    """Return the record without its images, for blind baselines."""
+    """Return the record without its images, for blind baselines.
+
+    An empty text takes the place of an image that begins a turn, so that the turn opens as before.
+    """
 
     def words(content):
-        return content if isinstance(content, str) else [part for part in content if part["type"] != "image"]
+        if isinstance(content, str):
+            return content
+        told = [part for part in content if part["type"] != "image"]
+        return told if told[:1] == content[:1] else [{"type": "text", "text": ""}, *told]
 
     if "document" in record:
-        return {**record, "document": words(record["document"])}
+        return {**record, "document": [part for part in record["document"] if part["type"] != "image"]}
     return {**record, "messages": [{**m, "content": words(m["content"])} for m in record["messages"]]}
 
 

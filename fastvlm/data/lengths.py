@@ -72,7 +72,8 @@ def measure_source(
 ) -> Measured:
     """Measure the samples of a source under a token budget.
 
-    Samples that exceed the budget are read, to know exactly what truncation leaves.
+    Samples that exceed the budget are cut, to know exactly what truncation leaves; they are read for it if the index
+    holds no texts.
 
     Args:
         name: the source's key in the mixture.
@@ -170,8 +171,8 @@ def cut(
 ) -> np.ndarray:
     """Return what truncation leaves of samples: (length, answer, images, reason), int32 (4, rows).
 
-    The samples are read for it. If there are many, the result is cached, so that a resumed run need not read them
-    again.
+    Samples whose texts the index does not hold are read for it. If there are many rows, the result is cached, so that
+    a resumed run need not cut them again.
     """
     views = [transform.image_size, transform.tiles] if transform is not None and transform.tiles else None
     state = [FORMAT, index.checksum, source.system, source.images, tokens_per_image, max_tokens, views]
@@ -183,13 +184,13 @@ def cut(
     left, reader, key = whole.copy(), ShardReader(), text_key(tokenizer)
     for i, row in enumerate(rows.tolist()):
         try:
-            raw, text = index.read_with_text(row, reader, key=key)
+            text = index.text(row, key=key) or tokenise(index.read(row, reader).record, tokenizer)
         except (OSError, ValueError):
             left[3, i] = UNREADABLE
             continue
         counts = views_of(index, row, transform) if source.images else []
         slots = [tokens_per_image * count for count in counts]
-        text = source.edit_text(text or tokenise(raw.record, tokenizer), tokenizer)
+        text = source.edit_text(text, tokenizer)
         ids, labels, num_images, _ = lay_out(text, tokenizer, tokens_per_image=slots, max_tokens=max_tokens)
         learned = int((labels != IGNORE_INDEX).sum())
         left[:, i] = len(ids), learned, sum(counts[:num_images]), 0 if learned else CUT
@@ -229,7 +230,7 @@ def count_text(source: Source, index: SourceIndex, tokenizer: Tokenizer) -> tupl
         return text, learned
     if not system:
         learned = np.minimum(learned, np.maximum(text - 1, 0))
-    if not tokenizer.encode_template(template.before["assistant"]):
+    if not tokenizer.encode_template(template.before["assistant"].removesuffix(" ")):
         # A text learned throughout is a document, or an answer alone: for these, `learned` is exact already.
         rows = system | ((index.num_images > 0) & (learned > 0) & (index.answer_tokens < text))
         reader, key = ShardReader(), text_key(tokenizer)

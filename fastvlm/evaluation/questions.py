@@ -173,11 +173,14 @@ def swap_partners(questions: Sequence[Question]) -> list[int | None]:
     partners: list[int | None] = []
     n = len(questions)
     for i, mine in enumerate(questions):
+        if not mine.image_ids:
+            partners.append(None)
+            continue
         best, best_rank = None, 3
         for step in range(1, n):
             j = (i + step) % n
             other = questions[j]
-            if not mine.image_ids or len(other.image_ids) != len(mine.image_ids) or other.image_ids == mine.image_ids:
+            if len(other.image_ids) != len(mine.image_ids) or other.image_ids == mine.image_ids:
                 continue
             same_type = other.type == mine.type and other.source == mine.source
             same_answer = normalise_answer(other.answer) == normalise_answer(mine.answer)

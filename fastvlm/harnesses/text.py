@@ -106,7 +106,9 @@ class TextModel(LM):
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize both together and split where the context ends; its trailing spaces go to the continuation."""
         if context in self.chats:
-            return self._ids({"messages": self.chats[context]}), self.words.encode_text(continuation)
+            space = " " if self.words.template.before["assistant"].endswith(" ") else ""
+            told = self.words.encode_text(continuation.removeprefix(space), space=space)
+            return self._ids({"messages": self.chats[context]}), told
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         if not stripped:

@@ -33,6 +33,9 @@ from fastvlm.models.vlm import VLM, tiles_of
 
 WEIGHTS = "model.safetensors"
 LISTED = 5
+HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# Given by transformers' own callers, or true of every folder
+IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors", "max_shard_size")
 REMOTE = '''"""Loads this folder with trust_remote_code=True; the parts are those of the package fastvlm: install it."""
 
 from fastvlm.models.saved import PartsVLMConfig, PartsVLMForConditionalGeneration  # noqa: F401
@@ -94,14 +97,20 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: no such folder, weights that do not fit (lists the tensors), or something not supported: a
-                `quantization_config`, a `device_map` over several devices.
+                `quantization_config`, a `device_map` over several devices, an unknown argument.
         """
-        if kwargs.get("quantization_config") is not None:
+        if kwargs.pop("quantization_config", None) is not None:
             raise ValueError("quantization_config is not taken here: its parts quantise by the stage's own keys")
-        folder = folder_of(str(pretrained_model_name_or_path), revision=kwargs.get("revision"))
-        dtype = kwargs.get("torch_dtype") if dtype is None else dtype
+        hub = {name: value for name in HUB if (value := kwargs.pop(name, None)) is not None}
+        old_dtype, attention = kwargs.pop("torch_dtype", None), kwargs.pop("attn_implementation", None)
+        refuse_arguments(kwargs, of="from_pretrained")
+        folder = folder_of(str(pretrained_model_name_or_path), **hub)
+        dtype = old_dtype if dtype is None else dtype
         config = config or PartsVLMConfig.from_pretrained(folder)
-        model = cls(config, load_weights(build_vlm(config), folder))
+        attention = attention or config._attn_implementation  # where the auto classes put it
+        config._attn_implementation = None  # it is the language model's
+        model = cls(config, load_weights(build_vlm(config, attention=attention), folder))
+        config._attn_implementation = attention
         if dtype not in (None, "auto"):
             model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if device_map is not None:
@@ -110,8 +119,16 @@ class PartsVLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        write_folder(self.vlm, self.config, Path(save_directory))
+    def save_pretrained(self, save_directory, is_main_process: bool = True, state_dict=None, **kwargs) -> None:
+        """Write configuration, weights and generation settings into a folder.
+
+        Raises:
+            ValueError: an argument that is not supported, such as `push_to_hub`, or weights other than the model's own.
+        """
+        refuse_arguments({"state_dict": state_dict, **kwargs}, of="save_pretrained")
+        if is_main_process:
+            write_folder(self.vlm, self.config, Path(save_directory))
+            self.generation_config.save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.llm.hf.get_input_embeddings()
@@ -278,13 +295,20 @@ def construct(arguments: dict, **extra) -> nn.Module:
     return constructor(**nested, **extra)
 
 
+def refuse_arguments(given: dict, *, of: str) -> None:
+    """Raise ValueError for arguments that transformers' method of that name takes and ours does not."""
+    for name, value in given.items():
+        if value is not None and value is not False and name not in IGNORED and not name.startswith("_"):
+            raise ValueError(f"{of}({name}=...) is not supported by a saved VLM; leave {name} out")
+
+
 def config_of(fields: dict) -> PreTrainedConfig:
     fields = {key: value for key, value in fields.items() if key not in ("transformers_version", "dtype")}
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def build_vlm(config: PartsVLMConfig) -> VLM:
-    """Build the model of a configuration, with random weights."""
+def build_vlm(config: PartsVLMConfig, *, attention: str | None = None) -> VLM:
+    """Build the model of a configuration, with random weights; `attention` replaces its language model's."""
     parts = config.parts
     state = torch.get_rng_state()
     encoder = construct(parts["encoder"])
@@ -292,7 +316,9 @@ def build_vlm(config: PartsVLMConfig) -> VLM:
     encoder.mean, encoder.std = tuple(statistics["mean"]), tuple(statistics["std"])
     resampler = construct(parts["resampler"], in_dim=encoder.out_dim)
     hf = AutoModelForCausalLM.from_config(config_of(parts["llm"]["config"]))
-    llm = LanguageModel(hf, attention=parts["llm"].get("attention", "auto"))
+    llm = LanguageModel(hf, attention=attention or parts["llm"].get("attention", "auto"))
+    if attention is not None:
+        hf.config._attn_implementation = attention  # of its own `forward` and `generate`
     projector = construct(parts["projector"], in_dim=resampler.out_dim, out_dim=llm.dim)
     torch.set_rng_state(state)
     model = VLM(encoder, resampler, projector, llm, image_token_id=config.image_token_id)
@@ -320,18 +346,23 @@ def device_of(device_map: Any) -> str | int | torch.device:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device_map == "auto" else device_map
 
 
-def folder_of(path: str, *, revision: str | None = None) -> Path:
-    """Return a local folder: `path` itself, or the downloaded snapshot of a hub id, of a `revision` if given.
+def folder_of(path: str, *, subfolder: str = "", **hub) -> Path:
+    """Return a local folder: `path` itself, or the downloaded snapshot of a hub id, or the `subfolder` of either.
+
+    Args:
+        hub: arguments of `snapshot_download`, such as `revision`.
 
     Raises:
         ValueError: `path` is neither a folder nor a hub id that can be downloaded.
     """
     if Path(path).is_dir():
-        return Path(path)
+        return Path(path) / subfolder
     from huggingface_hub import snapshot_download
 
     mend = "name a folder that save_pretrained wrote, or a hub id while online"
-    return Path(fetch(lambda: snapshot_download(path, revision=revision), what=path, mend=mend))
+    patterns = [f"{subfolder}/*"] if subfolder else None
+    snapshot = fetch(lambda: snapshot_download(path, allow_patterns=patterns, **hub), what=path, mend=mend)
+    return Path(snapshot) / subfolder
 
 
 def load_weights(model: VLM, folder: Path) -> VLM:

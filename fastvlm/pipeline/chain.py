@@ -26,6 +26,7 @@ from fastvlm.build import (
 )
 from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import load_component, write_json
+from fastvlm.config.schema import seeing_stage
 from fastvlm.foundation import own_code
 from fastvlm.hardware import Hardware, is_first_rank
 from fastvlm.identity import commit, hash_of, identity, libraries, machine, remember, run_code
@@ -186,8 +187,8 @@ class Pipeline:
             ) from None
         say("\nevaluating on held-out samples")
         begun, task = time.time(), self.task
-        last = list(self.config.stages.values())[-1]
-        images = {"image_size": last.image_size, "transform": build_transform(last)}
+        views = seeing_stage(self.config.stages)
+        images = {"image_size": views.image_size, "transform": build_transform(views)}
         outcome = task.run(self.model, self.tokenizer, **images, device=self.hardware.device, out=self.run_dir)
         results |= outcome
         results["predictions"] = results.pop("examples", [])  # all of them are in predictions/
@@ -212,7 +213,7 @@ class Pipeline:
             if self.config.study:
                 write_json(self.run_dir / NOTE, {"uri": self.config.logger.get("uri"), "run_id": self.run_id})
         say(f"report: {report}")
-        if self.config.study is None and {"encoder", "llm"} <= set(list(self.config.stages.values())[-1].parts):
+        if self.config.study is None and {"encoder", "llm"} <= set(seeing_stage(self.config.stages).parts):
             run = shlex.quote(f"run={os.path.relpath(self.run_dir)}")
             say(f"ask it: python -m fastvlm.inference.chat {run} --image <file>")
 

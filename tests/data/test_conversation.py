@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import string
+
 import pytest
 from tiny_world import train_tokenizer
+from tokenizers import Tokenizer as Rust
+from tokenizers import models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from fastvlm.data.conversation import encode_record
-from fastvlm.tokens import IGNORE_INDEX, IMAGE_TOKEN
+from fastvlm.tokens import IGNORE_INDEX, IMAGE_TOKEN, Tokenizer
 
 
 def image():
@@ -61,15 +68,97 @@ def test_golden_document(tokenizer):
     assert encoded.labels == [IGNORE_INDEX, *first[1:], *ignored, *last, tokenizer.document_end_id]
 
 
-@pytest.mark.parametrize("template", ["roles", "chatml", "vicuna", "paligemma"])
-def test_the_tokenizers_own_chat_template_gives_the_same_ids(tmp_path, template):
+@pytest.mark.parametrize("template", ["roles", "chatml", "vicuna", "llava", "smolvlm", "paligemma"])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_the_tokenizers_own_chat_template_gives_the_same_ids(tmp_path, template, prompt):
     tokenizer = train_tokenizer(tmp_path, template=template)
-    ours = encode_record(CHAT, tokenizer, tokens_per_image=1).input_ids
-    rendered = tokenizer.hf.apply_chat_template(CHAT["messages"], tokenize=False)
-    theirs = tokenizer.hf(rendered, add_special_tokens=False).input_ids
-    assert tokenizer.hf.decode(ours) == tokenizer.hf.decode(theirs) == rendered
-    if template != "vicuna":  # its plain-text roles may merge with the words behind them
-        assert ours == theirs
+    for first in (0, 1, 3):  # with a system turn, an image, and neither
+        chat = CHAT["messages"][first : 4 if prompt else 5]
+        ours = encode_record({"messages": chat}, tokenizer, tokens_per_image=1, prompt=prompt).input_ids
+        rendered = tokenizer.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        theirs = tokenizer.hf(rendered, add_special_tokens=False).input_ids
+        assert tokenizer.hf.decode(ours) == tokenizer.hf.decode(theirs) == rendered
+        if first or template not in ("vicuna", "llava"):  # their system turns are encoded by themselves
+            assert ours == theirs
+
+
+SMOLVLMS = (  # no space before an image
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}{{ 'Assistant:' if add_generation_prompt }}"
+)
+LLAVAS = (  # a space and a line break around an image, and no end of an answer
+    "{% for m in messages %}{{ m['role'] | upper }}{{ ': ' }}"
+    "{% for p in m['content'] if p['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{{ 'ASSISTANT:' if add_generation_prompt }}"
+)
+
+
+@pytest.fixture(scope="module", params=["smolvlm", "llava"])
+def pretrained(request, tmp_path_factory):
+    """A tokenizer with the chat template of SmolVLM or of LLaVA-1.5."""
+    folder = tmp_path_factory.mktemp(request.param)
+    hf = train_tokenizer(folder).hf
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<end_of_utterance>", "<image>"]})
+    hf.chat_template = SMOLVLMS if request.param == "smolvlm" else LLAVAS
+    hf.save_pretrained(folder)
+    return Tokenizer(str(folder), template="own", image_token="<image>")
+
+
+def test_a_pretrained_models_prompts_are_those_of_its_chat_template(pretrained):
+    say = lambda role, *parts: {"role": role, "content": list(parts)}
+    ask, answer = say("user", text("which digit is shown")), say("assistant", text("a nine"))
+    look = say("user", image(), text("which digit is shown"))
+    for chat in ([ask], [look], [look, answer, ask], [ask, answer, ask, answer, ask]):
+        ours = encode_record({"messages": chat}, pretrained, tokens_per_image=1, prompt=True).input_ids
+        rendered = pretrained.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        if "ASSISTANT" in rendered:  # LLaVA's answers end by a token that only training writes
+            ours = [token for token in ours if token != pretrained.end_id]
+        assert ours == pretrained.hf(rendered, add_special_tokens=False).input_ids
+
+
+def test_llavas_own_prompt_has_a_line_break_after_the_image(tmp_path):
+    tokenizer = train_tokenizer(tmp_path, template="llava")
+    asked = {"messages": [{"role": "user", "content": [image(), text("which digit")]}]}
+    ids = encode_record(asked, tokenizer, tokens_per_image=1, prompt=True).input_ids
+    assert tokenizer.hf.decode(ids) == f"<s>USER: {IMAGE_TOKEN}\nwhich digit ASSISTANT:"
+
+
+def test_the_space_before_an_answer_is_learned_with_its_first_word(pretrained):
+    asked, answer = [{"role": "user", "content": "which digit"}], [{"role": "assistant", "content": "nine"}]
+    whole = encode_record({"messages": asked + answer}, pretrained, tokens_per_image=1)
+    prompt = encode_record({"messages": asked}, pretrained, tokens_per_image=1, prompt=True).input_ids
+    learned = [label for label in whole.labels if label != IGNORE_INDEX]
+    assert learned == [*pretrained.encode_text(" nine"), pretrained.end_id]
+    assert whole.input_ids[: len(prompt) + len(learned)] == prompt + learned
+    assert pretrained.decode(learned) == "nine"
+
+
+@pytest.mark.parametrize("normaliser", [True, False])
+def test_a_sentencepiece_tokenizers_prompt_has_one_space_before_a_word(tmp_path, normaliser):
+    letters = ["<unk>", "▁", *string.ascii_letters, ":"]
+    rust = Rust(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token="<unk>"))
+    if normaliser:  # the two ways in which a tokenizer.json has the space before every text
+        rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path), template="vicuna")
+    ids = encode_record({"messages": [{"role": "user", "content": "a b"}]}, tokenizer, tokens_per_image=1, prompt=True)
+    assert "".join(tokenizer.hf.convert_ids_to_tokens(ids.input_ids)) == "<s>▁USER:▁a▁b▁ASSISTANT:"
+
+
+@pytest.mark.parametrize(("template", "same"), [("roles", True), ("chatml", True), ("paligemma", True), ("own", False)])
+def test_the_fingerprint_tells_of_spaces_only_where_a_template_ends_in_one(tmp_path, template, same):
+    hf = train_tokenizer(tmp_path).hf
+    hf.chat_template = LLAVAS
+    hf.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path), template=template, image_token="<image>")
+    state = [json.loads(tokenizer.hf.backend_tokenizer.to_str()), tokenizer.hf.chat_template]
+    plain = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    assert (tokenizer.fingerprint == plain) is same
 
 
 def test_a_prompt_ends_where_the_answer_begins(tokenizer):

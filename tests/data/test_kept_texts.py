@@ -19,6 +19,7 @@ from fastvlm.data.conversation import encode_record, lay_out, tokenise, with_sys
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.kept_texts import text_key
+from fastvlm.data.lengths import measure_source
 from fastvlm.data.plan import Plan
 from fastvlm.data.shards import ShardReader, ShardWriter
 from fastvlm.data.sidecar import build_index, sidecar
@@ -31,14 +32,26 @@ TENSORS = ("input_ids", "labels", "position_ids", "segment_ids", "source_ids", "
 
 def encode_at_once(record, tokenizer, *, slots, max_tokens):
     """What `lay_out(tokenise(record))` must give, from the definition: pieces one behind the other."""
-    template, pieces, spans = tokenizer.template, [], []
+    template, pieces, spans, space = tokenizer.template, [], [], ""
     slots = iter(slots)
     put = lambda ids, learned: pieces.extend((i, i if learned else IGNORE_INDEX) for i in ids)
 
+    def put_piece(piece):
+        nonlocal space
+        piece = space + piece
+        space = " " if piece.endswith(" ") else ""
+        put(tokenizer.encode_template(piece.removesuffix(" ")), False)
+
     def put_parts(content, learned):
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        nonlocal space
+        nothing = {"type": "text", "text": ""}
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or [nothing]:
+            if part["type"] == "text" and part["text"]:
+                put(tokenizer.encode_text(space + part["text"]), learned)
+            elif template.space_before_image:
+                put(tokenizer.encode_template(space), False)
+            space = ""
             if part["type"] == "text":
-                put(tokenizer.encode_text(part["text"]), learned)
                 continue
             put(tokenizer.encode_template(template.image[0]), False)
             spans.append((len(pieces), len(pieces) + next(slots)))
@@ -51,10 +64,13 @@ def encode_at_once(record, tokenizer, *, slots, max_tokens):
         put([tokenizer.document_end_id], True)
     for message in record.get("messages", ()):
         role = message["role"]
-        put(tokenizer.encode_template(template.before[role]), False)
+        put_piece(template.before[role])
         put_parts(message["content"], role == "assistant")
         put([tokenizer.end_id] if role == "assistant" else [], True)
-        put(tokenizer.encode_template(template.after[role]), False)
+        put_piece(template.after[role])
+        if role == "system":
+            put_parts("", False)
+    put(tokenizer.encode_template(space), False)
     cut = max_tokens
     for first, end in spans:
         cut = first if first < max_tokens < end else cut
@@ -174,6 +190,21 @@ def test_words_that_are_a_large_part_of_a_shard_are_not_kept(folder, tokenizer):
     much = load_index(folder / "long", "train", tokenizer)
     raw, text = much.read_with_text(0, ShardReader(), key=text_key(tokenizer))
     assert text is None and raw.record["document"]
+
+
+def test_samples_whose_texts_are_kept_are_cut_to_the_same_without_being_read(folder, tokenizer, monkeypatch):
+    source = Source("x", path=folder)
+    limits = {"name": "x", "split": "train", "tokens_per_image": 4, "max_tokens": 14, "max_images": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_texts, "KEPT_SHARE", 0)
+        read = measure_source(source, tokenizer, **limits)
+    for shard in folder.glob("*.tar"):
+        build_index(shard, tokenizer)
+    monkeypatch.setattr(ShardReader, "read", refuse)
+    kept = measure_source(source, tokenizer, **limits)
+    assert kept.num_truncated == read.num_truncated > 0
+    for name in ("rows", "length", "answer", "images"):
+        assert np.array_equal(getattr(kept, name), getattr(read, name))
 
 
 @pytest.mark.parametrize("what", ["none", "another end", "another version", "broken"])

@@ -178,10 +178,23 @@ def test_swapping_never_pairs_a_question_with_its_own_image_and_prefers_other_an
             assert other.type == question.type or all(q.type != question.type for q in fits)
 
 
+def test_questions_without_images_are_compared_with_none():
+    class Counted(list):
+        seen = 0
+
+        def __getitem__(self, at):
+            self.seen += 1
+            return super().__getitem__(at)
+
+    questions = Counted(draw_question(i, "a", "x", int(i < 2), i) for i in range(40))
+    assert swap_partners(questions) == [1, 0] + [None] * 38 and questions.seen < 100
+
+
 def test_taking_images_out_leaves_the_words_and_the_record_as_they_were():
     record = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]}
     before = json.dumps(record)
-    assert without_images(record) == {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
+    parts = [{"type": "text", "text": ""}, {"type": "text", "text": "a"}]  # the first opens the turn as the image did
+    assert without_images(record) == {"messages": [{"role": "user", "content": parts}]}
     assert json.dumps(record) == before
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_vlm import IMAGE_SIZE, build_model  # noqa: E402
 from fastvlm.harnesses.text import TextModel  # noqa: E402
 from fastvlm.harnesses.text_guard import TextGuard  # noqa: E402
 from fastvlm.inference.engine import Engine  # noqa: E402
+from fastvlm.tokens import TEMPLATES  # noqa: E402
 
 TEXT = "the small grey digit stands left of the seven and nine is below three "
 
@@ -123,6 +125,16 @@ def test_a_chat_prompt_is_the_models_own_and_its_words_stay_words(ours):
     ids, continuation = ours.encode_pair(text, " seven")
     assert ids == ours._ids({"messages": history}) and continuation == ours.words.encode_text(" seven")
     assert ours.words.image_id not in ids
+
+
+def test_a_choice_behind_a_chat_prompt_has_the_templates_space(ours, monkeypatch):
+    monkeypatch.setattr(ours.words, "template", replace(TEMPLATES["vicuna"], start=""))
+    history = [{"role": "user", "content": "which digit"}]
+    whole = ours._ids({"messages": [*history, {"role": "assistant", "content": "seven"}]})
+    for choice in ("seven", " seven"):
+        ids, continuation = ours.encode_pair(ours.apply_chat_template(history), choice)
+        assert continuation == ours.words.encode_text(" seven")
+        assert whole[: len(ids + continuation)] == ids + continuation
 
 
 @pytest.fixture(autouse=True)

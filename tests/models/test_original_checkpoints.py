@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -119,16 +120,18 @@ def test_an_ml_fastvlm_checkpoint_becomes_our_parts(fastvlm_checkpoint, small_to
         assert relative_error(ours[..., : llm.config.vocab_size], llm(ids).logits) <= 1e-5
     assert model.image_token_id == len(plain_tokenizer()) and model.llm.vocab_size > model.image_token_id
     views = views_at(folder)
-    assert (views.image_size, views.image["fit"]) == (64, "pad")
+    assert (views.image_size, views.image) == (64, {"fit": "pad", "padding": [0, 0, 0]})
 
 
 def test_the_import_command_writes_a_folder_of_the_stock_class_with_the_same_logits(
     fastvlm_checkpoint, small_tower, tmp_path, capsys
 ):
-    hub(["import=" + fastvlm_checkpoint[0], f"out={tmp_path / 'imported'}"])
+    folder = fastvlm_checkpoint[0]
+    hub(["import=" + folder, f"out={tmp_path / 'imported'}"])
     said = capsys.readouterr().out
     assert "imported: FastVlmForConditionalGeneration" in said and "yes  transformers" in said
-    ours, again = from_pretrained(fastvlm_checkpoint[0]), from_pretrained(str(tmp_path / "imported"))
+    assert views_at(str(tmp_path / "imported")) == replace(views_at(folder), mean=(0.0,) * 3, std=(1.0,) * 3)
+    ours, again = from_pretrained(folder), from_pretrained(str(tmp_path / "imported"))
     views, ids = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), torch.randint(6, 200, (1, 9))
     with torch.no_grad():
         assert relative_error(again.encode_images(views), ours.encode_images(views)) <= 1e-5
@@ -185,6 +188,9 @@ def test_an_original_llava_becomes_our_parts(unpad, tmp_path):
     views = views_at(folder)
     assert views.image_size == SIDE
     assert views.image.get("tiles") == ([[1, 2], [2, 1]] if unpad else None)
+    assert views.image["padding"] == ([0, 0, 0] if unpad else [122, 116, 104])
+    if not unpad:
+        assert views_at(str(tmp_path / "out")).image == views.image
 
 
 def rows_of(side: int):

@@ -13,6 +13,7 @@ from tiny_checkpoints import MAKERS, PATCH, save_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from fastvlm.batch import Batch
+from fastvlm.build import saved_tokenizer
 from fastvlm.data.conversation import encode_record
 from fastvlm.models.pretrained import from_pretrained
 from fastvlm.models.trainable import add_lora, merge_lora
@@ -189,6 +190,14 @@ def test_an_image_is_a_sequence_and_a_map_and_text_its_embeddings(checkpoint):
         assert moved.shape == (side // patch, side // patch) and moved.argmax() == 1
         ids = torch.tensor([[7, 8]])
         assert torch.equal(model.encode_text(ids), model.llm.embed(ids))
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "paligemma"])
+def test_a_folders_own_tokenizer_writes_around_an_image_what_its_model_does_not(kind, checkpoint):
+    folder = checkpoint(kind)
+    ours = our_prompt(kind, folder, 4)[1]
+    record = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]}
+    assert encode_record(record, saved_tokenizer(folder), tokens_per_image=4, prompt=True).input_ids == ours
 
 
 def test_every_parameter_of_a_part_has_a_gradient_so_that_ranks_agree(checkpoint):

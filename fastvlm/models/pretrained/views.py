@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from fastvlm.models.hub import fetch
 from fastvlm.models.pretrained.originals import original_config, processor_of
@@ -53,6 +54,7 @@ def read_views(path: str, config: PreTrainedConfig) -> Views:
             mend="the folder needs its preprocessor_config.json or processor_config.json",
         )
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    padding = [int(255 * value) for value in mean]  # what these processors pad with
     kind, vision = config.model_type, getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None)
     if kind in ("llava_next", "llava_onevision"):
@@ -69,11 +71,11 @@ def read_views(path: str, config: PreTrainedConfig) -> Views:
     elif kind == "fast_vlm":
         edges = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         size = edges.get("height") or edges["shortest_edge"]
-        image = {"fit": "pad" if getattr(processor, "do_pad", False) else "crop"}
+        image = {"fit": "pad", "padding": padding} if getattr(processor, "do_pad", False) else {"fit": "crop"}
     elif kind == "paligemma":
         image = {"fit": "squash"}
     elif getattr(processor, "do_pad", False):
-        image = {"fit": "pad", "padding": [round(255 * value) for value in mean]}
+        image = {"fit": "pad", "padding": padding}
     else:
         image = {"fit": "crop" if getattr(processor, "do_center_crop", False) else "squash"}
     return Views(mean=mean, std=std, image_size=size, image=image)
@@ -85,7 +87,10 @@ def original_views(raw: dict) -> Views:
     end = re.search(r"(\d+)$", name)
     if end is None:
         raise ValueError(f"mm_vision_tower={name} does not end in its image size; set the stages' image_size")
-    size, image = int(end[1]), {"fit": "pad" if raw.get("image_aspect_ratio") == "pad" else "crop"}
+    size, image = int(end[1]), {"fit": "crop"}
+    if raw.get("image_aspect_ratio") == "pad":  # with the mean of its processor: FastViTHD's is 0, else CLIP's
+        mean = (0, 0, 0) if name.split("/")[-1].startswith("mobileclip") else OPENAI_CLIP_MEAN
+        image = {"fit": "pad", "padding": [int(255 * value) for value in mean]}
     if raw.get("image_aspect_ratio") == "anyres":
         grids = sorted({(height // size, width // size) for width, height in raw["image_grid_pinpoints"]})
         image = {"fit": "squash", "tiles": [list(grid) for grid in grids], "padding": [0, 0, 0]}
