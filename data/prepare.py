@@ -15,7 +15,8 @@ processes, and the same command continues a killed run where it stopped. Such re
     splits=...      train,val,test (default: all splits of the data set)
     val=0.01        hold out this share of train, chosen by a hash of an image, if the data set has no val split
     workers=2       number of processes; affects only the time
-    tokenizer=...   folder or hub id of the index's tokenizer (default: the embedded one), template=chatml
+    tokenizer=...   folder or hub id of the index's tokenizer (default: the embedded one), template=chatml, and
+                    image_token=own or another, as in conf/tokenizer/
     rewrite=true    rebuild a complete folder, or replace another command's; it stays until the new one is complete
 """
 
@@ -192,7 +193,7 @@ def prepare(source: str, *, out: str | Path | None = None, **arguments) -> dict:
         return publish(path, done, build) | {"path": str(path), "skipped": False}
 
 
-COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template", "rewrite")
+COMMON_KEYS = ("path", "splits", "val", "workers", "tokenizer", "template", "image_token", "rewrite")
 
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tar", ".zip")
@@ -216,6 +217,7 @@ def prepare_parts(
     workers: int = 2,
     tokenizer: str = "",
     template: str = "",
+    image_token: str = "",
     rewrite: bool = False,
     **options,
 ) -> dict:
@@ -250,6 +252,7 @@ def prepare_parts(
     state = json.dumps([source, path, splits, val, rows, options], sort_keys=True, default=str)
     wanted = hashlib.sha256(state.encode()).hexdigest()[:16]
     work = out.with_name(f".{out.name}.work")
+    image = (image_token,) if image_token else ()
     with locked(out):
         recover(out)
         done = read_done(out)
@@ -262,10 +265,10 @@ def prepare_parts(
             if done.get("code", "") not in ("", hash_code(source)):
                 print(f"{out}: {source}'s code has changed since; rewrite=true writes it again", file=sys.stderr)
             shutil.rmtree(work, ignore_errors=True)
-            if tokenizer and [tokenizer, template or "chatml"] != done["tokenizer"]:
+            if tokenizer and [tokenizer, template or "chatml", *image] != done["tokenizer"]:
                 from data.recipes.assembly import reindex
 
-                done["tokenizer"] = [tokenizer, template or "chatml"]
+                done["tokenizer"] = [tokenizer, template or "chatml", *image]
                 reindex(out, tuple(done["tokenizer"]), workers)
                 write_done(out, done)
             return done | {"path": str(out), "skipped": True}
@@ -281,7 +284,7 @@ def prepare_parts(
                 f"out={out} holds what another command made (source={made}); name another folder, or rewrite=true "
                 "replaces it"
             )
-        chosen = (tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)
+        chosen = ((tokenizer, template or "chatml") if tokenizer else embedded_tokenizer(template)) + image
 
         def build(part: Path) -> dict:
             from data.recipes.assembly import assemble

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fastvlm.tokens import IGNORE_INDEX
 
+NO_LABEL = 255  # in a label map: a cell, or a whole image, without dense labels
+
 
 @dataclass
 class Sample:

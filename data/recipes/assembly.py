@@ -42,7 +42,7 @@ def assemble(
     splits: list[str],
     options: dict,
     workers: int,
-    tokenizer: tuple[str, str],
+    tokenizer: tuple[str, ...],
     val: float,
     rows: int,
     rewrite: bool = False,
@@ -55,7 +55,7 @@ def assemble(
         path: the data set, as given on the command line.
         options: the recipe's own arguments.
         workers: number of processes.
-        tokenizer: path and template of the tokenizer that the index counts with.
+        tokenizer: path, template and, if given, image token of the tokenizer that the index counts with.
         val: share of train to hold out if the data set has no val; 0 for none. The held-out records are converted and
             their images left out of train even if only train was requested.
         rows: rows per shard.
@@ -324,7 +324,7 @@ def place(old: Path, new: Path) -> None:
         os.replace(old, new)
 
 
-def reindex(folder: Path, tokenizer: tuple[str, str], workers: int) -> None:
+def reindex(folder: Path, tokenizer: tuple[str, ...], workers: int) -> None:
     """Rebuild the indexes of finished shards for another tokenizer."""
     from fastvlm.data.sidecar import build_index, open_sidecar
 

@@ -1,7 +1,7 @@
 """Split JSON, JSONL, CSV and parquet files and hub data sets into parts, and read the rows of a part.
 
-Splitting scans a file once; a worker then reads only the bytes or row groups of its part. A large JSON list is never
-held in memory as a whole.
+Splitting scans a file once; a worker then reads only the bytes or row groups of its part. Text is never held in memory
+as a whole, however large the part.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from data.recipes.inputs import list_files
 from data.recipes.record import Part
 
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+BETWEEN = re.compile(r"[, \t\r\n]*")  # two rows of a JSON list
 CHUNK = 1 << 22  # characters
 FIRST = 20  # rows checked for a layout's keys: one malformed row does not mean the wrong layout
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -420,21 +421,16 @@ def read_parquet(part: Part) -> Iterator[dict]:
 
 
 def read_text(part: Part, kind: str) -> Iterator[dict]:
-    start, stop = part.options["from"], part.options["to"]
-    with open(part.path, "rb") as file:
-        file.seek(start)
-        data = file.read(stop - start)
     if kind == "json":
         try:
-            # The bytes reach to the next row's start or the list's end, so they may end with a comma.
-            yield from json.loads(b"[" + data.rstrip(b", \t\r\n") + b"]")
+            yield from read_json(part)
         except ValueError as error:
             raise ValueError(f"{part.path}: rows {part.start}..{part.stop}: {error}; did the file change?") from None
     elif kind == "jsonl":
-        lines = (line for line in data.split(b"\n") if line.strip())
+        lines = (line for line in read_lines(part) if line.strip())
         for number, line in enumerate(lines, part.start):
             try:
-                row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                row = json.loads(line.rstrip(b"\n").removeprefix(b"\xef\xbb\xbf"))
             except ValueError as error:
                 raise ValueError(f"{part.path}: row {number} is not JSON ({error})") from None
             if not isinstance(row, dict):
@@ -445,8 +441,38 @@ def read_text(part: Part, kind: str) -> Iterator[dict]:
 
         csv.field_size_limit(1 << 30)
         header = part.options["header"]
-        lines = (line.decode("utf-8") for line in io.BytesIO(data))  # split only at \n, as in `scan_csv`
+        lines = (line.decode("utf-8") for line in read_lines(part))
         for row in csv.reader(lines, delimiter=delimiter(Path(part.path))):
             if row:
                 extra = {None: row[len(header) :]} if len(row) > len(header) else {}
                 yield dict(zip(header, row)) | extra
+
+
+def read_json(part: Part) -> Iterator[dict]:
+    """Yield the rows of a part of a JSON list.
+
+    Raises:
+        ValueError: a row is not JSON.
+    """
+    decoder, text, end, number = json.JSONDecoder(), "", 0, part.start
+    with open(part.path, "rb") as file:
+        file.seek(part.options["from"])
+        rest = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        while number < part.stop:
+            try:
+                row, end = decoder.raw_decode(text, BETWEEN.match(text, end).end())
+            except ValueError:
+                if not (more := rest.read(max(CHUNK, len(text) - end))):
+                    raise
+                text, end = text[end:] + more, 0
+                continue
+            number += 1
+            yield row
+
+
+def read_lines(part: Part) -> Iterator[bytes]:
+    """Yield the lines of a part, split only at \\n, as the scans do."""
+    with open(part.path, "rb") as file:
+        file.seek(part.options["from"])
+        while file.tell() < part.options["to"] and (line := file.readline()):
+            yield line

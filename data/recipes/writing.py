@@ -38,7 +38,7 @@ class Job:
     number: int
     part: Part
     folder: Path
-    tokenizer: tuple[str, str]  # path, template
+    tokenizer: tuple[str, ...]  # path, template and, if it is another than the default, image token
     val: float = 0.0  # share of the train split's records that are held out as val
     counts_faults: bool = True  # train and a held-out val read the same rows: one of them counts their faults
     held_out: tuple[str, str] | None = None  # val's images, which train must not contain: file and digest
@@ -57,10 +57,10 @@ class Job:
 
 
 @functools.cache
-def load_tokenizer(path: str, template: str):
-    from fastvlm.tokens import Tokenizer
+def load_tokenizer(path: str, template: str, image_token: str = ""):
+    from fastvlm.tokens import IMAGE_TOKEN, Tokenizer
 
-    return Tokenizer(path, template=template)
+    return Tokenizer(path, template=template, image_token=image_token or IMAGE_TOKEN)
 
 
 def read_report(job: Job) -> dict | None:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastvlm.batch import Batch, Sample
+from fastvlm.batch import NO_LABEL, Batch, Sample
 from fastvlm.data.transforms import empty_views
 from fastvlm.tokens import IGNORE_INDEX
-
-NO_LABEL = 255  # in a label map: a cell, or a whole image, without dense labels
 
 
 def collate(

@@ -57,7 +57,9 @@ class PlannedDataset(Dataset):
             source does not allow are not applied to it, and sources with augmented images are not cached in memory.
         rank, world_size: this process takes rows `rank, rank + world_size, ...` of a step.
         accumulate: micro-batches per step; micro-batch a takes rows `a, a + accumulate, ...` of this rank's rows.
-        max_skipped_share: maximum share of unreadable samples among those this worker has read (at least 100).
+        max_skipped_share: maximum share of unreadable samples. Reading stops when a worker has met more than five
+            standard deviations above this share of what it has read (of 100 samples if that is more): with a share of
+            0.01, at 7 of its first 100 samples or 151 of 10,000.
         cache_bytes: memory for cached samples, per worker.
         features: read features from this store instead of images; the sample cache then holds their keys only.
 
@@ -306,9 +308,10 @@ class PlannedDataset(Dataset):
         key = f"{self._names[source]}/{self.plan.sources[source].index.key(row)}"
         self._skipped.append(key)
         log.warning("skipped %s: %s", key, error)
-        if len(self._skipped) > self.max_skipped_share * max(self._num_read, 100):
+        allowed = self.max_skipped_share * max(self._num_read, 100)
+        if len(self._skipped) > allowed + 5 * math.sqrt(allowed):  # a Poisson count deviates by the root of its mean
             raise ValueError(
-                f"{len(self._skipped)} of {self._num_read} samples could not be read, more than "
+                f"{len(self._skipped)} of {self._num_read} samples could not be read, more than chance explains with "
                 f"data.max_skipped_share={self.max_skipped_share}: {', '.join(self._skipped[-10:])} (last: {error}); "
                 "write these shards again, or raise the share"
             ) from error

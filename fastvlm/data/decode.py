@@ -27,7 +27,7 @@ MAX_BYTES = 64 << 20  # of the file
 # Not all formats that Pillow supports: EPS would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 ORIENTATION = 0x0112  # EXIF tag
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, MemoryError)
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, KeyError, MemoryError, struct.error)
 
 
 class TooLarge(ValueError):

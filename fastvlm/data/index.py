@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
-from fastvlm.data.listing import LISTING, check_folder, write_listing
+from fastvlm.data.listing import LISTING, SPLITS, check_folder, split_of, write_listing
 from fastvlm.data.planned_columns import read_planned
 from fastvlm.data.remote import RemoteShard, is_remote, locate_shards
 from fastvlm.data.shard_cache import cache_folder
@@ -32,7 +33,7 @@ from fastvlm.data.shards import find_shards
 from fastvlm.data.sidecar import Sidecar, build_all, is_damaged, open_sidecar
 from fastvlm.data.source_index import ShardRows, SourceIndex
 from fastvlm.data.unique_keys import check_keys
-from fastvlm.tokens import Tokenizer
+from fastvlm.tokens import IMAGE_TOKEN, Tokenizer
 
 
 def load_index(
@@ -60,12 +61,13 @@ def load_index(
     if not shards:
         raise ValueError(no_shards(folder, split, names))
     which = f"--shards {names!r}" if names and split == "train" else f"--split {split}"
+    image = "" if tokenizer.image_token == IMAGE_TOKEN else f" --image-token {shlex.quote(tokenizer.image_token)}"
 
     def refuse(place: str, why: str) -> None:
         raise ValueError(
             f"{place}.idx.parquet is {why}; rebuild it with `python -m fastvlm.data.index "
             f"{place if isinstance(folder, (list, tuple)) else folder} "
-            f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}`"
+            f"{which} --tokenizer {tokenizer.path} --template {tokenizer.template.name}{image}`"
         )
 
     def join() -> SourceIndex:
@@ -219,7 +221,8 @@ def join_sidecars(
 def list_shards(folder: str | Path | Sequence[str], split: str, names: str | None = None) -> list[Path | RemoteShard]:
     """List the shards `<split>-*.tar` of a folder, or for train those of the pattern or range `names`, if given.
 
-    If `folder` names shards itself or is remote, see `locate_shards`.
+    A pattern takes no shard whose name begins with another split. If `folder` names shards itself or is remote, see
+    `locate_shards`.
 
     Raises:
         ValueError: a shard of a range, or one that `shards.json` names, is missing; a remote folder cannot be listed.
@@ -235,7 +238,7 @@ def list_shards(folder: str | Path | Sequence[str], split: str, names: str | Non
         found = list(folder.glob(name))
         if not found and not any(c in name for c in "*?["):
             raise ValueError(f"{folder / name}: no such shard, and shards={names} names it; mend the range")
-        shards.update(found)
+        shards.update(shard for shard in found if split_of(shard.name) == split)
     check_folder(folder, split, list(braceexpand(names)), shards)
     return sorted(shards)
 
@@ -268,10 +271,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Build the index of a source's shards.")
     parser.add_argument("folder", help="folder, URL or brace pattern of the shards")
-    parser.add_argument("--split", default="*", help="train, val or test; all of them unless told")
+    parser.add_argument("--split", default="*", help=f"{', '.join(SPLITS)}; all of them unless told")
     parser.add_argument("--shards", help="a pattern or range of names where they are not <split>-*.tar")
     parser.add_argument("--tokenizer", help="folder or hub id")
     parser.add_argument("--template", default="chatml")
+    parser.add_argument("--image-token", default=IMAGE_TOKEN, help="a token, or own; as in conf/tokenizer/")
     parser.add_argument(
         "--list", action="store_true", help=f"only write {LISTING} anew, from the shards that are there"
     )
@@ -283,8 +287,8 @@ def main() -> None:
         return
     if args.tokenizer is None:
         parser.error("--tokenizer is needed, or --list")
-    tokenizer = Tokenizer(args.tokenizer, template=args.template)
-    splits = ("train", "val", "test") if args.split == "*" else (args.split,)
+    tokenizer = Tokenizer(args.tokenizer, template=args.template, image_token=args.image_token)
+    splits = SPLITS if args.split == "*" else (args.split,)
     splits = ("train",) if args.shards else splits
     try:
         count = 0

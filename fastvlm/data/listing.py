@@ -17,7 +17,12 @@ from pathlib import Path
 from fastvlm.files import write_whole
 
 LISTING = "shards.json"
-SPLIT = re.compile(r"(train|val|test[AB]?)-")  # testA and testB: RefCOCO's people and objects
+SPLITS = ("train", "val", "test", "testA", "testB")  # testA and testB: RefCOCO's people and objects
+
+
+def split_of(name: str) -> str:
+    """Return the split that a shard's name begins with; train if it names none, as img2dataset's `00000.tar`."""
+    return match[1] if (match := re.match(rf"({'|'.join(SPLITS)})-", name)) else "train"
 
 
 def listed(text: str | bytes, split: str, patterns: Sequence[str], *, where: str) -> list[str]:
@@ -74,16 +79,15 @@ def check_folder(folder: Path, split: str, patterns: Sequence[str], found: Itera
 
 
 def write_listing(folder: str | Path) -> Path:
-    """List the shards `<split>-*.tar` of a folder in `shards.json`, keeping entries whose size has not changed."""
+    """List the tars of a folder in `shards.json` by `split_of`, keeping entries whose size has not changed."""
     folder = Path(folder)
     known = {}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # no listing, or another format
         known = {e["name"]: e for entries in json.loads((folder / LISTING).read_text()).values() for e in entries}
     listing: dict[str, list[dict]] = {}
     for shard in sorted(folder.glob("*.tar")):
-        if match := SPLIT.match(shard.name):
-            entry, size = known.get(shard.name, {}), shard.stat().st_size
-            entry = entry if entry.get("size") == size else {"name": shard.name, "size": size}
-            listing.setdefault(match[1], []).append(entry)
+        entry, size = known.get(shard.name, {}), shard.stat().st_size
+        entry = entry if entry.get("size") == size else {"name": shard.name, "size": size}
+        listing.setdefault(split_of(shard.name), []).append(entry)
     write_whole(folder / LISTING, json.dumps(listing, indent=1) + "\n")
     return folder / LISTING

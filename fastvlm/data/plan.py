@@ -48,7 +48,9 @@ class Plan:
 
     An epoch is as many samples as all sources hold together (each counted `repeat` times). Sources go through passes of
     their own at the pace set by their weights, and a pass continues beyond the end of an epoch, so every sample of a
-    source is seen once before any is seen again.
+    source is scheduled once before any is scheduled again. Packing and sorting rearrange the samples within a window,
+    also over the end of a pass. If `epochs` set the length, no window reaches beyond the end of an epoch: of a single
+    source, or a mixture without weights, every epoch holds each sample once (`repeat` times).
 
     Args:
         mixture: sources, weights and unit.
@@ -118,6 +120,7 @@ class Plan:
         self._window = self._window_size(pack_window, sort_window)
         # A group is one step, so that no group of similar lengths straddles two steps.
         self._group = batch_size if sort_window > 0 and not packing else None
+        self._cut = self.epoch_samples if num_steps is None else None  # no window reaches beyond so many samples
         self.base = self.fingerprint = self._hash(split, tokenizer, pack_window, sort_window)
         self.after = after
         if after is not None:
@@ -182,14 +185,14 @@ class Plan:
             "budget": [self.tokens_per_image, self.batch_size, self.max_tokens, self.max_images],
             "packing": [self.packing, pack_window, sort_window],
             **({"tiles": self.tiles} if self.tiles else {}),
+            **({"cut": self._cut} if self._cut else {}),
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
     def _count_steps(self, epochs: float | int | None) -> int:
         """Return the step at which `epochs` (None: one) end, counting steps and samples from before the plan begins."""
-        served = sum(p.num_served for p in self._passes)
-        wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)) - served)
+        wanted = max(1, round(self.epoch_samples * (1 if epochs is None else epochs)) - self._num_served)
         while (self.order.num_samples < wanted or not self._num_planned) and not self.order.used_up:
             self._plan_window()
         while self.order.columns.end[self._num_planned * self.batch_size] < wanted and not self.order.used_up:
@@ -203,10 +206,16 @@ class Plan:
         if self._planner is None:
             rows = Rows(self.max_tokens, self.max_images, packing=self.packing, group=self._group)
             share = {"weights": self.weights, "unit": self.unit}
-            self._planner = WindowPlanner(self.sources, **share, passes=self._passes, rows=rows, window=self._window)
+            size = {"window": self._window, "epoch": self._cut, "served": self._num_served}
+            self._planner = WindowPlanner(self.sources, **share, passes=self._passes, rows=rows, **size)
             self.order = Order(num_empty=0 if self.after is None else self.after.step * self.batch_size)
         self.order.append(self._planner.next_window(), batch_size=self.batch_size)
         self._seconds += time.process_time() - begun
+
+    @property
+    def _num_served(self) -> int:
+        """Number of samples seen before the plan begins."""
+        return sum(p.num_served for p in self._passes)
 
     @property
     def _num_planned(self) -> int:

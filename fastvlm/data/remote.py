@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm.data.listing import LISTING, SPLIT, check_listed, listed
+from fastvlm.data.listing import LISTING, check_listed, listed, split_of
 
 ATTEMPTS = 5  # consecutive failures, without a byte gained, before a file is given up
 BACKOFF = 0.5  # seconds before the second attempt; doubled for each one after
@@ -97,7 +97,7 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
             names shards itself.
     """
     given = [str(p) for p in path] if isinstance(path, (list, tuple)) else [str(path)]
-    given = [re.sub(r"^(file|local)://", "", p) for p in given]
+    given = [p if is_remote(p) else os.path.expanduser(re.sub(r"^(file|local)://", "", p)) for p in given]
     one = given[0] if len(given) == 1 else ""
     named = isinstance(path, (list, tuple)) or one.endswith(".tar") or one.startswith("pipe:")
     if named and names is not None:
@@ -114,12 +114,11 @@ def locate_shards(path: str | Path | Sequence[str], split: str, names: str | Non
         found = [url for pattern in given for url in braceexpand.braceexpand(pattern)]
     except braceexpand.UnbalancedBracesError:
         raise ValueError(f"{path}: unbalanced braces; a pattern is like train-{{00000..00099}}.tar") from None
-    says = lambda url: match[1] if (match := SPLIT.match(file_name(url))) else "train"
-    return describe([url for url in found if says(url) == split])
+    return describe([url for url in found if split_of(file_name(url)) == split])
 
 
 def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
-    """List the shards `<url>/<pattern>` by name; behind HTTP, those that the listing has of the split.
+    """List the shards `<url>/<pattern>` of the split by name; behind HTTP, those that the listing has of it.
 
     Raises:
         ValueError: the folder cannot be listed, or a shard that its listing names is missing.
@@ -132,8 +131,10 @@ def list_folder(url: str, split: str, pattern: str) -> list[RemoteShard]:
             listing = read_if_there(where)
         except Unavailable as error:
             raise ValueError(f"{error}; check the address and the credentials") from None
-        root = url.split("://")[0] + "://"
-        shards = [RemoteShard(root + path.lstrip("/"), info["size"], version_of(info)) for path, info in found.items()]
+        inside = _inside(url)  # what fsspec returns lacks the URL's host or account
+        places = {f"{url}/{path.removeprefix(inside).lstrip('/')}": info for path, info in found.items()}
+        shards = [RemoteShard(place, info["size"], version_of(info)) for place, info in places.items()]
+        shards = [shard for shard in shards if split_of(shard.name) in (split, "train")]
         if listing is not None:
             names = listed(listing, split, [pattern], where=where)
             check_listed(names, (shard.name for shard in shards), where=where)
@@ -156,16 +157,21 @@ def describe(locations: Sequence[str]) -> list[Path | RemoteShard]:
     """
 
     def look(location: str) -> Path | RemoteShard:
+        fix = "put it back, or leave it out of the source's path"
+        if "*" in location:
+            folder = os.path.dirname(location.split("*")[0])
+            pattern = location.removeprefix(folder).lstrip("/")
+            fix = f"a path takes no *: set path={folder or '.'} and shards={pattern!r}"
         if not is_remote(location):
             if not Path(location).is_file():
-                raise ValueError(f"{location}: no such shard; put it back, or leave it out of the source's path")
+                raise ValueError(f"{location}: no such shard; {fix}")
             return Path(location)
         if location.startswith("pipe:"):
             return RemoteShard(location, None)
         try:
             info = retry(lambda: _info(location), url=location)
         except Unavailable as error:
-            raise ValueError(f"{error}; put it back, or leave it out of the source's path") from None
+            raise ValueError(f"{error}; {fix}") from None
         return RemoteShard(location, info.get("size"), version_of(info))
 
     with ThreadPoolExecutor(16) as pool:
@@ -255,6 +261,8 @@ def _filesystem(url: str):
     elif protocol in ("s3", "s3a"):
         own = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT} | own
+    else:  # whose URL may name a host, an account or a repository
+        options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(url)
     # Its cache of listings may be older than the files.
     return fsspec.filesystem(protocol, use_listings_cache=False, **options)
 

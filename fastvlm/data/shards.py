@@ -17,7 +17,7 @@ import os
 import re
 import tarfile
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ LABEL_MAP = re.compile(r"(\d+)\.labels\.png")
 # tarfile also raises these, for numbers in extended headers that are invalid or larger than any file.
 BAD_HEADER = (tarfile.TarError, ValueError, KeyError, OverflowError, MemoryError)
 STORES = (".lmdb", ".h5")  # other containers of samples: `stores.py`
+RECENT = 100  # reads; a `ShardReader` closes a shard that none of them was from
 # Names are split as in webdataset: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -365,13 +366,16 @@ class ShardReader:
     """Reads spans of shards with `pread`, keeping a bounded number of files open.
 
     `pread` uses no file position, so forked workers may share the descriptors. A remote shard is read from its copy in
-    the shard cache, or span by span from the server if the cache cannot hold it.
+    the shard cache, or span by span from the server if the cache cannot hold it. The cache evicts nothing that is open,
+    so a shard that has not been read for long is closed. One in use stays open: a cache too small for all that are in
+    use would otherwise fetch them in turns.
     """
 
     def __init__(self, *, max_open: int = 32, cache: ShardCache | None = None):
         self.max_open = max_open
         self._cache = cache
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._recent: deque[str] = deque(maxlen=RECENT)  # what the last reads were from
         self._failed: dict[str, tuple[float, str]] = {}  # url -> (no attempt before this time, reason)
         self._direct: set[str] = set()  # URLs that are always read without the cache
         self._no_cache_until = 0.0
@@ -391,6 +395,9 @@ class ShardReader:
                 raise ValueError(f"{file}: record {offset} has {len(data)} bytes, the index expects {size}")
             return data
         name = file if isinstance(file, str) else file.url
+        self._recent.append(name)
+        if (oldest := next(iter(self._files), name)) not in self._recent:
+            os.close(self._files.pop(oldest))
         fd = self._files.get(name)
         if fd is None:
             fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else self._open_remote(file)

@@ -215,8 +215,9 @@ def open_sidecar(shard: Path | RemoteShard, fingerprint: str) -> tuple[Sidecar |
     """Return the sidecar of a shard, from beside it or the cache folder; or None and why none fits.
 
     This is cheap: size and modification time are compared. Only if the time differs (a copy, a checkout) are the spans'
-    checksums read; if they agree, the new time is recorded. A shard that was broken is checked every time: it may have
-    been repaired, and a restored copy has the size and time that it had before.
+    checksums read; if they agree, the new time is recorded, beside the shard or in the cache folder. A shard that was
+    broken is checked every time: it may have been repaired, and a restored copy has the size and time that it had
+    before.
     """
     kept = cached_sidecar(shard, fingerprint)
     if isinstance(shard, RemoteShard):
@@ -265,6 +266,9 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
     if size is not None and header["shard_size"] != size:
         return None, f"of a shard of {header['shard_size']} bytes, it has {size}"
     moved = stat is not None and header["shard_mtime_ns"] != stat.st_mtime_ns
+    kept = cached_sidecar(shard, fingerprint)
+    if moved and path != kept and (found := read_sidecar(kept, shard, fingerprint)[0]):
+        return found, ""
     if moved or (stat and header["broken"]):
         # Scan the headers, too: a sample that was appended is in no span of the old index.
         spans, broken = scan_shard(shard)
@@ -277,8 +281,10 @@ def read_sidecar(path: Path, shard: Path | RemoteShard, fingerprint: str) -> tup
         if checksum(offset, size, crc32) != header["checksum"]:
             return None, "of other content (checksum)"
         header["shard_mtime_ns"] = stat.st_mtime_ns
-        with contextlib.suppress(OSError):  # a read-only folder: the checksums are read again next time
-            write_sidecar(path, pq.read_table(path), header)
+        for place in (path, kept):  # the folder may be read-only
+            with contextlib.suppress(OSError):
+                write_sidecar(place, pq.read_table(path), header)
+                break
     return Sidecar(path, header, file.metadata.num_rows), ""
 
 

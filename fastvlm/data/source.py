@@ -16,7 +16,7 @@ from fastvlm.data.augment import check_kinds
 from fastvlm.data.conversation import Text, with_system, with_system_text, without_images, without_images_text
 from fastvlm.data.index import list_shards, load_index, no_shards
 from fastvlm.data.remote import is_remote
-from fastvlm.data.source_index import SourceIndex
+from fastvlm.data.source_index import KEPT_SHARDS, SourceIndex
 from fastvlm.tokens import Tokenizer
 
 UNITS = ("samples", "tokens", "answer_tokens")
@@ -49,7 +49,8 @@ class Source:
         system: system prompt for every conversation, to name the style of its answers; None: none.
         images: False removes the images from every record, for baselines that must answer blind.
         shards: names of the folder's train shards if they are not `train-*.tar`, for data that others wrote: a pattern
-            ("*.tar") or a range ("{00000..00127}.tar"), of which every shard must exist.
+            ("*.tar", which leaves out `val-00000.tar`) or a range ("{00000..00127}.tar"), of which every shard must
+            exist.
         augment: kinds of augmentation (crop, jitter, mirror) that keep its answers true; the stage sets their strength.
             A crop may lose what is counted, read or located, a mirror swaps left and right.
         rebuild_index: build a missing or stale index; False: raise an error that names the command to build it.
@@ -87,6 +88,7 @@ class Source:
         self.system, self.images, self.shards = system, images, shards
         self.augment = check_kinds(augment, key=f"source {name}: augment")
         self.types = None if types is None else (types,) if isinstance(types, str) else tuple(types)
+        self.kept_shards = KEPT_SHARDS  # raised by a mixture of wider windows
 
     def has_split(self, split: str) -> bool:
         """Return whether the source has shards of the split."""
@@ -107,7 +109,9 @@ class Source:
         Raises:
             ValueError: see `load_index`.
         """
-        return load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
+        index = load_index(self.path, split, tokenizer, rebuild=self.rebuild_index, names=self.shards)
+        index.kept_shards = self.kept_shards
+        return index
 
     def edit(self, record: dict) -> dict:
         """Return a record as this source gives it to the model: with its system prompt, or without its images.
@@ -247,6 +251,8 @@ class Mixture:
         if window_shards < 1:
             raise ValueError(f"mixture.window_shards={window_shards} must be 1 or more")
         self.unit, self.window_shards = unit, window_shards
+        for source in sources.values():
+            source.kept_shards = max(source.kept_shards, 2 * window_shards)  # this window, and the next is fetched
         self.shares: list[Fraction] | None = None
         self.weights: dict[str, float] | None = None
         if weights is None:

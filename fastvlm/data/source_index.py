@@ -27,7 +27,7 @@ from fastvlm.data.shards import RawSample, ShardReader, parse_sample, sort_image
 from fastvlm.data.sidecar import SCHEMA
 
 log = logging.getLogger(__name__)
-KEPT_SHARDS = 16  # shards of a source whose remaining columns a process keeps
+KEPT_SHARDS = 16  # shards of a source whose remaining columns a process keeps at least
 
 
 class ShardRows:
@@ -92,6 +92,7 @@ class SourceIndex:
     faults: pa.Array
     checksum: str  # over the shards' checksums and the tokenizer; part of a plan's fingerprint
     broken: dict[str, str]  # shard -> where it broke
+    kept_shards: int = KEPT_SHARDS
 
     def __post_init__(self):
         self._rows: OrderedDict[int, ShardRows] = OrderedDict()
@@ -156,15 +157,15 @@ class SourceIndex:
         return merged(pa.chunked_array(chunks, type=SCHEMA.field(name).type))
 
     def _locate(self, row: int) -> tuple[int, int, ShardRows]:
-        """Return (shard, row in the shard, its columns); the columns of the last shards opened are kept."""
+        """Return (shard, row in the shard, its columns); the columns of the last shards read are kept."""
         k = bisect.bisect_right(self._starts, row) - 1  # ten times as fast as numpy for one number
         rows = self._rows.get(k)
         if rows is None:
-            rows = ShardRows(self.sidecars[k], checksum=self.checksums[k])
-            self._rows[k] = rows
-            while len(self._rows) > KEPT_SHARDS:
-                with contextlib.suppress(KeyError):  # another thread was faster
-                    self._rows.popitem(last=False)
+            rows = self._rows[k] = ShardRows(self.sidecars[k], checksum=self.checksums[k])
+        with contextlib.suppress(KeyError):  # another thread was faster
+            self._rows.move_to_end(k)
+            while len(self._rows) > self.kept_shards:
+                self._rows.popitem(last=False)
         return k, row - self._starts[k], rows
 
     def key(self, row: int) -> str:

@@ -34,6 +34,7 @@ from fastvlm.data.shards import ShardReader, Span, as_text, find_shards, parse_s
 
 SUFFIXES = {"lmdb": ".lmdb", "hdf5": ".h5"}
 MAX_OPEN = 32
+COMMIT_BYTES = 256 << 20  # LMDB holds what is written in memory until it is committed
 
 
 class LmdbStore:
@@ -287,15 +288,20 @@ def write_lmdb(path: Path, samples: Iterator[tuple[str, dict, dict[str, bytes]]]
     # Only an upper limit. Twice the bytes, because small values leave much of their pages empty.
     env = lmdb.open(str(path), subdir=False, lock=False, map_size=2 * size + (1 << 28), max_dbs=1)
     with contextlib.closing(env):
-        records = env.open_db(b"records")
-        with env.begin(write=True) as transaction:
-            for number, (key, record, images) in enumerate(samples):
-                members = {}
-                for suffix, data in images.items():
-                    members[suffix] = f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix.rsplit('.', 1)[-1]}"
-                    transaction.put(members[suffix].encode(), data, overwrite=False)
-                entry = json.dumps({"key": key, "record": record, "members": members}, ensure_ascii=False)
-                transaction.put(number.to_bytes(8, "big"), entry.encode(), db=records, append=True)
+        records, numbered, held = env.open_db(b"records"), enumerate(samples), COMMIT_BYTES
+        while held >= COMMIT_BYTES:
+            held = 0
+            with env.begin(write=True) as transaction:
+                for number, (key, record, images) in numbered:
+                    members = {}
+                    for suffix, data in images.items():
+                        members[suffix] = f"{hashlib.sha256(data).hexdigest()[:32]}.{suffix.rsplit('.', 1)[-1]}"
+                        transaction.put(members[suffix].encode(), data, overwrite=False)
+                    entry = json.dumps({"key": key, "record": record, "members": members}, ensure_ascii=False)
+                    transaction.put(number.to_bytes(8, "big"), entry.encode(), db=records, append=True)
+                    held += len(entry) + sum(map(len, images.values()))
+                    if held >= COMMIT_BYTES:
+                        break
         env.sync(True)
 
 

@@ -74,6 +74,8 @@ class WindowPlanner:
         passes: one per source.
         rows: limits and layout of rows.
         window: number of samples per window.
+        epoch: end a window after every so many samples, too; None: do not.
+        served: samples of the epochs that came before the first window.
     """
 
     def __init__(
@@ -85,15 +87,30 @@ class WindowPlanner:
         passes: Sequence[Passes],
         rows: Rows,
         window: int,
+        epoch: int | None = None,
+        served: int = 0,
     ):
         self.sources, self.unit, self.rows, self.window = sources, unit, rows, window
+        self.epoch, self.served, self._num_planned = epoch, served, 0
         self._passes = [p.rows() for p in passes]
         self._queues = [np.empty(0, dtype=np.int64) for _ in sources]  # rows of the current passes, not planned yet
         self._schedule = FairSchedule(weights, [p.costs(unit) for p in passes])
 
+    def _next_size(self) -> int:
+        """Return the number of samples of the next window."""
+        if self.epoch is None:
+            return self.window
+        size = min(self.window, self.epoch - (self.served + self._num_planned) % self.epoch)
+        # Two epochs share a group: its parts are windows of their own, or all groups that follow would be displaced.
+        group = self.rows.group or 1
+        begun = self._num_planned % group
+        return min(size, group - begun) if begun else size - size % group or size
+
     def next_window(self) -> Window:
         """Schedule and pack the next window."""
-        sources = self._schedule.take(self.window)
+        size = self._next_size()
+        sources = self._schedule.take(size)
+        self._num_planned += len(sources)
         rows = np.empty(len(sources), dtype=np.int32)
         lengths, images, costs = np.empty_like(rows), np.empty_like(rows), np.empty_like(rows)
         for i, source in enumerate(self.sources):
@@ -106,4 +123,4 @@ class WindowPlanner:
         packs = self.rows.fill(lengths, images, costs, sources, len(self.sources))
         place = np.fromiter(chain.from_iterable(packs), dtype=np.int32, count=len(sources))
         sizes = np.array([len(p) for p in packs] if self.rows.packing else [1] * len(sources), dtype=np.int32)
-        return Window(sources, rows, place, sizes, self._schedule.segments, len(sources) < self.window)
+        return Window(sources, rows, place, sizes, self._schedule.segments, len(sources) < size)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.batch import Sample
-from fastvlm.data.collate import NO_LABEL, collate
+from fastvlm.batch import NO_LABEL, Sample
+from fastvlm.data.collate import collate
 from fastvlm.tokens import IGNORE_INDEX
 
 OPTIONS = {"sources": ("a", "b"), "pad_id": 9, "image_size": 2, "num_answer_tokens": 5}

@@ -15,6 +15,7 @@ import time
 import warnings
 import zlib
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -100,13 +101,35 @@ def test_a_broken_image_is_skipped_and_nothing_else_moves(tmp_path, tokenizer, c
 
 
 def test_too_many_broken_samples_stop_the_run_by_name(tmp_path, tokenizer):
-    plan = plan_of(write_with_broken_images(tmp_path, 16, (3, 5)), tokenizer)
+    plan = plan_of(write_with_broken_images(tmp_path, 16, range(7)), tokenizer)
     dataset = PlannedDataset(plan, tokenizer=tokenizer, image_size=8, max_skipped_share=0.01)
     with pytest.raises(
-        ValueError, match=r"2 of \d+ samples could not be read, .*max_skipped_share=0.01: x/k[35], x/k[35]"
+        ValueError, match=r"7 of \d+ samples could not be read, .*max_skipped_share=0.01: x/k[0-6], x/k[0-6]"
     ):
         for i in range(8):
             dataset[i]
+
+
+@pytest.mark.parametrize(
+    ("share", "stops"), [(0.0, True), (0.001, False), (0.005, False), (0.01, False), (0.03, True), (0.2, True)]
+)
+def test_a_run_stops_at_a_larger_share_of_broken_samples_and_not_by_chance_at_a_smaller_one(
+    sources, tokenizer, share, stops
+):
+    """64 workers of which each reads 10,000 samples, a random `share` of them broken; at 0, one is broken after all."""
+    dataset = PlannedDataset(plan_of(sources["text"], tokenizer), tokenizer=tokenizer, image_size=8)
+    dataset.max_skipped_share = 0.01 if share else 0.0
+    num_stopped = 0
+    for worker in range(64):
+        broken = np.flatnonzero(np.random.default_rng(worker).random(10_000) < (share or 1e-3))
+        dataset._skipped = []
+        try:
+            for number in broken.tolist():
+                dataset._num_read = number + 1
+                dataset._skip(0, 0, ValueError("broken"))
+        except ValueError:
+            num_stopped += 1
+    assert num_stopped == (64 if stops else 0)
 
 
 def test_what_no_index_can_read_is_left_out_of_the_plan_by_name(tmp_path, tokenizer):

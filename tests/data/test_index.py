@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 
@@ -18,7 +20,8 @@ from fastvlm.data.conversation import encode_record
 from fastvlm.data.index import load_index
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.sidecar import build_index, sidecar
-from fastvlm.tokens import IGNORE_INDEX
+from fastvlm.data.source import Mixture, Source
+from fastvlm.tokens import IGNORE_INDEX, Tokenizer
 
 
 def test_lengths_in_the_index_are_those_of_the_encoded_record(sources, tokenizer):
@@ -77,22 +80,42 @@ def fill(folder, tokenizer):
     return folder
 
 
+def load_read_only(folder, tokenizer):
+    """Load an index from a folder that cannot be written; return its checksum, its place and the reads of spans."""
+    bind = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && "$@"'
+    script = (
+        "import sys; from fastvlm.data import sidecar; from fastvlm.data.index import load_index\n"
+        "from fastvlm.tokens import Tokenizer\n"
+        "read, spans = sidecar.read_span, []\n"
+        "sidecar.read_span = lambda *args: spans.append(args) or read(*args)\n"
+        "index = load_index(sys.argv[1], 'train', Tokenizer(sys.argv[2], template='roles'))\n"
+        "print(index.checksum, index.sidecars[0].parent, len(spans))"
+    )
+    command = ["unshare", "-rm", "sh", "-c", bind, "sh", sys.executable, "-c", script, str(folder), str(tokenizer.path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "mount" in done.stderr and "Traceback" not in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_read_only_copy_with_other_times_is_read_in_full_once(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    folder = write_source(tmp_path / "copy", "chat", 6)
+    checksum = load_index(folder, "train", tokenizer).checksum
+    for time in (1, 2):
+        os.utime(folder / "train-00000.tar", ns=(time, time))
+        first, again = (load_read_only(folder, tokenizer) for _ in range(2))
+        assert first[0] == checksum and first[2] == "6"
+        assert again == [checksum, str(tmp_path / "cache/index"), "0"]
+
+
 def test_where_a_folder_cannot_be_written_its_index_goes_into_the_cache_folder(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     folder = write_source(tmp_path / "medium", "chat", 50)
-    bind = f'mount --bind {folder} {folder} && mount -o remount,ro,bind {folder} && "$@"'
-    script = (
-        "import sys; from fastvlm.data.index import load_index; from fastvlm.tokens import Tokenizer\n"
-        "index = load_index(sys.argv[1], 'train', Tokenizer(sys.argv[2], template='roles'))\n"
-        "print(index.checksum, index.sidecars[0].parent)"
-    )
-    command = ["unshare", "-rm", "sh", "-c", bind, "sh", sys.executable, "-c", script, str(folder), str(tokenizer.path)]
-    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
-    if "mount" in done[0].stderr and "Traceback" not in done[0].stderr:
-        pytest.skip("no mounts here")
-    assert done[0].returncode == 0, done[0].stderr
-    assert done[0].stdout == done[1].stdout
-    checksum, where = done[0].stdout.split()
+    first, again = (load_read_only(folder, tokenizer) for _ in range(2))
+    assert first[:2] == again[:2] and again[2] == "0"
+    checksum, where, _ = first
     assert where == str(tmp_path / "cache/index")
     assert not list(folder.glob("*.parquet"))
     assert checksum == load_index(folder, "train", tokenizer).checksum
@@ -157,6 +180,42 @@ def test_an_index_that_is_asked_for_takes_the_place_beside_the_shard(
     index_module.main()
     assert f"{sidecar(tmp_path / 'train-00000.tar')}: 6 samples" in capsys.readouterr().out
     assert load_index(tmp_path, "train", other_tokenizer, rebuild=False).sidecars[0].parent == tmp_path
+
+
+@pytest.mark.parametrize("image_token", ["<|image|>", "<image>"])
+def test_the_command_that_a_refusal_names_builds_the_index_that_was_missing(
+    tmp_path, tokenizer, monkeypatch, image_token
+):
+    ours = Tokenizer(tokenizer.path, template="roles", image_token=image_token)
+    write_source(tmp_path, "chat", 6)
+    with pytest.raises(ValueError, match="is missing; rebuild it with") as refused:
+        load_index(tmp_path, "train", ours, rebuild=False)
+    command = shlex.split(re.search("`python -m (.*)`", str(refused.value))[1])
+    assert ("--image-token" in command) == (image_token == "<image>")
+    monkeypatch.setattr(sys, "argv", command)
+    index_module.main()
+    assert load_index(tmp_path, "train", ours, rebuild=False).num_samples == 6
+
+
+def test_unless_told_the_command_indexes_every_split_that_is_there(tmp_path, tokenizer, monkeypatch):
+    splits = ("train", "val", "testA", "testB")
+    for number, split in enumerate(splits):
+        write_source(tmp_path, "text", 3, split=split, start=10 * number)
+    named = ["--tokenizer", str(tokenizer.path), "--template", tokenizer.template.name]
+    monkeypatch.setattr(sys, "argv", ["index", str(tmp_path), *named])
+    index_module.main()
+    for split in splits:
+        assert load_index(tmp_path, split, tokenizer, rebuild=False).num_samples == 3
+
+
+@pytest.mark.parametrize(("window_shards", "kept"), [(4, 16), (9, 18)])
+def test_the_shards_read_last_stay_open_and_two_windows_of_them(tmp_path, tokenizer, window_shards, kept):
+    source = Source("x", path=write_source(tmp_path, "text", 20, max_samples=1))
+    Mixture({"x": source}, weights=None, unit="samples", window_shards=window_shards)
+    index, reader = source.load("train", tokenizer), ShardReader()
+    for row in (*range(kept), 0, kept):
+        index.read(row, reader)
+    assert list(index._rows) == [*range(2, kept), 0, kept]
 
 
 def test_many_missing_indexes_are_built_by_many_processes_and_are_the_same(tmp_path, tokenizer, monkeypatch, capfd):

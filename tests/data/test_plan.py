@@ -228,13 +228,13 @@ def test_long_samples_are_cut_and_those_without_an_answer_left_out_by_name(sourc
 def test_what_long_samples_are_cut_to_is_read_once(sources, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path))
     monkeypatch.setattr("fastvlm.data.lengths.NOTED_ROWS", 0)
-    read, rows = SourceIndex.read_with_text, []
+    read, rows = SourceIndex.text, []
 
-    def note(index, row, reader, **options):
+    def note(index, row, **options):
         rows.append(row)
-        return read(index, row, reader, **options)
+        return read(index, row, **options)
 
-    monkeypatch.setattr(SourceIndex, "read_with_text", note)
+    monkeypatch.setattr(SourceIndex, "text", note)
     plans, counts = [], []
     for max_tokens in (14, 14, 12):
         rows.clear()
@@ -242,6 +242,26 @@ def test_what_long_samples_are_cut_to_is_read_once(sources, tokenizer, tmp_path,
         counts.append(len(rows))
     assert counts[0] > 0 and counts[1] == 0 and counts[2] > counts[0], "another budget is another cut"
     assert plans[0].fingerprint == plans[1].fingerprint and report(plans[0]) == report(plans[1])
+
+
+@pytest.mark.parametrize("kinds", [("caption",), KINDS])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("layout", [{}, {"pack_window": 64}, {"packing": False}, {"packing": False, "sort_window": 64}])
+def test_rows_hold_every_sample_as_often_as_there_were_epochs(sources, tokenizer, kinds, unit, layout):
+    mixture = Mixture({k: Source(k, path=sources[k]) for k in kinds}, weights=None, unit=unit)
+    plan = plan_of(sources, tokenizer, mixture=mixture, num_steps=None, epochs=3, **layout)
+    samples = [pair for step in steps_of(plan) for row in step.rows for pair in row]
+    for epochs in (1, 2, 3):
+        assert set(Counter(samples[: epochs * plan.epoch_samples]).values()) == {epochs}
+    assert len(samples) - 3 * plan.epoch_samples < sum(map(len, plan.step(plan.num_steps - 1).rows))
+
+
+def test_only_steps_that_two_epochs_share_hold_samples_of_very_different_length(sources, tokenizer):
+    """130 samples in steps of 4: the first and the third epoch end inside a step."""
+    layout = {"packing": False, "sort_window": 64, "mixture": mix(sources, kinds=("caption", "text"), weights=(9, 4))}
+    plan = plan_of(sources, tokenizer, num_steps=None, epochs=3, **layout)
+    lengths = np.array([[int(plan.sources[s].length[n]) for ((s, n),) in step.rows] for step in steps_of(plan)])
+    assert set(np.flatnonzero(np.ptp(lengths, axis=1) > 10)) <= {130 // 4, 390 // 4}
 
 
 def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
@@ -252,6 +272,7 @@ def test_an_epoch_is_as_many_samples_as_the_sources_hold(sources, tokenizer):
     assert planned >= 250 > planned - last
     assert plan_of(sources, tokenizer, num_steps=None, epochs=1).num_steps == plan.num_steps
     longer = plan_of(sources, tokenizer, num_steps=plan.num_steps * 3)
+    assert longer.fingerprint != plan.fingerprint, "its windows end elsewhere"
     positions = [longer.position(i) for i in range(longer.num_steps)]
     assert positions[0] == (0, 0)
     begun = [p for p, q in zip(positions[1:], positions) if p[0] != q[0]]

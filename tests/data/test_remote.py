@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.listing import write_listing
 from fastvlm.data.plan import Plan
-from fastvlm.data.remote import locate_shards
+from fastvlm.data.remote import file_name, locate_shards
 from fastvlm.data.shards import ShardReader
 from fastvlm.data.sidecar import build_index
 from fastvlm.data.source import Mixture, Source
@@ -100,6 +102,36 @@ def test_list_order_is_kept_and_names_without_a_split_are_train(tmp_path, tokeni
     mixed = Source("x", path=[f"{tmp_path}/{name}.tar" for name in ("train-00000", "testA-00000", "00001")])
     names = lambda split: [os.path.basename(shard) for shard in mixed.load(split, tokenizer).shards]
     assert names("train") == ["train-00000.tar", "00001.tar"] and names("testA") == ["testA-00000.tar"]
+
+
+@pytest.mark.parametrize("place", ["folder", "memory", "http"])
+def test_a_pattern_for_train_leaves_out_the_shards_of_other_splits(tmp_path, tokenizer, place):
+    import fsspec
+
+    for number, (split, name) in enumerate(
+        [("train", "00000"), ("train", "cc3m-train-0000"), ("val", "val-00000"), ("testA", "testA-00000")]
+    ):
+        write_source(tmp_path / "x", "text", 10, split=split, start=100 * number)
+        (tmp_path / f"x/{split}-00000.tar").rename(tmp_path / f"x/{name}.tar")
+    write_listing(tmp_path / "x")
+    fs, bucket = fsspec.filesystem("memory"), uuid.uuid4().hex
+    for file in (tmp_path / "x").iterdir():
+        fs.pipe_file(f"/{bucket}/{file.name}", file.read_bytes())
+    with FaultServer(tmp_path / "x") as server:
+        path = {"folder": str(tmp_path / "x"), "memory": f"memory://{bucket}", "http": server.url}[place]
+        source = Source("x", path=path, shards="*.tar")
+        names = {split: list(map(file_name, source.load(split, tokenizer).shards)) for split in ("train", "val")}
+    assert names == {"train": ["00000.tar", "cc3m-train-0000.tar"], "val": ["val-00000.tar"]}
+
+
+def test_a_path_may_begin_at_home_and_one_with_a_star_names_the_key_for_it(tmp_path, monkeypatch):
+    write_source(tmp_path / "x", "text", 20, max_samples=10)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shards = [tmp_path / f"x/train-0000{i}.tar" for i in range(2)]
+    for path in ("~/x/train-{00000..00001}.tar", ["~/x/train-00000.tar", "file://~/x/train-00001.tar"]):
+        assert locate_shards(path, "train") == shards
+    with pytest.raises(ValueError, match=rf"takes no \*: set path={tmp_path}/x and shards='train-\*.tar'$"):
+        Source("x", path="~/x/train-*.tar").has_split("train")
 
 
 @pytest.mark.parametrize("names", ["{00000..00001}.tar", "*.tar"])
@@ -311,6 +343,52 @@ def test_any_file_system_of_fsspec_will_do(folder, tokenizer):
         plan = plan_of(path, tokenizer)
         assert plan.fingerprint == local.fingerprint
         assert_same(batches_of(plan, tokenizer), batches_of(local, tokenizer))
+
+
+class NameNode(BaseHTTPRequestHandler):
+    """Serves its server's folder as `/data` of WebHDFS."""
+
+    def do_GET(self):
+        place, asked = self.path.partition("?")[0], dict(parse_qsl(self.path.partition("?")[2]))
+        file = self.server.folder / place.removeprefix("/webhdfs/v1/data").lstrip("/")
+        status, answer = 200, b""
+        if not file.exists():
+            missing = {"exception": "FileNotFoundException", "message": place}
+            status, answer = 404, json.dumps({"RemoteException": missing}).encode()
+        elif asked["op"] == "LISTSTATUS":
+            found = [self.describe(path) for path in file.iterdir()]
+            answer = json.dumps({"FileStatuses": {"FileStatus": found}}).encode()
+        elif asked["op"] == "GETFILESTATUS":
+            answer = json.dumps({"FileStatus": self.describe(file)}).encode()
+        else:
+            answer = file.read_bytes()[int(asked["offset"]) :][: int(asked["length"])]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def describe(self, path):
+        kind = "DIRECTORY" if path.is_dir() else "FILE"
+        return {"pathSuffix": path.name, "type": kind, "length": path.stat().st_size}
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_file_system_whose_host_stands_in_the_url_is_asked_there(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for start in (0, 500):  # two hosts with files of the same names
+        local = load_index(write_source(tmp_path / str(start), "chat", 30, start=start), "train", tokenizer)
+        with ThreadingHTTPServer(("127.0.0.1", 0), NameNode) as server:
+            server.folder = tmp_path / str(start)
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            url = f"webhdfs://127.0.0.1:{server.server_port}/data"
+            for path in (url, f"{url}/train-{{00000..00001}}.tar"):
+                index, reader = load_index(path, "train", tokenizer), ShardReader()
+                assert index.checksum == local.checksum and index.read(29, reader).key == f"chat-{start + 29:05d}"
+            with pytest.raises(ValueError, match=r"train-00009.tar: not found; put it back"):
+                load_index(f"{url}/train-00009.tar", "train", tokenizer)
+            server.shutdown()
 
 
 @pytest.fixture(scope="module")

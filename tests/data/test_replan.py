@@ -64,6 +64,18 @@ def test_after_a_replan_no_sample_comes_again_before_every_other_has_come(folder
             left[key] += 1
 
 
+def test_the_rest_of_an_epoch_holds_what_its_begin_did_not(folder, tokenizer, tmp_path):
+    options = {"num_steps": None, "epochs": 2, "packing": True, "weights": {"caption": 1, "text": 0}}
+    before, seen = interrupt(folder, tokenizer, tmp_path, 2, **options)
+    came = keys_of(before, range(2))
+    assert 0 < len(came) < 60
+    rewrite(folder, keep=range(60), add=range(100, 110))
+    plan = make_plan(folder, tokenizer, after=seen, **options)
+    came += keys_of(plan, range(2, plan.num_steps))
+    for epochs in (1, 2):
+        assert set(Counter(came[: 70 * epochs]).values()) == {epochs}
+
+
 def keys_of_source(plan):
     return [(s.name, s.index.key(row)) for s in plan.sources for row in s.rows.tolist()]
 

@@ -17,6 +17,7 @@ from fastvlm.data.shards import ShardWriter
 from fastvlm.data.source import Mixture, Source
 from fastvlm.data.transforms import ImageTransform
 from fastvlm.pipeline.held_out import held_out_records
+from fastvlm.pipeline.training import Checkpoints
 from fastvlm.tokens import IGNORE_INDEX
 
 STEPS = 9
@@ -135,6 +136,19 @@ def test_a_killed_run_sees_the_same_batches_and_ends_with_the_same_weights(
     assert resumed.seen == whole.seen[saved * accumulate :]
     assert killed.seen == whole.seen[: len(killed.seen)]
     assert torch.equal(resumed.table.weight, whole.table.weight)
+
+
+def test_a_run_killed_twice_between_two_checkpoints_goes_on_from_the_first_of_them(sources, tokenizer, tmp_path):
+    def run(folder, **options):
+        saves = {"save_on_train_epoch_end": False, "enable_version_counter": False}
+        also = [Checkpoints(folder, filename="{step}", every_n_train_steps=4, **saves)]
+        return fit(sources, tokenizer, tmp_path / "others", accumulate=2, also=also, **options)[0]
+
+    whole, checkpoint = run(tmp_path / "whole"), tmp_path / "killed" / "step=4.ckpt"
+    run(checkpoint.parent, die_at=(6, 12))
+    run(checkpoint.parent, die_at=(6, 12), resume=str(checkpoint))
+    resumed = run(checkpoint.parent, resume=str(checkpoint))
+    assert resumed.seen == whole.seen[4 * 2 :] and torch.equal(resumed.table.weight, whole.table.weight)
 
 
 def test_two_integers_and_a_fingerprint_say_where_the_data_stand(sources, tokenizer, tmp_path):

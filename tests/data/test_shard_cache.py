@@ -123,6 +123,20 @@ def test_a_shard_in_use_is_never_evicted_and_without_room_it_is_read_from_the_se
         assert kept(cache) == ["train-00001.tar", "train-00002.tar"]
 
 
+def test_a_cache_smaller_than_all_shards_suffices_as_long_as_it_holds_those_in_use(folder, caplog):
+    with FaultServer(folder) as server:
+        shards, reader = shards_of(server), ShardReader(cache=ShardCache(max_bytes=2 * SIZE))
+        for i, shard in enumerate(shards):
+            data = (folder / f"train-{i:05d}.tar").read_bytes()
+            assert all(reader.read(shard, k, 10) == data[k : k + 10] for k in range(120))
+        assert not caplog.text and set(server.sent.values()) == {SIZE}
+        for k in range(400):  # three shards in turn, of which the cache holds two
+            reader.read(shards[3 + k % 3], k, 10)
+        assert caplog.text.count("shards are read without the cache") == 1
+        assert sum(server.sent.values()) < 8 * SIZE
+        reader.close()
+
+
 def test_a_part_that_nobody_completes_goes_like_any_other(folder):
     with FaultServer(folder) as server:
         shards, cache = shards_of(server), ShardCache(max_bytes=2 * SIZE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_world import draw_png
 
+from fastvlm.data import stores as module
 from fastvlm.data.dataset import PlannedDataset
 from fastvlm.data.index import load_index
 from fastvlm.data.plan import Plan
@@ -74,6 +75,21 @@ def test_an_image_that_many_samples_show_is_stored_once(tmp_path, tokenizer, for
     assert store.stat().st_size < 10 * len(image) < sum(p.stat().st_size for p in (tmp_path / "tar").glob("*.tar"))
     index, reader = load_index(tmp_path / "out", "train", tokenizer), ShardReader()
     assert all(index.read(i, reader).images == [image] for i in range(50))
+
+
+def test_what_is_packed_into_an_lmdb_is_on_disk_long_before_the_end(tmp_path, monkeypatch):
+    path, sizes, images = tmp_path / "train-00000.lmdb", [], [os.urandom(10_000) for _ in range(40)]
+
+    def samples():
+        for number, image in enumerate(images):
+            sizes.append(path.stat().st_size)
+            yield f"s-{number}", {"id": number}, {"0.png": image}
+
+    monkeypatch.setattr(module, "COMMIT_BYTES", 50_000)
+    module.write_lmdb(path, samples(), 400_000)
+    assert all(size >= 10_000 * number - 60_000 for number, size in enumerate(sizes))
+    store = open_store(path)
+    assert [store.image(json.loads(store.record(i))["members"]["0.png"]) for i in range(len(store))] == images
 
 
 @pytest.mark.parametrize("format", FORMATS)

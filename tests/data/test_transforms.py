@@ -163,8 +163,11 @@ def test_photographs_are_upright_and_their_size_is_that_of_the_upright_picture(o
     assert torch.equal(ours, torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 
-def test_an_orientation_that_is_nonsense_is_none():
-    data = encode(PHOTOS[0].resize((64, 40)), "jpeg", exif=b"Exif\0\0nonsense")
+@pytest.mark.parametrize("block", [b"nonsense", b"", b"II", b"II*\0", b"II+\0\x08\0\0\0", b"MM\0*\0\0\0\x08\0\1"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_an_orientation_that_is_nonsense_is_none(kind, block):
+    density = {"dpi": (72, 72)} if kind == "jpeg" else {}  # without it, Pillow reads the EXIF when it opens the file
+    data = encode(PHOTOS[0].resize((64, 40)), kind, exif=b"Exif\0\0" + block, **density)
     assert measure_image(data) == (64, 40) and decode_image(data, 32).shape == (3, 32, 32)
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 from data.prepare import main, prepare
 from data.recipes.writing import Fault, read_file
 from fastvlm.data.index import load_index
+from fastvlm.tokens import Tokenizer
 
 ROWS = 240
 
@@ -375,6 +376,15 @@ def test_another_tokenizer_makes_new_indexes_and_leaves_the_shards(words, other_
     assert main([*told, f"out={out}"]) == 0 and "complete already" in capsys.readouterr().out
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.tar")} == before
     assert load_index(out, "train", other_tokenizer, rebuild=False).num_samples == ROWS - 1
+
+
+def test_an_image_token_of_ones_own_is_that_of_the_index(words, tokenizer, tmp_path, capsys):
+    out = tmp_path / "out"
+    for image_token in ("<image>", "<picture>"):  # for new shards, and for those that are there
+        assert main([*words, f"image_token={image_token}", f"out={out}"]) == 0
+        ours = Tokenizer(tokenizer.path, template=tokenizer.template.name, image_token=image_token)
+        assert load_index(out, "train", ours, rebuild=False).num_samples == ROWS - 1
+    assert "complete already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,6 +64,22 @@ def test_a_csv_table_reads_as_the_library_reads_it(tmp_path_factory, rows, size)
     writer.writerows([("a", "b"), *rows])
     path.write_bytes(b"\xef\xbb\xbf" + out.getvalue().encode())
     assert read_all(path, size) == [{"a": a, "b": b} for a, b in rows]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
+def test_a_part_of_many_rows_is_never_held_in_memory(tmp_path, monkeypatch, name):
+    rows = [{"text": f"{i} " + "x" * 1000} for i in range(2000)]
+    text = {"json": json.dumps(rows), "jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+    text["csv"] = "text\n" + "".join(row["text"] + "\n" for row in rows)
+    (tmp_path / name).write_text(text[name.rpartition(".")[2]])
+    monkeypatch.setattr(module, "CHUNK", 1 << 14)
+    (part,) = cut_rows(tmp_path / name, rows=len(rows))
+    tracemalloc.start()
+    try:
+        assert all(row == wanted for (_, row), wanted in zip(read_rows(part), rows, strict=True))
+        assert tracemalloc.get_traced_memory()[1] < 300_000 < (tmp_path / name).stat().st_size // 5
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("group", [1, 3, 7, 50])
