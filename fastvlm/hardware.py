@@ -118,8 +118,9 @@ class Hardware:
             )
         if self.strategy == "auto" and self.num_ranks > 1:
             self.strategy = "ddp"
-        if self.rows_per_device is not None and self.rows_per_device < 1:
-            raise ValueError(f"hardware.rows_per_device={self.rows_per_device} must be at least 1")
+        for key in ("rows_per_device", "accumulate", "devices", "num_nodes", "threads"):
+            if isinstance(value := getattr(self, key), int) and value < 1:
+                raise ValueError(f"hardware.{key}={value} must be at least 1")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.num_workers == "auto":
             # On two cores a loader process competes with the step: 15 % slower on the embedded run.

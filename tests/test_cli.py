@@ -1,6 +1,7 @@
 """A user's mistake is one line that names the file, the key and the fix; nothing already written is damaged."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -59,6 +60,23 @@ def one_line(done, *words: str) -> None:
 )
 def test_a_typo_or_a_wrong_value_is_one_line_with_the_nearest_right_name(cli, argument, words):
     one_line(cli("train.py", *ALIGN, "name=typo", argument, check=False), *words)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("checkpoint_every=-1", "checkpoint_every=-1 must be at least 1"),
+        ("max_steps=0", "max_steps=0 must be at least 1, or null"),
+        ("+part_seeds.encodr=3", "part_seeds.encodr=3: the parts are encoder, resampler, projector, llm"),
+        ("stages.align.warmup_steps=-5", "stages.align.warmup_steps=-5 must not be below 0"),
+        ("stages.align.final=-2", "stages.align.final=-2.0 must not be below 0"),
+        ("stages.align.val_samples=-3", "stages.align.val_samples=-3 must not be below 0"),
+        ("stages.align.clip=-1", "stages.align.clip=-1 must be above 0, or null"),
+    ],
+)
+def test_a_number_that_means_nothing_is_refused_with_its_key(argument, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check(compose("train", ["pipeline=align", argument]))
 
 
 def test_parts_beside_a_pretrained_model_are_refused_which_brings_its_own(cli):

@@ -71,6 +71,9 @@ def test_under_slurm_nodes_and_devices_are_the_jobs(monkeypatch):
     [
         ({"strategy": "fsdp1"}, "hardware.strategy=fsdp1 is not one of auto, ddp, fsdp, deepspeed_zero3"),
         ({"rows_per_device": 0}, "hardware.rows_per_device=0 must be at least 1"),
+        ({"accumulate": 0}, "hardware.accumulate=0 must be at least 1"),
+        ({"devices": 0}, "hardware.devices=0 must be at least 1"),
+        ({"threads": 0}, "hardware.threads=0 must be at least 1"),
         ({"precision": "bf16-true"}, "precision=bf16-true is not one of .*; set bf16-mixed, and llm.dtype=bfloat16 if"),
         ({"precision": "16-mixed", "strategy": "fsdp"}, "16-mixed is nothing for hardware.strategy=fsdp; set bf16-mix"),
     ],

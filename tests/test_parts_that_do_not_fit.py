@@ -70,6 +70,15 @@ def test_token_counts_that_do_not_fit_are_told_before_any_training(tiny_config, 
             ],
             "stages.instruct.adapt.llm.targets: no linear layer is named q_projj; there are .*q_proj",
         ),
+        (
+            ["stages.instruct.parts=[llm]"],
+            r"stages.instruct.trainable.projector: projector learns, but stages.instruct.parts=\[llm\] is without it; "
+            "set stages.instruct.trainable.projector=null, or add projector to stages.instruct.parts",
+        ),
+        (
+            ["stages.base.adapt.encoder={method: partial, num: 1, lr: 1}"],
+            r"stages.base.adapt.encoder: encoder learns, but stages.base.parts=.*; set stages.base.adapt.encoder=null",
+        ),
     ],
 )
 def test_what_a_later_stage_cannot_train_is_told_before_any_training(

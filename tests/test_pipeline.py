@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastvlm.build import load_run
+from fastvlm.callbacks.handoff import StageHandoff
 from fastvlm.data.source import Mixture, Source
+from fastvlm.pipeline import Pipeline
 from fastvlm.pipeline.stage_data import in_stage
 from fastvlm.pipeline.stage_folder import augment_changes, newest_checkpoint, stopped_before
 from tests.conftest import ROOT, TINY
@@ -377,9 +381,14 @@ def test_lora_and_last_layers_hand_on_plain_weights(cli, tmp_path):
     assert any(r["part"] == "llm" and not r["trainable"] and not r["changed"] for r in rows)
 
 
-def test_the_contrastive_stage_trains_an_encoder(cli, tmp_path):
-    cli("train.py", *TINY, "pipeline=contrastive", "stages.contrastive.steps=3", "stages.contrastive.batch_size=8")
-    assert set(handoffs(tmp_path / "runs")["contrastive"]["components"]) == {"encoder", "llm"}
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_contrastive_stage_trains_an_encoder_and_is_validated_with_rows_left_over(cli, tmp_path, devices):
+    # Of the second step of validation all rows but two are empty.
+    sizes = [f"stages.contrastive.{key}" for key in ("steps=3", "batch_size=6", "val_samples=8")]
+    cli("train.py", *TINY, "pipeline=contrastive", *sizes, f"hardware.devices={devices}")
+    manifest = handoffs(tmp_path / "runs")["contrastive"]
+    assert set(manifest["components"]) == {"encoder", "llm"} and 0 < manifest["metrics"]["val/loss"] < 3
 
 
 def test_the_contrastive_stage_refuses_micro_batches_which_would_change_what_is_compared(cli):
@@ -420,6 +429,47 @@ def test_a_stage_killed_in_its_last_validation_is_validated_and_proved_when_it_g
     metrics = json.loads((folder / "handoff" / "manifest.json").read_text())["metrics"]
     assert "val/loss" in metrics and metrics["cost/seconds"] > 0 and metrics["cost/step_ms"] > 0
     assert json.loads((folder / "freezing.json").read_text())["rows"]
+
+
+def stop_before_handoff(config, monkeypatch) -> Path:
+    """Train a stage to its last step without its handoff, and return its folder."""
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
+        patch.setattr(StageHandoff, "on_fit_end", Mock(side_effect=EOFError))
+        Pipeline(config).run()
+    (folder,) = Path(config.paths.runs).glob("stages/*")
+    return folder
+
+
+STOPPED = ["pipeline=align", "stages.align.steps=4", "stages.align.val_samples=0", "checkpoint_every=2", "name=stopped"]
+STOPPED += ["hardware.num_workers=0"]
+
+
+def test_an_interrupted_stage_that_is_another_now_begins_anew_and_says_what_differs(tiny_config, monkeypatch, capsys):
+    folder = stop_before_handoff(tiny_config(*STOPPED), monkeypatch)
+    Pipeline(tiny_config(*STOPPED, "hardware.precision=bf16-mixed")).run()
+    said = f"align: begins at step 0; {folder.name} stopped at step 2 and differs: precision: ['32-true', None] there, "
+    assert f"{said}['bf16-mixed', None] here\n" in capsys.readouterr().out
+    Pipeline(tiny_config(*STOPPED)).run()
+    out = capsys.readouterr().out
+    assert "begins at step 0" not in out and "going on from step=2.ckpt" in out
+
+
+def test_weights_that_a_killed_run_has_put_aside_are_gone_when_it_goes_on(tiny_config, monkeypatch):
+    folder = stop_before_handoff(tiny_config(*STOPPED), monkeypatch)
+    (folder / ".llm.4711.safetensors").touch()
+    Pipeline(tiny_config(*STOPPED)).run()
+    assert not list(folder.glob(".*.safetensors")) and (folder / "handoff/projector.safetensors").exists()
+
+
+def test_a_run_that_ends_with_text_is_evaluated_with_the_views_of_the_last_stage_that_sees(tiny_config):
+    stages = ["pipeline=align", "+stage@stages.last=base", "stages.align.image_size=32", "name=text"]
+    pipeline, asked = Pipeline(tiny_config(*stages)), []
+    pipeline.run_dir.mkdir(parents=True)
+    pipeline.model, pipeline.tokenizer = torch.nn.Identity(), None
+    run = lambda *_, image_size, transform, **__: asked.extend([image_size, transform.image_size]) or {"examples": []}
+    pipeline.task = SimpleNamespace(run=run, render=str)
+    pipeline.evaluate({"seconds": {}}, [])
+    assert asked == [32, 32]
 
 
 def test_a_checkpoint_is_written_where_it_stays_and_one_cut_short_is_passed_over(cli, cli_place, tmp_path):

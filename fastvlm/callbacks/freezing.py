@@ -70,7 +70,8 @@ class StageFreezing(L.Callback):
     def apply(self, stage: L.LightningModule) -> None:
         with torch.random.fork_rng(devices=[]):
             # Adapters are initialised randomly, but equally on every rank, whatever its random state.
-            torch.manual_seed(int.from_bytes(f"{getattr(stage, 'seed', 0)} {self.name}".encode()) % 2**63)
+            named = hashlib.sha256(f"{getattr(stage, 'seed', 0)} {self.name}".encode())
+            torch.manual_seed(int.from_bytes(named.digest()[:8], "big"))
             settings = self.adapted(stage.model)
         rates = {name: one["lr"] for name, one in settings.items()}
         apply_trainable(stage.model, rates)

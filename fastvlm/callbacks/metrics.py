@@ -111,7 +111,7 @@ class Metrics(Callback):
             self._total = of_sources(torch.tensor(state["total"], dtype=torch.int64), before, now, beside=1)
         self._seconds = dict(state["seconds"])
         self._num_skipped, self._logged_step = state["num_skipped"], state["logged_step"]
-        # The checkpoint holds only rank 0's window, so only that rank may add it again.
+        # The checkpoint holds the window of all ranks, so only one rank may add it again.
         if trainer.is_global_zero:
             self._losses.load_state_dict(state["losses"], device)
             for key in {"source_loss", "source_tokens"} & self._losses.sums.keys():
@@ -304,6 +304,13 @@ class Metrics(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning saves between two batches; that time is not waiting for data.
         self._idle_since = None
+        if trainer.world_size == 1:
+            return
+        state = checkpoint["callbacks"][self.state_key]  # of rank 0; `reduce` may add up in place
+        total = lambda tensor: trainer.strategy.reduce(tensor.clone(), reduce_op="sum").tolist()
+        state["losses"]["sums"] = {key: total(value) for key, value in sorted(self._losses.sums.items())}
+        state["window"] = None if self._window is None else total(self._window)
+        state["skipped"] = self._gather_skipped(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._idle_since = None

@@ -35,12 +35,21 @@ def what_learns(name: str, stage: DictConfig, model: VLM) -> dict[str, nn.Parame
     """Return the parameters a stage trains, adapters included, on the meta device: `model` stays as it is.
 
     Raises:
-        ValueError: a pattern, a layer count or an adapter's targets do not fit the model, or a parameter has 16 bits.
+        ValueError: a pattern, a layer count or an adapter's targets do not fit the model, a part learns that is not one
+            of the stage's, or a parameter has 16 bits.
     """
     freezing = build_freezing(name, OmegaConf.to_container(stage, resolve=True), quantise=None, path=Path("unused"))
     shapes = copy_with(model, lambda tensor: shape_of(tensor, "meta"))
     with torch.random.fork_rng(devices=[]):  # peft draws an adapter's first weights before it moves them
         rates = freezing.adapted(shapes)
+    # The stage's identity covers its parts alone: another run could go on with this one's weights unawares.
+    if others := sorted({key.split(".")[0] for key in rates} - set(stage.parts)):
+        part = others[0]
+        key = f"stages.{name}.{'adapt' if part in stage.adapt else 'trainable'}.{part}"
+        raise ValueError(
+            f"{key}: {part} learns, but stages.{name}.parts=[{', '.join(stage.parts)}] is without it; set {key}=null, "
+            f"or add {part} to stages.{name}.parts"
+        )
     learns = {key: parameter for key, parameter in shapes.named_parameters() if key in rates}
     for key, parameter in learns.items():
         if parameter.itemsize < 4:  # an update smaller than half a step of the format changes nothing

@@ -16,6 +16,7 @@ from zipfile import is_zipfile
 from fastvlm.hardware import is_first_rank
 from fastvlm.pipeline.messages import say
 from fastvlm.pipeline.ranks import agree
+from fastvlm.pipeline.run_folder import differences
 
 
 @contextmanager
@@ -51,8 +52,7 @@ def stopped_before(link: Path, identity: dict) -> Path | None:
     """
     folder, of_data = link.resolve(), {"data": None, "augment": None}
     theirs = read_identity(folder)
-    ours = json.loads(json.dumps(identity, default=str))
-    return folder if theirs is not None and theirs | of_data == ours | of_data else None
+    return folder if theirs is not None and theirs | of_data == as_read(identity) | of_data else None
 
 
 def read_identity(folder: Path) -> dict | None:
@@ -60,6 +60,23 @@ def read_identity(folder: Path) -> dict | None:
         return json.loads((folder / "identity.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+def as_read(identity: dict) -> dict:
+    return json.loads(json.dumps(identity, default=str))
+
+
+def left_behind(link: Path, identity: dict) -> str | None:
+    """Return in one line at which step a run's earlier stage stopped and how it differs from the present one.
+
+    None if it was not interrupted.
+    """
+    theirs, checkpoint = read_identity(link.resolve()), newest_checkpoint(link.resolve())
+    if theirs is None or checkpoint is None:
+        return None
+    differ = list(differences(theirs, as_read(identity)))
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return f"{link.resolve().name} stopped at step {step_of(checkpoint)} and differs: {'; '.join(differ[:3])}{more}"
 
 
 def augment_changes(before: dict, now: dict) -> list[str]:

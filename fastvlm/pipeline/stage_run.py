@@ -20,6 +20,7 @@ from fastvlm.pipeline.run_folder import ON_CHANGE, point
 from fastvlm.pipeline.stage_data import build_data, in_stage
 from fastvlm.pipeline.stage_folder import (
     augment_changes,
+    left_behind,
     newest_checkpoint,
     only_one,
     read_identity,
@@ -106,9 +107,15 @@ class StageRun:
         if (stopped := agree(stopped_before(self.link, self.identity))) and stopped != self.folder:
             self.go_on_from(stopped)
         with only_one(self.folder):
+            if is_first_rank():  # before the ranks agree: none has written its own yet
+                for original in self.folder.glob(".*.safetensors"):  # of quantised parts, left by a killed run
+                    original.unlink()
             manifest = agree(read_manifest(self.folder / "handoff"))
             found = manifest is not None
             if is_first_rank():
+                anew = not (found or stopped or newest_checkpoint(self.folder))
+                if anew and (left := left_behind(self.link, self.identity)):
+                    say(f"\n{self.name}: begins at step 0; {left}")
                 point(self.link, at=self.folder)
             if found:
                 say(f"\n{self.name}: finished before ({self.folder.name})")

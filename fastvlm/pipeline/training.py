@@ -278,10 +278,14 @@ class Training:
 
 
 class Checkpoints(ModelCheckpoint):
-    """Writes none after the last step: a run resumed there would have no last validation, no proof and no costs."""
+    """Writes none after the last step: a run resumed there would have no last validation, no proof and no costs.
+
+    Nor inside a step: Lightning forgets at a resume that the checkpoint of that step is written, and would replace it
+    after the first micro-batch, whose gradients it does not hold.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        if trainer.global_step < trainer.max_steps:
+        if trainer.global_step < trainer.max_steps and not trainer.fit_loop.epoch_loop._should_accumulate():
             super().on_train_batch_end(trainer, *rest)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastvlm.batch import Batch
+from fastvlm.batch import NO_LABEL, Batch
 from fastvlm.stages.stage import Stage
 
 
@@ -19,7 +19,8 @@ class DenseLabelStage(Stage):
     """Cross-entropy of a linear head on the encoder's patches against label maps.
 
     The logits are resized to the label map's grid, as in segmentation. The loss is the mean over the images of the
-    optimiser step (all ranks and micro-batches). The head is not part of the handoff.
+    optimiser step (all ranks and micro-batches); cells without a label (NO_LABEL) count with a loss of 0. The head is
+    not part of the handoff.
 
     Args:
         num_classes: number of classes of each label channel, in order; class 0 is background.
@@ -51,8 +52,9 @@ class DenseLabelStage(Stage):
         for channel, scores in enumerate(logits.split(self.num_classes, dim=1)):
             target = maps[:, channel].long()
             weight = torch.where(target == 0, self.background_weight, 1.0)
-            losses.append((F.cross_entropy(scores, target, reduction="none") * weight).flatten(1).mean(1))
-            seen = target > 0
+            cells = F.cross_entropy(scores, target, ignore_index=NO_LABEL, reduction="none")
+            losses.append((cells * weight).flatten(1).mean(1))
+            seen = (target > 0) & (target != NO_LABEL)
             correct.append((scores.argmax(1)[seen] == target[seen]).float().mean())
         losses = torch.stack(losses).sum(0)  # (I,), or (2 I,)
         slots = batch.source_ids[batch.input_ids == self.model.image_token_id]  # (I M,), in the order of the images
@@ -60,6 +62,26 @@ class DenseLabelStage(Stage):
         extra = {f"cell_accuracy/{i}": c.detach() for i, c in enumerate(correct)}
         denominator = torch.tensor(float(batch.num_planned_images * copies), device=losses.device)
         return losses.sum(), denominator, losses, {"source": source, **extra}
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        if batch.label_maps is not None:
+            self.check_labels(batch.label_maps)  # while they are on the CPU: nothing waits for the device
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def check_labels(self, maps: Tensor) -> None:
+        """Refuse labels that are none of the classes, for which a GPU would stop without saying why.
+
+        Raises:
+            ValueError: names the channel, the label and the key.
+        """
+        for channel, (num, labels) in enumerate(zip(self.num_classes, maps.unbind(1))):
+            highest = int(labels.masked_fill(labels == NO_LABEL, 0).amax()) if labels.numel() else 0
+            if highest >= num:
+                key = f"stages.{self.name}.objective.num_classes"
+                raise ValueError(
+                    f"{key}={self.num_classes}, but channel {channel} of the label maps has label {highest}: its "
+                    f"number of classes is at least {highest + 1}"
+                )
 
     def patches(self, batch: Batch) -> Tensor:
         """Return the patches (I, N, D_v) of every view, or (2 I, N, D_v) for an encoder with a branch for tiles.

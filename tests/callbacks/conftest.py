@@ -8,10 +8,10 @@ def fit(tmp_path):
     """fit(num_steps, callbacks, **trainer arguments) -> trainer, on the CPU, in `tmp_path`."""
 
     def run(num_steps, callbacks, *, ckpt_path=None, stop=None, validate=True, logger=False, folder=tmp_path, **kwargs):
-        options = {"enable_checkpointing": False, "num_sanity_val_steps": 0, "enable_progress_bar": False} | kwargs
+        options = {"devices": 1, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+        options |= {"enable_progress_bar": False} | kwargs
         trainer = L.Trainer(
             accelerator="cpu",
-            devices=1,
             max_steps=num_steps,
             logger=logger,
             callbacks=callbacks,

@@ -115,6 +115,19 @@ def test_adapters_over_weights_of_16_bits_keep_32_and_move_by_a_small_rate(dora)
     assert not any(torch.equal(p, before[name]) for name, p in learns.items())
 
 
+@pytest.mark.parametrize("name", ["align", "instruct", "a stage with a long name"])
+def test_an_adapters_first_weights_follow_the_seed_whatever_the_stages_name(tmp_path, name):
+    def first_weights(seed):
+        stage = L.LightningModule()
+        stage.model, stage.seed = Net(), seed
+        lora = {"method": "lora", "lr": 1e-3, "r": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["0"]}
+        StageFreezing({}, adapt={"projector": lora}, path=tmp_path / "freezing.json", name=name).apply(stage)
+        (weight,) = (p for key, p in stage.model.named_parameters() if "lora_A" in key)
+        return weight
+
+    assert torch.equal(first_weights(0), first_weights(0)) and not torch.equal(first_weights(0), first_weights(1))
+
+
 def test_lora_on_a_layer_that_is_not_there_lists_those_that_are():
     with pytest.raises(ValueError, match=r"lora.targets: no linear layer is named qproj; there are 0"):
         add_lora(nn.Sequential(nn.Linear(2, 2)), r=1, alpha=1.0, dropout=0.0, targets=["qproj"])

@@ -96,6 +96,21 @@ def test_a_resumed_stage_writes_the_same_lines_as_an_uninterrupted_one(fit, tmp_
         assert {k: left[k] for k in exact} == pytest.approx({k: right[k] for k in exact}, rel=1e-6)
 
 
+@pytest.mark.xdist_group("ranks")
+def test_a_checkpoint_holds_what_all_ranks_have_counted_since_the_last_record(fit, tmp_path):
+    states = []
+    for ranks in (1, 2):
+        saves = L.pytorch.callbacks.ModelCheckpoint(tmp_path / str(ranks), filename="at", every_n_train_steps=7)
+        how = {"devices": ranks, "strategy": "ddp_fork" if ranks > 1 else "auto", "use_distributed_sampler": False}
+        fit(8, [Metrics(8), saves], validate=False, folder=tmp_path / str(ranks), enable_checkpointing=True, **how)
+        states.append(torch.load(tmp_path / str(ranks) / "at.ckpt", weights_only=False)["callbacks"]["Metrics"])
+    one, two = states
+    assert two["skipped"] == 2 * one["skipped"] and one["skipped"]
+    ours, theirs = ({"window": s["window"], **s["losses"]["sums"]} for s in states)
+    for key, counted in ours.items():
+        torch.testing.assert_close(torch.tensor(theirs[key]), 2 * torch.tensor(counted), rtol=1e-4, atol=0)
+
+
 class Crash(L.Callback):
     def __init__(self, step):
         self.step = step

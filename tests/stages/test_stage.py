@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from fastvlm.batch import NO_LABEL
 from fastvlm.models.encoders.early_exit import MEASURED, EarlyExitEncoder
 from fastvlm.models.trainable import apply_trainable, select_trainable
 from fastvlm.stages import ContrastiveStage, DenseLabelStage, LanguageStage, MuonAdamW
@@ -153,6 +154,27 @@ def test_the_dense_label_stage_needs_label_maps_and_learns_them():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_cells_without_a_label_teach_nothing():
+    whole, alone = image_batch(), make_batch([[[1, *SLOTS, 7, 8, 9], [10, 11]]], images=1)
+    whole.pixel_values[0] = alone.pixel_values[0]
+    whole.label_maps = torch.randint(0, 3, (2, 2, 2, 2), dtype=torch.uint8)
+    whole.label_maps[1] = NO_LABEL
+    alone.label_maps, alone.num_planned_images = whole.label_maps[:1], 2
+    stage = make_stage(DenseLabelStage, {"encoder": 1e-2}, num_classes=[4, 3]).eval()  # its norms take no batch means
+    measured = [stage.training_step(batch) for batch in (whole, alone)]
+    for key in ("loss", "cell_accuracy/0", "cell_accuracy/1"):
+        torch.testing.assert_close(measured[0][key], measured[1][key])
+
+
+def test_a_label_beyond_the_classes_is_refused_with_its_channel_before_it_is_on_the_device():
+    stage, batch = make_stage(DenseLabelStage, {"encoder": 1e-2}, num_classes=[4, 3]), image_batch()
+    batch.label_maps = torch.full((2, 3, 2, 2), NO_LABEL, dtype=torch.uint8)
+    assert stage.transfer_batch_to_device(batch, torch.device("cpu"), 0).label_maps is not None
+    batch.label_maps[1, 1, 0, 0] = 3
+    with pytest.raises(ValueError, match=r"stages.test.objective.num_classes=\[4, 3\], but channel 1 .* has label 3: "):
+        stage.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+
+
 def test_micro_batches_with_unequal_numbers_of_images_learn_dense_labels_like_one_batch():
     rows = [[[*SLOTS, 7, 8], [9, *SLOTS, 10]], [[11, *SLOTS, 12]]]
     whole = make_batch(rows, images=3)
@@ -233,3 +255,23 @@ def test_the_contrastive_loss_is_open_clips_and_cannot_see_through_the_caption()
     torch.testing.assert_close(out["loss"], expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="one image and one caption a row"):
         stage.training_step(make_batch([[[*SLOTS, 7], [*SLOTS, 8]]], images=2))
+
+
+def test_a_row_without_a_sample_is_compared_with_none():
+    rows = [[[*SLOTS, 7, 8, 9]], [[*SLOTS, 10, 11]]]
+    stage = make_stage(ContrastiveStage, {"encoder": 1e-3, "llm": 1e-3}, dim=8).eval()  # its norms take no batch means
+    stage.setup("fit")
+    measured, gradients = [], []
+    for batch in (make_batch(rows, images=2), make_batch([rows[0], [], rows[1], []], images=2)):
+        measured.append(stage.training_step(batch))
+        measured[-1]["loss"].backward()
+        gradients.append([p.grad.clone() for p in stage.parameters() if p.requires_grad])
+        stage.zero_grad()
+    for left, right in zip(*(one.values() for one in measured), strict=True):
+        torch.testing.assert_close(left, right)
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    none = stage.training_step(make_batch([[], []], length=4))
+    none["loss"].backward()
+    assert none["loss"] == none["source_tokens"].sum() == 0 and none["retrieval"].isnan()
+    assert not any(p.grad.any() for p in stage.parameters() if p.requires_grad)
