@@ -115,7 +115,7 @@ def test_results_of_before_conf_was_edited_are_none_of_the_arms(align, monkeypat
         page = (align.folder / "README.md").read_text()
         words = "4 of 4 cells were run with another configuration of their arm than is composed now"
         assert page.count("another configuration") == page.count(f"{words} (2 of align, 2 of skip)") == 1
-        assert sum(line.startswith(words) for line in say(made)) == 1 and "n = 2" in page
+        assert sum(line.startswith(words) for line in say(made)) == 1 and "equal in all 2 seeds" in page
 
 
 def test_an_arm_that_no_longer_composes_is_told_and_its_rows_are_shown(align, monkeypatch):
@@ -125,7 +125,7 @@ def test_an_arm_that_no_longer_composes_is_told_and_its_rows_are_shown(align, mo
     write_csv(align.folder / "results.csv", [cell(arm, s, nll=0.5) for arm in ("align", "skip") for s in range(5)])
     made = report("llava_align", source="csv", root=align.folder.parent)
     assert "whether cells of skip are of its configuration is not known: conf has no such key" in say(made)
-    assert "n = 5" in (align.folder / "README.md").read_text()
+    assert "equal in all 5 seeds" in (align.folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
