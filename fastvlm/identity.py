@@ -35,10 +35,12 @@ INCIDENTAL = (
     "dry_run",
     "objective",
 )
-# The code that determines trained weights.
-CODE = ("tokens.py", "batch.py", "models", "data", "stages", "callbacks/freezing.py", "callbacks/handoff.py")
+# The code that determines trained weights; what hardware.py chooses stands in a stage's identity by value.
+CODE = ("tokens.py", "batch.py", "build.py", "models", "data", "stages")
+CODE += ("callbacks/freezing.py", "callbacks/features.py", "callbacks/handoff.py")
+CODE += ("pipeline/stage_data.py", "pipeline/training.py")
 # The code that determines results: training, scoring, and the choice of precision, threads and micro-batches.
-SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "build.py", "hardware.py")
+SCORING = (*CODE, "evaluation", "inference", "pipeline", "callbacks", "hardware.py")
 # The libraries whose versions a result's numbers depend on most.
 LIBRARIES = ("torch", "transformers")
 
@@ -48,7 +50,7 @@ def code_hash(code: tuple[str, ...] = CODE) -> str:
     """Return the hash of the source code that determines what a stage learns, or of other files; see `bare_code`."""
     package = ROOT / "fastvlm"
     files = sorted(
-        f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))
+        {f for entry in code for f in ([package / entry] if entry.endswith(".py") else (package / entry).rglob("*.py"))}
     )
     digest = hashlib.sha256()
     for file in files:
