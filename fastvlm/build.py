@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from fastvlm.config import ROOT, ImageConfig
 from fastvlm.config.composition import register
-from fastvlm.config.schema import Paths, seeing_stage
+from fastvlm.config.schema import Paths
 from fastvlm.identity import replace_folders
 from fastvlm.tokens import OWN, Tokenizer
 
@@ -253,6 +253,15 @@ def load_run(run: str | Path, *, device: str = "cpu"):
     last = seeing_stage(config.stages)
     config.image_size, config.image = last.image_size, last.get("image")
     return model.to(device).eval(), tokenizer, config
+
+
+def seeing_stage(stages: DictConfig) -> DictConfig:
+    """Return the last stage in which the language model reads images, else the last.
+
+    Its image size and views are those that a finished run is asked with.
+    """
+    all_stages = list(stages.values())
+    return next((stage for stage in reversed(all_stages) if {"encoder", "llm"} <= set(stage.parts)), all_stages[-1])
 
 
 def load_saved(folder: Path, *, device: str = "cpu"):

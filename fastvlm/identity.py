@@ -35,7 +35,7 @@ INCIDENTAL = (
     "dry_run",
     "objective",
 )
-# The code that determines trained weights; what hardware.py chooses stands in a stage's identity by value.
+# The code that determines trained weights. Precision, which hardware.py chooses, stands in a stage's identity by value.
 CODE = ("tokens.py", "batch.py", "build.py", "models", "data", "stages")
 CODE += ("callbacks/freezing.py", "callbacks/features.py", "callbacks/handoff.py")
 CODE += ("pipeline/stage_data.py", "pipeline/training.py")

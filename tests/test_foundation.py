@@ -1,5 +1,6 @@
 """What a cached feature or a stage rests on: all source and libraries that can be reached, and no words about it."""
 
+import shutil
 import sys
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastvlm.callbacks.features import IMAGES, code_of
 from fastvlm.foundation import CARRIERS, bare_code, distributions, file_of, is_library, own_code, rests_on
 from fastvlm.identity import SCORING, code_hash, run_code
 from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
+from tests.conftest import ROOT
 from tests.models.small_parts import small_vlm
 
 ENCODERS = sorted((Path(__file__).parents[1] / "fastvlm/models/encoders").glob("[a-z]*.py"))
@@ -105,6 +107,23 @@ def test_a_users_module_and_what_it_imports_are_in_the_code_of_a_run(tmp_path, m
     assert own_code(config) != before
     assert own_code({key: config[key] for key in ("optimizer", "more")}) == {}
     assert run_code(config) != run_code({}) == code_hash(SCORING)
+
+
+def test_what_builds_plans_and_trains_is_the_code_of_a_stage_and_what_draws_its_page_is_not(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "fastvlm", tmp_path / "fastvlm", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("fastvlm.identity.ROOT", tmp_path)
+    now = code_hash.__wrapped__
+    for name, decides in (
+        ("build.py", True),
+        ("pipeline/training.py", True),
+        ("pipeline/stage_data.py", True),
+        ("callbacks/features.py", True),
+        ("report/stages.py", False),
+    ):
+        before = now()
+        file = tmp_path / "fastvlm" / name
+        file.write_text(file.read_text() + "\nother = 1\n")
+        assert (now() != before) == decides, name
 
 
 CODE = '''"""A module."""

@@ -472,6 +472,12 @@ def test_a_run_that_ends_with_text_is_evaluated_with_the_views_of_the_last_stage
     assert asked == [32, 32]
 
 
+def test_a_run_that_ends_with_text_is_loaded_with_the_views_of_the_last_stage_that_sees(cli, tmp_path):
+    stages = ["pipeline=align", "+stage@stages.last=base", "stages.align.image_size=32", "max_steps=1", "name=text"]
+    cli("train.py", *TINY, *stages)
+    assert load_run(tmp_path / "runs" / "text")[2].image_size == 32
+
+
 def test_a_checkpoint_is_written_where_it_stays_and_one_cut_short_is_passed_over(cli, cli_place, tmp_path):
     lengths = ["stages.align.steps=4", "checkpoint_every=2", "name=killed"]
     ends = ["shutil.move", "StageHandoff.on_validation_end"]

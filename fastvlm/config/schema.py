@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 OBJECTIVE = "test/exact_match/mean"  # a metric of the embedded tasks
 
@@ -157,12 +157,3 @@ class EvalConfig:
     paths: Paths = field(default_factory=Paths)
     out: str | None = None
     predictions: str | None = None  # score the answers in this file; the model is not run
-
-
-def seeing_stage(stages: DictConfig) -> DictConfig:
-    """Return the last stage in which the language model reads images, else the last.
-
-    Its image size and views are those that a finished run is asked with.
-    """
-    all_stages = list(stages.values())
-    return next((stage for stage in reversed(all_stages) if {"encoder", "llm"} <= set(stage.parts)), all_stages[-1])

@@ -21,12 +21,12 @@ from fastvlm.build import (
     ensure_embedded,
     instantiate,
     part_seed,
+    seeing_stage,
     settle_views,
     strings,
 )
 from fastvlm.callbacks.freezing import digest, tensors
 from fastvlm.callbacks.handoff import load_component, write_json
-from fastvlm.config.schema import seeing_stage
 from fastvlm.foundation import own_code
 from fastvlm.hardware import Hardware, is_first_rank
 from fastvlm.identity import commit, hash_of, identity, libraries, machine, remember, run_code

@@ -9,7 +9,7 @@ from fastvlm.study.arms import load_study
 from fastvlm.study.cells import check_one_origin, read_csv, write_csv
 from fastvlm.study.claims import load_claims, load_figures
 from fastvlm.study.grid import Sweep
-from fastvlm.study.plots import make_plots, most_alike, pareto_front
+from fastvlm.study.plots import _pareto, make_plots, most_alike, pareto_front
 from fastvlm.study.readme import arms_table, caption, number
 from fastvlm.study.report import report, report_all
 from tests.study.made_cells import cell, configured, grid, put_study
@@ -197,6 +197,20 @@ def test_the_front_is_of_arms_that_took_as_many_steps():
     steps = {"t16_425": 485.0, "t16": 210.0, "t64": 212.0, "t256": 210.0, "t64_423": 483.0, "t144_292": 352.0}
     assert most_alike(steps) == ["t16", "t64", "t256"]
     assert most_alike({"one": 210.0, "other": 300.0}) == ["one"]
+
+
+def test_the_front_leaves_out_an_arm_that_trained_longer_however_good_it_is():
+    import matplotlib.pyplot as plt
+
+    cells = [cell(arm, seed, nll=0.5) for arm in ("align", "skip", "skip_long") for seed in range(2)]
+    places = {"align": (2.0, 0.5), "skip": (1.0, 0.4), "skip_long": (0.5, 0.9)}
+    for one in cells:
+        one.metrics.update(dict(zip(("test/ttft_ms", "test/exact_match/mean"), places[one.arm])))
+        one.cost["steps"] = 900.0 if one.arm == "skip_long" else 210.0
+    figure = _pareto(plt, list(places), cells)
+    (front,) = [line for line in figure.axes[0].lines if line.get_color() == "#d9680f"]
+    assert list(map(tuple, front.get_xydata())) == [places["skip"], places["align"]]
+    plt.close(figure)
 
 
 def test_the_pareto_front_keeps_what_nothing_beats():
