@@ -30,7 +30,7 @@ A message may hold <image> where an image belongs, or an image's path or address
 # Numeric options: type, minimum, maximum, and the allowed range in words.
 NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "temperature": (float, 0.0, sys.float_info.max, "0 (greedy) or more"),
-    "top_p": (float, 5e-324, 1.0, "above 0 and at most 1"),
+    "top_p": (float, 0.0, 1.0, "from 0 (the most probable token) to 1 (all tokens)"),
     "top_k": (int, 0, 10**6, "from 0 (all tokens) to 1000000"),
     "max_new_tokens": (int, 1, 10**6, "from 1 to 1000000"),
     "seed": (int, -(2**62), 2**62, "from -2**62 to 2**62"),

@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +87,14 @@ class ProcessLauncher(Launcher):
         if study is not None:
             jobs = in_turns(jobs, at_once=len(slots))
         warm = self.warm if self.warm is not None else len(jobs) > 1 and sys.platform == "linux" and not visible_gpus()
-        self.python = WarmPython() if warm else None
         changes = [override for _, overrides in jobs for override in overrides]
         try:
-            if len(slots) == 1:
-                cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
-            else:
-                cells = self.side_by_side(jobs, free, len(slots))
+            with interruptible():
+                self.python = WarmPython() if warm else None
+                if len(slots) == 1:
+                    cells = [self.cell(index, overrides, slots[0], quiet=False) for index, overrides in jobs]
+                else:
+                    cells = self.side_by_side(jobs, free, len(slots))
         except (KeyboardInterrupt, ValueError) as error:
             if study is not None:
                 from fastvlm.study.sweep import end
@@ -221,6 +224,23 @@ class ProcessLauncher(Launcher):
         folder.mkdir(parents=True, exist_ok=True)
         label = "".join(c if c.isalnum() or c in "=.,-" else "_" for c in ",".join(filter_overrides(overrides)))
         return folder / f"{label[:120] or 'defaults'}-{index}.log"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End the block by KeyboardInterrupt on SIGTERM and SIGINT, so that `kill` ends the running cells as Ctrl-C does.
+
+    A shell script starts its background commands with SIGINT ignored, and cells would ignore it, too.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def in_turns(jobs: list[tuple[int, list[str]]], *, at_once: int) -> list[tuple[int, list[str]]]:

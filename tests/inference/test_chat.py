@@ -397,7 +397,7 @@ def test_load_takes_what_set_takes_and_what_it_refuses_changes_nothing(engine, t
     assignments = {
         "temperature=inf": "temperature is 0",
         "temperature=hot": "temperature takes a number",
-        "top_p=0": "top_p is above 0",
+        "top_p=1.5": "top_p is from 0",
         "seed=10000000000000000000000": "seed is from",
         "top_k=-1": "top_k is from 0",
         "seed=": "seed takes a number",

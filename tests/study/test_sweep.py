@@ -160,11 +160,29 @@ def test_an_interrupted_sweep_says_how_to_go_on_and_goes_on_in_the_same_runs(com
     assert killed[None][0].info.run_id in {run.info.run_id for run in after[None]}
 
 
-@pytest.mark.parametrize("met", [pytest.param("importing", marks=pytest.mark.slow), "training"])
-def test_an_interrupt_ends_both_cells_of_a_grid_side_by_side(commands, cli_place, toy, tmp_path, met):
+# As a shell script starts what it ends with &.
+IN_BACKGROUND = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("met", "number", "start"),
+    [
+        pytest.param("importing", signal.SIGINT, [], marks=pytest.mark.slow),
+        ("training", signal.SIGINT, []),
+        ("training", signal.SIGTERM, ["-c", IN_BACKGROUND]),
+    ],
+    ids=["importing", "training", "kill-in-background"],
+)
+def test_an_interrupt_ends_both_cells_of_a_grid_side_by_side(commands, cli_place, toy, tmp_path, met, number, start):
     long = ["max_steps=100000", "stages.align.batch_size=1", "checkpoint_every=5"]
     command = [str(ROOT / "train.py"), "-m", "experiment=toy", "arm=few,many", "hydra.launcher.parallel=2", *long]
-    process = commands.start(command, **cli_place())
+    process = commands.start([*start, *command], **cli_place())
     stages = tmp_path / "runs" / "stages"
     there = {
         "importing": lambda: {"#0", "#1"} <= set(process.output()[0].split()),
@@ -174,7 +192,7 @@ def test_an_interrupt_ends_both_cells_of_a_grid_side_by_side(commands, cli_place
     while not there[met]() and time.time() < deadline:
         assert process.poll() is None, process.output()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(40.0) == 130, process.output()
     assert "the same command goes on" in process.output()[1]
     runs = mlflow_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")
