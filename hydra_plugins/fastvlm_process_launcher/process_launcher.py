@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -232,9 +231,6 @@ def interruptible() -> Iterator[None]:
 
     A shell script starts its background commands with SIGINT ignored, and cells would ignore it, too.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield
-        return
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -409,6 +409,8 @@ def test_load_takes_what_set_takes_and_what_it_refuses_changes_nothing(engine, t
     file.write_text(json.dumps(SAVED | {"system": None}))
     talk.take(f"/load {file}")
     assert talk.system == "" and talk.options == usual | SAVED["options"] and talk.messages == SAVED["messages"]
+    talk.take("/set top_p=0")
+    assert talk.options == usual | SAVED["options"] | {"top_p": 0.0}
 
 
 def test_the_coldest_draw_and_the_largest_seed_are_answered(load_tiny_run, asked, tmp_path, capsys, monkeypatch):
