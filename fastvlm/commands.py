@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from fastvlm.files import refusal
+
+PACKAGE = str(Path(__file__).parent)
+PYTHONS_FORMAT = warnings.formatwarning
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Format this package's own warnings as `warning: ...`, others as Python does."""
+    if filename.startswith(PACKAGE):
+        return f"warning: {message}\n"
+    return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
 def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ...] = ()) -> None:
@@ -14,6 +28,7 @@ def run_command(main: Callable[[], None], *, mistakes: tuple[type[Exception], ..
     Args:
         mistakes: exceptions that are the user's, besides ValueError and FileNotFoundError.
     """
+    warnings.formatwarning = format_warning
     try:
         main()
     except (ValueError, FileNotFoundError, *mistakes) as error:

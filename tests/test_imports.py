@@ -17,7 +17,7 @@ MAY = {
     "files": set(),
     "commands": {"files"},
     "models": {"tokens", "batch"},
-    "data": {"tokens", "batch", "files"},
+    "data": {"tokens", "batch", "files", "commands"},
     "stages": {"models", "batch", "tokens"},
     "foundation": set(),
     "callbacks": {"models", "batch", "tokens", "foundation", "files"},

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from fastvlm.commands import format_warning
 from fastvlm.config.composition import CONF, quote_path, register, relax, with_arm
 from fastvlm.config.mistakes import explain, interrupted, loader_died, refuse
 from fastvlm.config.rules import check
@@ -28,6 +30,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     from fastvlm.study.arms import expand
 
+    warnings.formatwarning = format_warning
     register()
     typed = shlex.join(["python", *sys.argv])
     if {"--help", "-h", "--cfg", "-c", "--info", "-i"}.intersection(sys.argv):

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from braceexpand import braceexpand
 
+from fastvlm.commands import run_command
 from fastvlm.data.listing import LISTING, SPLITS, check_folder, split_of, write_listing
 from fastvlm.data.planned_columns import read_planned
 from fastvlm.data.remote import RemoteShard, is_remote, locate_shards
@@ -187,7 +188,7 @@ def warn_of_breaks(where: Sequence[str], opened: Sequence[Sidecar]) -> None:
             warnings.warn(
                 f"{place}: {one.header['broken']}; {one.num_samples} whole samples before the break are used, "
                 "what follows is lost: write the shard again",
-                stacklevel=4,
+                stacklevel=1,
             )
 
 
@@ -290,30 +291,26 @@ def main() -> None:
     tokenizer = Tokenizer(args.tokenizer, template=args.template, image_token=args.image_token)
     splits = SPLITS if args.split == "*" else (args.split,)
     splits = ("train",) if args.shards else splits
-    try:
-        count = 0
-        for split in splits:
-            shards = list_shards(args.folder, split, args.shards)
-            count += len(shards)
-            build_all(shards, tokenizer, label=f"{args.folder}, {split}", replace=True)
-            for shard in shards:
-                opened, reason = open_sidecar(shard, tokenizer.fingerprint)
-                if opened is None:
-                    raise ValueError(f"index of {shard} is {reason} right after it was built")
-                table = pq.read_table(opened.path, columns=["text_tokens", "fault"])
-                faults = sum(fault != "" for fault in table["fault"].to_pylist())
-                print(
-                    f"{opened.path}: {len(table)} samples, {pc.sum(table['text_tokens'])} text tokens, "
-                    f"{faults} unreadable"
-                )
-        if not count:
-            raise ValueError(f"{args.folder}: no shards {args.split}-*.tar")
-        if Path(args.folder).is_dir():
-            with contextlib.suppress(OSError):
-                write_listing(args.folder)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    count = 0
+    for split in splits:
+        shards = list_shards(args.folder, split, args.shards)
+        count += len(shards)
+        build_all(shards, tokenizer, label=f"{args.folder}, {split}", replace=True)
+        for shard in shards:
+            opened, reason = open_sidecar(shard, tokenizer.fingerprint)
+            if opened is None:
+                raise ValueError(f"index of {shard} is {reason} right after it was built")
+            warn_of_breaks([place_of(shard)], [opened])
+            table = pq.read_table(opened.path, columns=["text_tokens", "fault"])
+            faults = sum(fault != "" for fault in table["fault"].to_pylist())
+            tokens = pc.sum(table["text_tokens"], min_count=0)
+            print(f"{opened.path}: {len(table)} samples, {tokens} text tokens, {faults} unreadable")
+    if not count:
+        raise ValueError(f"{args.folder}: no shards {args.split}-*.tar")
+    if Path(args.folder).is_dir():
+        with contextlib.suppress(OSError):
+            write_listing(args.folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

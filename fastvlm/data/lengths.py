@@ -118,6 +118,8 @@ def measure_source(
         fix = f"raise {where}max_tokens={max_tokens} or {where}max_images={max_images}"
         if left_out and not {REASONS[CUT], REASONS[CROWDED]} & set(excluded):
             fix = f"loosen its filters ({', '.join(source.filters)})"
+        if not index.num_samples:
+            fix = "write them again"
         raise NothingLeft(
             f"source {name} ({source.path}, split {split}): no sample is left of {index.num_samples} ({why}); "
             f"{fix}, or leave the source out"

@@ -208,6 +208,19 @@ def test_unless_told_the_command_indexes_every_split_that_is_there(tmp_path, tok
         assert load_index(tmp_path, split, tokenizer, rebuild=False).num_samples == 3
 
 
+def test_the_command_says_in_one_line_where_a_shard_breaks_and_what_it_cannot_use(tmp_path, tokenizer):
+    shard = write_source(tmp_path, "chat", 10) / "train-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:8000])
+    index = [sys.executable, "-m", "fastvlm.data.index", str(tmp_path)]
+    done = subprocess.run([*index, "--tokenizer", str(tokenizer.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("index ")]
+    assert len(lines) == 1 and re.match(rf"warning: {shard}: .*; \d+ whole samples before the break", lines[0])
+    done = subprocess.run([*index, "--tokenizer", "./no_such_folder"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no_such_folder" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("window_shards", "kept"), [(4, 16), (9, 18)])
 def test_the_shards_read_last_stay_open_and_two_windows_of_them(tmp_path, tokenizer, window_shards, kept):
     source = Source("x", path=write_source(tmp_path, "text", 20, max_samples=1))
