@@ -11,7 +11,7 @@ takes M consecutive slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -83,6 +83,12 @@ class Batch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return Batch(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+
+    def with_blank_image(self) -> Batch:
+        """Return this batch, which has no image, with a blank one: not every encoder takes an empty batch."""
+        blank = lambda images: images.new_zeros(1, *images.shape[1:])  # an empty tensor still has an image's shape
+        features = None if self.features is None else blank(self.features)
+        return replace(self, pixel_values=blank(self.pixel_values), features=features, layouts=None)
 
     def pin_memory(self) -> Batch:
         moved = {f.name: v.pin_memory() for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,13 +246,8 @@ class VLM(nn.Module):
 
     def _zero_from_blank_image(self, batch: Batch) -> Float[Tensor, ""]:
         """Return 0 with every trainable vision parameter in its graph; norm statistics do not change."""
-        blank = lambda images: images.new_zeros(1, *images.shape[1:])  # an empty tensor still has an image's shape
-        features = None if batch.features is None else blank(batch.features)
         with frozen_statistics(self):
-            patches = self.patches(
-                replace(batch, pixel_values=blank(batch.pixel_values), features=features, layouts=None)
-            )
-            return self.arrange(self.project(patches)).sum() * 0.0
+            return self.arrange(self.project(self.patches(batch.with_blank_image()))).sum() * 0.0
 
 
 def run(part: nn.Module, x: Tensor, *more: Tensor | None) -> Tensor:

@@ -94,9 +94,9 @@ class ContrastiveStage(Stage):
     def pooled_patches(self, batch: Batch) -> Tensor:
         """Return the mean patch (I, D_v) of each image, or without images that of a blank one.
 
-        Not every encoder takes an empty batch, and ranks wait for each other's gradients.
+        Other ranks wait for this one's gradients.
         """
         if batch.num_images:
             return self.model.patches(batch).mean(1)
         with frozen_statistics(self.model):
-            return self.model.encode_patches(batch.pixel_values.new_zeros(1, *batch.pixel_values.shape[1:])).mean(1)
+            return self.model.patches(batch.with_blank_image()).mean(1)

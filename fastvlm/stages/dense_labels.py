@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastvlm.batch import NO_LABEL, Batch
+from fastvlm.models.norms import frozen_statistics
 from fastvlm.stages.stage import Stage
 
 
@@ -35,6 +36,8 @@ class DenseLabelStage(Stage):
             self.head = nn.Linear(model.encoder.out_dim, sum(self.num_classes))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        if not batch.num_images:
+            return self.objective_without_images(batch)
         maps = batch.label_maps
         if maps is None or maps.shape[1] < len(self.num_classes):
             raise ValueError(
@@ -62,6 +65,15 @@ class DenseLabelStage(Stage):
         extra = {f"cell_accuracy/{i}": c.detach() for i, c in enumerate(correct)}
         denominator = torch.tensor(float(batch.num_planned_images * copies), device=losses.device)
         return losses.sum(), denominator, losses, {"source": source, **extra}
+
+    def objective_without_images(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return a loss of 0 that reaches every weight, for whose gradients other ranks wait."""
+        with frozen_statistics(self.model):
+            loss = self.head(self.patches(batch.with_blank_image())).float().sum() * 0.0
+        nothing = loss.detach().new_zeros(0)
+        extra = {f"cell_accuracy/{i}": loss.new_tensor(torch.nan) for i in range(len(self.num_classes))}
+        denominator = loss.new_tensor(max(1.0, batch.num_planned_images))
+        return loss, denominator, nothing, {"source": batch.source_ids[:0, 0], **extra}
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         if batch.label_maps is not None:

@@ -195,6 +195,19 @@ def test_micro_batches_with_unequal_numbers_of_images_learn_dense_labels_like_on
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [partial(DenseLabelStage, num_classes=[4, 3]), ContrastiveStage])
+def test_rows_without_images_teach_an_encoder_nothing_and_keep_no_rank_waiting(kind):
+    stage = make_stage(kind, {"encoder": 1e-2})
+    statistics = {name: b.clone() for name, b in stage.model.named_buffers()}
+    empty = make_batch([[], []], length=4)
+    empty.num_planned_images = 3
+    out = stage.training_step(empty)
+    out["loss"].backward()
+    assert float(out["loss"].detach()) == 0 and out["source_tokens"].tolist() == [0]
+    assert all(p.grad is not None and not p.grad.any() for p in stage.model.encoder.parameters())
+    assert all(torch.equal(b, statistics[name]) for name, b in stage.model.named_buffers())
+
+
 def test_an_encoder_with_a_branch_for_tiles_learns_dense_labels_in_both_branches():
     from fastvlm.models.encoders.multi_granularity import MultiGranularityEncoder
 
