@@ -90,7 +90,8 @@ def decide_claim(
 ) -> list[Decided]:
     """Decide every metric of a claim on every basis, the deciding metric first.
 
-    A claim about a cost or an optimum is not decided at equal compute.
+    A claim about a cost or an optimum is not decided at equal compute. Where the scale lacks an arm of `compute`, the
+    first pair takes its place: its operations may be equal at this scale, and if not, it is told how many steps are.
 
     Args:
         arms: those that the cells' scale has; None: all.
@@ -107,7 +108,8 @@ def decide_claim(
         raise ValueError(f"the claim '{claim.claim}' is decided on {claim.metric}, which no task yielded{hint}")
     pairs = {"planned": claim.planned, "steps": claim.steps}
     if not metric_of(claim.metric).cost and not claim.optimum:
-        pairs["compute"] = claim.compute or claim.pair
+        there = claim.compute and (arms is None or all(arm in arms for arm in claim.compute))
+        pairs["compute"] = claim.compute if there else claim.pair
     return [
         decide_pair(claim, metric, basis, tuple(pair), cells, arms=arms, sweeps=sweeps)
         for metric in (claim.metric, *claim.beside)
@@ -150,7 +152,11 @@ def decide_pair(
         if not all(flops):
             return none("operations were not counted", "operations not counted")
         if not near(*flops, EQUAL_COMPUTE):
-            why = f"{first} takes {flops[0] / flops[1]:.2f} times the operations of {second}; no arm has as many"
+            ratio, cheap = flops[0] / flops[1], first if flops[0] < flops[1] else second
+            why = (
+                f"{first} takes {ratio:.2f} times the operations of {second}; no arm has as many: "
+                f"{cheap} with {max(ratio, 1 / ratio):.2f} times the steps in all its stages would"
+            )
             return none(why, "no such arm")
     if not all(by_seed(cells, arm, metric) for arm in compared):
         return none("not yielded", "not yielded")

@@ -42,9 +42,14 @@ def test_an_arm_that_has_not_run_is_not_told_as_one_that_does_not_exist():
 def test_an_arm_that_only_another_scale_has_takes_its_basis_alone():
     claim = Claim("x", "p", "t", "test/answer_nll", "lower", ["align", "skip"], compute=["align", "skip_long"])
     cells = [one for one in grid() if one.arm != "skip_long"]
-    decided = decide_claim(claim, cells, arms={"align", "skip"})
-    assert decided[1].why == "skip_long is not an arm at this scale"
-    assert headline(decided) == "agrees at equal steps; no arm at this scale at equal compute"
+    steps, compute = decide_claim(claim, cells, arms={"align", "skip"})
+    assert compute.pair == ("align", "skip")
+    assert compute.why.endswith("no arm has as many: skip with 1.43 times the steps in all its stages would")
+    assert headline([steps, compute]) == "agrees at equal steps; no such arm at equal compute"
+    for one in cells:
+        one.cost["flops"] = 1e12  # as many at this scale: nothing else is needed
+    steps, compute = decide_claim(claim, cells, arms={"align", "skip"})
+    assert headline([steps, compute]) == "agrees"
 
 
 def test_equal_compute_is_said_only_of_arms_with_about_as_many_operations():
