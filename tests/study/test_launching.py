@@ -193,7 +193,8 @@ def test_the_tab_key_completes_studies_and_parts():
 @pytest.mark.slow
 def test_make_dashboard_prints_the_address_and_answers_on_loopback(tmp_path):
     # The environment is taken as it is: neither `env` nor what it depends on is made.
-    place = [f"VENV={sys.prefix}", "-o", "env", "-o", f"{sys.prefix}/.ready", "PORT=5917"]
+    # Under `make test`, make would print the folder first.
+    place = ["--no-print-directory", f"VENV={sys.prefix}", "-o", "env", "-o", f"{sys.prefix}/.ready", "PORT=5917"]
     process = subprocess.Popen(
         ["make", *place, "dashboard"], cwd=ROOT, env=os.environ | {"FASTVLM_RUNS": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
