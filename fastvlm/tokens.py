@@ -273,7 +273,7 @@ class Tokenizer:
         self.document_end_id = self._special[self.template.document_end]
         self.pad_id = self.hf.pad_token_id if self.hf.pad_token_id is not None else self.document_end_id
         # SentencePiece's tokenizers write a space before every text themselves.
-        self._writes_space = "▁" in "".join(self._fast.encode("a", add_special_tokens=False).tokens[:1])
+        self.writes_space = "▁" in "".join(self._fast.encode("a", add_special_tokens=False).tokens[:1])
 
     def _ends(self) -> tuple[str, str]:
         return self.template.end, self.template.document_end
@@ -288,6 +288,8 @@ class Tokenizer:
         before, after = self.template.before, self.template.after
         if any(piece.endswith(" ") for piece in (*before.values(), after["user"], after["assistant"])):
             state.append("spaces are encoded with what follows")
+        if self.writes_space and after["system"].endswith(" "):
+            state.append("a system prompt leaves its space to what follows")
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
     def encode_text(self, text: str, *, space: str = "") -> list[int]:
@@ -299,7 +301,7 @@ class Tokenizer:
         Raises:
             ValueError: the text holds half of a surrogate pair.
         """
-        if not self._writes_space:
+        if not self.writes_space:
             text = space + text
         if not text:
             return []
@@ -314,7 +316,7 @@ class Tokenizer:
 
     def encode_template(self, text: str, *, space: str = "") -> list[int]:
         """Return the ids of a piece of the template, in which special tokens are recognised; `space`: see above."""
-        if not self._writes_space:
+        if not self.writes_space:
             text = space + text
         if not text:
             return []

@@ -93,8 +93,11 @@ def tokenise(record: dict, tokenizer: Tokenizer, *, prompt: bool = False) -> Tex
             add_parts(message["content"], role == "assistant")
             if role == "assistant":
                 add([tokenizer.end_id], True)
-            # A system turn ends by itself, because `with_system_text` puts it before any other.
-            add_piece(template.after[role], whole=role == "system")
+            if role != "system":
+                add_piece(template.after[role])
+            else:  # ends by itself, because `with_system_text` puts it before any other
+                own = template.after[role]
+                add_piece(own.removesuffix(" ") if tokenizer.writes_space else own, whole=True)
         if prompt:
             add_piece(template.before["assistant"])
         else:

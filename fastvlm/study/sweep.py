@@ -99,10 +99,14 @@ def cell_of(study: Study, scale: str, job: list[str]) -> str:
 def conclude(config: DictConfig, changes: Sequence[str]) -> None:
     """Write table, plots, page and verdicts of the study, here and to MLflow.
 
-    A grid with other settings than the study's own leaves its page as it is.
+    A grid with other settings than the study's own leaves its page as it is. The study's run in MLflow ends, as FAILED
+    if there is no new page.
 
     Args:
         changes: the overrides of the sweep's cells.
+
+    Raises:
+        ValueError: from `report`.
     """
     study = load_study(config.study.name)
     if keys := changed(changes):
@@ -113,7 +117,11 @@ def conclude(config: DictConfig, changes: Sequence[str]) -> None:
         print(f"\n{study.name}: for its report set FASTVLM_RUNS={config.paths.runs}", flush=True)
         end(config, "FINISHED")
         return
-    made = report(study.name)
+    try:
+        made = report(study.name)
+    except ValueError:
+        end(config, "FAILED")
+        raise
     print("\n".join(["", study.name, *(f"  {line}" for line in (*say(made), made["files"][0]))]), flush=True)
     verdicts = made["verdicts"].get(config.scale, [])
     log_report(tracking(config), study, scale=config.scale, files=made["files"], verdicts=verdicts)

@@ -110,13 +110,12 @@ class ProcessLauncher(Launcher):
         if failed and self.raise_failed:
             faults.append(f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}")
         if study is not None and not self.config.dry_run:
-            from fastvlm.study.sweep import conclude, end
+            from fastvlm.study.sweep import conclude
 
             time_grid(self.config, changes, begun=begun, at_once=len(slots), jobs=[job for _, job in jobs])
             try:
                 conclude(self.config, changes)
             except ValueError as error:
-                end(self.config, "FAILED")
                 faults.append(f"the study has no new page: {error}")
         if faults:
             # Raised once all cells have run; the same command again runs only the failed ones.

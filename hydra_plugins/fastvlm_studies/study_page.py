@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import sys
 import time
@@ -14,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 class StudyPage(Callback):
     """Checks a study and creates its MLflow run before the cells, and makes its page after them.
 
-    A failed cell ends the sweep; `python -m fastvlm.study report=<study>` then makes the page of what has run.
+    A failed cell ends the sweep, and Hydra does not come back here: the study's run is then ended at exit.
+    `python -m fastvlm.study report=<study>` makes the page of what has run.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -26,11 +28,19 @@ class StudyPage(Callback):
 
         arms = value_of(list(config.hydra.overrides.task), "arm") or grid(config).get("arm", "")
         told(prepare, config, [[f"arm={arm}"] for arm in swept(arms)])
+        if not config.dry_run:
+            atexit.register(self.fail, config)
+
+    def fail(self, config: DictConfig) -> None:
+        from fastvlm.study.sweep import end
+
+        end(config, "FAILED")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if ours(config) and not config.dry_run:
             from fastvlm.study.sweep import conclude, time_grid
 
+            atexit.unregister(self.fail)
             changes = [*config.hydra.overrides.task, *(f"{key}=" for key in grid(config))]
             jobs = config.hydra.launcher.get("n_jobs")
             at_once = jobs if isinstance(jobs, int) and jobs > 0 else None

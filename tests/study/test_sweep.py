@@ -244,6 +244,10 @@ def test_a_study_under_another_launcher_ends_in_its_page_too(cli, toy, tmp_path,
     assert [run.info.status for run in runs["study"]] == ["FINISHED"] and len(runs["cell"]) == 2
     done = cli("train.py", "-m", "experiment=toy", "arm=few,mny", *launcher, check=False)
     assert done.returncode == 2 and "did you mean arm=many?" in done.stderr
+    done = cli("train.py", "-m", "experiment=toy", "arm=few,broken", *launcher, check=False, timeout=400)
+    assert done.returncode and "stages.align.batch_size=-1 must be above 0" in done.stdout + done.stderr
+    runs = mlflow_runs(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert [run.info.status for run in runs["study"]] == ["FAILED"]
 
 
 @pytest.mark.slow
