@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 
 from fastvlm.study.arms import expand, load_study, study_names, value_of
 from fastvlm.study.cells import planned
+from fastvlm.study.report import runs_folder
 from fastvlm.study.sweep import check_yield, prepare
 from hydra_plugins.fastvlm_process_launcher import process_launcher
 from hydra_plugins.fastvlm_process_launcher.process_launcher import ProcessLauncher, in_turns
@@ -114,16 +116,16 @@ def test_a_grid_without_a_new_page_ends_as_failed_and_still_names_its_failed_cel
     ended = []
     for place in ("prepare", "time_grid"):
         monkeypatch.setattr(f"fastvlm.study.sweep.{place}", lambda *_, **__: None)
-    monkeypatch.setattr("fastvlm.study.sweep.conclude", no_page)
+    monkeypatch.setattr("fastvlm.study.sweep.report", no_page)
+    monkeypatch.setattr("fastvlm.study.sweep.load_study", lambda name: SimpleNamespace(name=name))
     monkeypatch.setattr("fastvlm.study.sweep.end", lambda config, status: ended.append(status))
     for place in ("setup_globals", "configure_log"):
         monkeypatch.setattr(process_launcher, place, lambda *_: None)
     failed = JobReturn(overrides=["arm=a"], hydra_cfg=0, status=JobStatus.FAILED)
     monkeypatch.setattr(ProcessLauncher, "cell", lambda *_, **__: failed)
     launcher = ProcessLauncher(parallel=1, warm=False)
-    launcher.config = OmegaConf.create(
-        {"hydra": {"hydra_logging": None, "verbose": False}, "hardware": {}, "study": {"name": "x"}, "dry_run": False}
-    )
+    config = {"hydra": {"hydra_logging": None, "verbose": False}, "hardware": {}, "dry_run": False}
+    launcher.config = OmegaConf.create(config | {"study": {"name": "x"}, "paths": {"runs": str(runs_folder())}})
     with pytest.raises(ValueError, match="1 of 1 cells failed: #0 arm=a; the study has no new page: no figure"):
         launcher.launch([["arm=a", "seed=0"]], 0)
     assert ended == ["FAILED"]
