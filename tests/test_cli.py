@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+import sys
+import weakref
 
 import pytest
 
 from fastvlm.build import ensure_embedded
 from fastvlm.commands import run_command
 from fastvlm.config import check, compose
-from fastvlm.config.command_line import run_task
+from fastvlm.config.command_line import ignore_dead_loader, run_task
 from fastvlm.config.composition import quote_path
 from fastvlm.deployment.hub import fresh_folder
 from tests.conftest import ROOT, TINY
@@ -109,6 +111,19 @@ def test_a_place_that_takes_no_files_is_one_line(commands, cli_place, tmp_path, 
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda: fresh_folder(str(taken)))
     assert capsys.readouterr().err == f"error: {taken}: Not a directory\n"
+
+
+@pytest.mark.parametrize("words", ["DataLoader worker (pid 7) is killed by signal: Killed. ", "another"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_killed_loader_is_not_told_with_a_traceback_where_python_cannot_raise(monkeypatch, capsys, words):
+    def raised():
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(sys, "unraisablehook", ignore_dead_loader)
+    thing = type("Thing", (), {})()
+    gone = weakref.ref(thing, lambda _: raised())
+    del thing
+    assert gone() is None and ("Traceback" in capsys.readouterr().err) is (words == "another")
 
 
 def test_an_interrupted_run_says_from_where_the_same_command_goes_on(capsys):

@@ -43,6 +43,7 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     show_traceback = "HYDRA_FULL_ERROR" in os.environ and "FASTVLM_ONE_LINE" not in os.environ
     if not show_traceback:
         os.environ |= {"HYDRA_FULL_ERROR": "1", "FASTVLM_ONE_LINE": "1"}
+        sys.unraisablehook = ignore_dead_loader
 
     def checked(config: DictConfig):
         value = run_task(task, config, name=config_name, typed=typed, show_traceback=show_traceback)
@@ -65,6 +66,15 @@ def command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         if reason := refusal(error):  # Hydra makes the run's folder
             refuse(reason)
         raise
+
+
+def ignore_dead_loader(unraisable: Any) -> None:
+    """Print what Python cannot raise, except torch's word of a killed loader process.
+
+    Its signal handler raises that wherever the run happens to be, in a finaliser, too; the next batch says it again.
+    """
+    if unraisable.exc_value is None or not loader_died(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def run_task(
