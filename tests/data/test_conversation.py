@@ -151,6 +151,10 @@ def test_a_sentencepiece_tokenizers_prompt_has_one_space_before_a_word(tmp_path,
     asked = {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "a b"}]}
     ids = encode_record(asked, tokenizer, tokens_per_image=1, prompt=True)
     assert "".join(tokenizer.hf.convert_ids_to_tokens(ids.input_ids)) == "<s>▁be▁USER:▁a▁b▁ASSISTANT:"
+    # An index from before system prompts left their space to what follows does not fit.
+    state = [json.loads(tokenizer.hf.backend_tokenizer.to_str()), tokenizer.hf.chat_template]
+    before = json.dumps([*state, "spaces are encoded with what follows"], sort_keys=True)
+    assert tokenizer.fingerprint != hashlib.sha256(before.encode()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(("template", "same"), [("roles", True), ("chatml", True), ("paligemma", True), ("own", False)])
